@@ -1,0 +1,184 @@
+"""Folders that stages hand to each other: manifests, atomic files, locks, and the rule for making one anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .. import __version__
+
+MANIFEST = "manifest.json"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    commit(temporary, path)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Rename a finished file or folder to its final name and make the rename durable."""
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def digest(value: Any) -> str:
+    """Hash a JSON-able value, independent of the order of keys (16 hex digits of SHA-256)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Hash the content of a file (SHA-256, hex)."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read_digest(file)
+        )
+
+
+def _read_digest(file: Any) -> str:
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read the manifest of a complete artifact.
+
+    Raises:
+        ValueError: the folder is missing, holds something else, or is not finished.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {kind} ({MANIFEST} is missing): run `fledge {_maker(kind)}` first")
+    manifest = _load_manifest(path)
+    if manifest.get("kind") != kind:
+        raise ValueError(f"{folder} holds {manifest.get('kind')}, {kind} is required")
+    if not manifest.get("complete"):
+        raise ValueError(f"{folder} is not complete: run `fledge {_maker(kind)}` again, it goes on where it stopped")
+    return manifest
+
+
+def _maker(kind: str) -> str:
+    return {"conversations": "synthesize", "hidden_states": "dump", "training": "train"}.get(kind, kind)
+
+
+def _load_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): delete the folder and make it again") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is not a manifest: delete the folder and make it again")
+    return manifest
+
+
+class Artifact:
+    """A folder being made: its manifest, and whether there is anything left to do."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def complete(self) -> bool:
+        """Whether the artifact was finished with the same settings."""
+        return bool(self.manifest["complete"])
+
+    def save(self, **fields: Any) -> None:
+        """Update fields of the manifest on disk."""
+        self.manifest.update(fields)
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def finish(self, **fields: Any) -> None:
+        """Mark the artifact complete; `digest` then names its content to the stages that follow."""
+        self.manifest.update(fields)
+        content = {key: value for key, value in self.manifest.items() if key not in ("complete", "digest")}
+        self.save(complete=True, digest=digest(content))
+
+
+@contextmanager
+def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool = False) -> Iterator[Artifact]:
+    """Open an artifact folder for writing, alone; what an earlier start with the same settings left is kept.
+
+    Args:
+        folder: created if missing.
+        kind: what the folder holds.
+        settings: everything that determines the content, JSON-able, inputs' digests included.
+        overwrite: delete an artifact that was made with other settings instead of refusing.
+
+    Raises:
+        ValueError: another process writes the folder, it was made with other settings, or it is not an artifact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder} is being written by another process: wait for it or choose another name") from None
+    try:
+        yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)
+    finally:
+        lock.release()
+
+
+def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) -> Artifact:
+    path = folder / MANIFEST
+    if path.is_file():
+        manifest = _load_manifest(path)
+        if manifest.get("kind") != kind:
+            raise ValueError(f"{folder} holds {manifest.get('kind')}, {kind} cannot be written there")
+        if manifest["settings"] == settings:
+            return Artifact(folder, manifest)
+        if not overwrite:
+            changes = "; ".join(differences(manifest["settings"], settings))
+            raise ValueError(
+                f"{folder} was made with other settings ({changes}): "
+                "choose another name, or overwrite=true to make it anew"
+            )
+        _clear(folder)
+    elif any(entry.name not in (".lock", f".{MANIFEST}.tmp") for entry in folder.iterdir()):
+        raise ValueError(f"{folder} holds files but no {MANIFEST}: it is not fledge's to write, choose another folder")
+    fresh = Artifact(folder, {"kind": kind, "fledge": __version__, "settings": settings, "complete": False})
+    fresh.save()
+    return fresh
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a folder holds; its manifest last, so that a kill in between leaves an artifact, not loose files."""
+    entries = [entry for entry in folder.iterdir() if entry.name not in (".lock", MANIFEST)]
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (folder / MANIFEST).unlink()
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Name the entries in which two nested settings differ, as `dotted.name: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [f"{name}: {old} -> {new}"]

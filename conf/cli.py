@@ -1,0 +1,147 @@
+"""The `fledge` command: `fledge COMMAND [overrides]`, configured by Hydra."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from .schema import Config, validate
+
+# command -> (module and function that run it, what it does)
+COMMANDS = {
+    "synthesize": ("fledge.data_synthesis.synthesize:synthesize", "the verifier answers every prompt"),
+    "dump": ("fledge.data_synthesis.dump:dump", "record the verifier's hidden states on those conversations"),
+    "train": ("fledge.train.loop:train", "train the draft head on the hidden states"),
+    "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
+    "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
+    "run": ("fledge.conf.run:run", "all of these in order, skipping what is complete"),
+    "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
+}
+
+USAGE = """fledge trains EAGLE-3 draft heads for speculative decoding.
+
+usage: fledge COMMAND [option=value ...]
+
+  prompts --synthesize--> runs/NAME/conversations/
+          --dump--------> runs/NAME/hidden_states/
+          --train-------> runs/NAME/training/
+          --evaluate----> runs/NAME/evaluation/
+          --export------> runs/NAME/exports/FORMAT/
+
+commands:
+{commands}
+
+  fledge demo                                        every stage on a laptop, in minutes
+  fledge run experiment=llama31_8b name=first        a whole run
+  fledge train experiment=llama31_8b name=first train.lr=5e-5
+  torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first
+  fledge COMMAND --cfg job                           show the resolved configuration
+  fledge COMMAND --help                              groups and options
+
+Every option, with its meaning: conf/schema.py. HYDRA_FULL_ERROR=1 shows the traceback of an error.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `fledge COMMAND [overrides]`; exit code 2 for what the user can fix."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        lines = "\n".join(f"  {name:<11} {meaning}" for name, (_, meaning) in COMMANDS.items())
+        print(USAGE.format(commands=lines))
+        return
+    if arguments[0] == "--version":
+        print(importlib.import_module("fledge").__version__)
+        return
+    command, *overrides = arguments
+    if command not in COMMANDS:
+        _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    if command == "demo":
+        named = {override.split("=")[0] for override in overrides}
+        overrides = [o for o in ("experiment=demo", "name=demo") if o.split("=")[0] not in named] + overrides
+    run_command(command, overrides)
+
+
+def run_command(command: str, overrides: list[str]) -> None:
+    """Compose the configuration from overrides and hand it to the function of a command."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
+    sys.argv = [f"fledge {command}", *overrides]
+    task = _task(command, show_traceback)
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if show_traceback:
+            raise
+        _fail(explain(error))
+
+
+def _task(command: str, show_traceback: bool) -> Any:
+    def task(composed: Any) -> None:
+        try:
+            config = OmegaConf.to_object(composed)
+            assert isinstance(config, Config)
+            validate(config)
+            _quiet_libraries()
+            module, function = COMMANDS[command][0].split(":")
+            getattr(importlib.import_module(module), function)(config)
+        except (ValueError, OmegaConfBaseException) as error:
+            if show_traceback:
+                raise
+            _fail(explain(error))
+        except KeyboardInterrupt:
+            print("fledge: interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+
+    return task
+
+
+def _quiet_libraries() -> None:
+    """Progress and results are ours to print; libraries speak from warnings up."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"fledge: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(error: BaseException) -> str:
+    """Say in one line what is wrong with an option: its dotted name and what is allowed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _explain_option(cause)
+        cause = cause.__cause__
+    return " ".join(str(error).split("Config search path")[0].split())
+
+
+def _explain_option(error: OmegaConfBaseException) -> str:
+    option = error.full_key or ""
+    text = " ".join((error.msg or str(error)).split("\n")[0].split())
+    name = option.rpartition(".")[2]
+    if isinstance(error, MissingMandatoryValue) or "missing mandatory value" in text.lower():
+        return f"{option} is required: give {option}=... or an experiment that sets it"
+    owner = error.object_type
+    if owner is not None and is_dataclass(owner) and name not in (allowed := [f.name for f in fields(owner)]):
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"did you mean {option.removesuffix(name)}{close[0]}? " if close else ""
+        return f"{option} is not an option: {hint}allowed are {', '.join(allowed)}"
+    return f"{option}: {text}"

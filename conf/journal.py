@@ -1,0 +1,73 @@
+"""An append-only file of records: one JSON object a line, keyed by id, that survives being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Check = Callable[[dict[str, Any]], "str | None"]  # says what is wrong with a record, or None
+
+
+def read_journal(path: Path, check: Check | None = None) -> Iterator[dict[str, Any]]:
+    """Read the records of a journal.
+
+    Raises:
+        ValueError: a line is malformed, named by file and number.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield _parse(path, number, line, check)
+
+
+def _parse(path: Path, number: int, line: bytes, check: Check | None) -> dict[str, Any]:
+    cure = "delete the line and run the stage again"
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} line {number} is malformed ({error}): {cure}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+        raise ValueError(f"{path} line {number} has no id: {cure}")
+    problem = check(record) if check else None
+    if problem:
+        raise ValueError(f"{path} line {number} ({record['id']}): {problem}; {cure}")
+    return record
+
+
+class Journal:
+    """Appends records; a kill leaves at worst one torn last line, which opening drops.
+
+    Attributes:
+        done: ids of the records that are there.
+    """
+
+    def __init__(self, path: Path, check: Check | None = None) -> None:
+        self._path = path
+        self.done = self._recover(check) if path.exists() else set()
+        self._file = open(path, "ab")  # noqa: SIM115
+
+    def _recover(self, check: Check | None) -> set[str]:
+        ids: set[str] = set()
+        whole = 0
+        with open(self._path, "rb+") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    ids.add(_parse(self._path, number, line, check)["id"])
+                    whole += len(line)
+            file.truncate(whole)
+        return ids
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records, one line each, and make them durable."""
+        for record in records:
+            assert record["id"] not in self.done, f"{record['id']} is there already"
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self.done.add(record["id"])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,46 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 10.0
+
+
+class Progress(tqdm):
+    """A tqdm bar that writes whole lines where there is no terminal.
+
+    Args:
+        what: shown first.
+        total: units of work in all.
+        unit: of the count.
+        done: units finished by an earlier start.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self._terminal = sys.stderr.isatty()
+        layout: dict[str, Any] = {}
+        if not self._terminal:
+            layout = {"bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {elapsed} < {remaining}{postfix}"}
+        super().__init__(
+            total=total,
+            initial=done,
+            desc=what,
+            unit=f" {unit}",
+            unit_scale=total > 100_000,
+            mininterval=0.5 if self._terminal else LINE_EVERY_S,
+            dynamic_ncols=self._terminal,
+            **layout,
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Draw the bar, or print a line."""
+        if self._terminal:
+            return super().display(msg, pos)
+        line = str(self) if msg is None else msg
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        return True

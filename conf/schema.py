@@ -1,0 +1,272 @@
+"""Every option of fledge, typed once. `Config` is the root; each group of options is one dataclass.
+
+Values of type `Optional[...] = None` are derived (from the verifier, mostly) and recorded in the manifest of the stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from omegaconf import MISSING
+
+
+class Dtype(Enum):
+    """A floating-point format, named as in torch."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class WandbMode(Enum):
+    """Where W&B records go: its servers, a local folder, nowhere."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class ExportFormat(Enum):
+    """Checkpoint format written by `fledge export`."""
+
+    plain = "plain"
+
+
+class Device(Enum):
+    """Where a model runs; auto takes the first GPU, or the CPU if there is none."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class VerifierConfig:
+    """The frozen model whose output is preserved."""
+
+    path: str = MISSING  # local folder, hub id, or "embedded" for the small verifier made on this machine
+    revision: str | None = None  # hub branch, tag or commit
+    dtype: Dtype = Dtype.bfloat16
+    device: Device = Device.auto
+
+
+@dataclass
+class DraftConfig:
+    """The draft head to train; None takes the verifier's value."""
+
+    aux_layers: list[int] | None = None  # 0-based decoder layers whose outputs are fed; None: 1, L/2-1, L-4
+    vocab_size: int | None = 32000  # draft vocabulary; None: the verifier's, in full
+    num_layers: int = 1
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    fc_norm: bool = True  # EAGLE-3.1: one RMSNorm per aux state before fc
+    norm_output: bool = True  # EAGLE-3.1: the state fed onward is the normed one
+    norm_before_residual: bool = False  # the residual of the first layer is the normed state
+    train_lm_head: bool = True  # false keeps the verifier's rows
+
+
+@dataclass
+class SourceConfig:
+    """One source of prompts."""
+
+    path: str = MISSING  # hub id, local JSON/JSONL/Parquet file or folder, or "embedded"
+    name: str | None = None  # first part of each id; None: the last part of path
+    split: str = "train"
+    revision: str | None = None
+    limit: int | None = None  # prompts taken, from the start; None: all
+
+
+@dataclass
+class DataConfig:
+    """Prompts the verifier answers."""
+
+    sources: list[SourceConfig] = MISSING
+    heldout_share: float = 0.02  # share of conversations, chosen by id, answered greedily and never trained on
+    seed: int = 0  # of the embedded prompts
+
+
+@dataclass
+class SynthesizeConfig:
+    """How the verifier answers."""
+
+    max_tokens: int = 1024  # tokens an answer
+    temperature: float = 0.7  # 0 is greedy; held-out conversations are always greedy
+    top_p: float = 1.0
+    batch_size: int = 64  # conversations generated together
+    seed: int = 0
+
+
+@dataclass
+class DumpConfig:
+    """How hidden states are recorded."""
+
+    folder: str | None = None  # where the store goes; None: hidden_states in the run folder
+    max_length: int = 4096  # tokens; longer conversations are left out and counted
+    batch_tokens: int = 8192  # tokens (padding included) of one verifier forward
+    shard_tokens: int = 500_000  # a shard is closed at the sample that reaches this
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation of the draft head."""
+
+    ttt_steps: int = 7  # draft steps unrolled (training-time test)
+    gamma: float = 0.8  # step k weighs gamma^k in the loss
+    epochs: int = 10
+    max_steps: int | None = None  # optimizer steps; overrides epochs
+    batch_tokens: int = 4096  # tokens of a packed micro-batch
+    micro_batches: int = 1  # micro-batches a rank accumulates in an optimizer step
+    lr: float = 1e-4
+    min_lr_share: float = 0.1  # of lr, reached at the last step of the cosine
+    warmup_share: float = 0.02  # of all steps, linear
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.5
+    dtype: Dtype = Dtype.bfloat16  # with float32 master weights
+    seed: int = 0
+    log_every: int = 10  # steps
+    heldout_every: int = 200  # steps between measurements of held-out acceptance length
+    save_every: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 2  # the newest that stay
+    num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere torchrun decides
+    verify_checksums: bool = True  # read every shard once before the first step
+
+
+@dataclass
+class DeepSpeedConfig:
+    """DeepSpeed options; its own configuration is derived from these and `train`."""
+
+    zero_stage: int = 2
+    offload_optimizer: bool = False  # optimizer states and step on the CPU
+
+
+@dataclass
+class EvaluateConfig:
+    """Measurement of acceptance length by decoding."""
+
+    questions: str = MISSING  # hub id, JSONL in MT-Bench's form, or "embedded"
+    questions_split: str = "train"
+    num_draft_tokens: int = 3  # tokens proposed a round
+    max_tokens: int = 1024  # tokens an answer
+    questions_per_category: int | None = None  # None: all
+    heldout_prompts: int = 64  # held-out conversations decoded too, to compare with what training walked; 0: none
+    baselines: bool = True  # measure an untrained head and prompt-lookup drafting beside
+    checkpoint: str | None = None  # folder of a head; None: the newest checkpoint of the run
+
+
+@dataclass
+class ExportConfig:
+    """The checkpoint that engines serve."""
+
+    format: ExportFormat = ExportFormat.plain
+    dtype: Dtype = Dtype.bfloat16
+    checkpoint: str | None = None  # folder of a head; None: the newest checkpoint of the run
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; metrics.jsonl is always written."""
+
+    wandb: WandbMode = WandbMode.offline
+    project: str = "fledge"
+    entity: str | None = None
+
+
+@dataclass
+class Config:
+    """One run: a name, a folder, and the options of every stage."""
+
+    name: str = MISSING  # the run folder is runs_dir/name
+    runs_dir: str = "runs"
+    overwrite: bool = False  # make an artifact anew when it was made with other settings
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    dump: DumpConfig = field(default_factory=DumpConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder that holds every artifact of the run."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def conversations_folder(self) -> Path:
+        """Folder of the regenerated conversations."""
+        return self.run_folder / "conversations"
+
+    @property
+    def hidden_states_folder(self) -> Path:
+        """Folder of the hidden-state store."""
+        return Path(self.dump.folder) if self.dump.folder else self.run_folder / "hidden_states"
+
+    @property
+    def training_folder(self) -> Path:
+        """Folder of checkpoints and metrics."""
+        return self.run_folder / "training"
+
+
+def validate(config: Config) -> None:
+    """Check values against their ranges and against each other.
+
+    Raises:
+        ValueError: names the option, what is required and what was given.
+    """
+    at_least_one = {
+        "draft.num_layers": config.draft.num_layers,
+        "synthesize.max_tokens": config.synthesize.max_tokens,
+        "synthesize.batch_size": config.synthesize.batch_size,
+        "dump.max_length": config.dump.max_length,
+        "dump.batch_tokens": config.dump.batch_tokens,
+        "dump.shard_tokens": config.dump.shard_tokens,
+        "train.ttt_steps": config.train.ttt_steps,
+        "train.epochs": config.train.epochs,
+        "train.batch_tokens": config.train.batch_tokens,
+        "train.micro_batches": config.train.micro_batches,
+        "train.log_every": config.train.log_every,
+        "train.heldout_every": config.train.heldout_every,
+        "train.save_every": config.train.save_every,
+        "train.keep_checkpoints": config.train.keep_checkpoints,
+        "train.num_processes": config.train.num_processes,
+        "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
+        "evaluate.max_tokens": config.evaluate.max_tokens,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    bounds = {
+        "data.heldout_share": (config.data.heldout_share, 0.0, 0.9),
+        "synthesize.top_p": (config.synthesize.top_p, 0.0, 1.0),
+        "synthesize.temperature": (config.synthesize.temperature, 0.0, 10.0),
+        "train.gamma": (config.train.gamma, 0.0, 1.0),
+        "train.warmup_share": (config.train.warmup_share, 0.0, 1.0),
+        "train.min_lr_share": (config.train.min_lr_share, 0.0, 1.0),
+        "deepspeed.zero_stage": (config.deepspeed.zero_stage, 0, 3),
+    }
+    for name, (bounded, low, high) in bounds.items():
+        if not low <= bounded <= high:
+            raise ValueError(f"{name} must lie between {low} and {high}, got {bounded}")
+    if len(config.train.betas) != 2:
+        raise ValueError(f"train.betas must be two numbers, got {config.train.betas}")
+    if config.train.max_steps is not None and config.train.max_steps < 1:
+        raise ValueError(f"train.max_steps must be at least 1, got {config.train.max_steps}")
+    if config.train.lr <= 0:
+        raise ValueError(f"train.lr must be above 0, got {config.train.lr}")
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise ValueError(f"name must be a plain folder name, got {config.name!r}; use runs_dir for the place")
+    if config.train.dtype is Dtype.bfloat16 and config.deepspeed.zero_stage == 0:
+        raise ValueError(
+            "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
+            "DeepSpeed keeps no float32 master weights at stage 0"
+        )
+    if config.train.dtype is Dtype.float16:
+        raise ValueError("train.dtype must be float32 or bfloat16, got float16: its range is too small for the head")

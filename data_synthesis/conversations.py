@@ -1,0 +1,32 @@
+"""The file of regenerated conversations: `{id, source, messages, finish_reasons, usage}` a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..conf.journal import Journal, read_journal
+from .chat import check_messages
+
+FILE = "conversations.jsonl"
+
+
+def _check(record: dict[str, Any]) -> str | None:
+    if not isinstance(record.get("finish_reasons"), list):
+        return "finish_reasons must be a list"
+    return check_messages(record.get("messages"))
+
+
+def open_conversations(folder: Path) -> Journal:
+    """Open the conversations of a folder for appending."""
+    return Journal(folder / FILE, _check)
+
+
+def read_conversations(folder: Path) -> Iterator[dict[str, Any]]:
+    """Read finished conversations.
+
+    Raises:
+        ValueError: a line is malformed, named by file and number.
+    """
+    return read_journal(folder / FILE, _check)

@@ -1,0 +1,126 @@
+"""The hidden-state store: a few large safetensors shards, the tokens of many samples laid end to end in each.
+
+| tensor              | shape    | dtype                                                               |
+|---------------------|----------|---------------------------------------------------------------------|
+| `input_ids`         | [N]      | int32                                                               |
+| `loss_mask`         | [N]      | uint8, 1 where the verifier produced the token (end-of-turn too)    |
+| `sample_offsets`    | [S+1]    | int64                                                               |
+| `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                    |
+| `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)         |
+
+The ids of a shard's samples are in its safetensors metadata (`sample_ids`, JSON).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..conf.artifact import commit, file_digest, read_manifest
+
+VOCABULARY_FILE = "vocab_map.safetensors"
+
+
+@dataclass
+class Sample:
+    """One conversation of T tokens with what the verifier saw."""
+
+    id: str
+    input_ids: Tensor  # int32 [T]
+    loss_mask: Tensor  # uint8 [T]
+    aux_hidden_states: Tensor  # [T, A*H]
+    last_hidden_state: Tensor  # [T, H]
+
+
+def shard_name(number: int) -> str:
+    """Give the file name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, Any]:
+    """Write samples as one shard, durably, and give its entry for the manifest."""
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    tensors = {
+        "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
+        "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
+        "sample_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        "aux_hidden_states": torch.cat([sample.aux_hidden_states for sample in samples]).contiguous(),
+        "last_hidden_state": torch.cat([sample.last_hidden_state for sample in samples]).contiguous(),
+    }
+    path = folder / shard_name(number)
+    temporary = folder / f".{path.name}.tmp"
+    save_file(tensors, temporary, metadata={"sample_ids": json.dumps([sample.id for sample in samples])})
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    checksum = file_digest(temporary)
+    commit(temporary, path)
+    return {
+        "file": path.name,
+        "samples": len(samples),
+        "tokens": int(lengths.sum()),
+        "counted_tokens": int(tensors["loss_mask"].sum()),
+        "bytes": path.stat().st_size,
+        "sha256": checksum,
+    }
+
+
+class HiddenStateStore:
+    """A complete store, read by sample; shards are mapped, and only what is asked for is copied.
+
+    Raises:
+        ValueError: the store is missing or incomplete, or a shard is missing, truncated or altered (named).
+    """
+
+    def __init__(self, folder: Path, verify_checksums: bool = False) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder, "hidden_states")
+        self._shards: list[Any] = []
+        self.ids: list[str] = []
+        self.lengths: list[int] = []
+        self._places: list[tuple[int, int]] = []  # shard, first token
+        for entry in self.manifest["shards"]:
+            self._open(entry, verify_checksums)
+
+    def _open(self, entry: dict[str, Any], verify_checksum: bool) -> None:
+        path = self.folder / entry["file"]
+        cure = "delete the file and run `fledge dump` again"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: run `fledge dump` again")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {cure}")
+        if verify_checksum and file_digest(path) != entry["sha256"]:
+            raise ValueError(f"{path} does not have the checksum of the manifest, it was altered after writing: {cure}")
+        try:
+            shard = safe_open(path, framework="pt")
+            shard.__enter__()
+            offsets = shard.get_tensor("sample_offsets").tolist()
+            ids = json.loads(shard.metadata()["sample_ids"])
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}): {cure}") from None
+        self._places.extend((len(self._shards), start) for start in offsets[:-1])
+        self._shards.append(shard)
+        self.ids.extend(ids)
+        self.lengths.extend(end - start for start, end in itertools.pairwise(offsets))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        shard_number, start = self._places[index]
+        shard, end = self._shards[shard_number], start + self.lengths[index]
+
+        def cut(name: str) -> Tensor:
+            return shard.get_slice(name)[start:end]
+
+        return Sample(
+            self.ids[index], cut("input_ids"), cut("loss_mask"), cut("aux_hidden_states"), cut("last_hidden_state")
+        )

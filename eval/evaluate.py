@@ -1,0 +1,168 @@
+"""The evaluate stage: acceptance length by decoding, per category, beside an untrained head and prompt lookup."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..conf.artifact import artifact, digest, file_digest, read_manifest, write_json
+from ..conf.journal import Journal, read_journal
+from ..conf.progress import Progress
+from ..conf.schema import Config
+from ..data_synthesis.chat import prompt_tokens
+from ..models.draft_head import DraftHead, initialise
+from ..models.formats import WEIGHTS, check_verifier, head_folder, load_head
+from ..models.verifier import Verifier, VerifierWeights, verifier_identity
+from ..models.vocabulary import VocabularyMap
+from .draft_decoder import DraftDecoder
+from .metrics import count, macro_acceptance_length
+from .prompt_lookup import NoDraft, PromptLookup
+from .questions import HELDOUT, Question, load_heldout, load_questions
+from .report import print_table, write_report
+from .speculative import Drafter, speculate
+
+RECORDS, ACCEPTANCE = "questions.jsonl", "acceptance.json"
+TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
+
+
+def evaluate(config: Config) -> None:
+    """Decode the questions speculatively and write runs/<name>/evaluation/."""
+    options = config.evaluate
+    identity = verifier_identity(config.verifier)
+    source = head_folder(options.checkpoint, config.training_folder)
+    head, record = load_head(source)
+    check_verifier(record, identity, source)
+    questions = load_questions(options) + _heldout(config)
+    settings = {
+        "verifier": identity,
+        "verifier_dtype": config.verifier.dtype.value,
+        "head": file_digest(source / WEIGHTS),
+        "questions": digest([[q.id, q.category, q.turns, q.answers] for q in questions]),
+        "num_draft_tokens": options.num_draft_tokens,
+        "max_tokens": options.max_tokens,
+        "baselines": options.baselines,
+    }
+    with artifact(config.run_folder / "evaluation", "evaluation", settings, config.overwrite) as target:
+        if not target.complete:
+            _decode_all(config, head, questions, target.folder)
+            results = _summarise(config, source, record, questions, target.folder)
+            write_json(target.folder / ACCEPTANCE, results)
+            target.finish()
+        results = write_report(target.folder, config.training_folder)
+        print_table(results)
+        print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}")
+
+
+def _heldout(config: Config) -> list[Question]:
+    """Give held-out conversations of the run; none where the run has no conversations of its own (a foreign head)."""
+    folder = config.conversations_folder
+    if not config.evaluate.heldout_prompts or not (folder / "manifest.json").exists():
+        return []
+    share = read_manifest(folder, "conversations")["settings"]["heldout_share"]
+    return load_heldout(folder, share, config.evaluate.heldout_prompts)
+
+
+def _decode_all(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
+    journal = Journal(folder / RECORDS)
+    left = [question for question in questions if question.id not in journal.done]
+    if left:
+        verifier = Verifier.load(config.verifier, list(head.config.aux_layers))
+        drafters = _drafters(config, head, verifier)
+        progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
+        for question in left:
+            used = drafters if question.category != HELDOUT else {TRAINED: drafters[TRAINED]}
+            journal.append([decode_question(verifier, used, question, config)])
+            progress.update()
+        progress.close()
+    journal.close()
+
+
+def _drafters(config: Config, head: DraftHead, verifier: Verifier) -> dict[str, Drafter]:
+    weights = VerifierWeights(config.verifier)
+    dtype = getattr(torch, config.verifier.dtype.value)
+    embedding = weights.embedding().to(verifier.device, dtype)
+    capacity = head.config.max_position_embeddings + config.evaluate.num_draft_tokens
+    drafters: dict[str, Drafter] = {TRAINED: DraftDecoder(head.to(verifier.device, dtype), embedding, capacity)}
+    if config.evaluate.baselines:
+        untrained = DraftHead(head.config, VocabularyMap(head.d2t, head.t2d))
+        initialise(untrained, weights.lm_head(), config.train.seed)
+        drafters[UNTRAINED] = DraftDecoder(untrained.to(verifier.device, dtype), embedding, capacity)
+        drafters[LOOKUP] = PromptLookup()
+    return drafters
+
+
+def decode_question(
+    verifier: Verifier, drafters: dict[str, Drafter], question: Question, config: Config
+) -> dict[str, Any]:
+    """Answer a question's turns with the verifier alone and with each drafter; give its record."""
+    options = config.evaluate
+    answers: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for _ in question.turns:
+        prompt = prompt_tokens(verifier.tokenizer, question.history(texts))
+        alone = speculate(verifier, NoDraft(), prompt, options.num_draft_tokens, options.max_tokens)
+        texts.append(str(verifier.tokenizer.decode(alone.tokens, skip_special_tokens=True)))
+        by_drafter = {}
+        for name, drafter in drafters.items():
+            decoded = speculate(verifier, drafter, prompt, options.num_draft_tokens, options.max_tokens)
+            by_drafter[name] = {
+                "drafted": decoded.drafted,
+                "accepted": decoded.accepted,
+                "seconds": decoded.seconds,
+                "equals_verifier": decoded.tokens == alone.tokens,
+            }
+        answers.append(
+            {
+                "text": texts[-1],
+                "prompt_tokens": len(prompt),
+                "output_tokens": len(alone.tokens),
+                "seconds_alone": alone.seconds,
+                "drafters": by_drafter,
+            }
+        )
+    return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
+
+
+def _summarise(
+    config: Config, source: Path, record: dict[str, Any], questions: list[Question], folder: Path
+) -> dict[str, Any]:
+    """Make acceptance.json of the records."""
+    records = list(read_journal(folder / RECORDS))
+    asked = [r for r in records if r["category"] != HELDOUT]
+    heldout = [r for r in records if r["category"] == HELDOUT]
+    num = config.evaluate.num_draft_tokens
+    names = list(asked[0]["answers"][0]["drafters"])
+    categories = list(dict.fromkeys(question.category for question in questions if question.category != HELDOUT))
+    alone = [answer for r in asked for answer in r["answers"]]
+    equal = [d["equals_verifier"] for r in records for a in r["answers"] for d in a["drafters"].values()]
+    return {
+        **count(asked, TRAINED, num).as_dict(),
+        "macro_acceptance_length": macro_acceptance_length(asked, TRAINED, num),
+        "num_draft_tokens_per_round": num,
+        "temperature": 0.0,
+        "drafting": "chain",
+        "dtype": config.verifier.dtype.value,
+        "questions": config.evaluate.questions,
+        "num_questions": len(asked),
+        "max_tokens": config.evaluate.max_tokens,
+        "definition": "acceptance_length = 1 + num_accepted_tokens / num_drafts, bonus token included, over all rounds",
+        "verifier": record["verifier"],
+        "head": os.path.relpath(source, config.run_folder),
+        "lossless": {"decoded_answers": len(equal), "equal_to_verifier": sum(equal)},
+        "verifier_alone_tokens_per_s": sum(a["output_tokens"] for a in alone) / sum(a["seconds_alone"] for a in alone),
+        "by_category": {
+            category: {
+                name: count([r for r in asked if r["category"] == category], name, num).as_dict() for name in names
+            }
+            for category in categories
+        },
+        "baselines": {name: count(asked, name, num).as_dict() for name in names if name != TRAINED},
+        "heldout": {
+            "num_conversations": len(heldout),
+            "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
+            "walked_acceptance_length": record["heldout"].get(f"acceptance_length_{num}"),
+        },
+    }

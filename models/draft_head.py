@@ -1,0 +1,244 @@
+"""The EAGLE-3 draft head (arXiv:2503.01840), in the forms that vLLM, SGLang and TensorRT-LLM serve.
+
+Row r holds the state of position r and the embedding of token r+1, at rotary position r, and predicts token r+2:
+
+    position   0  1  2  3  4
+    token      u  v  A  B  <eot>
+    row 1      state a_1, token A (x_2), rotary position 1 -> predicts B (x_3)
+
+Sequences are laid end to end without a batch dimension: T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from ..conf.schema import DraftConfig
+from .verifier import default_aux_layers
+from .vocabulary import VocabularyMap
+
+# (layer index, queries [T, heads, D], keys [T, kv_heads, D], values [T, kv_heads, D]) -> [T, heads, D]
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DraftHeadConfig:
+    """Everything that determines the shape and the arithmetic of a draft head."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    verifier_hidden_size: int
+    aux_layers: tuple[int, ...]
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rms_norm_eps: float = 1e-5
+    num_layers: int = 1
+    fc_norm: bool = True
+    norm_output: bool = True
+    norm_before_residual: bool = False
+
+    @classmethod
+    def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
+        """Derive the head's shape from the options and the verifier's language-model configuration."""
+        heads = draft.num_attention_heads or verifier.num_attention_heads
+        head_dim = (
+            draft.head_dim
+            or getattr(verifier, "head_dim", None)
+            or verifier.hidden_size // verifier.num_attention_heads
+        )
+        aux_layers = (
+            draft.aux_layers if draft.aux_layers is not None else default_aux_layers(verifier.num_hidden_layers)
+        )
+        kv_heads = draft.num_key_value_heads or verifier.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"draft.num_attention_heads ({heads}) must be a multiple of draft.num_key_value_heads ({kv_heads})"
+            )
+        return cls(
+            hidden_size=verifier.hidden_size,
+            intermediate_size=draft.intermediate_size or verifier.intermediate_size,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=verifier.vocab_size,
+            draft_vocab_size=draft.vocab_size or verifier.vocab_size,
+            verifier_hidden_size=verifier.hidden_size,
+            aux_layers=tuple(sorted(aux_layers)),
+            max_position_embeddings=verifier.max_position_embeddings,
+            rope_parameters=dict(verifier.rope_parameters),
+            rms_norm_eps=verifier.rms_norm_eps,
+            num_layers=draft.num_layers,
+            fc_norm=draft.fc_norm,
+            norm_output=draft.norm_output,
+            norm_before_residual=draft.norm_before_residual,
+        )
+
+    def llama_config(self) -> LlamaConfig:
+        """Give the Llama configuration of the head's layers (rotary embedding, export)."""
+        return LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            num_hidden_layers=self.num_layers,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters=dict(self.rope_parameters),
+            rms_norm_eps=self.rms_norm_eps,
+            tie_word_embeddings=False,
+        )
+
+
+class SelfAttention(nn.Module):
+    """Projections of grouped-query attention; the keys it sees are the caller's business."""
+
+    def __init__(self, config: DraftHeadConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        width = config.hidden_size * (2 if layer == 0 else 1)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=1)
+        return self.o_proj(attention(self.layer, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """A decoder layer; the first one reads [norm(embedding), norm(state)]."""
+
+    def __init__(self, config: DraftHeadConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if layer == 0 else None
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.norm_before_residual = config.norm_before_residual
+
+    def forward(self, embedding: Tensor, state: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        residual = state
+        if self.hidden_norm is not None:
+            normed = self.hidden_norm(state)
+            x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+            residual = normed if self.norm_before_residual else state
+        else:
+            x = self.input_layernorm(state)
+        x = residual + self.self_attn(x, rotary, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DraftHead(nn.Module):
+    """The trained network: `fuse` once per position, then `step` per draft token, then `lm_head` on the normed state.
+
+    The token embedding is the verifier's and not part of it.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: DraftHeadConfig, vocabulary: VocabularyMap | None = None) -> None:
+        super().__init__()
+        self.config = config
+        num_aux, width = len(config.aux_layers), config.verifier_hidden_size
+        self.fc_norm = (
+            nn.ModuleList(nn.RMSNorm(width, config.rms_norm_eps) for _ in range(num_aux)) if config.fc_norm else None
+        )
+        self.fc = nn.Linear(num_aux * width, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        if vocabulary is None:
+            assert config.draft_vocab_size == config.vocab_size, "a reduced vocabulary needs its map"
+            vocabulary = VocabularyMap(
+                d2t=torch.zeros(config.vocab_size, dtype=torch.int64),
+                t2d=torch.ones(config.vocab_size, dtype=torch.bool),
+            )
+        self.register_buffer("d2t", vocabulary.d2t, persistent=False)
+        self.register_buffer("t2d", vocabulary.t2d, persistent=False)
+        # In a tuple, so that a cast of the head to bf16 does not round the frequencies.
+        self._rotary = (LlamaRotaryEmbedding(config.llama_config()),)
+
+    @property
+    def target_ids(self) -> Tensor:
+        """Give the verifier's id of every draft token (int64 [Vd])."""
+        return VocabularyMap(self.d2t, self.t2d).target_ids
+
+    def rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Give cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
+        cos, sin = self._rotary[0](like, positions[None])
+        return cos[0], sin[0]
+
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """Give the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
+        if self.fc_norm is not None:
+            parts = aux_hidden_states.split(self.config.verifier_hidden_size, dim=-1)
+            aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(aux_hidden_states)
+
+    def step(
+        self, embedding: Tensor, state: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """Run one draft step on T rows.
+
+        Args:
+            embedding: [T, H], of the token fed.
+            state: [T, H], `fuse` at step 0, the state of the step before after that.
+            rotary: cosine and sine at the rows' positions.
+            attention: joins these rows' queries with the keys they may see.
+
+        Returns:
+            The state to feed onward and the normed state that `lm_head` multiplies, [T, H] each (one and the same
+            for EAGLE-3.1's `norm_output`).
+        """
+        for layer in self.layers:
+            state = layer(embedding, state, rotary, attention)
+        normed = self.norm(state)
+        return (normed if self.config.norm_output else state), normed
+
+
+def initialise(head: DraftHead, verifier_lm_head: Tensor, seed: int) -> None:
+    """Draw a head's weights by seed; `lm_head` takes the verifier's rows of the draft vocabulary.
+
+    Args:
+        verifier_lm_head: [V, H].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif name == "lm_head.weight" and verifier_lm_head.shape[1] == parameter.shape[1]:
+                parameter.copy_(verifier_lm_head[head.target_ids.cpu()])
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)

@@ -1,0 +1,348 @@
+"""A small Llama that is trained on this machine in a few minutes, as the verifier of demos and tests without a hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from filelock import FileLock
+from fledge.models.embedded import corpus, library_text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, PAD, START, MESSAGE, END = "<|begin|>", "<|pad|>", "<|start|>", "<|message|>", "<|end|>"
+SPECIAL_TOKENS = (BOS, PAD, START, MESSAGE, END)
+
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    f"{{{{- '{START}' + message['role'] + '{MESSAGE}' -}}}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    f"{{%- generation -%}}{{{{- message['content'] + '{END}' -}}}}{{%- endgeneration -%}}"
+    "{%- else -%}"
+    f"{{{{- message['content'] + '{END}' -}}}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    f"{{%- if add_generation_prompt -%}}{{{{- '{START}assistant{MESSAGE}' -}}}}{{%- endif -%}}"
+)
+
+_TOKENIZER_CONVERSATIONS = 4000
+_POOL_BATCHES = 64
+_LOG_SECONDS = 10.0
+_LOSS_WINDOW = 100
+
+
+@dataclass(frozen=True)
+class EmbeddedSettings:
+    """Sizes and training of the embedded verifier; equal settings give equal weights on one machine.
+
+    `batch_tokens` is the number of padded tokens of a step at most, `max_length` cuts a conversation off (tokens),
+    `other_weight` is the loss weight of the tokens that are not part of an assistant's answer. `init` and
+    `embedding_init` are the standard deviations of the initial weights and of the initial token embeddings.
+    """
+
+    hidden_size: int = 192
+    num_layers: int = 8
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 384
+    max_positions: int = 2048
+    vocab_size: int = 1600
+    num_conversations: int = 12000
+    steps: int = 2000
+    batch_tokens: int = 640
+    max_length: int = 512
+    lr: float = 2e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    other_weight: float = 0.2
+    init: float = 0.06
+    embedding_init: float = 0.5
+    seed: int = 0
+
+
+# tokenizer ----------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with the chat template on the corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    conversations = corpus.training_conversations(
+        min(settings.num_conversations, _TOKENIZER_CONVERSATIONS), settings.seed
+    )
+    texts = (
+        text for messages in conversations for message in messages for text in (message["role"], message["content"])
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START, MESSAGE],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=settings.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# data ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One tokenized conversation: token ids and the loss weight of each."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+def _document(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], settings: EmbeddedSettings
+) -> _Document:
+    """Render `messages` as the chat template does, with weight 1 on answers and their end-of-turn token."""
+    bos, start, message_id, end = tokenizer.convert_tokens_to_ids([BOS, START, MESSAGE, END])
+    ids, weights = [bos], [settings.other_weight]
+    for message in messages:
+        header = [start, *tokenizer.encode(message["role"], add_special_tokens=False), message_id]
+        body = [*tokenizer.encode(message["content"], add_special_tokens=False), end]
+        ids += header + body
+        body_weight = 1.0 if message["role"] == "assistant" else settings.other_weight
+        weights += [settings.other_weight] * len(header) + [body_weight] * len(body)
+    return _Document(ids[: settings.max_length], weights[: settings.max_length])
+
+
+def _grouped(documents: list[_Document], batch_tokens: int) -> list[list[_Document]]:
+    """Group `documents` by length into batches of at most `batch_tokens` padded tokens (one document at least)."""
+    batches: list[list[_Document]] = [[]]
+    for document in sorted(documents, key=lambda item: len(item.ids)):
+        if batches[-1] and (len(batches[-1]) + 1) * len(document.ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(document)
+    return batches
+
+
+def _batches(documents: list[_Document], settings: EmbeddedSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches without end: token ids (B, T) and loss weights (B, T), right-padded with weight 0."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    while True:
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        batches = _grouped([documents[index] for index in order], settings.batch_tokens)
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield _padded(batches[index])
+
+
+def _padded(batch: list[_Document]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the ids (B, T) and weights (B, T) of `batch`, T its longest document."""
+    length = max(len(document.ids) for document in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    weights = torch.zeros(len(batch), length)
+    for row, document in enumerate(batch):
+        ids[row, : len(document.ids)] = torch.tensor(document.ids)
+        weights[row, : len(document.ids)] = torch.tensor(document.weights)
+    return ids, weights
+
+
+# training -----------------------------------------------------------------------------------------------------------
+
+
+def _model(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Build the untrained Llama with the tokenizer's special ids.
+
+    The head starts as the scaled embeddings, untied: so a layer that passes a token on already names it, and the model
+    learns within the few steps to copy names and numbers out of the prompt.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=settings.max_positions,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, _deviation(name, settings))
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight * (settings.init / settings.embedding_init))
+    return model
+
+
+def _deviation(name: str, settings: EmbeddedSettings) -> float:
+    """Give the initial standard deviation of matrix `name`: small where a layer writes into the residual stream."""
+    if "embed_tokens" in name:
+        return settings.embedding_init
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return settings.init / math.sqrt(2 * settings.num_layers) if writes else settings.init
+
+
+def _rate(step: int, settings: EmbeddedSettings) -> float:
+    """Give the learning rate of `step`: linear warm-up, then a cosine down to a twentieth."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the weighted mean loss and, detached, the mean loss over answer tokens alone (nats a token)."""
+    logits = model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    answer = weights == 1.0
+    return (losses * weights).sum() / weights.sum(), losses.detach()[answer].mean()
+
+
+class _Progress:
+    """Show step and loss: a progress bar on a terminal, else a line on stderr about every ten seconds."""
+
+    def __init__(self, steps: int) -> None:
+        """Start at step 0 of `steps`."""
+        self._bar = tqdm(total=steps, desc="embedded verifier", disable=not sys.stderr.isatty())
+        self._steps, self._step, self._last = steps, 0, time.monotonic()
+
+    def advance(self, loss: float) -> None:
+        """Count one step that ended with the running mean `loss` (nats a token)."""
+        self._step += 1
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._bar.update()
+        due = time.monotonic() - self._last >= _LOG_SECONDS or self._step == self._steps
+        if self._bar.disable and due:
+            print(f"embedded verifier: step {self._step}/{self._steps}, loss {loss:.3f}", file=sys.stderr, flush=True)
+            self._last = time.monotonic()
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self._bar.close()
+
+
+def _train(model: LlamaForCausalLM, documents: list[_Document], settings: EmbeddedSettings) -> float:
+    """Train `model` in place for `settings.steps` steps and give the mean answer loss of the last ones (nats)."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    plain = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
+    progress, losses = _Progress(settings.steps), []
+    model.train()
+    for step, (ids, weights) in enumerate(islice(_batches(documents, settings), settings.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, settings)
+        loss, answer_loss = _loss(model, ids, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses = [*losses[1 - _LOSS_WINDOW :], float(answer_loss)]
+        progress.advance(sum(losses) / len(losses))
+    progress.close()
+    model.eval()
+    return sum(losses) / len(losses)
+
+
+def _build(settings: EmbeddedSettings, folder: Path) -> None:
+    """Make tokenizer and model and write the checkpoint into `folder`; the caller's random state stays as it was."""
+    tokenizer = _tokenizer(settings)
+    conversations = corpus.training_conversations(settings.num_conversations, settings.seed)
+    documents = [_document(tokenizer, messages, settings) for messages in conversations]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(settings.seed)
+        model = _model(settings, tokenizer)
+        loss = _train(model, documents, settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    facts = {"settings": asdict(settings), "parameters": model.num_parameters(), "answer_loss": loss}
+    (folder / "embedded.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+# cache --------------------------------------------------------------------------------------------------------------
+
+
+def _cache_root(cache_dir: Path | None) -> Path:
+    """Give the cache folder: `cache_dir`, $FLEDGE_CACHE, $XDG_CACHE_HOME/fledge or ~/.cache/fledge, the first set."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    if os.environ.get("FLEDGE_CACHE"):
+        return Path(os.environ["FLEDGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
+
+
+def _key(settings: EmbeddedSettings) -> str:
+    """Hash all that determines the checkpoint: settings, this package's sources, versions and the real text."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    parts = {
+        "settings": asdict(settings),
+        "sources": {path.name: path.read_text(encoding="utf-8") for path in sources},
+        "versions": [platform.python_version(), torch.__version__, transformers.__version__, tokenizers.__version__],
+        "text": [library_text.code_functions(), library_text.math_functions(), library_text.topic_sentences()],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def embedded_verifier(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir: Path | None = None) -> Path:
+    """Give the folder of the embedded verifier's checkpoint, which is trained first if the cache lacks it.
+
+    The folder holds a float32 `LlamaForCausalLM`, its tokenizer and chat template. Several processes may ask at once:
+    one builds, the others wait. A build that dies leaves no folder of the final name.
+    """
+    root = _cache_root(cache_dir) / "embedded_verifier"
+    folder = root / _key(settings)
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            unfinished = root / f"{folder.name}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            _build(settings, unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def main() -> None:
+    """Print the folder of the default embedded verifier and its greedy answers to three held-out questions."""
+    folder = embedded_verifier()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    print(folder)
+    for question in corpus.questions()[::27]:
+        messages = [{"role": "user", "content": question["turns"][0]}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        print(f"\n> {messages[0]['content']}\n{tokenizer.decode(output, skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    main()

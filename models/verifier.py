@@ -1,0 +1,240 @@
+"""The verifier: loading it, capturing its hidden states, and reading the two matrices that training needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..conf.schema import Device, VerifierConfig
+from .embedded.verifier import embedded_verifier
+
+
+def verifier_location(config: VerifierConfig) -> str:
+    """Give the folder or hub id to load from; makes the embedded verifier if it is asked for and not there yet."""
+    return str(embedded_verifier()) if config.path == "embedded" else config.path
+
+
+def torch_device(device: Device) -> torch.device:
+    """Resolve `auto` to the current GPU or the CPU."""
+    if device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "verifier.device is cuda, and this machine has no GPU that torch can use: set it to auto or cpu"
+        )
+    return torch.device(device.value)
+
+
+def load_config(config: VerifierConfig) -> Any:
+    """Load the verifier's language-model configuration (the nested `text_config` where there is one)."""
+    try:
+        loaded = AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
+    except (OSError, KeyError) as error:
+        raise _not_loadable(config, error) from None
+    return loaded.get_text_config()
+
+
+def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
+    """Load the verifier's tokenizer, which must carry a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(verifier_location(config), revision=config.revision)
+    except (OSError, KeyError) as error:
+        raise _not_loadable(config, error) from None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"verifier.path {config.path} has a tokenizer without a chat template: fledge needs a chat model"
+        )
+    return tokenizer
+
+
+def _not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason}")
+
+
+def end_token_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
+    ids: set[int] = set()
+    if model is not None and model.generation_config is not None and model.generation_config.eos_token_id is not None:
+        eos = model.generation_config.eos_token_id
+        ids.update(eos if isinstance(eos, list) else [eos])
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    return sorted(ids)
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """Give the decoder layers whose outputs are fed to a head by default: 1, L/2-1, L-4 (0-based)."""
+    layers = [1, num_layers // 2 - 1, num_layers - 4]
+    if len(set(layers)) < 3 or min(layers) < 0:
+        raise ValueError(
+            f"draft.aux_layers must be given for a verifier of {num_layers} layers: the defaults {layers} collide"
+        )
+    return layers
+
+
+@dataclass
+class VerifierOutput:
+    """What one forward pass yields, for B sequences of T tokens."""
+
+    logits: Tensor  # [B, T or logits_to_keep, V]
+    aux_hidden_states: Tensor  # [B, T, A*H], ascending layers
+    last_hidden_state: Tensor  # [B, T, H], after the final norm: what lm_head multiplies
+
+
+class Verifier:
+    """A causal language model with its tokenizer, whose forward also gives aux and last hidden states."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aux_layers: list[int]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.aux_layers = sorted(aux_layers)
+        self.end_token_ids = end_token_ids(model, tokenizer)
+        self._captured: dict[str, Tensor] = {}
+        decoder = model.get_decoder()
+        if not 0 <= self.aux_layers[0] <= self.aux_layers[-1] < len(decoder.layers):
+            raise ValueError(
+                f"draft.aux_layers must be layers of the verifier, 0 to {len(decoder.layers) - 1}, got {aux_layers}"
+            )
+        for layer in self.aux_layers:
+            decoder.layers[layer].register_forward_hook(self._capture(str(layer)))
+        decoder.norm.register_forward_hook(self._capture("last"))
+
+    def _capture(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._captured[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @classmethod
+    def load(cls, config: VerifierConfig, aux_layers: list[int] | None = None) -> Verifier:
+        """Load model and tokenizer; `aux_layers` None takes the default ones."""
+        tokenizer = load_tokenizer(config)
+        model: Any
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                verifier_location(config), revision=config.revision, dtype=getattr(torch, config.dtype.value)
+            )
+        except OSError as error:
+            raise _not_loadable(config, error) from None
+        model.to(torch_device(config.device))
+        layers = (
+            aux_layers
+            if aux_layers is not None
+            else default_aux_layers(model.config.get_text_config().num_hidden_layers)
+        )
+        return cls(model, tokenizer, layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the verifier's weights."""
+        return self.model.device
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
+        """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
+        logits = self.model(input_ids=input_ids, **arguments).logits
+        captured, self._captured = self._captured, {}
+        aux = torch.cat([captured[str(layer)] for layer in self.aux_layers], dim=-1)
+        return VerifierOutput(logits, aux, captured["last"])
+
+
+class VerifierWeights:
+    """Single tensors of a verifier's checkpoint, read through its safetensors index without loading the model."""
+
+    EMBEDDING = "embed_tokens.weight"
+    LM_HEAD = "lm_head.weight"
+    FINAL_NORM = "model.norm.weight"
+
+    def __init__(self, config: VerifierConfig) -> None:
+        self._location = verifier_location(config)
+        self._revision = config.revision
+        self._config = config
+        index = self._file("model.safetensors.index.json")
+        if index is not None:
+            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        else:
+            single = self._file("model.safetensors")
+            if single is None:
+                raise ValueError(
+                    f"verifier.path {config.path!r} holds no safetensors weights (model.safetensors or its index)"
+                )
+            with self._open(single) as weights:
+                self._files = dict.fromkeys(weights.keys(), "model.safetensors")
+
+    def _file(self, name: str) -> Path | None:
+        if Path(self._location).is_dir():
+            path = Path(self._location) / name
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self._location, name, revision=self._revision))
+        except LocalEntryNotFoundError as error:
+            raise _not_loadable(self._config, error) from None
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, OSError) as error:
+            raise _not_loadable(self._config, error) from None
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except Exception as error:  # safetensors raises its own bare Exception type
+            raise ValueError(f"{path} cannot be read as safetensors ({error}): fetch the verifier again") from None
+
+    def read(self, suffix: str) -> Tensor | None:
+        """Read the one tensor whose name ends with `suffix`; vision towers are passed over; None if there is none."""
+        names = [name for name in self._files if ("." + name).endswith("." + suffix) and "vision" not in name]
+        if not names:
+            return None
+        name = min(names, key=len)
+        path = self._file(self._files[name])
+        if path is None:
+            raise ValueError(
+                f"verifier.path {self._config.path!r}: {self._files[name]} is named by the index and missing"
+            )
+        with self._open(path) as weights:
+            return weights.get_tensor(name)
+
+    def embedding(self) -> Tensor:
+        """Read the token embedding [V, H]."""
+        weight = self.read(self.EMBEDDING)
+        if weight is None:
+            raise ValueError(f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}")
+        return weight
+
+    def lm_head(self) -> Tensor:
+        """Read the output matrix [V, H]; the embedding where the two are tied."""
+        weight = self.read(self.LM_HEAD)
+        return weight if weight is not None else self.embedding()
+
+    def fingerprint(self) -> str:
+        """Hash tensor names and the final norm (16 hex digits): another after any training."""
+        norm = self.read(self.FINAL_NORM)
+        state = hashlib.sha256(json.dumps(sorted(self._files)).encode())
+        if norm is not None:
+            state.update(norm.contiguous().view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()[:16]
+
+
+def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
+    """Describe a verifier for a manifest: what it is called, its sizes, and a fingerprint of its weights."""
+    text = load_config(config)
+    return {
+        "path": config.path,
+        "revision": config.revision,
+        "fingerprint": VerifierWeights(config).fingerprint(),
+        "hidden_size": text.hidden_size,
+        "num_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+    }

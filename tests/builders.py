@@ -1,0 +1,125 @@
+"""Small heads, batches and runs that tests are made of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.vocabulary import build_vocabulary
+from fledge.train.ttt import PackedBatch
+
+
+def make_batch(lengths: list[int], seed: int = 0, vocab: int = 120, hidden: int = 32, aux: int = 3) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return PackedBatch(
+        input_ids=torch.randint(0, vocab, (total,), generator=generator),
+        loss_mask=torch.rand(total, generator=generator) < 0.8,
+        document=document,
+        position=torch.cat([torch.arange(n) for n in lengths]),
+        aux_hidden_states=torch.randn(total, aux * hidden, generator=generator),
+        last_hidden_state=torch.randn(total, hidden, generator=generator),
+        lengths=lengths,
+        sample_ids=[str(i) for i in range(len(lengths))],
+    )
+
+
+def matrices(vocab: int = 120, hidden: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(vocab, hidden, generator=generator), torch.randn(vocab, hidden, generator=generator)
+
+
+def make_head(
+    seed: int = 0, draft_vocab_size: int | None = 100, noise: float = 0.3, vocab_size: int = 120, **changes: object
+) -> DraftHead:
+    """A small random head whose norms are not all ones, so that a forgotten norm shows."""
+    values: dict[str, object] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": draft_vocab_size or vocab_size,
+        "verifier_hidden_size": 32,
+        "aux_layers": (1, 3, 4),
+        "max_position_embeddings": 256,
+        **changes,
+    }
+    config = DraftHeadConfig(**values)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 50, (vocab_size,), generator=generator)
+    head = DraftHead(config, build_vocabulary(counts, config.draft_vocab_size))
+    initialise(head, torch.randn(vocab_size, config.hidden_size, generator=generator), seed)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.dim() == 1:
+                parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return head
+
+
+@dataclass
+class Run:
+    """A run of the command line on the tiny verifier."""
+
+    folder: Path
+    verifier: Path
+    name: str = "run"
+    options: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+    def arguments(self, *overrides: str) -> list[str]:
+        return [
+            "experiment=demo",
+            f"name={self.name}",
+            f"runs_dir={self.folder}",
+            f"verifier.path={self.verifier}",
+            "verifier.device=cpu",
+            "data.sources=[{path:embedded,limit:48}]",
+            "data.heldout_share=0.2",
+            "synthesize.max_tokens=64",
+            "synthesize.batch_size=8",
+            "dump.shard_tokens=500",
+            "draft.vocab_size=300",
+            "train.ttt_steps=3",
+            "train.batch_tokens=256",
+            "train.max_steps=8",
+            "train.save_every=3",
+            "train.log_every=2",
+            "train.heldout_every=4",
+            "train.keep_checkpoints=9",
+            "evaluate.questions_per_category=1",
+            "evaluate.max_tokens=24",
+            "tracking.wandb=disabled",
+            *self.options,
+            *overrides,
+        ]
+
+    def command(self, stage: str, *overrides: str, processes: int = 1) -> list[str]:
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "fledge"]
+            return [sys.executable, *launcher, stage, *self.arguments(*overrides)]
+        return [sys.executable, "-m", "fledge", stage, *self.arguments(*overrides)]
+
+    def __call__(
+        self, stage: str, *overrides: str, processes: int = 1, code: int = 0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a stage to its end; its exit code must be `code`."""
+        done = subprocess.run(
+            self.command(stage, *overrides, processes=processes),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done

@@ -1,0 +1,61 @@
+"""Fixtures: a tiny verifier trained on the spot, once a session, and configurations that use it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "offline")
+torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
+
+from builders import Run
+from fledge.conf.schema import Device, Dtype, VerifierConfig
+from fledge.models.embedded.verifier import EmbeddedSettings, embedded_verifier
+from fledge.models.verifier import Verifier
+
+TINY = EmbeddedSettings(
+    hidden_size=64,
+    num_layers=8,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    intermediate_size=128,
+    vocab_size=600,
+    num_conversations=400,
+    steps=120,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_verifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verifier checkpoint of a few hundred thousand parameters, in float32."""
+    return embedded_verifier(TINY, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def verifier_config(tiny_verifier_folder: Path) -> VerifierConfig:
+
+    return VerifierConfig(path=str(tiny_verifier_folder), dtype=Dtype.float32, device=Device.cpu)
+
+
+@pytest.fixture(scope="session")
+def verifier(verifier_config: VerifierConfig) -> Verifier:
+    return Verifier.load(verifier_config)
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_verifier_folder: Path) -> Run:
+    """An empty run of its own."""
+    return Run(tmp_path / "runs", tiny_verifier_folder)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Path) -> Run:
+    """A run with every stage done, not to be written to."""
+    whole = Run(tmp_path_factory.mktemp("finished"), tiny_verifier_folder)
+    whole("run")
+    return whole
