@@ -49,7 +49,7 @@ commands:
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
-Every option, with its meaning: conf/schema.py. HYDRA_FULL_ERROR=1 shows the traceback of an error.
+Every option, with its meaning: conf/schema.py. FLEDGE_TRACEBACK=1 shows the traceback of an error.
 """
 
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_command(command: str, overrides: list[str]) -> None:
     """Compose the configuration from overrides and hand it to the function of a command."""
     ConfigStore.instance().store(name="schema", node=Config)
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
     sys.argv = [f"fledge {command}", *overrides]
     task = _task(command, show_traceback)
@@ -116,6 +116,10 @@ def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..conf.artifact import digest
 from ..conf.journal import Journal, read_journal
 from .chat import check_messages
 
@@ -21,6 +23,12 @@ def _check(record: dict[str, Any]) -> str | None:
 def open_conversations(folder: Path) -> Journal:
     """Open the conversations of a folder for appending."""
     return Journal(folder / FILE, _check)
+
+
+def content_digest(folder: Path) -> str:
+    """Hash what a folder's conversations say, whatever the order of lines (that of completion)."""
+    with open(folder / FILE, "rb") as file:
+        return digest(sorted(hashlib.sha256(line).hexdigest() for line in file))
 
 
 def read_conversations(folder: Path) -> Iterator[dict[str, Any]]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..conf.artifact import Artifact, artifact, commit, digest, file_digest, read_manifest
+from ..conf.artifact import Artifact, artifact, commit, digest, read_manifest
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..models.draft_head import DraftHeadConfig
 from ..models.verifier import Verifier, end_token_ids, load_config, load_tokenizer, verifier_identity
 from ..models.vocabulary import build_vocabulary, coverage
 from .chat import conversation_tokens
-from .conversations import FILE, read_conversations
+from .conversations import FILE, content_digest, read_conversations
 from .prompts import is_heldout
 from .store import VOCABULARY_FILE, Sample, shard_name, write_shard
 
@@ -106,8 +106,8 @@ def _tokenise(config: Config, verifier: Verifier) -> tuple[list[TokenisedConvers
             left_out["too_long"] += 1
             continue
         samples.append(TokenisedConversation(conversation["id"], tokens, mask))
-    recorded = read_manifest(config.conversations_folder, "conversations")["files"]
-    if recorded != {FILE: file_digest(config.conversations_folder / FILE)}:
+    recorded = read_manifest(config.conversations_folder, "conversations")["content"]
+    if recorded != content_digest(config.conversations_folder):
         raise ValueError(
             f"{config.conversations_folder / FILE} was changed after it was finished: run `fledge synthesize` again"
         )

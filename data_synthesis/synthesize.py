@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..conf.artifact import artifact, digest, file_digest
+from ..conf.artifact import artifact, digest
 from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config, SynthesizeConfig
 from ..models.verifier import Verifier, verifier_identity
 from .chat import Message, prompt_tokens
-from .conversations import FILE, open_conversations, read_conversations
+from .conversations import content_digest, open_conversations, read_conversations
 from .prompts import Prompt, is_heldout, load_prompts
 
 
@@ -35,37 +35,44 @@ def synthesize(config: Config) -> None:
         },
     }
     with artifact(config.conversations_folder, "conversations", settings, config.overwrite) as target:
-        if target.complete and target.manifest["files"] == {FILE: file_digest(target.folder / FILE)}:
+        if target.complete and target.manifest["content"] == content_digest(target.folder):
             print(f"conversations: {target.folder} is complete")
             return
         target.save(complete=False)
         journal = open_conversations(target.folder)
-        _answer_all(config, [prompt for prompt in prompts if prompt.id not in journal.done], journal, len(prompts))
+        _answer_all(config, prompts, journal)
         journal.close()
         counts = _count(target.folder)
         counts["left_out"] = len(prompts) - counts["conversations"]
-        target.finish(counts=counts, files={FILE: file_digest(target.folder / FILE)})
+        target.finish(counts=counts, content=content_digest(target.folder))
         print(
             f"conversations: {counts['conversations']} in {target.folder}, {counts['truncated']} with a truncated "
             f"answer, {counts['left_out']} left out because the prompt fills the verifier's context"
         )
 
 
-def _answer_all(config: Config, prompts: list[Prompt], journal: Journal, total: int) -> None:
-    if not prompts:
+def _answer_all(config: Config, prompts: list[Prompt], journal: Journal) -> None:
+    """Answer what the journal lacks.
+
+    Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
+    resumed run says what an uninterrupted one would have said.
+    """
+    if journal.done >= {prompt.id for prompt in prompts}:
         return
     verifier = Verifier.load(config.verifier, config.draft.aux_layers)
     share, options = config.data.heldout_share, config.synthesize
     fitting = [prompt for prompt in prompts if _room(verifier, first_context(verifier, prompt), options) >= 0]
-    total -= len(prompts) - len(fitting)
-    progress = Progress("synthesize", total, "conversation", done=total - len(fitting))
+    progress = Progress("synthesize", len(fitting), "conversation", done=len(journal.done))
     for greedy in (True, False):
         split = [prompt for prompt in fitting if is_heldout(prompt.id, share) == greedy]
         split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
         for start in range(0, len(split), options.batch_size):
             batch = split[start : start + options.batch_size]
-            journal.append(answer(verifier, batch, options, greedy))
-            progress.update(len(batch))
+            missing = {prompt.id for prompt in batch} - journal.done
+            if missing:
+                records = answer(verifier, batch, options, greedy)
+                journal.append(record for record in records if record["id"] in missing)
+                progress.update(len(missing))
     progress.close()
 
 

@@ -11,7 +11,7 @@ import torch
 from ..conf.artifact import MANIFEST, commit, file_digest, write_json
 from ..conf.schema import Config
 from .formats import WEIGHTS, check_verifier, head_folder, load_head, save_head
-from .verifier import verifier_identity
+from .verifier import verifier_identity, verifier_location
 
 
 def export(config: Config) -> None:
@@ -40,7 +40,7 @@ def export(config: Config) -> None:
     options = json.dumps(
         {"method": "eagle3", "model": str(folder), "num_speculative_tokens": config.evaluate.num_draft_tokens}
     )
-    print(f"export: {folder}, served by `vllm serve VERIFIER --speculative-config '{options}'`")
+    print(f"export: {folder}, served by `vllm serve {verifier_location(config.verifier)} --speculative-config '{options}'`")
 
 
 def _is_current(manifest: Any, settings: dict[str, Any]) -> bool:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("WANDB_MODE", "offline")
-torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
-
 from builders import Run
 from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.models.embedded.verifier import EmbeddedSettings, embedded_verifier
 from fledge.models.verifier import Verifier
+
+torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
 
 TINY = EmbeddedSettings(
     hidden_size=64,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from fledge.models.embedded import lexicon, library_text
+from . import lexicon, library_text
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
@@ -37,6 +37,7 @@ class Scene(NamedTuple):
 
 
 Pattern = Callable[[Random], Scene]
+Row = TypeVar("Row")
 
 
 def _say(rng: Random, template: str, **slots: object) -> str:
@@ -57,7 +58,7 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _key(rng: Random, table: dict[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
+def _key(rng: Random, table: Mapping[str, Row]) -> tuple[str, Row]:
     """Pick one entry of `table`."""
     key = rng.choice(list(table))
     return key, table[key]
@@ -71,9 +72,8 @@ def _letter(rng: Random) -> Scene:
     event, place, tone = rng.choice(list(lexicon.EVENTS)), rng.choice(list(lexicon.PLACES)), rng.choice(lexicon.TONES)
     slots = {"name": name, "me": me, "other": other, "event": event, "place": place, "tone": tone}
     slots["good"] = lexicon.EVENTS[event]
-    user = _say(rng, "<Write|Please write|Draft|Can you write> a {tone} <letter|note|email> from {me} to {name} about "
-                     "the "
-                     "{event} in {place}.", **slots)  # fmt: skip
+    user = _say(rng, "<Write|Please write|Draft|Can you write> a {tone} <letter|note|email> from {me} to {name} "
+                     "about the {event} in {place}.", **slots)  # fmt: skip
     body = (
         "<thank you for coming to|I still think of|I want to tell you about> the {event} in {place}. "
         "<I loved|Everybody enjoyed|The best part was> {good}. "
@@ -83,15 +83,13 @@ def _letter(rng: Random) -> Scene:
     follow_ups = (
         (_say(rng, "<Now say it shorter.|Make it shorter.|Can you shorten it?>"),
          _say(rng, "Dear {name},\n\nthe {event} in {place} was <wonderful|a joy|great>, above all {good}. <Thank "
-                   "you!|See "
-                   "you soon!>\n\n{me}", **slots)),
+                   "you!|See you soon!>\n\n{me}", **slots)),
         (_say(rng, "<Now send the same to|Rewrite it for> {other}.", **slots),
          _say(rng, "Dear {other},\n\n" + body, **slots)),
         (_say(rng, "<Add a postscript.|Now add a line at the end.|Please add a P.S.>"),
-         _say(rng, "P.S. {name}, <I took many pictures at the {event}, and I will send you the best ones|please bring "
-                   "a "
-                   "friend to the next {event} in {place}|I kept a small gift from {place} for you>. <Yours|Always "
-                   "yours>, {me}", **slots)),
+         _say(rng, "P.S. {name}, <I took many pictures at the {event}, and I will send you the best ones|please "
+                   "bring a friend to the next {event} in {place}|I kept a small gift from {place} for you>. "
+                   "<Yours|Always yours>, {me}", **slots)),
     )  # fmt: skip
     return Scene(user, _say(rng, "Dear {name},\n\n" + body, **slots), follow_ups)
 
@@ -109,8 +107,8 @@ def _poem(rng: Random) -> Scene:
     subject, (one, two, does, gift) = _key(rng, lexicon.SUBJECTS)
     name, tone = rng.choice(lexicon.NAMES), rng.choice(lexicon.TONES)
     slots = {"subject": subject, "one": one, "two": two, "does": does, "gift": gift, "name": name, "tone": tone}
-    user = _say(rng, "<Write|Compose|Please write|Give me> a {tone} <poem|verse> of four lines about the {subject} for "
-                     "{name}.", **slots)  # fmt: skip
+    user = _say(rng, "<Write|Compose|Please write|Give me> a {tone} <poem|verse> of four lines about the "
+                     "{subject} for {name}.", **slots)  # fmt: skip
     first, second, third = rng.sample(_COUPLETS, 3)
     follow_ups = (
         (_say(rng, "<Now add two more lines.|Add two lines.|Write two more lines.>"), _say(rng, third, **slots)),
@@ -129,8 +127,8 @@ def _travel(rng: Random) -> Scene:
     place, (sight, food) = _key(rng, lexicon.PLACES)
     day, (name, other) = rng.choice(lexicon.DAYS), rng.sample(lexicon.NAMES, 2)
     slots = {"place": place, "sight": sight, "food": food, "day": day, "name": name, "other": other}
-    user = _say(rng, "<Write|Compose|Please write> a <short|little> <travel story|blog post> about a {day} in {place} "
-                     "with {name}.", **slots)  # fmt: skip
+    user = _say(rng, "<Write|Compose|Please write> a <short|little> <travel story|blog post> about a {day} in "
+                     "{place} with {name}.", **slots)  # fmt: skip
     answer = _say(
         rng,
         "<On {day} we arrived in {place}.|It was a <sunny|rainy|windy> {day} in {place}.> "
@@ -146,9 +144,8 @@ def _travel(rng: Random) -> Scene:
          _say(rng, "<Guess what!|Listen!> {name} and I went to {place}. We saw {sight}. <Wow!|So pretty!> "
                    "Then we ate {food}. <Yum!|So good!>", **slots)),
         (_say(rng, "<Replace {name} with|Now swap {name} for> {other}.", **slots),
-         _say(rng, "On {day} {other} and I <saw|looked at> {sight} in {place}. <Later we tried|For lunch we shared> "
-                   "{food}, "
-                   "and it <was delicious|tasted better than at home>.", **slots)),
+         _say(rng, "On {day} {other} and I <saw|looked at> {sight} in {place}. <Later we tried|For lunch we "
+                   "shared> {food}, and it <was delicious|tasted better than at home>.", **slots)),
     )  # fmt: skip
     return Scene(user, answer, follow_ups)
 
@@ -161,19 +158,18 @@ def _advert(rng: Random) -> Scene:
                 **slots)  # fmt: skip
     answer = _say(
         rng,
-        "<Meet|Say hello to|Here comes> the new {colour} {product}! It is <made|perfect> for {use} and {feature}. "
-        "<It costs only|You can have it for> {price} dollars. <It is waiting for you.|Get yours now!|Come and see it "
-        "today.>",
+        "<Meet|Say hello to|Here comes> the new {colour} {product}! It is <made|perfect> for {use} and "
+        "{feature}. <It costs only|You can have it for> {price} dollars. <It is waiting for you.|Get yours "
+        "now!|Come and see it today.>",
         **slots,
     )
     follow_ups = (
         (_say(rng, "<Now say it shorter.|Make it shorter.|Can you shorten it?>"),
-         _say(rng, "<Meet the {colour} {product}|The {colour} {product}>: <made|perfect> for {use}, and it costs only "
-                   "{price} dollars.", **slots)),
+         _say(rng, "<Meet the {colour} {product}|The {colour} {product}>: <made|perfect> for {use}, and it costs "
+                   "only {price} dollars.", **slots)),
         (_say(rng, "<Add a slogan.|Now write a slogan.|What is a good slogan?>"),
-         _say(rng, "<Here is a slogan|How about this>: \"<One {colour} {product} for all your|No {product} is better "
-                   "for> "
-                   "{use}!\"", **slots)),
+         _say(rng, "<Here is a slogan|How about this>: \"<One {colour} {product} for all your|No {product} is "
+                   "better for> {use}!\"", **slots)),
         (_say(rng, "<Turn it into three bullet points.|Now as three bullet points.>"),
          _say(rng, "- a {colour} {product} for {use}\n- {feature}\n- only {price} dollars", **slots)),
     )  # fmt: skip
@@ -188,24 +184,22 @@ def _job(rng: Random) -> Scene:
     name, place, tone = rng.choice(lexicon.NAMES), rng.choice(list(lexicon.PLACES)), rng.choice(lexicon.TONES)
     slots = {"job": _a(job), "workplace": workplace, "work": work, "tool": tool, "offer": offer, "hard": hard}
     slots |= {"name": name, "place": place, "tone": tone, "years": rng.choice(["ten", "twenty", "thirty"])}
-    user = _say(rng, "<Pretend you are|Imagine you are|Act as> {job} <in|from> {place} and <greet|welcome> {name} in a "
-                     "{tone} way.", **slots)  # fmt: skip
+    user = _say(rng, "<Pretend you are|Imagine you are|Act as> {job} <in|from> {place} and <greet|welcome> "
+                     "{name} in a {tone} way.", **slots)  # fmt: skip
     answer = _say(
         rng,
         "<Welcome to my {workplace}, {name}!|Hello {name}, come in!|Good morning, {name}!> I am {job} <in|from> "
-        "{place}, "
-        "and I have <loved|done> this work for {years} years. <Every day I|Most of the time I> {work}. "
+        "{place}, and I have <loved|done> this work for {years} years. <Every day I|Most of the time I> {work}. "
         "<Would you like|May I offer you|Can I give you> {offer}?",
         **slots,
     )
     follow_ups = (
         (_say(rng, "<Stay in your role. |>What is the hardest part of your <work|day>?"),
-         _say(rng, "<Well, {name},|Honestly,> the hardest part is {hard}. <But I still love to|Then I am glad that I "
-                   "can> {work}.", **slots)),
+         _say(rng, "<Well, {name},|Honestly,> the hardest part is {hard}. <But I still love to|Then I am glad "
+                   "that I can> {work}.", **slots)),
         (_say(rng, "<Stay in your role. |>Which tool do you need most?"),
-         _say(rng, "<That is easy, {name}: my {tool}.|I could not live without my {tool}.> <It helps me to|I need it "
-                   "when I> "
-                   "{work} <here in {place}|every day>.", **slots)),
+         _say(rng, "<That is easy, {name}: my {tool}.|I could not live without my {tool}.> <It helps me to|I "
+                   "need it when I> {work} <here in {place}|every day>.", **slots)),
         (_say(rng, "<Now say goodbye to me.|Say goodbye.|I have to go now.>"),
          _say(rng, "<Goodbye|Farewell>, {name}! <Come back to {place} soon.|My {workplace} is always open for you.> "
                    "<Next time you can have {offer}.|Now I have to {work}.>", **slots)),
@@ -218,9 +212,8 @@ def _character(rng: Random) -> Scene:
     name, day, tone = rng.choice(lexicon.NAMES), rng.choice(lexicon.DAYS), rng.choice(lexicon.TONES)
     slots = {"character": character, "who": _a(character), "home": home, "today": today, "dream": dream}
     slots |= {"sound": sound, "name": name, "day": day, "tone": tone, "feels": rng.choice(["happy", "tired", "proud"])}
-    user = _say(rng, "<Speak as|You are now|Take the role of> {who} <called|named> {name} and <tell me|talk> about "
-                     "your "
-                     "{day}.", **slots)  # fmt: skip
+    user = _say(rng, "<Speak as|You are now|Take the role of> {who} <called|named> {name} and <tell me|talk> "
+                     "about your {day}.", **slots)  # fmt: skip
     answer = _say(
         rng,
         "{sound}! <My name is|I am> {name}, {who}, and I live {home}. <On|This> {day} I {today}, and <it made me|now I "
@@ -258,14 +251,14 @@ def _order(rng: Random) -> Scene:
     )
     follow_ups = (
         (_say(rng, "<And who|Who> is the {least}?", **slots),
-         _say(rng, "The order is {top}, {middle}, {low}. <The last one is|At the end stands> {low}, so {low} is the "
-                   "{least}.", **slots)),
+         _say(rng, "The order is {top}, {middle}, {low}. <The last one is|At the end stands> {low}, so {low} is "
+                   "the {least}.", **slots)),
         (_say(rng, "<And who|Who> is in the middle?"),
          _say(rng, "The order is {top}, {middle}, {low}. So {middle} is <in the middle|between {top} and {low}>.",
               **slots)),
         (_say(rng, "Is {low} {more} than {top}?", **slots),
-         _say(rng, "No. {top} is {more} than {middle} and {middle} is {more} than {low}, so {low} is not {more} than "
-                   "{top}.", **slots)),
+         _say(rng, "No. {top} is {more} than {middle} and {middle} is {more} than {low}, so {low} is not {more} "
+                   "than {top}.", **slots)),
     )  # fmt: skip
     return Scene(user, answer, follow_ups)
 
@@ -281,13 +274,11 @@ def _moved(rng: Random) -> Scene:
     story = "<First|At the start> the {thing} is in the {start}. <Then|Later> {second} moves it to the {end}. {tail}"
     answer = _say(rng, story, **slots, **(is_now if "now?" in user else looks))
     follow_ups = (
-        (_say(rng, "<And who|Who> moved it?"), _say(rng, "{second} moved the {thing} from the {start} to the {end}<|, "
-                                                         "and "
-                                                              "{first} did not see it>.", **slots)),
+        (_say(rng, "<And who|Who> moved it?"), _say(rng, "{second} moved the {thing} from the {start} to the "
+                                                         "{end}<|, and {first} did not see it>.", **slots)),
         (_say(rng, "<And where|Where> was it <first|at the start>?"),
-         _say(rng, "<At the start|First> {first} put the {thing} into the {start}. <Only later|After that> {second} "
-                   "moved it "
-                   "to the {end}.", **slots)),
+         _say(rng, "<At the start|First> {first} put the {thing} into the {start}. <Only later|After that> "
+                   "{second} moved it to the {end}.", **slots)),
         (_say(rng, "<Does {second} know where it is?|What does {second} know?>", **slots),
          _say(rng, "{second} <knows|can tell> that the {thing} is in the {end}, because {second} moved it.", **slots)),
     )  # fmt: skip
@@ -298,9 +289,8 @@ def _syllogism(rng: Random) -> Scene:
     kind, kinds, group, fact = rng.choice(lexicon.KINDS)
     name, colour = rng.choice(lexicon.NAMES), rng.choice(lexicon.COLOURS)
     slots = {"kind": kind, "kinds": kinds, "group": group, "fact": fact, "name": name, "colour": colour}
-    user = _say(rng, "All {kinds} are {group}. All {group} {fact}. {name} has a {colour} {kind}. <What follows?|What "
-                     "can "
-                     "we conclude?|What do we know about it?>", **slots)  # fmt: skip
+    user = _say(rng, "All {kinds} are {group}. All {group} {fact}. {name} has a {colour} {kind}. <What "
+                     "follows?|What can we conclude?|What do we know about it?>", **slots)  # fmt: skip
     answer = _say(
         rng,
         "<The {colour} {kind} of {name}|What {name} has> is one of the {kinds}, and all {kinds} are {group}. "
@@ -310,12 +300,11 @@ def _syllogism(rng: Random) -> Scene:
     )
     follow_ups = (
         (_say(rng, "<Does the colour matter?|Is the colour important?>"),
-         _say(rng, "No. <It could be any colour|Even if it were not {colour}>, {kinds} are {group}, and all {group} "
-                   "{fact}.", **slots)),
+         _say(rng, "No. <It could be any colour|Even if it were not {colour}>, {kinds} are {group}, and all "
+                   "{group} {fact}.", **slots)),
         (_say(rng, "Are all {group} {kinds}?", **slots),
-         _say(rng, "No<, not always|, that does not follow>. All {kinds} are {group}, but there can be other {group} "
-                   "that "
-                   "are not {kinds}.", **slots)),
+         _say(rng, "No<, not always|, that does not follow>. All {kinds} are {group}, but there can be other "
+                   "{group} that are not {kinds}.", **slots)),
     )  # fmt: skip
     return Scene(user, answer, follow_ups)
 
@@ -326,17 +315,20 @@ def _weekday(rng: Random) -> Scene:
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven")
     slots = {"name": name, "start": days[0], "count": words[steps], "end": days[steps], "next": days[steps + 1]}
     slots["thing"] = rng.choice(["trip", "exam", "party", "visit", "meeting"])
-    user = _say(rng, "Today is {start}. {name} has a {thing} in {count} days. <On which day is the {thing}?|Which day "
-                     "is "
-                     "that?>", **slots)  # fmt: skip
+    user = _say(rng, "Today is {start}. {name} has a {thing} in {count} days. <On which day is the "
+                     "{thing}?|Which day is that?>", **slots)  # fmt: skip
     walk = ", ".join(f"{words[step]} {days[step]}" for step in range(1, steps + 1))
     answer = _say(rng, "<Count from {start}:|We start at {start} and count:> " + walk +
                   ". <So the {thing} of {name} is on {end}.|The {thing} is on {end}.>", **slots)  # fmt: skip
     follow_ups = (
-        (_say(rng, "<And if it is one day later?|What if it is moved by one day?>"),
-         _say(rng, "One day after {end} is {next}. So the {thing} <is|would be> on {next}.", **slots)),
-        (_say(rng, "<And which day is the day after?|What comes after that day?>"),
-         _say(rng, "The {thing} is on {end}. <The day after|After> {end} <is|comes> {next}.", **slots)),
+        (
+            _say(rng, "<And if it is one day later?|What if it is moved by one day?>"),
+            _say(rng, "One day after {end} is {next}. So the {thing} <is|would be> on {next}.", **slots),
+        ),
+        (
+            _say(rng, "<And which day is the day after?|What comes after that day?>"),
+            _say(rng, "The {thing} is on {end}. <The day after|After> {end} <is|comes> {next}.", **slots),
+        ),
     )
     return Scene(user, answer, follow_ups)
 
@@ -366,9 +358,8 @@ def _gain(rng: Random) -> Scene:
     name, other = rng.sample(lexicon.NAMES, 2)
     slots = {"name": name, "other": other, "items": rng.choice(lexicon.ITEMS), "start": start, "more": more}
     total = slots["total"] = start + more
-    user = _say(rng, "{name} has {start} {items} and <gets|buys|finds> {more} more<| from {other}>. How many {items} "
-                     "does "
-                     "{name} have<| now>?", **slots)  # fmt: skip
+    user = _say(rng, "{name} has {start} {items} and <gets|buys|finds> {more} more<| from {other}>. How many "
+                     "{items} does {name} have<| now>?", **slots)  # fmt: skip
     answer = _say(rng, "{name} <starts with|has> {start} {items}. <Count {more} more|Now add {more}>: "
                   + _counted(start, 1, more) + ". So {start} + {more} = {total}. {name} has {total} {items}.",
                   **slots)  # fmt: skip
@@ -381,8 +372,8 @@ def _loss(rng: Random) -> Scene:
     name, other = rng.sample(lexicon.NAMES, 2)
     slots = {"name": name, "other": other, "items": rng.choice(lexicon.ITEMS), "start": start, "less": less}
     left = slots["left"] = start - less
-    user = _say(rng, "{name} has {start} {items} and <gives|sells|lends> {less} to {other}. How many {items} <are "
-                     "left|does {name} keep>?", **slots)  # fmt: skip
+    user = _say(rng, "{name} has {start} {items} and <gives|sells|lends> {less} to {other}. How many {items} "
+                     "<are left|does {name} keep>?", **slots)  # fmt: skip
     answer = _say(rng, "{name} <starts with|has> {start} {items}. <Count {less} back|Now take away {less}>: "
                   + _counted(start, -1, less) + ". So {start} - {less} = {left}. {name} has {left} {items} left.",
                   **slots)  # fmt: skip
@@ -395,8 +386,8 @@ def _price(rng: Random) -> Scene:
     slots = {"name": name, "items": items, "price": price, "count": count, "total": price * count}
     user = _say(rng, "{name} buys {count} {items}. Each one costs {price} dollars. <What does {name} pay?|How much is "
                      "that?|What is the total price?>", **slots)  # fmt: skip
-    answer = _say(rng, "<Each of the {count} {items} costs {price} dollars.|We need {count} times {price}.> Count in "
-                  "steps of {price}: " + _counted(0, price, count) +
+    answer = _say(rng, "<Each of the {count} {items} costs {price} dollars.|We need {count} times {price}.> "
+                  "Count in steps of {price}: " + _counted(0, price, count) +
                   ". So {count} * {price} = {total}. {name} pays {total} dollars.", **slots)  # fmt: skip
     return Scene(user, answer, (_doubled(rng, price * count), _one_more(rng, price * count)))
 
@@ -411,8 +402,7 @@ def _rectangle(rng: Random) -> Scene:
     user = re.sub(r"(metres|feet)", unit, user)
     answer = _say(rng, "The area is <the length times the width|length times width>. Count in steps of {height}: "
                   + _counted(0, height, width) + ". So {width} * {height} = {area}. The area <of the {room} |>is "
-                                                 "{area} "
-                  "square " + unit + ".", **slots)  # fmt: skip
+                                                 "{area} square " + unit + ".", **slots)  # fmt: skip
     return Scene(user, answer, (_doubled(rng, width * height), _one_more(rng, width * height)))
 
 
@@ -424,9 +414,14 @@ def _function(rng: Random) -> Scene:
     name, other = rng.sample(lexicon.FUNCTION_NAMES, 2)
     argument = rng.choice(lexicon.ARGUMENT_NAMES)
     body, test = body.replace("{a}", argument), test.replace("{f}", name)
-    user = _say(rng, "<Write|Please write|Can you write|Give me> a Python function <called|named> {name} that {task}. "
-                     "The "
-                     "<list|argument> is called {argument}.", name=name, task=task, argument=argument)  # fmt: skip
+    user = _say(
+        rng,
+        "<Write|Please write|Can you write|Give me> a Python function <called|named> {name} that {task}. "
+        "The <list|argument> is called {argument}.",
+        name=name,
+        task=task,
+        argument=argument,
+    )
     plain, hint = f"def {name}({argument}):", f"def {name}({argument}: list[int]) -> {returns}:"
     code = "```python\n{}\n{}\n```"
     answer = _say(rng, "<Here is the function:|Sure, here it is:|This function {task}:>\n\n", task=task)
@@ -455,8 +450,7 @@ def _library(rng: Random, functions: dict[str, str], ask: str) -> Scene:
     answer = _say(
         rng,
         "<The function {short} is in the module {module}.|You find {short} in {module}.> Its documentation "
-        "<says|reads>: "
-        "{doc}",
+        "<says|reads>: {doc}",
         **slots,
     )
     follow_ups = (
@@ -466,8 +460,8 @@ def _library(rng: Random, functions: dict[str, str], ask: str) -> Scene:
          _say(rng, "<Import the module and call it|Call it> like this:\n\n```python\nimport {module}\n\n"
                    "result = {module}.{short}({variable})\n```", **slots)),
         (_say(rng, "<Which module is it in?|Where does it live?>"),
-         _say(rng, "The function {short} <is in|lives in|belongs to> the module {module}. <So you write|Call it as> "
-                   "{module}.{short}.", **slots)),
+         _say(rng, "The function {short} <is in|lives in|belongs to> the module {module}. <So you write|Call it "
+                   "as> {module}.{short}.", **slots)),
     )  # fmt: skip
     return Scene(user, answer, follow_ups)
 
@@ -521,8 +515,7 @@ def _purchase(rng: Random) -> Scene:
     }  # fmt: skip
     passage = (
         "<On {day} {buyer} bought a {colour} {item} in {place}. {seller} sold it for {price}.|{seller} lives in "
-        "{place} "
-        "and sold a {colour} {item} to {buyer} on {day}. It cost {price}.>"
+        "{place} and sold a {colour} {item} to {buyer} on {day}. It cost {price}.>"
     )
     return _fields(rng, passage, fields, **fields)
 
@@ -534,10 +527,9 @@ def _meeting(rng: Random) -> Scene:
         "room": rng.choice(lexicon.ROOMS), "leader": leader, "guest": guest, "snack": rng.choice(lexicon.FOODS),
     }  # fmt: skip
     passage = (
-        "<The {group} meets on {day} at {time} in the {room}. {leader} leads it, {guest} is the guest, and there is "
-        "{snack}."
-        "|{leader} leads the {group}. Come to the {room} on {day} at {time}. The guest is {guest}, and we serve "
-        "{snack}.>"
+        "<The {group} meets on {day} at {time} in the {room}. {leader} leads it, {guest} is the guest, and there "
+        "is {snack}.|{leader} leads the {group}. Come to the {room} on {day} at {time}. The guest is {guest}, "
+        "and we serve {snack}.>"
     )
     return _fields(rng, passage, fields, **fields)
 
@@ -554,10 +546,14 @@ def _quote(rng: Random) -> Scene:
                      "{name}.>",
                 **slots)  # fmt: skip
     follow_ups = (
-        (_say(rng, "<And what did {other} write?|Now quote {other}.>", **slots),
-         _say(rng, "{other} wrote: {rest}", **slots)),
-        (_say(rng, "<Who wrote the other note?|Who else wrote a note?>"),
-         _say(rng, "The other note is <by|from> {other}.", **slots)),
+        (
+            _say(rng, "<And what did {other} write?|Now quote {other}.>", **slots),
+            _say(rng, "{other} wrote: {rest}", **slots),
+        ),
+        (
+            _say(rng, "<Who wrote the other note?|Who else wrote a note?>"),
+            _say(rng, "The other note is <by|from> {other}.", **slots),
+        ),
     )
     return Scene(user, _say(rng, "{name} wrote: {quote}", **slots), follow_ups)
 
@@ -585,7 +581,7 @@ def _term_slots(term: str, facts: tuple[str, ...]) -> dict[str, str]:
     return {"term": term, "cap": _capital(term), "what": what, "example": example, "why": why, "child": child}
 
 
-def _explained(rng: Random, table: dict[str, tuple[str, ...]]) -> Scene:
+def _explained(rng: Random, table: Mapping[str, tuple[str, ...]]) -> Scene:
     """Give a question about one term of `table`."""
     term, facts = _key(rng, table)
     slots = _term_slots(term, facts) | {"name": rng.choice(lexicon.NAMES), "tone": rng.choice(lexicon.TONES)}
@@ -601,16 +597,15 @@ def _explained(rng: Random, table: dict[str, tuple[str, ...]]) -> Scene:
     return Scene(user, answer, _simpler(rng, slots))
 
 
-def _compared(rng: Random, table: dict[str, tuple[str, ...]]) -> Scene:
+def _compared(rng: Random, table: Mapping[str, tuple[str, ...]]) -> Scene:
     """Give a question about the difference of two terms of `table`."""
     one, two = rng.sample(list(table), 2)
     slots = {"one": one, "two": two, "cap": _capital(one), "what": table[one][0], "other": table[two][0]}
     slots |= {"example": table[one][1], "sample": table[two][1]}
     user = _say(rng, "<Compare {one} and {two}.|How does {one} differ from {two}?|What is the difference between "
-                     "{one} and "
-                     "{two}?>", **slots)  # fmt: skip
-    answer = _say(rng, "{cap} is {what}, <while|but> {two} is {other}. <An example of the first is|For the first think "
-                       "of> {example}.", **slots)  # fmt: skip
+                     "{one} and {two}?>", **slots)  # fmt: skip
+    answer = _say(rng, "{cap} is {what}, <while|but> {two} is {other}. <An example of the first is|For the first "
+                       "think of> {example}.", **slots)  # fmt: skip
     follow_ups = (
         (_say(rng, "<And an example of the second?|Give me an example of the second.>"),
          _say(rng, "<A good example of {two} is|One example of {two} is|For {two} think of> {sample}.", **slots)),
@@ -625,9 +620,11 @@ def _stem_library(rng: Random) -> Scene:
     functions = library_text.math_functions()
     if not functions:
         return _explained(rng, lexicon.STEM)
-    return _library(rng, functions, "<What does {dotted} compute?|Which number does {dotted} give?|{name} wants to "
-                                    "know what "
-                                    "{dotted} computes.|Explain the Python function {dotted}.>")  # fmt: skip
+    asked = (
+        "<What does {dotted} compute?|Which number does {dotted} give?|{name} wants to know what {dotted} computes.|"
+        "Explain the Python function {dotted}.>"
+    )
+    return _library(rng, functions, asked)
 
 
 def _stem(rng: Random) -> Scene:
@@ -715,7 +712,7 @@ def prompts(num: int, seed: int) -> list[dict]:
     """
     rng = Random(f"fledge prompts {seed}")
     taken: set[tuple[str, ...]] = set()
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for index in range(num):
         category = CATEGORIES[index % len(CATEGORIES)]
         turns = _fresh_turns(rng, _PATTERNS[category], rng.choice((1, 2)), False, taken)
@@ -727,7 +724,7 @@ def questions() -> list[dict]:
     """Give the 80 held-out questions {"question_id", "category", "turns"} of two turns each, ten a category."""
     rng = Random("fledge questions")
     taken: set[tuple[str, ...]] = set()
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for category in CATEGORIES:
         patterns = sorted(set(_PATTERNS[category]), key=_PATTERNS[category].index)
         for index in range(_QUESTIONS_PER_CATEGORY):

@@ -314,8 +314,8 @@ CODE_TASKS: dict[str, tuple[str, str, str, str]] = {
         "list[int]", "puts every item in front of the others", "{f}([1, 2]) == [2, 1]",
     ),
     "returns only the even numbers of a list": (
-        "    result = []\n    for item in {a}:\n        if item % 2 == 0:\n            result.append(item)\n"
-        "    return result",
+        "    result = []\n    for item in {a}:\n        if item % 2 == 0:\n            result.append(item)\n    "
+        "return result",
         "list[int]", "keeps an item if two divides it", "{f}([1, 2, 4]) == [2, 4]",
     ),
     "returns the square of every number in a list": (
@@ -327,8 +327,8 @@ CODE_TASKS: dict[str, tuple[str, str, str, str]] = {
         "float", "divides the total by the number of items", "{f}([2, 4]) == 3",
     ),
     "removes the duplicates from a list": (
-        "    result = []\n    for item in {a}:\n        if item not in result:\n            result.append(item)\n"
-        "    return result",
+        "    result = []\n    for item in {a}:\n        if item not in result:\n            "
+        "result.append(item)\n    return result",
         "list[int]", "keeps only the items that are new", "{f}([1, 1, 2]) == [1, 2]",
     ),
     "checks if a list is sorted": (

@@ -8,8 +8,6 @@ import math
 import os
 import platform
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,11 +17,12 @@ import tokenizers
 import torch
 import transformers
 from filelock import FileLock
-from fledge.models.embedded import corpus, library_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ...conf.progress import Progress
+from . import corpus, library_text
 
 BOS, PAD, START, MESSAGE, END = "<|begin|>", "<|pad|>", "<|start|>", "<|message|>", "<|end|>"
 SPECIAL_TOKENS = (BOS, PAD, START, MESSAGE, END)
@@ -43,7 +42,6 @@ CHAT_TEMPLATE = (
 
 _TOKENIZER_CONVERSATIONS = 4000
 _POOL_BATCHES = 64
-_LOG_SECONDS = 10.0
 _LOSS_WINDOW = 100
 
 
@@ -125,8 +123,9 @@ def _document(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], settings: EmbeddedSettings
 ) -> _Document:
     """Render `messages` as the chat template does, with weight 1 on answers and their end-of-turn token."""
-    bos, start, message_id, end = tokenizer.convert_tokens_to_ids([BOS, START, MESSAGE, END])
-    ids, weights = [bos], [settings.other_weight]
+    bos, start, message_id, end = (tokenizer.get_vocab()[token] for token in (BOS, START, MESSAGE, END))
+    ids: list[int] = [bos]
+    weights = [settings.other_weight]
     for message in messages:
         header = [start, *tokenizer.encode(message["role"], add_special_tokens=False), message_id]
         body = [*tokenizer.encode(message["content"], add_special_tokens=False), end]
@@ -171,11 +170,7 @@ def _padded(batch: list[_Document]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _model(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build the untrained Llama with the tokenizer's special ids.
-
-    The head starts as the scaled embeddings, untied: so a layer that passes a token on already names it, and the model
-    learns within the few steps to copy names and numbers out of the prompt.
-    """
+    """Build the untrained Llama with the tokenizer's special ids, initialized by `_initialize`."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -193,19 +188,26 @@ def _model(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> Ll
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, _deviation(name, settings))
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight * (settings.init / settings.embedding_init))
+        _initialize(model, settings)
     return model
 
 
-def _deviation(name: str, settings: EmbeddedSettings) -> float:
-    """Give the initial standard deviation of matrix `name`: small where a layer writes into the residual stream."""
-    if "embed_tokens" in name:
-        return settings.embedding_init
-    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-    return settings.init / math.sqrt(2 * settings.num_layers) if writes else settings.init
+def _initialize(model: LlamaForCausalLM, settings: EmbeddedSettings) -> None:
+    """Draw the weights such that attending to a token names it from the first step on.
+
+    The head starts as the scaled embeddings (untied), and every attention head writes what it reads: its output matrix
+    starts as half its value matrix, transposed. So few steps teach the model to copy names and numbers of the prompt.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            deep = settings.init / math.sqrt(2 * settings.num_layers)
+            parameter.normal_(0.0, deep if name.endswith("down_proj.weight") else settings.init)
+    model.model.embed_tokens.weight.normal_(0.0, settings.embedding_init)
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight * (settings.init / settings.embedding_init))
+    group = settings.num_heads // settings.num_kv_heads
+    for layer in model.model.layers:
+        values = layer.self_attn.v_proj.weight.unflatten(0, (settings.num_kv_heads, settings.head_dim))
+        layer.self_attn.o_proj.weight.copy_(values.repeat_interleave(group, 0).flatten(0, 1).T / 2)
 
 
 def _rate(step: int, settings: EmbeddedSettings) -> float:
@@ -226,36 +228,14 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> 
     return (losses * weights).sum() / weights.sum(), losses.detach()[answer].mean()
 
 
-class _Progress:
-    """Show step and loss: a progress bar on a terminal, else a line on stderr about every ten seconds."""
-
-    def __init__(self, steps: int) -> None:
-        """Start at step 0 of `steps`."""
-        self._bar = tqdm(total=steps, desc="embedded verifier", disable=not sys.stderr.isatty())
-        self._steps, self._step, self._last = steps, 0, time.monotonic()
-
-    def advance(self, loss: float) -> None:
-        """Count one step that ended with the running mean `loss` (nats a token)."""
-        self._step += 1
-        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self._bar.update()
-        due = time.monotonic() - self._last >= _LOG_SECONDS or self._step == self._steps
-        if self._bar.disable and due:
-            print(f"embedded verifier: step {self._step}/{self._steps}, loss {loss:.3f}", file=sys.stderr, flush=True)
-            self._last = time.monotonic()
-
-    def close(self) -> None:
-        """End the bar's line."""
-        self._bar.close()
-
-
 def _train(model: LlamaForCausalLM, documents: list[_Document], settings: EmbeddedSettings) -> float:
     """Train `model` in place for `settings.steps` steps and give the mean answer loss of the last ones (nats)."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
-    progress, losses = _Progress(settings.steps), []
+    progress = Progress("embedded verifier", settings.steps, "step")
+    losses: list[float] = []
     model.train()
     for step, (ids, weights) in enumerate(islice(_batches(documents, settings), settings.steps)):
         for group in optimizer.param_groups:
@@ -266,7 +246,8 @@ def _train(model: LlamaForCausalLM, documents: list[_Document], settings: Embedd
         optimizer.step()
         optimizer.zero_grad()
         losses = [*losses[1 - _LOSS_WINDOW :], float(answer_loss)]
-        progress.advance(sum(losses) / len(losses))
+        progress.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}", refresh=False)
+        progress.update()
     progress.close()
     model.eval()
     return sum(losses) / len(losses)
@@ -330,19 +311,3 @@ def embedded_verifier(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir
             _build(settings, unfinished)
             unfinished.rename(folder)
     return folder
-
-
-def main() -> None:
-    """Print the folder of the default embedded verifier and its greedy answers to three held-out questions."""
-    folder = embedded_verifier()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    print(folder)
-    for question in corpus.questions()[::27]:
-        messages = [{"role": "user", "content": question["turns"][0]}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        print(f"\n> {messages[0]['content']}\n{tokenizer.decode(output, skip_special_tokens=True)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,185 @@
+"""What the user types, and what is said when it is wrong: one sentence, exit code 2, no traceback."""
+
+import json
+import shutil
+
+import pytest
+from builders import Run
+from fledge.conf.artifact import differences
+from fledge.conf.cli import COMMANDS, main
+from fledge.conf.schema import Config, validate
+
+
+def fails(capfd, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    assert exit_.value.code == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.strip()]
+    assert len(errors) == 1, err
+    assert errors[0].startswith("fledge: error: ")
+    return errors[0]
+
+
+def test_help_names_every_command_and_fits_a_screen(capsys):
+    main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in COMMANDS)
+    assert len(out.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["train.lrr is not an option", "did you mean train.lr?", "allowed are"]),
+        ("train.lr=fast", ["train.lr", "'fast'", "Float"]),
+        ("tracking.wandb=cloud", ["tracking.wandb", "'cloud'", "online, offline, disabled"]),
+        ("experiment=demoo", ["demoo", "demo llama31_8b llama4_maverick"]),
+        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "between 0 and 3", "4"]),
+        ("train.dtype=bfloat16 deepspeed=zero0", ["deepspeed.zero_stage", "bfloat16"]),
+        ("train.lr", ["train.lr", "missing EQUAL"]),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_is_allowed(capfd, override, words):
+    message = fails(capfd, "train", "experiment=demo", "name=x", *override.split())
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_required_option_is_named(capfd):
+    assert "name is required" in fails(capfd, "train", "experiment=demo")
+
+
+def test_an_unknown_command_is_answered_with_the_commands(capfd):
+    assert "synthesize, dump, train" in fails(capfd, "trian")
+
+
+@pytest.mark.parametrize("experiment", ["demo", "llama31_8b", "llama4_maverick"])
+def test_every_experiment_composes_and_is_valid(experiment):
+    from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_module("fledge.conf", version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", [f"experiment={experiment}", "name=x"]))
+    validate(config)
+    if experiment == "llama4_maverick":
+        assert config.draft.aux_layers == [1, 23, 44]
+        assert config.draft.vocab_size is None
+        assert config.evaluate.num_draft_tokens == 3
+        assert [source.path for source in config.data.sources] == [
+            "HuggingFaceH4/ultrachat_200k",
+            "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered",
+        ]
+
+
+def says(run: Run, stage: str, *overrides: str) -> str:
+    done = run(stage, *overrides, code=2)
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("fledge: error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def test_missing_folders_are_answered_with_the_command_to_run(run):
+    assert "run `fledge synthesize` first" in says(run, "dump")
+    assert "run `fledge dump` first" in says(run, "train")
+    assert "run `fledge train` first" in says(run, "evaluate")
+    assert "run `fledge train` first" in says(run, "export")
+    assert "neither a model folder nor a reachable hub id" in says(run, "synthesize", "verifier.path=/no/such/folder")
+
+
+def copy_of(finished: Run, run: Run, *names: str) -> Run:
+    run.path.mkdir(parents=True)
+    for name in names:
+        shutil.copytree(finished.path / name, run.path / name)
+    return run
+
+
+@pytest.fixture(scope="module")
+def other_verifier(tmp_path_factory, tiny_verifier_folder):
+    """The same verifier after further training, as far as its final norm tells."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("other") / "verifier"
+    shutil.copytree(tiny_verifier_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_artifacts_of_another_verifier_are_refused(finished, run, other_verifier):
+    copy_of(finished, run, "conversations", "hidden_states", "training")
+    for stage in ("dump", "train", "evaluate", "export"):
+        assert "fingerprint" in says(run, stage, f"verifier.path={other_verifier}")
+
+
+def test_a_corrupt_shard_stops_training_and_dump_makes_it_anew(finished, run):
+    copy_of(finished, run, "conversations", "hidden_states")
+    shard = run.path / "hidden_states" / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "shard-00000.safetensors does not have the checksum" in says(run, "train")
+    shard.unlink()
+    assert "shard-00000.safetensors is missing" in says(run, "train")
+    run("dump")
+    assert shard.read_bytes() == whole
+
+
+def test_a_malformed_conversation_line_is_named_and_its_removal_repaired(finished, run):
+    copy_of(finished, run, "conversations")
+    path = run.path / "conversations" / "conversations.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:]]))
+    assert "conversations.jsonl line 5 is malformed" in says(run, "dump")
+    path.write_text("".join(lines[:4] + lines[5:]))
+    assert "run `fledge synthesize` again" in says(run, "dump")
+    run("synthesize")
+    assert sorted(path.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    run("dump")
+
+
+def test_other_settings_are_refused_by_name_and_overwrite_makes_anew(finished, run):
+    copy_of(finished, run, "conversations", "hidden_states")
+    message = says(run, "dump", "dump.max_length=50")
+    assert "max_length: 1024 -> 50" in message
+    assert "overwrite=true" in message
+    run("dump", "dump.max_length=50", "overwrite=true")
+    manifest = json.loads((run.path / "hidden_states" / "manifest.json").read_text())
+    assert manifest["settings"]["max_length"] == 50
+    assert manifest["counts"]["too_long"] > 0
+
+
+def test_another_draft_vocabulary_rewrites_only_the_map(finished, run):
+    copy_of(finished, run, "conversations", "hidden_states")
+    assert "draft.vocab_size is 200" in says(run, "train", "draft.vocab_size=200")
+    shard = run.path / "hidden_states" / "shard-00000.safetensors"
+    before = shard.stat().st_mtime_ns
+    run("dump", "draft.vocab_size=200")
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_other_aux_layers_than_the_dumped_ones_are_refused(finished, run):
+    copy_of(finished, run, "conversations", "hidden_states")
+    assert "draft.aux_layers is [0, 2, 5]" in says(run, "train", "draft.aux_layers=[0,2,5]")
+
+
+def test_two_writers_of_one_folder_are_refused(run):
+    from fledge.conf.artifact import artifact
+
+    with artifact(run.path / "conversations", "conversations", {}):
+        assert "is being written by another process" in says(run, "synthesize")
+
+
+def test_a_foreign_folder_is_never_cleared(finished, run):
+    folder = run.path / "conversations"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("mine")
+    assert "not fledge's to write" in says(run, "synthesize", "overwrite=true")
+    assert (folder / "thesis.tex").read_text() == "mine"
+
+
+def test_differences_name_nested_settings():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]

@@ -1,0 +1,79 @@
+"""The whole pipeline on the tiny verifier, and what it leaves behind."""
+
+import json
+
+import torch
+from fledge.data_synthesis.conversations import read_conversations
+from fledge.data_synthesis.prompts import is_heldout
+from fledge.models.formats import load_head
+
+
+def test_a_finished_run_is_skipped_stage_by_stage(finished):
+    stamps = {
+        p: p.stat().st_mtime_ns
+        for p in finished.path.rglob("*")
+        if p.is_file() and p.suffix in (".safetensors", ".jsonl")
+    }
+    out = finished("run").stdout
+    for words in ("conversations: ", "hidden states: ", "training: ", "export: "):
+        assert any(line.startswith(words) and line.endswith("is complete") for line in out.splitlines()), out
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_conversations_hold_every_prompt_once_answered_turn_by_turn(finished):
+    records = list(read_conversations(finished.path / "conversations"))
+    ids = [record["id"] for record in records]
+    assert len(ids) == len(set(ids)) == 48
+    assert any(is_heldout(i, 0.2) for i in ids)
+    assert not all(is_heldout(i, 0.2) for i in ids)
+    for record in records:
+        assert record.keys() == {"id", "source", "messages", "finish_reasons", "usage"}
+        assert len(record["finish_reasons"]) == len(record["messages"]) / 2
+    assert any(len(record["messages"]) == 4 for record in records)
+
+
+def test_acceptance_json_has_vllms_names_and_adds_up(finished):
+    results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
+    assert results["num_draft_tokens_per_round"] == 3
+    assert results["temperature"] == 0
+    assert results["num_accepted_tokens"] == sum(results["num_accepted_tokens_per_pos"])
+    assert results["num_draft_tokens"] == 3 * results["num_drafts"]
+    assert results["acceptance_length"] == 1 + results["num_accepted_tokens"] / results["num_drafts"]
+    by_category = [counts["trained head"] for counts in results["by_category"].values()]
+    assert len(by_category) == 8
+    for name in ("num_drafts", "num_accepted_tokens", "num_output_tokens"):
+        assert results[name] == sum(counts[name] for counts in by_category)
+    assert results["baselines"].keys() == {"untrained head", "prompt lookup"}
+
+
+def test_every_answer_equals_the_verifiers_own(finished):
+    lossless = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())["lossless"]
+    assert lossless["decoded_answers"] >= 8 * 2 * 3
+    assert lossless["equal_to_verifier"] == lossless["decoded_answers"]
+
+
+def test_walked_acceptance_equals_decoded_but_for_last_rounds(finished):
+    heldout = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())["heldout"]
+    assert heldout["num_conversations"] >= 4
+    walked, decoded = heldout["walked_acceptance_length"], heldout["decoded"]["acceptance_length"]
+    assert abs(walked - decoded) < 0.05
+
+
+def test_report_shows_its_plots(finished):
+    folder = finished.path / "evaluation"
+    report = (folder / "report.md").read_text()
+    for name in ("training.png", "positions.png", "categories.png"):
+        assert f"({name})" in report
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert "| trained head" in report
+    assert "| humanities" in report
+
+
+def test_export_is_the_last_checkpoint_in_bfloat16(finished):
+    head, record = load_head(finished.path / "training" / "checkpoints" / "step-8")
+    exported, same = load_head(finished.path / "exports" / "plain")
+    assert record == same
+    for name, weight in head.state_dict().items():
+        assert torch.equal(weight.bfloat16().float(), exported.state_dict()[name])
+    config = json.loads((finished.path / "exports" / "plain" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"

@@ -1,0 +1,134 @@
+"""Training: resumed equals uninterrupted; many processes equal one; curves are told truly."""
+
+import json
+
+import pytest
+import torch
+from builders import Run
+from fledge.models.formats import load_head
+from fledge.train.tracking import read_metrics
+from safetensors.torch import load_file
+
+
+def optimizer_state(checkpoint) -> list[torch.Tensor]:
+    """Every tensor that DeepSpeed saved of the optimizer, in a fixed order."""
+    tensors: list[torch.Tensor] = []
+
+    def collect(value) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                collect(value[key])
+        elif isinstance(value, list | tuple):
+            for entry in value:
+                collect(entry)
+
+    for path in sorted(checkpoint.glob("*optim_states.pt")):
+        collect(torch.load(path, weights_only=False)["optimizer_state_dict"])
+    return tensors
+
+
+def copy_until_dump(source: Run, target: Run) -> Run:
+    import shutil
+
+    target.path.mkdir(parents=True)
+    for name in ("conversations", "hidden_states"):
+        shutil.copytree(source.path / name, target.path / name)
+    return target
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, tmp_path, zero_stage):
+    import shutil
+
+    copy_until_dump(finished, run)
+    run("train", f"deepspeed.zero_stage={zero_stage}")
+    whole = run.path / "training"
+    resumed = Run(tmp_path / "resumed", run.verifier)
+    copy_until_dump(finished, resumed)
+    shutil.copytree(whole, resumed.path / "training")
+    for step in (6, 8):  # as if killed after step 3
+        shutil.rmtree(resumed.path / "training" / "checkpoints" / f"step-{step}")
+    manifest = resumed.path / "training" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "complete": False}))
+    done = resumed("train", f"deepspeed.zero_stage={zero_stage}")
+    assert "going on from step 3" in done.stdout
+
+    first, second = (folder / "training" / "checkpoints" / "step-8" for folder in (run.path, resumed.path))
+    weights, again = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    states, states_again = optimizer_state(first), optimizer_state(second)
+    assert len(states) > 2
+    assert all(torch.equal(a, b) for a, b in zip(states, states_again, strict=True))
+    assert torch.equal(torch.load(first / "rng-0.pt"), torch.load(second / "rng-0.pt"))
+
+    def without_speed(folder):
+        return [{k: v for k, v in r.items() if k != "train/tokens_per_s"} for r in read_metrics(folder / "training")]
+
+    assert without_speed(run.path) == without_speed(resumed.path), "same steps, none lost or doubled"
+    assert [r["step"] for r in without_speed(run.path)] == [2, 3, 4, 4, 6, 8, 8]
+
+
+@pytest.fixture(scope="module")
+def alone(finished, tmp_path_factory) -> list[dict]:
+    """Curve of one process with two micro-batches a step."""
+    run = copy_until_dump(finished, Run(tmp_path_factory.mktemp("alone"), finished.verifier))
+    run("train", "train.micro_batches=2")
+    return read_metrics(run.path / "training")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_processes_give_the_curve_of_one_with_the_same_samples(finished, run, alone, zero_stage):
+    copy_until_dump(finished, run)
+    run("train", f"deepspeed.zero_stage={zero_stage}", processes=2)
+    together = read_metrics(run.path / "training")
+    assert [r["step"] for r in together] == [r["step"] for r in alone]
+    for ours, theirs in zip(together, alone, strict=True):
+        for name in theirs.keys() - {"train/tokens_per_s"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
+    _, record = load_head(run.path / "training" / "checkpoints" / "step-8")
+    assert record["step"] == 8
+
+
+def test_training_lowers_the_loss_and_records_every_metric(finished):
+    records = read_metrics(finished.path / "training")
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
+    assert losses[-1] < 0.8 * losses[0]
+    trained = next(r for r in records if "train/loss" in r)
+    for name in ("kl", "agreement", "prefix_agreement", "overlap"):
+        assert {f"train/{name}_step_{k}" for k in range(3)} <= trained.keys()
+    assert {
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens_per_s",
+        "train/outside_draft_vocab",
+        "train/epoch",
+    } <= trained.keys()
+    heldout = [r for r in records if "heldout/acceptance_length_3" in r]
+    assert [r["step"] for r in heldout] == [4, 8]
+
+
+def test_a_frozen_lm_head_stays_the_verifiers(finished, run, verifier_config):
+    from fledge.models.verifier import VerifierWeights
+
+    copy_until_dump(finished, run)
+    run("train", "draft.train_lm_head=false", "train.max_steps=2")
+    head, _ = load_head(run.path / "training" / "checkpoints" / "step-2")
+    assert torch.equal(head.lm_head.weight, VerifierWeights(verifier_config).lm_head()[head.target_ids])
+
+
+def test_bfloat16_trains_at_zero_2(finished, run):
+    copy_until_dump(finished, run)
+    run("train", "train.dtype=bfloat16", "deepspeed=zero2")
+    losses = [r["train/loss"] for r in read_metrics(run.path / "training") if "train/loss" in r]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_wandb_offline_records_beside_metrics_jsonl(finished, run):
+    copy_until_dump(finished, run)
+    run("train", "tracking.wandb=offline", "train.max_steps=2")
+    assert list((run.path / "training" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(read_metrics(run.path / "training")) == 2
