@@ -44,3 +44,12 @@ class Progress(tqdm):
         if line:
             print(line, file=sys.stderr, flush=True)
         return True
+
+    def close(self) -> None:
+        """End the bar, or print the last line."""
+        if self._terminal or self.disable:
+            super().close()
+            return
+        self.display()
+        self.disable = True
+        self._decr_instances(self)

@@ -210,7 +210,9 @@ def _write_vocabulary(config: Config, target: Artifact) -> None:
     counts = load_file(target.folder / COUNTS_FILE)["token_counts"]
     always = end_token_ids(None, load_tokenizer(config.verifier))
     vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
-    _save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, target.folder / VOCABULARY_FILE)
+    path = target.folder / VOCABULARY_FILE
+    if not path.is_file() or not torch.equal(load_file(path)["t2d"], vocabulary.t2d):
+        _save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, path)
     share = coverage(counts, vocabulary)
     print(f"draft vocabulary: {len(vocabulary.d2t)} of {len(counts)} tokens, {share:.2%} of what the verifier produced")
 

@@ -40,7 +40,8 @@ def export(config: Config) -> None:
     options = json.dumps(
         {"method": "eagle3", "model": str(folder), "num_speculative_tokens": config.evaluate.num_draft_tokens}
     )
-    print(f"export: {folder}, served by `vllm serve {verifier_location(config.verifier)} --speculative-config '{options}'`")
+    served_by = f"vllm serve {verifier_location(config.verifier)} --speculative-config '{options}'"
+    print(f"export: {folder}, served by `{served_by}`")
 
 
 def _is_current(manifest: Any, settings: dict[str, Any]) -> bool:

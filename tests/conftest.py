@@ -22,7 +22,8 @@ TINY = EmbeddedSettings(
     intermediate_size=128,
     vocab_size=600,
     num_conversations=400,
-    steps=120,
+    steps=240,
+    lr=4e-3,
 )
 
 

@@ -227,11 +227,3 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
 
 def test_other_settings_get_another_folder():
     assert verifier._key(TINY) != verifier._key(EmbeddedSettings())
-
-
-def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str]):
-    progress = verifier._Progress(2)
-    progress.advance(2.0)
-    progress.advance(1.0)
-    progress.close()
-    assert capsys.readouterr().err == "embedded verifier: step 2/2, loss 1.000\n"

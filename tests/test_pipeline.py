@@ -23,9 +23,9 @@ def test_a_finished_run_is_skipped_stage_by_stage(finished):
 def test_conversations_hold_every_prompt_once_answered_turn_by_turn(finished):
     records = list(read_conversations(finished.path / "conversations"))
     ids = [record["id"] for record in records]
-    assert len(ids) == len(set(ids)) == 48
-    assert any(is_heldout(i, 0.2) for i in ids)
-    assert not all(is_heldout(i, 0.2) for i in ids)
+    assert len(ids) == len(set(ids)) == 64
+    assert any(is_heldout(i, 0.25) for i in ids)
+    assert not all(is_heldout(i, 0.25) for i in ids)
     for record in records:
         assert record.keys() == {"id", "source", "messages", "finish_reasons", "usage"}
         assert len(record["finish_reasons"]) == len(record["messages"]) / 2

@@ -63,7 +63,7 @@ class EmbeddedSettings:
     max_positions: int = 2048
     vocab_size: int = 1600
     num_conversations: int = 12000
-    steps: int = 2000
+    steps: int = 2600
     batch_tokens: int = 640
     max_length: int = 512
     lr: float = 2e-3
