@@ -1,0 +1,1 @@
+"""Configuration, the command line, and what every stage shares: artifacts, journals, progress."""

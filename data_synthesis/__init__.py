@@ -1,0 +1,1 @@
+"""From prompts to conversations, and from conversations to hidden states."""

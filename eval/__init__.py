@@ -1,0 +1,1 @@
+"""Acceptance length by speculative decoding, and its report."""

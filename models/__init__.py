@@ -1,0 +1,1 @@
+"""The verifier, the draft head, its vocabulary and its checkpoint format."""

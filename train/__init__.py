@@ -1,0 +1,1 @@
+"""Training of the draft head: the TTT loss, packed batches, DeepSpeed, checkpoints, metrics."""

@@ -1,0 +1,1 @@
+"""A small verifier with its own corpus, made on this machine."""
