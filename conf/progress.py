@@ -32,6 +32,7 @@ class Progress(tqdm):
             unit=f" {unit}",
             unit_scale=total > 100_000,
             mininterval=0.5 if self._terminal else LINE_EVERY_S,
+            maxinterval=6 * LINE_EVERY_S,
             dynamic_ncols=self._terminal,
             **layout,
         )

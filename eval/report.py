@@ -154,7 +154,7 @@ def _categories(plt: Any, results: dict[str, Any]) -> Any:
     names = list(results["by_category"])[::-1]
     values = [results["by_category"][name]["trained head"]["acceptance_length"] for name in names]
     bars = axes.barh(names, values, color=_ACCENT)
-    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt="%.2f", padding=-26, fontsize=8, color="white")
     axes.axvline(results["acceptance_length"], color=_INK, linewidth=1, linestyle=":")
-    axes.set(xlabel="acceptance length (dotted: all questions)", xlim=(1, results["num_draft_tokens_per_round"] + 1.2))
+    axes.set(xlabel="acceptance length (dotted: all questions)", xlim=(1, results["num_draft_tokens_per_round"] + 1))
     return figure
