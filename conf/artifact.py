@@ -38,6 +38,12 @@ def commit(temporary: Path, final: Path) -> None:
         os.close(folder)
 
 
+def sync(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -151,7 +157,7 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
             raise ValueError(f"{folder} holds {manifest.get('kind')}, {kind} cannot be written there")
         if manifest["settings"] == settings:
             return Artifact(folder, manifest)
-        if not overwrite:
+        if not overwrite and manifest["settings"] is not None:  # None: an earlier start was clearing it
             changes = "; ".join(differences(manifest["settings"], settings))
             raise ValueError(
                 f"{folder} was made with other settings ({changes}): "
@@ -166,7 +172,8 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
 
 
 def _clear(folder: Path) -> None:
-    """Delete what a folder holds; its manifest last, so that a kill in between leaves an artifact, not loose files."""
+    """Delete what a folder holds. A kill in between leaves a manifest without settings: the next start clears on."""
+    write_json(folder / MANIFEST, {**_load_manifest(folder / MANIFEST), "settings": None, "complete": False})
     entries = [entry for entry in folder.iterdir() if entry.name not in (".lock", MANIFEST)]
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():

@@ -96,7 +96,7 @@ def _task(command: str, show_traceback: bool) -> Any:
             _quiet_libraries()
             module, function = COMMANDS[command][0].split(":")
             getattr(importlib.import_module(module), function)(config)
-        except (ValueError, OmegaConfBaseException) as error:
+        except (ValueError, OSError, OmegaConfBaseException) as error:
             if show_traceback:
                 raise
             _fail(explain(error))

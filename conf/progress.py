@@ -22,6 +22,7 @@ class Progress(tqdm):
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
+        self.disable = False
         layout: dict[str, Any] = {}
         if not self._terminal:
             layout = {"bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {elapsed} < {remaining}{postfix}"}

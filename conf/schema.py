@@ -84,7 +84,7 @@ class SourceConfig:
 class DataConfig:
     """Prompts the verifier answers."""
 
-    sources: list[SourceConfig] = MISSING
+    sources: list[SourceConfig] = field(default_factory=list)
     heldout_share: float = 0.02  # share of conversations, chosen by id, answered greedily and never trained on
     seed: int = 0  # of the embedded prompts
 
@@ -148,7 +148,7 @@ class DeepSpeedConfig:
 class EvaluateConfig:
     """Measurement of acceptance length by decoding."""
 
-    questions: str = MISSING  # hub id, JSONL in MT-Bench's form, or "embedded"
+    questions: str | None = None  # hub id, JSONL in MT-Bench's form, or "embedded"
     questions_split: str = "train"
     num_draft_tokens: int = 3  # tokens proposed a round
     max_tokens: int = 1024  # tokens an answer
@@ -259,6 +259,8 @@ def validate(config: Config) -> None:
         raise ValueError(f"train.betas must be two numbers, got {config.train.betas}")
     if config.train.max_steps is not None and config.train.max_steps < 1:
         raise ValueError(f"train.max_steps must be at least 1, got {config.train.max_steps}")
+    if config.draft.aux_layers is not None and not config.draft.aux_layers:
+        raise ValueError("draft.aux_layers must name at least one layer, got []; null takes the default ones")
     if config.train.lr <= 0:
         raise ValueError(f"train.lr must be above 0, got {config.train.lr}")
     if "/" in config.name or config.name in ("", ".", ".."):

@@ -50,6 +50,13 @@ def conversation_tokens(
     return tokens, mask
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[int]) -> None:
+    """Refuse a template that cannot give exact loss masks, before anything is generated with it."""
+    words = ("Name a colour.", "Blue.", "And a fruit?", "An apple.")
+    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(words)]
+    conversation_tokens(tokenizer, messages, end_token_ids)
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> list[int]:

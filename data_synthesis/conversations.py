@@ -15,8 +15,8 @@ FILE = "conversations.jsonl"
 
 
 def _check(record: dict[str, Any]) -> str | None:
-    if not isinstance(record.get("finish_reasons"), list):
-        return "finish_reasons must be a list"
+    if not isinstance(record.get("finish_reasons"), list) or not isinstance(record.get("usage"), dict):
+        return "finish_reasons must be a list and usage an object"
     return check_messages(record.get("messages"))
 
 
@@ -26,7 +26,9 @@ def open_conversations(folder: Path) -> Journal:
 
 
 def content_digest(folder: Path) -> str:
-    """Hash what a folder's conversations say, whatever the order of lines (that of completion)."""
+    """Hash what a folder's conversations say, whatever the order of lines (that of completion); "" where none are."""
+    if not (folder / FILE).is_file():
+        return ""
     with open(folder / FILE, "rb") as file:
         return digest(sorted(hashlib.sha256(line).hexdigest() for line in file))
 
@@ -37,4 +39,6 @@ def read_conversations(folder: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line is malformed, named by file and number.
     """
+    if not (folder / FILE).is_file():
+        raise ValueError(f"{folder / FILE} is missing: run `fledge synthesize` again")
     return read_journal(folder / FILE, _check)

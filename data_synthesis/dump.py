@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..conf.artifact import Artifact, artifact, commit, digest, read_manifest
+from ..conf.artifact import Artifact, artifact, commit, read_manifest, sync
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import Verifier, end_token_ids, load_config, load_tokenizer, verifier_identity
-from ..models.vocabulary import build_vocabulary, coverage
+from ..models.verifier import Verifier, check_identity, end_token_ids, load_config, load_tokenizer
+from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
 from .chat import conversation_tokens
 from .conversations import FILE, content_digest, read_conversations
 from .prompts import is_heldout
@@ -37,31 +37,31 @@ class TokenisedConversation:
 def dump(config: Config) -> None:
     """Record aux and last hidden states of runs/<name>/conversations/ into the store, and the draft vocabulary."""
     source = read_manifest(config.conversations_folder, "conversations")
-    identity = verifier_identity(config.verifier)
-    if source["settings"]["verifier"] != identity:
-        raise ValueError(
-            f"{config.conversations_folder} was written by the verifier {source['settings']['verifier']['path']} "
-            f"(fingerprint {source['settings']['verifier']['fingerprint']}), verifier.path is {identity['path']} "
-            f"({identity['fingerprint']}): set the same verifier or synthesize under another name"
-        )
-    tokenizer = load_tokenizer(config.verifier)
+    check_identity(
+        source["settings"]["verifier"],
+        config.verifier,
+        str(config.conversations_folder),
+        "synthesize under another name",
+    )
+    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    check_vocabulary_size(head.draft_vocab_size, head.vocab_size)
     settings = {
-        "verifier": identity,
+        "verifier": source["settings"]["verifier"],
+        "verifier_dtype": config.verifier.dtype.value,
         "conversations": source["digest"],
         "heldout_share": source["settings"]["heldout_share"],
-        "aux_layers": list(DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier)).aux_layers),
-        "dtype": config.verifier.dtype.value,
-        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
-        "chat_template": digest(tokenizer.chat_template),
+        "aux_layers": list(head.aux_layers),
         "max_length": config.dump.max_length,
         "shard_tokens": config.dump.shard_tokens,
     }
     with artifact(config.hidden_states_folder, "hidden_states", settings, config.overwrite) as target:
-        if target.complete and all(_is_there(target.folder, entry) for entry in target.manifest["shards"]):
+        present = all(_is_there(target.folder, entry) for entry in target.manifest.get("shards", []))
+        if target.complete and present and (target.folder / COUNTS_FILE).is_file():
             print(f"hidden states: {target.folder} is complete")
         else:
             _dump_shards(config, target)
-        _write_vocabulary(config, target)
+        share = _write_vocabulary(config, target)
+        print(f"draft vocabulary: {head.draft_vocab_size} of {head.vocab_size} tokens, {share:.2%} of what it produced")
 
 
 def _dump_shards(config: Config, target: Artifact) -> None:
@@ -70,38 +70,47 @@ def _dump_shards(config: Config, target: Artifact) -> None:
     if not samples:
         raise ValueError(
             f"no conversation in {config.conversations_folder} can be used: {left_out['truncated']} have a truncated "
-            f"answer, {left_out['too_long']} are longer than dump.max_length={config.dump.max_length}"
+            f"answer, {left_out['too_long']} are longer than dump.max_length={config.dump.max_length}, "
+            f"{left_out['template']} have no exact loss mask"
         )
-    _announce_cost(config, verifier, samples, target.folder)
     plan = list(_plan_shards(samples, config.dump.shard_tokens))
     written = {entry["file"]: entry for entry in target.manifest.get("shards", []) if _is_there(target.folder, entry)}
+    _announce_cost(config, verifier, samples, sum(entry["bytes"] for entry in written.values()), target.folder)
     progress = Progress("dump", sum(len(sample.input_ids) for sample in samples), "token")
     for number, conversations in enumerate(plan):
         entry = written.get(shard_name(number))
         if entry is None:
             entry = write_shard(target.folder, number, record(verifier, conversations, config.dump.batch_tokens))
             written[entry["file"]] = entry
-            target.save(complete=False, shards=[written[name] for name in sorted(written)])
+            target.save(
+                complete=False, verifier_path=config.verifier.path, shards=[written[name] for name in sorted(written)]
+            )
         progress.update(entry["tokens"])
     progress.close()
     shards = [written[shard_name(number)] for number in range(len(plan))]
-    _write_token_counts(samples, config, verifier.model.config.get_text_config().vocab_size, target)
+    _write_token_counts(samples, verifier.model.config.get_text_config().vocab_size, target)
+    _write_vocabulary(config, target)
     totals = {key: sum(entry[key] for entry in shards) for key in ("samples", "tokens", "counted_tokens", "bytes")}
     target.finish(shards=shards, counts={**totals, **left_out})
     print(
         f"hidden states: {totals['samples']} samples, {totals['tokens']} tokens, {totals['bytes'] / 2**30:.2f} GiB in "
-        f"{target.folder}; left out: {left_out['truncated']} with a truncated answer, {left_out['too_long']} too long"
+        f"{target.folder}; left out: {left_out['truncated']} with a truncated answer, {left_out['too_long']} too long, "
+        f"{left_out['template']} without an exact loss mask"
     )
 
 
 def _tokenise(config: Config, verifier: Verifier) -> tuple[list[TokenisedConversation], dict[str, int]]:
     """Give the usable conversations, ordered by id (the journal's order is that of completion), and those left out."""
-    samples, left_out = [], {"truncated": 0, "too_long": 0}
+    samples, left_out = [], {"truncated": 0, "too_long": 0, "template": 0}
     for conversation in read_conversations(config.conversations_folder):
         if "length" in conversation["finish_reasons"]:
             left_out["truncated"] += 1
             continue
-        tokens, mask = conversation_tokens(verifier.tokenizer, conversation["messages"], verifier.end_token_ids)
+        try:
+            tokens, mask = conversation_tokens(verifier.tokenizer, conversation["messages"], verifier.end_token_ids)
+        except ValueError:  # an answer that merges with the template around it; the template itself was checked
+            left_out["template"] += 1
+            continue
         if len(tokens) > config.dump.max_length:
             left_out["too_long"] += 1
             continue
@@ -119,15 +128,16 @@ def _is_there(folder: Path, entry: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
-def _announce_cost(config: Config, verifier: Verifier, samples: list[TokenisedConversation], folder: Path) -> None:
+def _announce_cost(
+    config: Config, verifier: Verifier, samples: list[TokenisedConversation], written: int, folder: Path
+) -> None:
+    """Print what the store needs, and refuse what the disk cannot hold beside the `written` bytes."""
     tokens = sum(len(sample.input_ids) for sample in samples)
-    text = verifier.model.config.get_text_config()
-    per_token = (len(verifier.aux_layers) + 1) * text.hidden_size * getattr(
-        torch, config.verifier.dtype.value
-    ).itemsize + 5
-    needed, free = tokens * per_token, shutil.disk_usage(folder).free
+    values = (len(verifier.aux_layers) + 1) * verifier.model.config.get_text_config().hidden_size
+    per_token = values * getattr(torch, config.verifier.dtype.value).itemsize + 5
+    needed, free = max(0, tokens * per_token - written), shutil.disk_usage(folder).free
     print(
-        f"dump: {tokens} tokens, {per_token / 1000:.1f} kB each: {needed / 2**30:.2f} GiB, "
+        f"dump: {tokens} tokens, {per_token / 1000:.1f} kB each: {needed / 2**30:.2f} GiB to write, "
         f"{free / 2**30:.0f} GiB are free"
     )
     if needed > free:
@@ -179,19 +189,16 @@ def _forward(verifier: Verifier, batch: list[TokenisedConversation]) -> list[Sam
 
 
 def _check_last_hidden_state(verifier: Verifier, last: torch.Tensor, logits: torch.Tensor) -> None:
-    """Check that lm_head on the recorded state ranks tokens as the model does: training builds its targets so."""
-    again = verifier.model.get_output_embeddings()(last)
-    top = logits.argmax(-1, keepdim=True)
-    gap = again.amax(-1, keepdim=True) - again.gather(-1, top)
-    if bool((gap > 1e-2 * again.abs().amax()).any()):
+    """Check that lm_head on the recorded state gives the model's logits: training builds its targets so."""
+    again = last.float() @ verifier.model.get_output_embeddings().weight.to(last.device).float().T
+    if (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
         raise ValueError(
-            "the verifier's logits are not lm_head on its final normed state: fledge cannot train from this verifier"
+            "the verifier's logits are not lm_head times its final normed state (soft-capped or scaled logits?): "
+            "fledge cannot train from this verifier"
         )
 
 
-def _write_token_counts(
-    samples: list[TokenisedConversation], config: Config, vocab_size: int, target: Artifact
-) -> None:
+def _write_token_counts(samples: list[TokenisedConversation], vocab_size: int, target: Artifact) -> None:
     """Count the tokens the verifier produced in the training split: what the draft vocabulary is chosen by."""
     share = target.manifest["settings"]["heldout_share"]
     produced = [
@@ -205,19 +212,19 @@ def _write_token_counts(
     _save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
 
 
-def _write_vocabulary(config: Config, target: Artifact) -> None:
-    """Write the draft vocabulary of `draft.vocab_size`; changing that option makes nothing but this file anew."""
+def _write_vocabulary(config: Config, target: Artifact) -> float:
+    """Write the draft vocabulary of `draft.vocab_size` (changing it makes nothing else anew); give its coverage."""
     counts = load_file(target.folder / COUNTS_FILE)["token_counts"]
     always = end_token_ids(None, load_tokenizer(config.verifier))
     vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
     path = target.folder / VOCABULARY_FILE
     if not path.is_file() or not torch.equal(load_file(path)["t2d"], vocabulary.t2d):
         _save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, path)
-    share = coverage(counts, vocabulary)
-    print(f"draft vocabulary: {len(vocabulary.d2t)} of {len(counts)} tokens, {share:.2%} of what the verifier produced")
+    return coverage(counts, vocabulary)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary)
+    sync(temporary)
     commit(temporary, path)

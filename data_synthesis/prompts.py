@@ -35,11 +35,15 @@ def load_prompts(config: DataConfig) -> list[Prompt]:
     Raises:
         ValueError: a source cannot be read, has an unknown form, or two prompts share an id.
     """
+    if not config.sources:
+        raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
     prompts = [prompt for source in config.sources for prompt in _load_source(source, config.seed)]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
-            raise ValueError(f"data.sources: two prompts have the id {prompt.id!r}; give the sources different names")
+            raise ValueError(
+                f"data.sources: two prompts have the id {prompt.id!r}: give sources different names, rows different ids"
+            )
         seen.add(prompt.id)
     if not prompts:
         raise ValueError("data.sources yield no prompt")
@@ -106,27 +110,34 @@ def _parse_json(content: bytes, place: str) -> Any:
 
 def _prompt_of(row: Any, number: int, prefix: str, path: str) -> Prompt:
     """Read one row: OpenAI `messages`, ShareGPT `conversations`, `turns` (MT-Bench) or a plain `prompt`."""
+    place = f"{path} row {number + 1}"
     if not isinstance(row, dict):
-        raise ValueError(f"{path} row {number + 1} must be an object, got {type(row).__name__}")
+        raise ValueError(f"{place} must be an object, got {type(row).__name__}")
     original = next(
         (row[key] for key in ("prompt_id", "uuid", "id", "question_id") if row.get(key) is not None), number
     )
     system: str | None = None
     if isinstance(row.get("messages"), list):
-        turns = [m["content"] for m in row["messages"] if m["role"] == "user"]
-        system = next((m["content"] for m in row["messages"] if m["role"] == "system"), None)
+        turns, system = _user_side(row["messages"], "role", "content", place)
     elif isinstance(row.get("conversations"), list):
-        turns = [m["value"] for m in row["conversations"] if m["from"] in ("human", "user")]
-        system = next((m["value"] for m in row["conversations"] if m["from"] == "system"), None)
+        turns, system = _user_side(row["conversations"], "from", "value", place)
     elif isinstance(row.get("turns"), list):
         turns = list(row["turns"])
     elif isinstance(row.get("prompt"), str):
         turns = [row["prompt"]]
     else:
         raise ValueError(
-            f"{path} row {number + 1} has the fields {', '.join(map(str, row))}; "
+            f"{place} has the fields {', '.join(map(str, row))}; "
             "one of messages, conversations, turns or prompt is required"
         )
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise ValueError(f"{path} row {number + 1} has no user turn or an empty one")
+        raise ValueError(f"{place} has no user turn or an empty one")
     return Prompt(id=f"{prefix}/{original}", source=prefix, turns=tuple(turns), system=system)
+
+
+def _user_side(messages: list[Any], role: str, content: str, place: str) -> tuple[list[Any], str | None]:
+    """Give the user turns and the system message of a conversation."""
+    if not all(isinstance(message, dict) and role in message and content in message for message in messages):
+        raise ValueError(f"{place}: every message needs {role!r} and {content!r}")
+    turns = [message[content] for message in messages if message[role] in ("user", "human")]
+    return turns, next((message[content] for message in messages if message[role] == "system"), None)

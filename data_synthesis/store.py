@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..conf.artifact import commit, file_digest, read_manifest
+from ..conf.artifact import commit, file_digest, read_manifest, sync
 
 VOCABULARY_FILE = "vocab_map.safetensors"
+_CURE = "delete the file and run `fledge dump` again"
 
 
 @dataclass
@@ -59,8 +59,7 @@ def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, A
     path = folder / shard_name(number)
     temporary = folder / f".{path.name}.tmp"
     save_file(tensors, temporary, metadata={"sample_ids": json.dumps([sample.id for sample in samples])})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     checksum = file_digest(temporary)
     commit(temporary, path)
     return {
@@ -80,7 +79,7 @@ class HiddenStateStore:
         ValueError: the store is missing or incomplete, or a shard is missing, truncated or altered (named).
     """
 
-    def __init__(self, folder: Path, verify_checksums: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder, "hidden_states")
         self._shards: list[Any] = []
@@ -88,24 +87,28 @@ class HiddenStateStore:
         self.lengths: list[int] = []
         self._places: list[tuple[int, int]] = []  # shard, first token
         for entry in self.manifest["shards"]:
-            self._open(entry, verify_checksums)
+            self._open(entry)
 
-    def _open(self, entry: dict[str, Any], verify_checksum: bool) -> None:
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """Read every shard (or this share of them, among several readers) and compare its checksum."""
+        for entry in self.manifest["shards"][share::shares]:
+            path = self.folder / entry["file"]
+            if file_digest(path) != entry["sha256"]:
+                raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {_CURE}")
+
+    def _open(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["file"]
-        cure = "delete the file and run `fledge dump` again"
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `fledge dump` again")
         if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {cure}")
-        if verify_checksum and file_digest(path) != entry["sha256"]:
-            raise ValueError(f"{path} does not have the checksum of the manifest, it was altered after writing: {cure}")
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {_CURE}")
         try:
             shard = safe_open(path, framework="pt")
             shard.__enter__()
             offsets = shard.get_tensor("sample_offsets").tolist()
             ids = json.loads(shard.metadata()["sample_ids"])
         except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}): {cure}") from None
+            raise ValueError(f"{path} cannot be read as safetensors ({error}): {_CURE}") from None
         self._places.extend((len(self._shards), start) for start in offsets[:-1])
         self._shards.append(shard)
         self.ids.extend(ids)

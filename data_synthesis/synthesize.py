@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..conf.artifact import artifact, digest
 from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config, SynthesizeConfig
 from ..models.verifier import Verifier, verifier_identity
-from .chat import Message, prompt_tokens
+from .chat import Message, check_template, prompt_tokens
 from .conversations import content_digest, open_conversations, read_conversations
 from .prompts import Prompt, is_heldout, load_prompts
 
@@ -24,6 +25,7 @@ def synthesize(config: Config) -> None:
     options = config.synthesize
     settings = {
         "verifier": verifier_identity(config.verifier),
+        "verifier_dtype": config.verifier.dtype.value,
         "prompts": digest([dataclasses.astuple(prompt) for prompt in prompts]),
         "num_prompts": len(prompts),
         "heldout_share": config.data.heldout_share,
@@ -31,6 +33,7 @@ def synthesize(config: Config) -> None:
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
+            "batch_size": options.batch_size,
             "seed": options.seed,
         },
     }
@@ -38,7 +41,7 @@ def synthesize(config: Config) -> None:
         if target.complete and target.manifest["content"] == content_digest(target.folder):
             print(f"conversations: {target.folder} is complete")
             return
-        target.save(complete=False)
+        target.save(complete=False, verifier_path=config.verifier.path)
         journal = open_conversations(target.folder)
         _answer_all(config, prompts, journal)
         journal.close()
@@ -60,6 +63,7 @@ def _answer_all(config: Config, prompts: list[Prompt], journal: Journal) -> None
     if journal.done >= {prompt.id for prompt in prompts}:
         return
     verifier = Verifier.load(config.verifier, config.draft.aux_layers)
+    check_template(verifier.tokenizer, verifier.end_token_ids)
     share, options = config.data.heldout_share, config.synthesize
     fitting = [prompt for prompt in prompts if _room(verifier, first_context(verifier, prompt), options) >= 0]
     progress = Progress("synthesize", len(fitting), "conversation", done=len(journal.done))
@@ -139,15 +143,16 @@ def generate(
     attention_mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=verifier.device)
     sample = not greedy and options.temperature > 0
     torch.manual_seed(seed)
-    output = verifier.model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+    # A configuration of our own: the verifier's may carry penalties, and greedy must be greedy.
+    generation = GenerationConfig(
         max_new_tokens=options.max_tokens,
         do_sample=sample,
         **({"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if sample else {}),
         eos_token_id=end,
         pad_token_id=padding,
     )
+    verifier.model.generation_config = generation
+    output = verifier.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=generation)
     answers = []
     for row in output[:, width:].tolist():
         stop = next((i for i, token in enumerate(row) if token in end), None)

@@ -16,16 +16,15 @@ class DraftDecoder:
 
     Args:
         embedding: the verifier's token embedding [V, H].
-        capacity: rows the cache can hold.
     """
 
     name = "draft head"
 
-    def __init__(self, head: DraftHead, embedding: Tensor, capacity: int) -> None:
+    def __init__(self, head: DraftHead, embedding: Tensor) -> None:
         self.head = head.eval()
         self.embedding = embedding
         config = head.config
-        shape = (config.num_layers, 2, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_layers, 2, config.num_key_value_heads, 256, config.head_dim)
         self._cache = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
         self._target_ids = head.target_ids
         self.num_rows = 0  # rows with the verifier's states
@@ -39,6 +38,8 @@ class DraftDecoder:
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write keys and values at the rows now running and attend to all rows up to each query's own."""
         last = self._first + len(q)
+        while last > self._cache.shape[-2]:
+            self._cache = torch.cat([self._cache, torch.zeros_like(self._cache)], dim=-2)
         keys, values = self._cache[layer]
         keys[:, self._first : last], values[:, self._first : last] = k.transpose(0, 1), v.transpose(0, 1)
         rows = torch.arange(self._first, last, device=q.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..data_synthesis.chat import prompt_tokens
 from ..models.draft_head import DraftHead, initialise
-from ..models.formats import WEIGHTS, check_verifier, head_folder, load_head
-from ..models.verifier import Verifier, VerifierWeights, verifier_identity
+from ..models.formats import HELDOUT_WALKS, WEIGHTS, head_folder, load_head
+from ..models.verifier import Verifier, VerifierWeights, check_identity
 from ..models.vocabulary import VocabularyMap
 from .draft_decoder import DraftDecoder
 from .metrics import count, macro_acceptance_length
@@ -31,13 +32,12 @@ TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
 def evaluate(config: Config) -> None:
     """Decode the questions speculatively and write runs/<name>/evaluation/."""
     options = config.evaluate
-    identity = verifier_identity(config.verifier)
     source = head_folder(options.checkpoint, config.training_folder)
     head, record = load_head(source)
-    check_verifier(record, identity, source)
+    check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
     questions = load_questions(options) + _heldout(config)
     settings = {
-        "verifier": identity,
+        "verifier": record["verifier"],
         "verifier_dtype": config.verifier.dtype.value,
         "head": file_digest(source / WEIGHTS),
         "questions": digest([[q.id, q.category, q.turns, q.answers] for q in questions]),
@@ -46,7 +46,7 @@ def evaluate(config: Config) -> None:
         "baselines": options.baselines,
     }
     with artifact(config.run_folder / "evaluation", "evaluation", settings, config.overwrite) as target:
-        if not target.complete:
+        if not (target.complete and (target.folder / ACCEPTANCE).is_file()):
             _decode_all(config, head, questions, target.folder)
             results = _summarise(config, source, record, questions, target.folder)
             write_json(target.folder / ACCEPTANCE, results)
@@ -61,8 +61,16 @@ def _heldout(config: Config) -> list[Question]:
     folder = config.conversations_folder
     if not config.evaluate.heldout_prompts or not (folder / "manifest.json").exists():
         return []
-    share = read_manifest(folder, "conversations")["settings"]["heldout_share"]
-    return load_heldout(folder, share, config.evaluate.heldout_prompts)
+    return load_heldout(folder, read_manifest(folder, "conversations")["settings"], config.evaluate.heldout_prompts)
+
+
+def _walked(source: Path, ids: list[str], num_draft_tokens: int) -> float | None:
+    """Give the acceptance length that training walked on these conversations, None where it did not walk them."""
+    path = source / HELDOUT_WALKS
+    walks = json.loads(path.read_text()).get(str(num_draft_tokens), {}) if path.is_file() else {}
+    known = [walks[sample_id] for sample_id in ids if sample_id in walks]
+    rounds = sum(walked["rounds"] for walked in known)
+    return 1 + sum(walked["accepted"] for walked in known) / rounds if rounds else None
 
 
 def _decode_all(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
@@ -84,12 +92,11 @@ def _drafters(config: Config, head: DraftHead, verifier: Verifier) -> dict[str, 
     weights = VerifierWeights(config.verifier)
     dtype = getattr(torch, config.verifier.dtype.value)
     embedding = weights.embedding().to(verifier.device, dtype)
-    capacity = head.config.max_position_embeddings + config.evaluate.num_draft_tokens
-    drafters: dict[str, Drafter] = {TRAINED: DraftDecoder(head.to(verifier.device, dtype), embedding, capacity)}
+    drafters: dict[str, Drafter] = {TRAINED: DraftDecoder(head.to(verifier.device, dtype), embedding)}
     if config.evaluate.baselines:
         untrained = DraftHead(head.config, VocabularyMap(head.d2t, head.t2d))
         initialise(untrained, weights.lm_head(), config.train.seed)
-        drafters[UNTRAINED] = DraftDecoder(untrained.to(verifier.device, dtype), embedding, capacity)
+        drafters[UNTRAINED] = DraftDecoder(untrained.to(verifier.device, dtype), embedding)
         drafters[LOOKUP] = PromptLookup()
     return drafters
 
@@ -98,16 +105,17 @@ def decode_question(
     verifier: Verifier, drafters: dict[str, Drafter], question: Question, config: Config
 ) -> dict[str, Any]:
     """Answer a question's turns with the verifier alone and with each drafter; give its record."""
-    options = config.evaluate
+    num_draft_tokens = config.evaluate.num_draft_tokens
+    max_tokens = question.max_tokens or config.evaluate.max_tokens
     answers: list[dict[str, Any]] = []
     texts: list[str] = []
     for _ in question.turns:
         prompt = prompt_tokens(verifier.tokenizer, question.history(texts))
-        alone = speculate(verifier, NoDraft(), prompt, options.num_draft_tokens, options.max_tokens)
+        alone = speculate(verifier, NoDraft(), prompt, num_draft_tokens, max_tokens)
         texts.append(str(verifier.tokenizer.decode(alone.tokens, skip_special_tokens=True)))
         by_drafter = {}
         for name, drafter in drafters.items():
-            decoded = speculate(verifier, drafter, prompt, options.num_draft_tokens, options.max_tokens)
+            decoded = speculate(verifier, drafter, prompt, num_draft_tokens, max_tokens)
             by_drafter[name] = {
                 "drafted": decoded.drafted,
                 "accepted": decoded.accepted,
@@ -163,6 +171,6 @@ def _summarise(
         "heldout": {
             "num_conversations": len(heldout),
             "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
-            "walked_acceptance_length": record["heldout"].get(f"acceptance_length_{num}"),
+            "walked_acceptance_length": _walked(source, [r["id"] for r in heldout], num),
         },
     }

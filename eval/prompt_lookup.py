@@ -7,7 +7,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 
 class PromptLookup:
-    """Proposes what followed the last occurrence of the last tokens in the text so far."""
+    """Proposes what followed the first occurrence of the last tokens in the text so far."""
 
     name = "prompt lookup"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..conf.artifact import digest
 from ..conf.schema import EvaluateConfig
 from ..data_synthesis.chat import Message
 from ..data_synthesis.conversations import read_conversations
@@ -26,6 +28,7 @@ class Question:
     turns: tuple[str, ...]
     system: str | None = None
     answers: tuple[str, ...] | None = None
+    max_tokens: int | None = None  # of an answer; None: evaluate.max_tokens
 
     def history(self, own_answers: list[str]) -> list[Message]:
         """Give the messages before the next answer, given the answers so far."""
@@ -42,6 +45,8 @@ def load_questions(options: EvaluateConfig) -> list[Question]:
     Raises:
         ValueError: the source cannot be read or a row has another form.
     """
+    if options.questions is None:
+        raise ValueError("evaluate.questions is required: a hub id, a JSONL file in MT-Bench's form, or embedded")
     if options.questions == "embedded":
         rows = embedded_questions()
     else:
@@ -61,23 +66,37 @@ def load_questions(options: EvaluateConfig) -> list[Question]:
         if options.questions_per_category is None or taken[category] <= options.questions_per_category:
             name = row.get("question_id", row.get("prompt_id", number))
             questions.append(Question(f"{Path(options.questions).stem}/{name}", category, tuple(turns)))
+    ids = [question.id for question in questions]
+    if len(set(ids)) < len(ids):
+        raise ValueError(
+            f"evaluate.questions {options.questions}: two questions have the id {max(ids, key=ids.count)!r}"
+        )
     if not questions:
         raise ValueError(f"evaluate.questions {options.questions} holds no question")
     return questions
 
 
-def load_heldout(folder: Path, share: float, limit: int) -> list[Question]:
-    """Load held-out conversations that the verifier ended by itself, as questions with its recorded answers."""
-    questions: list[Question] = []
-    for record in read_conversations(folder):
-        if len(questions) == limit:
-            break
-        if not is_heldout(record["id"], share) or "length" in record["finish_reasons"]:
-            continue
-        content = {
-            role: tuple(m["content"] for m in record["messages"] if m["role"] == role)
-            for role in ("user", "assistant", "system")
-        }
-        system = content["system"][0] if content["system"] else None
-        questions.append(Question(record["id"], HELDOUT, content["user"], system, content["assistant"]))
-    return questions
+def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Question]:
+    """Load held-out conversations that the verifier ended by itself, as questions with its recorded answers.
+
+    Args:
+        folder: of the conversations.
+        settings: the conversations' own.
+        limit: how many; which ones depends on their ids alone.
+    """
+    records = [
+        record
+        for record in read_conversations(folder)
+        if is_heldout(record["id"], settings["heldout_share"]) and "length" not in record["finish_reasons"]
+    ]
+    records.sort(key=lambda record: digest(record["id"]))
+    return [_with_answers(record, settings["synthesize"]["max_tokens"]) for record in records[:limit]]
+
+
+def _with_answers(record: dict[str, Any], max_tokens: int) -> Question:
+    said = {
+        role: tuple(message["content"] for message in record["messages"] if message["role"] == role)
+        for role in ("user", "assistant", "system")
+    }
+    system = said["system"][0] if said["system"] else None
+    return Question(record["id"], HELDOUT, said["user"], system, said["assistant"], max_tokens)

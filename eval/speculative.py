@@ -58,7 +58,7 @@ def speculate(
     if room < 1:
         raise ValueError(f"a prompt of {len(prompt)} tokens fills the verifier's context: shorten it")
     max_tokens = min(max_tokens, room)
-    cache = DynamicCache(config=verifier.model.config)
+    cache = DynamicCache()  # whole layers also where attention slides: a rejected draft must be removable
     output = verifier.forward(torch.tensor([prompt], device=verifier.device), past_key_values=cache, logits_to_keep=1)
     new = [int(output.logits[0, -1].argmax())]
     decoded = Decoded(tokens=list(new))

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..conf.artifact import write_json
+from ..conf.artifact import sync, write_json
 from .draft_head import DraftHead, DraftHeadConfig
 from .vocabulary import VocabularyMap
 
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
+HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: rounds and accepted by draft tokens and conversation
 
 
 def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def save_head(
     """
     tensors = plain_tensors(head, head.state_dict() if weights is None else weights, dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    sync(folder / WEIGHTS)
     write_json(folder / CONFIG, plain_config(head.config, dtype))
     write_json(folder / RECORD, record)
 
@@ -176,13 +178,3 @@ def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
     if not steps:
         raise ValueError(f"{training_folder} holds no checkpoint: run `fledge train` first")
     return training_folder / "checkpoints" / f"step-{steps[-1]}"
-
-
-def check_verifier(record: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
-    """Refuse a head that was trained for another verifier."""
-    trained_for = record["verifier"]
-    if trained_for["fingerprint"] != identity["fingerprint"]:
-        raise ValueError(
-            f"{folder} was trained for the verifier {trained_for['path']} (fingerprint {trained_for['fingerprint']}), "
-            f"verifier.path is {identity['path']} ({identity['fingerprint']})"
-        )

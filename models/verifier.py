@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conf.artifact import differences, digest
 from ..conf.schema import Device, VerifierConfig
 from .embedded.verifier import embedded_verifier
 
@@ -118,14 +119,20 @@ class Verifier:
     def load(cls, config: VerifierConfig, aux_layers: list[int] | None = None) -> Verifier:
         """Load model and tokenizer; `aux_layers` None takes the default ones."""
         tokenizer = load_tokenizer(config)
+        device = torch_device(config.device)
+        spread = config.device is Device.auto and torch.cuda.device_count() > 1  # accelerate places the layers
         model: Any
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                verifier_location(config), revision=config.revision, dtype=getattr(torch, config.dtype.value)
+                verifier_location(config),
+                revision=config.revision,
+                dtype=getattr(torch, config.dtype.value),
+                device_map="auto" if spread else None,
             )
         except OSError as error:
             raise _not_loadable(config, error) from None
-        model.to(torch_device(config.device))
+        if not spread:
+            model = model.to(device)
         layers = (
             aux_layers
             if aux_layers is not None
@@ -135,7 +142,7 @@ class Verifier:
 
     @property
     def device(self) -> torch.device:
-        """Device of the verifier's weights."""
+        """Device of the verifier's embedding, where tokens go in and states come out."""
         return self.model.device
 
     @torch.no_grad()
@@ -143,8 +150,8 @@ class Verifier:
         """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
         logits = self.model(input_ids=input_ids, **arguments).logits
         captured, self._captured = self._captured, {}
-        aux = torch.cat([captured[str(layer)] for layer in self.aux_layers], dim=-1)
-        return VerifierOutput(logits, aux, captured["last"])
+        aux = torch.cat([captured[str(layer)].to(self.device) for layer in self.aux_layers], dim=-1)
+        return VerifierOutput(logits.to(self.device), aux, captured["last"].to(self.device))
 
 
 class VerifierWeights:
@@ -192,17 +199,22 @@ class VerifierWeights:
         except Exception as error:  # safetensors raises its own bare Exception type
             raise ValueError(f"{path} cannot be read as safetensors ({error}): fetch the verifier again") from None
 
-    def read(self, suffix: str) -> Tensor | None:
-        """Read the one tensor whose name ends with `suffix`; vision towers are passed over; None if there is none."""
+    def _name(self, suffix: str) -> str | None:
+        """Give the tensor whose name ends with `suffix`; vision towers are passed over."""
         names = [name for name in self._files if ("." + name).endswith("." + suffix) and "vision" not in name]
-        if not names:
+        return min(names, key=len) if names else None
+
+    def _missing(self, file: str) -> ValueError:
+        return ValueError(f"verifier.path {self._config.path!r}: {file} is named by the index and missing")
+
+    def read(self, suffix: str) -> Tensor | None:
+        """Read the one tensor whose name ends with `suffix`; None if there is none."""
+        name = self._name(suffix)
+        if name is None:
             return None
-        name = min(names, key=len)
         path = self._file(self._files[name])
         if path is None:
-            raise ValueError(
-                f"verifier.path {self._config.path!r}: {self._files[name]} is named by the index and missing"
-            )
+            raise self._missing(self._files[name])
         with self._open(path) as weights:
             return weights.get_tensor(name)
 
@@ -219,22 +231,51 @@ class VerifierWeights:
         return weight if weight is not None else self.embedding()
 
     def fingerprint(self) -> str:
-        """Hash tensor names and the final norm (16 hex digits): another after any training."""
-        norm = self.read(self.FINAL_NORM)
+        """Hash tensor names, and the first row of every tensor in the files that training needs (16 hex digits).
+
+        In a single-file checkpoint those are all tensors, in a sharded one the last layers are among them.
+        """
         state = hashlib.sha256(json.dumps(sorted(self._files)).encode())
-        if norm is not None:
-            state.update(norm.contiguous().view(torch.uint8).numpy().tobytes())
+        ends = (self.EMBEDDING, self.LM_HEAD, self.FINAL_NORM)
+        needed = {self._files[name] for name in map(self._name, ends) if name is not None}
+        for file in sorted(needed):
+            path = self._file(file)
+            if path is None:
+                raise self._missing(file)
+            with self._open(path) as weights:
+                for name in sorted(weights.keys()):
+                    part = weights.get_slice(name)
+                    row = part[0:1] if part.get_shape() else weights.get_tensor(name)
+                    state.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return state.hexdigest()[:16]
 
 
 def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
-    """Describe a verifier for a manifest: what it is called, its sizes, and a fingerprint of its weights."""
-    text = load_config(config)
+    """Describe a verifier for a manifest, by content and not by where it lies.
+
+    Artifacts made with one identity are refused with another.
+    """
+    text, tokenizer = load_config(config), load_tokenizer(config)
     return {
-        "path": config.path,
-        "revision": config.revision,
         "fingerprint": VerifierWeights(config).fingerprint(),
         "hidden_size": text.hidden_size,
         "num_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
+        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
+        "chat_template": digest(tokenizer.chat_template),
     }
+
+
+def check_identity(recorded: dict[str, Any], config: VerifierConfig, what: str, cure: str) -> None:
+    """Refuse an artifact that was made with another verifier than the configured one.
+
+    Args:
+        recorded: the identity in the artifact's manifest.
+        what: the artifact, as the message begins.
+        cure: what to do about it.
+    """
+    changes = differences(recorded, verifier_identity(config))
+    if changes:
+        raise ValueError(
+            f"{what} belongs to another verifier than verifier.path={config.path} ({'; '.join(changes)}): {cure}"
+        )

@@ -37,16 +37,21 @@ def build_vocabulary(token_counts: Tensor, size: int | None, always: Iterable[in
     vocab_size = len(token_counts)
     size = vocab_size if size is None else size
     always = sorted(set(always))
-    if not max(1, len(always)) <= size <= vocab_size:
-        raise ValueError(
-            f"draft.vocab_size must lie between {max(1, len(always))} and the verifier's {vocab_size}, got {size}"
-        )
+    check_vocabulary_size(size, vocab_size, len(always))
     ranked = token_counts.clone()
     ranked[always] = torch.iinfo(torch.int64).max
     chosen = torch.argsort(ranked, descending=True, stable=True)[:size].sort().values
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[chosen] = True
     return VocabularyMap(d2t=chosen - torch.arange(size), t2d=t2d)
+
+
+def check_vocabulary_size(size: int, vocab_size: int, always: int = 1) -> None:
+    """Refuse a draft vocabulary that is larger than the verifier's or smaller than what it must hold."""
+    if not max(1, always) <= size <= vocab_size:
+        raise ValueError(
+            f"draft.vocab_size must lie between {max(1, always)} and the verifier's {vocab_size}, got {size}"
+        )
 
 
 def coverage(token_counts: Tensor, vocabulary: VocabularyMap) -> float:

@@ -39,6 +39,7 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "between 0 and 3", "4"]),
         ("train.dtype=bfloat16 deepspeed=zero0", ["deepspeed.zero_stage", "bfloat16"]),
         ("train.lr", ["train.lr", "missing EQUAL"]),
+        ("draft.aux_layers=[]", ["draft.aux_layers", "at least one"]),
     ],
 )
 def test_a_wrong_option_is_named_with_what_is_allowed(capfd, override, words):
@@ -87,6 +88,7 @@ def test_missing_folders_are_answered_with_the_command_to_run(run):
     assert "run `fledge dump` first" in says(run, "train")
     assert "run `fledge train` first" in says(run, "evaluate")
     assert "run `fledge train` first" in says(run, "export")
+    assert "data.sources is required" in says(run, "synthesize", "data.sources=[]")
     assert "neither a model folder nor a reachable hub id" in says(run, "synthesize", "verifier.path=/no/such/folder")
 
 
@@ -99,13 +101,13 @@ def copy_of(finished: Run, run: Run, *names: str) -> Run:
 
 @pytest.fixture(scope="module")
 def other_verifier(tmp_path_factory, tiny_verifier_folder):
-    """The same verifier after further training, as far as its final norm tells."""
+    """The same verifier with one matrix in its middle trained further, its norms untouched."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("other") / "verifier"
     shutil.copytree(tiny_verifier_folder, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] *= 1.01
+    tensors["model.layers.4.self_attn.o_proj.weight"] *= 1.01
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -152,6 +154,14 @@ def test_other_settings_are_refused_by_name_and_overwrite_makes_anew(finished, r
     assert manifest["counts"]["too_long"] > 0
 
 
+def test_an_impossible_draft_vocabulary_is_refused_before_the_dump(finished, run):
+    copy_of(finished, run, "conversations")
+    assert "draft.vocab_size must lie between 1 and the verifier's 600, got 9999" in says(
+        run, "dump", "draft.vocab_size=9999"
+    )
+    assert not (run.path / "hidden_states").exists()
+
+
 def test_another_draft_vocabulary_rewrites_only_the_map(finished, run):
     copy_of(finished, run, "conversations", "hidden_states")
     assert "draft.vocab_size is 200" in says(run, "train", "draft.vocab_size=200")
@@ -179,6 +189,56 @@ def test_a_foreign_folder_is_never_cleared(finished, run):
     (folder / "thesis.tex").write_text("mine")
     assert "not fledge's to write" in says(run, "synthesize", "overwrite=true")
     assert (folder / "thesis.tex").read_text() == "mine"
+
+
+def test_the_same_verifier_under_another_path_is_the_same(finished, run, tmp_path):
+    copy_of(finished, run, "conversations", "hidden_states", "training")
+    shutil.copytree(run.verifier, tmp_path / "moved")
+    for stage in ("synthesize", "dump", "train"):
+        assert "is complete" in run(stage, f"verifier.path={tmp_path / 'moved'}").stdout
+
+
+def test_a_killed_overwrite_is_not_taken_for_the_artifact_it_was_clearing(tmp_path, monkeypatch):
+    from fledge.conf import artifact as module
+
+    folder = tmp_path / "hidden_states"
+    with module.artifact(folder, "hidden_states", {"a": 1}) as target:
+        (folder / "shard").write_text("x")
+        target.finish()
+    with monkeypatch.context() as patched:  # killed in the middle of clearing
+        patched.setattr(module.Path, "unlink", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), module.artifact(folder, "hidden_states", {"a": 2}, overwrite=True):
+            pass
+    with module.artifact(folder, "hidden_states", {"a": 1}) as target:
+        assert not target.complete
+        assert not (folder / "shard").exists()
+
+
+def test_parts_missing_from_complete_artifacts_are_made_again(finished, run):
+    copy_of(finished, run, "conversations", "hidden_states", "training", "evaluation", "exports")
+    (run.path / "hidden_states" / "vocab_map.safetensors").unlink()
+    assert "run `fledge dump` again" in says(run, "train", "train.lr=1e-2", "overwrite=true")
+    assert (run.path / "training" / "checkpoints").exists(), "checked before anything is cleared"
+    (run.path / "evaluation" / "acceptance.json").unlink()
+    (run.path / "exports" / "plain" / "model.safetensors").unlink()
+    run("dump")
+    run("evaluate")
+    run("export")
+    for name in ("hidden_states/vocab_map.safetensors", "exports/plain/model.safetensors"):
+        assert (run.path / name).read_bytes() == (finished.path / name).read_bytes()
+    (run.path / "conversations" / "conversations.jsonl").unlink()
+    assert "conversations.jsonl is missing" in says(run, "dump", "overwrite=true", "dump.max_length=90")
+
+
+def test_an_export_never_replaces_a_foreign_folder(finished, run):
+    copy_of(finished, run, "training")
+    (run.path / "exports" / "plain").mkdir(parents=True)
+    (run.path / "exports" / "plain" / "notes").write_text("mine")
+    assert "is not an export of fledge's" in says(run, "export")
+
+
+def test_a_disk_that_cannot_be_written_is_one_sentence(run):
+    assert "/proc/nope" in says(run, "synthesize", "runs_dir=/proc/nope")
 
 
 def test_differences_name_nested_settings():

@@ -69,12 +69,12 @@ def test_every_stage_killed_and_started_again_ends_as_if_nothing_had_happened(fi
 
     checkpoints = run.path / "training" / "checkpoints"
     assert kill_when(run, "train", lambda: (checkpoints / ".saving").exists())  # in mid-save, before any checkpoint
-    assert kill_when(run, "train", lambda: (checkpoints / "step-3").exists())
-    assert kill_when(run, "train", lambda: any(r["step"] == 4 for r in read_metrics(run.path / "training")))  # mid-run
-    assert checkpoint_steps(checkpoints) == [3]
-    assert kill_when(run, "train", lambda: (checkpoints / ".saving").exists() and (checkpoints / "step-6").exists())
+    assert kill_when(run, "train", lambda: (checkpoints / "step-9").exists())
+    assert kill_when(run, "train", lambda: any(r["step"] == 12 for r in read_metrics(run.path / "training")))  # mid-run
+    assert checkpoint_steps(checkpoints) == [9]
+    assert kill_when(run, "train", lambda: (checkpoints / ".saving").exists() and (checkpoints / "step-18").exists())
     run("train")
-    weights, expected = (load_file(r.path / "training/checkpoints/step-8/model.safetensors") for r in (run, finished))
+    weights, expected = (load_file(r.path / "training/checkpoints/step-24/model.safetensors") for r in (run, finished))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [r["step"] for r in read_metrics(run.path / "training")] == [
         r["step"] for r in read_metrics(finished.path / "training")
@@ -89,7 +89,10 @@ def test_every_stage_killed_and_started_again_ends_as_if_nothing_had_happened(fi
     for name in ("num_drafts", "num_accepted_tokens_per_pos", "num_output_tokens", "lossless"):
         assert ours[name] == theirs[name]
 
-    kill_when(run, "export", (run.path / "exports" / ".plain.tmp").exists)
+    leftover = run.path / "exports" / ".plain.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
     run("export")
     ours_, theirs_ = (load_file(r.path / "exports" / "plain" / "model.safetensors") for r in (run, finished))
     assert all(torch.equal(ours_[name], theirs_[name]) for name in theirs_)
+    assert not leftover.exists()

@@ -50,6 +50,7 @@ def test_limit_takes_the_first_prompts(tmp_path):
         (b'{"prompt": "a"}\n{"prompt": \n', "p.jsonl line 2 is malformed"),
         (b'{"prompt": "\xff"}\n', "p.jsonl line 1 is malformed"),
         (b'{"text": "a", "label": 1}\n', "has the fields text, label; one of messages, conversations, turns or prompt"),
+        (b'{"messages": [{"text": "hi"}]}\n', "row 1: every message needs 'role' and 'content'"),
         (b'{"prompt": " "}\n', "row 1 has no user turn or an empty one"),
         (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', "two prompts have the id 'p/train/1'"),
         (b"", "yield no prompt"),
@@ -80,6 +81,9 @@ def test_questions_in_mt_bench_form_are_read_by_category(tmp_path):
     assert [(q.id, q.category) for q in questions] == [
         ("question/0", "stem"), ("question/1", "math"), ("question/2", "stem"), ("question/3", "math")
     ]  # fmt: skip
+    written(tmp_path / "question.jsonl", [rows[0], rows[0]])
+    with pytest.raises(ValueError, match="two questions have the id 'question/0'"):
+        load_questions(options)
     written(tmp_path / "question.jsonl", [{"question": "a?"}])
     with pytest.raises(ValueError, match="row 1 has no turns"):
         load_questions(options)

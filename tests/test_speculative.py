@@ -64,7 +64,7 @@ def random_head(verifier, verifier_config) -> DraftDecoder:
     config = DraftHeadConfig.from_verifier(DraftConfig(vocab_size=300), verifier.model.config)
     head = DraftHead(config, build_vocabulary(torch.ones(config.vocab_size, dtype=torch.int64), 300))
     initialise(head, weights.lm_head(), 0)
-    return DraftDecoder(head, weights.embedding(), capacity=1024)
+    return DraftDecoder(head, weights.embedding())
 
 
 @pytest.mark.parametrize("drafter", ["none", "random head", "prompt lookup", "oracle, wrong at times"])
@@ -99,7 +99,7 @@ def test_rejected_drafts_leave_no_trace_in_the_heads_cache():
     embedding = torch.randn(120, 32, generator=torch.Generator().manual_seed(4))
     aux = torch.randn(9, 96, generator=torch.Generator().manual_seed(5))
     tokens = list(range(10, 19))
-    clean, used = (DraftDecoder(head, embedding, capacity=32) for _ in range(2))
+    clean, used = (DraftDecoder(head, embedding) for _ in range(2))
     clean.extend(tokens, aux)
     for first, last in ((0, 4), (4, 5), (5, 9)):
         used.extend(tokens[first:last], aux[first:last])

@@ -41,7 +41,8 @@ def test_lm_head_on_the_recorded_state_gives_the_models_logits(verifier, verifie
 
 
 def test_samples_read_back_as_they_were_written(finished):
-    store = HiddenStateStore(finished.path / "hidden_states", verify_checksums=True)
+    store = HiddenStateStore(finished.path / "hidden_states")
+    store.verify()
     manifest = store.manifest
     assert len(manifest["shards"]) > 1
     assert len(store) == manifest["counts"]["samples"] == len(set(store.ids))
@@ -74,7 +75,7 @@ def test_a_flipped_bit_a_truncated_and_a_missing_shard_are_named(broken):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors does not have the checksum"):
-        HiddenStateStore(broken, verify_checksums=True)
+        HiddenStateStore(broken).verify()
     shard.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors has \d+ bytes"):
         HiddenStateStore(broken)

@@ -48,15 +48,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, t
     resumed = Run(tmp_path / "resumed", run.verifier)
     copy_until_dump(finished, resumed)
     shutil.copytree(whole, resumed.path / "training")
-    for step in (6, 8):  # as if killed after step 3
+    for step in (18, 24):  # as if killed after step 9
         shutil.rmtree(resumed.path / "training" / "checkpoints" / f"step-{step}")
     manifest = resumed.path / "training" / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "complete": False}))
     done = resumed("train", f"deepspeed.zero_stage={zero_stage}")
-    assert "going on from step 3" in done.stdout
+    assert "going on from step 9" in done.stdout
 
-    first, second = (folder / "training" / "checkpoints" / "step-8" for folder in (run.path, resumed.path))
+    first, second = (folder / "training" / "checkpoints" / "step-24" for folder in (run.path, resumed.path))
     weights, again = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -69,7 +69,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, t
         return [{k: v for k, v in r.items() if k != "train/tokens_per_s"} for r in read_metrics(folder / "training")]
 
     assert without_speed(run.path) == without_speed(resumed.path), "same steps, none lost or doubled"
-    assert [r["step"] for r in without_speed(run.path)] == [2, 3, 4, 4, 6, 8, 8]
+    assert [r["step"] for r in without_speed(run.path)] == [6, 9, 9, 12, 12, 18, 18, 24, 24]
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +88,15 @@ def test_two_processes_give_the_curve_of_one_with_the_same_samples(finished, run
     assert [r["step"] for r in together] == [r["step"] for r in alone]
     for ours, theirs in zip(together, alone, strict=True):
         for name in theirs.keys() - {"train/tokens_per_s"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
-    _, record = load_head(run.path / "training" / "checkpoints" / "step-8")
-    assert record["step"] == 8
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    _, record = load_head(run.path / "training" / "checkpoints" / "step-24")
+    assert record["step"] == 24
 
 
 def test_training_lowers_the_loss_and_records_every_metric(finished):
     records = read_metrics(finished.path / "training")
     losses = [r["train/loss"] for r in records if "train/loss" in r]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     trained = next(r for r in records if "train/loss" in r)
     for name in ("kl", "agreement", "prefix_agreement", "overlap"):
         assert {f"train/{name}_step_{k}" for k in range(3)} <= trained.keys()
@@ -108,7 +108,7 @@ def test_training_lowers_the_loss_and_records_every_metric(finished):
         "train/epoch",
     } <= trained.keys()
     heldout = [r for r in records if "heldout/acceptance_length_3" in r]
-    assert [r["step"] for r in heldout] == [4, 8]
+    assert [r["step"] for r in heldout] == [9, 12, 18, 24]
 
 
 def test_a_frozen_lm_head_stays_the_verifiers(finished, run, verifier_config):
@@ -124,7 +124,7 @@ def test_bfloat16_trains_at_zero_2(finished, run):
     copy_until_dump(finished, run)
     run("train", "train.dtype=bfloat16", "deepspeed=zero2")
     losses = [r["train/loss"] for r in read_metrics(run.path / "training") if "train/loss" in r]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_wandb_offline_records_beside_metrics_jsonl(finished, run):

@@ -50,7 +50,7 @@ def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes
     batch = make_batch([23], aux=len(head.config.aux_layers))
     embedding, _ = matrices()
     ttt_steps, row = 5, 11
-    decoder = DraftDecoder(head, embedding, capacity=64)
+    decoder = DraftDecoder(head, embedding)
     with torch.no_grad():
         trained = [head.lm_head(normed) for normed in unroll(head, batch, embedding, ttt_steps)]
         # Serve as an engine does: several rows at once, tokens drafted and discarded in between.
@@ -75,7 +75,7 @@ def naive_loss(head, batch, embedding, lm_head, ttt_steps, gamma):
         aux, last = batch.aux_hidden_states[start : start + length], batch.last_hidden_state[start : start + length]
         start += length
         for row in range(length - 1):
-            decoder = DraftDecoder(head, embedding, capacity=64)
+            decoder = DraftDecoder(head, embedding)
             decoder.extend(ids[1 : row + 2].tolist(), aux[: row + 1])
             for step in range(ttt_steps):
                 if row + 2 + step >= length or not mask[row + 1 : row + 3 + step].all():
@@ -156,19 +156,33 @@ def test_overlap_is_the_sum_of_minima_with_the_verifiers_own_probabilities():
     torch.testing.assert_close(sums[0, SUMS.index("overlap")], expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_prefix_agreement_ends_at_a_target_outside_the_draft_vocabulary():
+    head = make_head(draft_vocab_size=60)
+    batch = make_batch([40], seed=6)
+    batch.loss_mask[:] = True
+    embedding, lm_head = matrices()
+    _, sums = TTTModule(head, 3, 1.0)(batch, embedding, lm_head)
+    with torch.no_grad():
+        proposed = [head.target_ids[head.lm_head(n).argmax(-1)] for n in unroll(head, batch, embedding, 3)]
+        top = (batch.last_hidden_state @ lm_head.T).argmax(-1)
+        hits = [[bool(proposed[k][r] == top[r + 1 + k]) for r in range(40 - 2 - k)] for k in range(3)]
+    expected = [sum(all(hits[j][r] for j in range(k + 1)) for r in range(len(hits[k]))) for k in range(3)]
+    assert sums[:, SUMS.index("prefix_agreement")].tolist() == expected
+
+
 def test_walk_counts_the_rounds_of_greedy_decoding():
     #            u  A  B  C  D  e
     mask = [0, 1, 1, 1, 1, 1]
     hits = [2, 9, 0, 1, 9, 9]
-    walked = walk(hits, mask, [0] * 6, num_draft_tokens=3)
+    walked = walk(hits, mask, num_draft_tokens=3)
     # From row 0 (A is known) two drafts B, C and the bonus D; row 3 then drafts e.
     assert (walked.rounds, walked.accepted) == (2, 3)
-    assert walk(hits, mask, [0] * 6, num_draft_tokens=1).rounds == 3
+    assert walk(hits, mask, num_draft_tokens=1).rounds == 3
 
 
 def test_walk_starts_every_answer_at_its_last_prompt_token():
     mask = [0, 1, 1, 0, 0, 1, 1, 1]
-    walked = walk([0] * 8, mask, [0] * 8, 3)
+    walked = walk([0] * 8, mask, 3)
     assert (walked.rounds, walked.accepted, walked.acceptance_length) == (1 + 2, 0, 1.0)
 
 

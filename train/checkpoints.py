@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,21 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ..conf.artifact import commit
+from ..conf.artifact import commit, sync, write_json
 from ..models.draft_head import DraftHead
-from ..models.formats import checkpoint_steps, save_head
+from ..models.formats import HELDOUT_WALKS, checkpoint_steps, save_head
+from .heldout import Walks
 
 _SAVING = ".saving"
 
 
 def save_checkpoint(
-    engine: Any, head: DraftHead, folder: Path, step: int, state: dict[str, Any], record: dict[str, Any], keep: int
+    engine: Any, head: DraftHead, folder: Path, state: dict[str, Any], record: dict[str, Any], keep: int
 ) -> None:
     """Write checkpoints/step-<n> on all ranks; it appears under its name only when it is whole.
 
     Args:
-        state: what `load_checkpoint` gives back.
+        state: what `load_checkpoint` gives back: `step`, and `walks`, the held-out rounds.
         record: the head's record (`fledge.json`).
         keep: how many of the newest checkpoints stay.
     """
@@ -39,10 +40,13 @@ def save_checkpoint(
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
             save_head(saving, head, record, next(iter(parameters)).dtype)
+            write_json(saving / HELDOUT_WALKS, _as_json(state["walks"]))
     dist.barrier()
     if dist.get_rank() == 0:
-        _sync(saving)
-        final = folder / f"step-{step}"
+        for path in saving.rglob("*"):
+            if path.is_file():
+                sync(path)
+        final = folder / f"step-{state['step']}"
         shutil.rmtree(final, ignore_errors=True)
         commit(saving, final)
         for old in checkpoint_steps(folder)[:-keep]:
@@ -50,12 +54,10 @@ def save_checkpoint(
     dist.barrier()
 
 
-def _sync(folder: Path) -> None:
-    """Make every file of a folder durable before its rename."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+def _as_json(walks: Walks) -> dict[str, Any]:
+    return {
+        str(num): {name: dataclasses.asdict(walked) for name, walked in by_id.items()} for num, by_id in walks.items()
+    }
 
 
 def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any] | None:

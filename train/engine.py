@@ -16,7 +16,7 @@ from ..conf.schema import Config, Dtype, TrainConfig
 
 
 def start_processes() -> torch.device:
-    """Join the process group of torchrun or srun (alone without one) and give this rank's device."""
+    """Join the process group that torchrun made (alone without one) and give this rank's device."""
     on_gpu = torch.cuda.is_available()
     for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)

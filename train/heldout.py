@@ -43,10 +43,10 @@ def leading_hits(head: DraftHead, batch: PackedBatch, embedding: Tensor, num_dra
     return hits
 
 
-def walk(hits: list[int], loss_mask: list[int], document: list[int], num_draft_tokens: int) -> Walk:
-    """Walk the rounds of every answer; an answer is a run of `loss_mask` within one document."""
+def walk(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> Walk:
+    """Walk the rounds of every answer of one conversation; an answer is a run of `loss_mask`."""
     result = Walk()
-    for first, last in _answers(loss_mask, document):
+    for first, last in _answers(loss_mask):
         row = first - 1
         while row + 1 < last:
             accepted = min(hits[row], num_draft_tokens)
@@ -56,29 +56,33 @@ def walk(hits: list[int], loss_mask: list[int], document: list[int], num_draft_t
     return result
 
 
-def _answers(loss_mask: list[int], document: list[int]) -> list[tuple[int, int]]:
+def _answers(loss_mask: list[bool]) -> list[tuple[int, int]]:
     """Give the first and the last position of each answer."""
     answers: list[tuple[int, int]] = []
     for i, produced in enumerate(loss_mask):
-        if not produced:
-            continue
-        if answers and answers[-1][1] == i - 1 and document[i] == document[i - 1]:
+        if produced and answers and answers[-1][1] == i - 1:
             answers[-1] = (answers[-1][0], i)
-        else:
+        elif produced:
             answers.append((i, i))
     return answers
 
 
-def walk_batches(
-    head: DraftHead, batches: Iterable[PackedBatch], embedding: Tensor, lengths: list[int]
-) -> dict[int, Walk]:
-    """Walk held-out batches for several numbers of draft tokens."""
-    totals = {length: Walk() for length in lengths}
+Walks = dict[int, dict[str, Walk]]  # by number of draft tokens, then by sample id
+
+
+def walk_batches(head: DraftHead, batches: Iterable[PackedBatch], embedding: Tensor, lengths: list[int]) -> Walks:
+    """Walk every conversation of held-out batches for several numbers of draft tokens."""
+    walks: Walks = {length: {} for length in lengths}
     for batch in batches:
-        hits = leading_hits(head, batch, embedding, max(lengths)).tolist()
-        mask, document = batch.loss_mask.tolist(), batch.document.tolist()
-        for length, total in totals.items():
-            part = walk(hits, mask, document, length)
-            total.rounds += part.rounds
-            total.accepted += part.accepted
-    return totals
+        hits = leading_hits(head, batch, embedding, max(lengths)).split(batch.lengths)
+        masks = batch.loss_mask.split(batch.lengths)
+        for sample_id, row_hits, mask in zip(batch.sample_ids, hits, masks, strict=True):
+            for length in lengths:
+                walks[length][sample_id] = walk(row_hits.tolist(), mask.tolist(), length)
+    return walks
+
+
+def total(walks: Iterable[Walk]) -> Walk:
+    """Add up rounds over conversations."""
+    listed = list(walks)
+    return Walk(sum(walked.rounds for walked in listed), sum(walked.accepted for walked in listed))

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conf.artifact import Artifact, artifact, digest
+from ..conf.artifact import Artifact, artifact, digest, write_atomic
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..data_synthesis.prompts import is_heldout
 from ..data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
-from ..models.verifier import VerifierWeights, load_config, verifier_identity
+from ..models.formats import checkpoint_steps
+from ..models.verifier import VerifierWeights, check_identity, load_config
 from ..models.vocabulary import VocabularyMap
 from .batches import PackStream, collate, pack
 from .checkpoints import load_checkpoint, save_checkpoint
 from .engine import learning_rate, start_engine, start_processes, sum_over_ranks
-from .heldout import walk_batches
+from .heldout import Walks, total, walk_batches
 from .tracking import Tracker
 from .ttt import SUMS, PackedBatch, TTTModule, count_rows
 
@@ -38,33 +41,31 @@ _NOT_DETERMINING = ("log_every", "heldout_every", "save_every", "keep_checkpoint
 def train(config: Config) -> None:
     """Train the draft head on runs/<name>/hidden_states/ into runs/<name>/training/; goes on where it was killed."""
     device = start_processes()
-    store = HiddenStateStore(config.hidden_states_folder, config.train.verify_checksums and dist.get_rank() == 0)
+    store = HiddenStateStore(config.hidden_states_folder)
+    if config.train.verify_checksums:
+        store.verify(dist.get_rank(), dist.get_world_size())
+    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    vocabulary = load_vocabulary(store, head)
     with ExitStack() as stack:
         target = None
         if dist.get_rank() == 0:
-            opened = artifact(config.training_folder, "training", _settings(config, store), config.overwrite)
+            opened = artifact(config.training_folder, "training", _settings(config, store, head), config.overwrite)
             target = stack.enter_context(opened)
-        done = [target.complete if target else False]
+        done = [bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))]
         dist.broadcast_object_list(done)
         if done[0]:
             if target:
                 print(f"training: {target.folder} is complete")
         else:
-            Trainer(config, store, device, target).run()
+            Trainer(config, store, DraftHead(head, vocabulary), device, target).run()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _settings(config: Config, store: HiddenStateStore) -> dict[str, Any]:
+def _settings(config: Config, store: HiddenStateStore, head: DraftHeadConfig) -> dict[str, Any]:
     """Give everything that determines the weights; refuse a store that contradicts the configuration."""
-    verifier, recorded = verifier_identity(config.verifier), store.manifest["settings"]
-    if recorded["verifier"] != verifier:
-        raise ValueError(
-            f"{store.folder} was dumped from the verifier {recorded['verifier']['path']} "
-            f"(fingerprint {recorded['verifier']['fingerprint']}), verifier.path is {verifier['path']} "
-            f"({verifier['fingerprint']}): set the same verifier or dump anew"
-        )
-    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    recorded = store.manifest["settings"]
+    check_identity(recorded["verifier"], config.verifier, str(store.folder), "set the same verifier or dump anew")
     if list(head.aux_layers) != recorded["aux_layers"]:
         raise ValueError(
             f"draft.aux_layers is {list(head.aux_layers)}, {store.folder} holds layers {recorded['aux_layers']}"
@@ -75,12 +76,17 @@ def _settings(config: Config, store: HiddenStateStore) -> dict[str, Any]:
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
         "zero_stage": config.deepspeed.zero_stage,
+        "num_processes": dist.get_world_size(),
     }
 
 
 def load_vocabulary(store: HiddenStateStore, head: DraftHeadConfig) -> VocabularyMap:
     """Read the draft vocabulary that was chosen when the store was dumped."""
-    tensors = load_file(store.folder / VOCABULARY_FILE)
+    path = store.folder / VOCABULARY_FILE
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): run `fledge dump` again") from None
     if len(tensors["d2t"]) != head.draft_vocab_size:
         raise ValueError(
             f"draft.vocab_size is {head.draft_vocab_size}, the map in {store.folder} has {len(tensors['d2t'])}: "
@@ -112,7 +118,9 @@ class Split:
 class Trainer:
     """One training run: its head, its data, its records."""
 
-    def __init__(self, config: Config, store: HiddenStateStore, device: torch.device, target: Artifact | None) -> None:
+    def __init__(
+        self, config: Config, store: HiddenStateStore, head: DraftHead, device: torch.device, target: Artifact | None
+    ) -> None:
         self.config, self.store, self.device = config, store, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.target = target  # on rank 0
@@ -121,8 +129,7 @@ class Trainer:
         self.embedding = weights.embedding().to(device, self.dtype)
         verifier_lm_head = weights.lm_head()
         self.verifier_lm_head = verifier_lm_head.to(device, self.dtype)
-        head_config = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
-        self.head = DraftHead(head_config, load_vocabulary(store, head_config)).to(device)
+        self.head = head.to(device)
         initialise(self.head, verifier_lm_head, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
         self.engine = start_engine(TTTModule(self.head, config.train.ttt_steps, config.train.gamma), config)
@@ -136,15 +143,19 @@ class Trainer:
         )
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
         self.heldout_packs = pack(store.lengths, self.split.heldout, max([config.train.batch_tokens, *store.lengths]))
-        self.acceptance: dict[str, float] = {}
+        self.walks: Walks = {}
 
     def run(self) -> None:
         """Train from the newest checkpoint, or the start, to the last step."""
         folder = self.config.training_folder / "checkpoints"
         state = load_checkpoint(self.engine, folder)
         step = state["step"] if state else 0
-        if self.rank == 0:
+        self.walks = state["walks"] if state else {}
+        if self.target:
             self._announce(step)
+            self.target.save(complete=False)
+            values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+            write_atomic(self.target.folder / "config.yaml", values)
         tracker = self._tracker(step) if self.rank == 0 else None
         progress = Progress("train", self.num_steps, "step", done=step) if self.rank == 0 else None
         batches = self._batches(step)
@@ -166,21 +177,20 @@ class Trainer:
                     progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 sums.zero_()
                 tokens, since = 0, time.monotonic()
-            if step % self.config.train.heldout_every == 0 or step == self.num_steps:
-                self.acceptance = self._heldout_acceptance()
+            if self.heldout_packs and (save or step % self.config.train.heldout_every == 0):
+                self._walk_heldout()
                 if tracker:
-                    tracker.log(step, {f"heldout/{name}": value for name, value in self.acceptance.items()})
+                    tracker.log(step, {f"heldout/{name}": value for name, value in self._acceptance().items()})
             if save:
-                record = self._record(step)
-                save_checkpoint(
-                    self.engine, self.head, folder, step, {"step": step}, record, self.config.train.keep_checkpoints
-                )
+                state = {"step": step, "walks": self.walks}
+                keep = self.config.train.keep_checkpoints
+                save_checkpoint(self.engine, self.head, folder, state, self._record(step), keep)
             if progress is not None:
                 progress.update()
         if tracker and progress is not None and self.target:
             progress.close()
             tracker.close()
-            self.target.finish(steps=self.num_steps, heldout=self.acceptance)
+            self.target.finish(steps=self.num_steps, heldout=self._acceptance())
             print(f"training: step {self.num_steps} in {folder}; held-out {self._postfix({})}")
 
     def _optimizer_step(self, step: int, micro_batches: list[PackedBatch]) -> Tensor:
@@ -197,13 +207,13 @@ class Trainer:
         )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.num_steps)
-        total = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
+        sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
         for batch in micro_batches:
-            loss, sums = self.engine(batch, self.embedding, self.verifier_lm_head, num_counted)
+            loss, batch_sums = self.engine(batch, self.embedding, self.verifier_lm_head, num_counted)
             self.engine.backward(loss * self.packs_per_step)
             self.engine.step()
-            total += sums
-        return total
+            sums += batch_sums
+        return sums
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
@@ -212,23 +222,27 @@ class Trainer:
             yield collate(self.store, samples).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def _heldout_acceptance(self) -> dict[str, float]:
+    def _walk_heldout(self) -> None:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
         batches = (collate(self.store, samples).to(self.device, self.dtype) for samples in self.heldout_packs)
-        walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
-        return {f"acceptance_length_{length}": walked.acceptance_length for length, walked in walks.items()}
+        self.walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
+
+    def _acceptance(self) -> dict[str, float]:
+        return {
+            f"acceptance_length_{num}": total(walks.values()).acceptance_length for num, walks in self.walks.items()
+        }
 
     def _metrics(self, step: int, sums: Tensor, tokens_per_s: float) -> dict[str, float]:
-        total = dict(zip(SUMS, sum_over_ranks(sums.clone()).T.tolist(), strict=True))
-        counted = [max(1.0, number) for number in total["counted"]]
+        sum_of = dict(zip(SUMS, sum_over_ranks(sums.clone()).T.tolist(), strict=True))
+        counted = [max(1.0, number) for number in sum_of["counted"]]
         metrics: dict[str, float] = {}
         for name, column in (("kl", "loss"), ("agreement",) * 2, ("prefix_agreement",) * 2, ("overlap",) * 2):
-            for k, (value, number) in enumerate(zip(total[column], counted, strict=True)):
+            for k, (value, number) in enumerate(zip(sum_of[column], counted, strict=True)):
                 metrics[f"train/{name}_step_{k}"] = value / number
         weights = [self.config.train.gamma**k for k in range(self.config.train.ttt_steps)]
         metrics["train/loss"] = sum(w * metrics[f"train/kl_step_{k}"] for k, w in enumerate(weights))
-        outside = sum(total["outside_draft_vocab"])
-        metrics["train/outside_draft_vocab"] = outside / max(1.0, outside + sum(total["counted"]))
+        outside = sum(sum_of["outside_draft_vocab"])
+        metrics["train/outside_draft_vocab"] = outside / max(1.0, outside + sum(sum_of["counted"]))
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         norm = self.engine.get_global_grad_norm()
         if norm is not None:  # None at stage 0 in float32
@@ -239,15 +253,16 @@ class Trainer:
 
     def _postfix(self, metrics: dict[str, float]) -> str:
         loss = f"loss {metrics['train/loss']:.3f} " if metrics else ""
-        return loss + " ".join(f"τ@{name.rpartition('_')[2]} {value:.2f}" for name, value in self.acceptance.items())
+        return loss + " ".join(f"τ@{name.rpartition('_')[2]} {value:.2f}" for name, value in self._acceptance().items())
 
     def _record(self, step: int) -> dict[str, Any]:
         return {
             "verifier": self.store.manifest["settings"]["verifier"],
+            "verifier_path": self.config.verifier.path,
             "hidden_states": self.store.manifest["digest"],
             "step": step,
             "ttt_steps": self.config.train.ttt_steps,
-            "heldout": self.acceptance,
+            "heldout": self._acceptance(),
         }
 
     def _tracker(self, step: int) -> Tracker:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,21 @@ class Tracker:
         """Record metrics of a step."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        if self._run is not None:
-            self._run.log(metrics, step=step)
+        self._tell_wandb(lambda run: run.log(metrics, step=step))
 
     def close(self) -> None:
         """Finish the records."""
         self._file.close()
-        if self._run is not None:
-            self._run.finish()
+        self._tell_wandb(lambda run: run.finish())
+
+    def _tell_wandb(self, action: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # whatever is wrong with the tracker, training matters more
+            _warn(error)
+            self._run = None
 
 
 def _start_wandb(options: TrackingConfig, folder: Path, run: str, name: str, config: dict[str, Any]) -> Any:
@@ -81,5 +89,9 @@ def _start_wandb(options: TrackingConfig, folder: Path, run: str, name: str, con
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:  # whatever is wrong with the tracker, training matters more
-        logging.getLogger(__name__).warning("W&B is left out (%s); metrics.jsonl is written all the same", error)
+        _warn(error)
         return None
+
+
+def _warn(error: Exception) -> None:
+    logging.getLogger(__name__).warning("W&B is left out (%s); metrics.jsonl is written all the same", error)

@@ -152,7 +152,9 @@ class TTTModule(nn.Module):
             loss = loss + self.gamma**step * kl / num.clamp(min=1)
             with torch.no_grad():
                 agrees = self.head.target_ids[log_q.argmax(-1)] == targets.top[at]
-                prefix[rows] &= agrees
+                hit = torch.zeros_like(prefix)
+                hit[rows] = agrees
+                prefix &= hit
                 overlap = torch.minimum(p * targets.mass[at, None], log_q.exp()).sum()
                 outside = in_answer[step].sum() - len(rows)
                 sums.append(
