@@ -1,6 +1,8 @@
 """Run in vLLM's environment: decode prompts greedily with a draft head and print what vLLM counted, as JSON.
 
-python vllm_counts.py REQUEST.json      {"verifier", "head", "num_draft_tokens", "max_tokens", "prompts": [[id, ...], ...]}
+    python vllm_counts.py REQUEST.json
+
+The request: {"verifier", "head", "num_draft_tokens", "max_tokens", "prompts": [[token id, ...], ...]}.
 """
 
 import json
