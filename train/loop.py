@@ -159,11 +159,8 @@ class Trainer:
         tracker = self._tracker(step) if self.rank == 0 else None
         progress = Progress("train", self.num_steps, "step", done=step) if self.rank == 0 else None
         batches = self._batches(step)
-        sums, tokens, since = (
-            torch.zeros(self.config.train.ttt_steps, len(SUMS), device=self.device),
-            0,
-            time.monotonic(),
-        )
+        sums = torch.zeros(self.config.train.ttt_steps, len(SUMS), device=self.device)
+        tokens, since = 0, time.monotonic()
         while step < self.num_steps:
             micro_batches = list(itertools.islice(batches, self.config.train.micro_batches))
             sums += self._optimizer_step(step, micro_batches)
