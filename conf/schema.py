@@ -107,7 +107,7 @@ class DumpConfig:
     folder: str | None = None  # where the store goes; None: hidden_states in the run folder
     max_length: int = 4096  # tokens; longer conversations are left out and counted
     batch_tokens: int = 8192  # tokens (padding included) of one verifier forward
-    shard_tokens: int = 500_000  # a shard is closed at the sample that reaches this
+    shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; it is held in memory
 
 
 @dataclass

@@ -30,8 +30,8 @@ class TokenisedConversation:
     """A conversation before the verifier has read it."""
 
     id: str
-    input_ids: list[int]
-    loss_mask: list[int]
+    input_ids: torch.Tensor  # int32 [T]
+    loss_mask: torch.Tensor  # uint8 [T]
 
 
 def dump(config: Config) -> None:
@@ -114,7 +114,8 @@ def _tokenise(config: Config, verifier: Verifier) -> tuple[list[TokenisedConvers
         if len(tokens) > config.dump.max_length:
             left_out["too_long"] += 1
             continue
-        samples.append(TokenisedConversation(conversation["id"], tokens, mask))
+        ids, loss_mask = torch.tensor(tokens, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)
+        samples.append(TokenisedConversation(conversation["id"], ids, loss_mask))
     recorded = read_manifest(config.conversations_folder, "conversations")["content"]
     if recorded != content_digest(config.conversations_folder):
         raise ValueError(
@@ -177,13 +178,12 @@ def record(verifier: Verifier, conversations: list[TokenisedConversation], batch
 def _forward(verifier: Verifier, batch: list[TokenisedConversation]) -> list[Sample]:
     """Run one forward pass, padded on the right: causal attention keeps the padding out of every kept state."""
     lengths = [len(conversation.input_ids) for conversation in batch]
-    width = max(lengths)
-    padded = [c.input_ids + [0] * (width - n) for c, n in zip(batch, lengths, strict=True)]
-    output = verifier.forward(torch.tensor(padded, device=verifier.device), logits_to_keep=1, use_cache=False)
+    padded = torch.nn.utils.rnn.pad_sequence([c.input_ids.long() for c in batch], batch_first=True)
+    output = verifier.forward(padded.to(verifier.device), logits_to_keep=1, use_cache=False)
     _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
     aux, last = output.aux_hidden_states.cpu(), output.last_hidden_state.cpu()
     return [
-        Sample(c.id, torch.tensor(c.input_ids), torch.tensor(c.loss_mask), aux[row, :n], last[row, :n])
+        Sample(c.id, c.input_ids, c.loss_mask, aux[row, :n], last[row, :n])
         for row, (c, n) in enumerate(zip(batch, lengths, strict=True))
     ]
 
@@ -201,14 +201,11 @@ def _check_last_hidden_state(verifier: Verifier, last: torch.Tensor, logits: tor
 def _write_token_counts(samples: list[TokenisedConversation], vocab_size: int, target: Artifact) -> None:
     """Count the tokens the verifier produced in the training split: what the draft vocabulary is chosen by."""
     share = target.manifest["settings"]["heldout_share"]
-    produced = [
-        token
-        for sample in samples
-        if not is_heldout(sample.id, share)
-        for token, mask in zip(sample.input_ids, sample.loss_mask, strict=True)
-        if mask
-    ]
-    counts = torch.bincount(torch.tensor(produced, dtype=torch.int64), minlength=vocab_size)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for sample in samples:
+        if not is_heldout(sample.id, share):
+            produced = sample.input_ids[sample.loss_mask.bool()].long()
+            counts.index_add_(0, produced, torch.ones_like(produced))
     _save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
 
 

@@ -26,7 +26,7 @@ def synthesize(config: Config) -> None:
     settings = {
         "verifier": verifier_identity(config.verifier),
         "verifier_dtype": config.verifier.dtype.value,
-        "prompts": digest([dataclasses.astuple(prompt) for prompt in prompts]),
+        "prompts": digest([digest(dataclasses.astuple(prompt)) for prompt in prompts]),
         "num_prompts": len(prompts),
         "heldout_share": config.data.heldout_share,
         "synthesize": {

@@ -13,7 +13,7 @@ def conversations(verifier) -> list[TokenisedConversation]:
     generator = torch.Generator().manual_seed(0)
     vocab = verifier.model.config.vocab_size
     return [
-        TokenisedConversation(str(n), torch.randint(0, vocab, (n,), generator=generator).tolist(), [1] * n)
+        TokenisedConversation(str(n), torch.randint(0, vocab, (n,), generator=generator), torch.ones(n))
         for n in (9, 30, 1, 17, 30, 4)
     ]
 
@@ -22,7 +22,7 @@ def test_recorded_states_equal_output_hidden_states_whatever_the_batching(verifi
     for conversation, sample in zip(
         conversations(verifier), record(verifier, conversations(verifier), 64), strict=True
     ):
-        ids = torch.tensor([conversation.input_ids])
+        ids = conversation.input_ids[None]
         with torch.no_grad():
             states = verifier.model(ids, output_hidden_states=True).hidden_states
         expected = torch.cat([states[layer + 1][0] for layer in verifier.aux_layers], dim=-1)
@@ -35,7 +35,7 @@ def test_lm_head_on_the_recorded_state_gives_the_models_logits(verifier, verifie
     conversation = conversations(verifier)[1]
     sample = record(verifier, [conversation], 64)[0]
     with torch.no_grad():
-        logits = verifier.model(torch.tensor([conversation.input_ids])).logits[0]
+        logits = verifier.model(conversation.input_ids[None]).logits[0]
     again = sample.last_hidden_state @ VerifierWeights(verifier_config).lm_head().T
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
 
