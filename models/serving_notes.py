@@ -56,7 +56,9 @@ def _code(text: str) -> str:
 
 def _vllm(served: Served) -> str:
     alone = f"\n\nor, as the checkpoint names its verifier:\n\n{_code('vllm serve ' + shlex.quote(served.folder))}"
-    return f"## vLLM\n\n{_code(vllm_command(served))}" + (alone if served.format == "speculators" else "")
+    return f"## vLLM\n\n{_code(vllm_command(served))}" + (
+        alone if served.format == "speculators" and not served.revision else ""
+    )
 
 
 def _sglang(served: Served) -> str:
