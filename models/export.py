@@ -44,6 +44,7 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         verifier=verifier_location(config.verifier),
         revision=config.verifier.revision,
         num_draft_tokens=config.evaluate.num_draft_tokens,
+        imported_from=record.get("imported_from"),
     )
     texts = _texts(config, served, source)
     settings = {

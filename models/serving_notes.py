@@ -22,6 +22,7 @@ class Served:
     verifier: str  # folder or hub id
     revision: str | None
     num_draft_tokens: int
+    imported_from: str | None = None  # the published head it was made of, None if fledge trained it
 
 
 def vllm_command(served: Served) -> str:
@@ -113,19 +114,22 @@ def model_card(served: Served, acceptance: dict[str, Any] | None, conversations:
         "license": "other",
     }
     head = served.head
+    foreign = served.imported_from
+    origin = f"Converted with fledge from `{foreign}`" if foreign else "Trained with fledge"
+    licence = "The head was made from its verifier's output and weights: the verifier's licence applies"
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
         f"# EAGLE-3 draft head for {verifier}",
         f"A draft head guesses the next tokens of its verifier, `{verifier}`{_revision(served)}, which checks them all "
-        "in one forward pass and keeps those it would have written itself: the output stays the verifier's. Trained "
-        "with fledge; [SERVING.md](SERVING.md) has the commands.",
+        "in one forward pass and keeps those it would have written itself: the output stays the verifier's. "
+        f"{origin}; [SERVING.md](SERVING.md) has the commands.",
         f"- format: {served.format}, {served.dtype}\n"
         f"- reads the outputs of the verifier's layers {', '.join(map(str, head.aux_layers))} (0-based)\n"
         f"- draft vocabulary: {head.draft_vocab_size:,} of the verifier's {head.vocab_size:,} tokens\n"
         f"- EAGLE-3.1 norms: `fc_norm` {_yes(head.fc_norm)}, `norm_output` {_yes(head.norm_output)}",
         *([_acceptance(acceptance)] if acceptance else []),
         *([_sources(conversations)] if conversations else []),
-        "## License\n\nThe head was made from its verifier's output and weights: the verifier's licence applies.",
+        f"## License\n\n{licence}{', and that of the head it was converted from' if foreign else ''}.",
     ]
     return "\n\n".join(parts) + "\n"
 

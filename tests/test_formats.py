@@ -246,6 +246,22 @@ def test_norm_before_residual_absent_means_what_each_format_means(tmp_path, pres
     assert read_foreign_head(theirs.folder, SHAPE).head.config.norm_before_residual is not present
 
 
+def test_an_early_speculators_head_is_read_with_the_formats_defaults(tmp_path):
+    theirs = published(tmp_path)
+    head = make_head(fc_norm=False, norm_output=False, norm_before_residual=True)
+    save_speculators(theirs.folder, head, {}, torch.bfloat16, VERIFIER, 3)
+    later = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+    theirs.change_config(
+        **dict.fromkeys(later, ABSENT),
+        architectures=["Eagle3Speculator"],
+        eagle_aux_hidden_state_layer_ids=ABSENT,
+    )
+    theirs.change_tensors(embed_tokens__weight=torch.ones(120, 32))
+    read = read_foreign_head(theirs.folder, SHAPE)
+    assert_same_head(read.head, head, torch.bfloat16)
+    assert torch.equal(read.embedding, torch.ones(120, 32))
+
+
 def test_more_than_one_layer_is_read_and_not_exported(tmp_path, config):
     theirs = published(tmp_path, num_layers=2)
     config.head_import.source = str(theirs.folder)
@@ -421,8 +437,9 @@ def test_damaged_files_are_refused(tmp_path):
     for content in (b"", b"not a pickle", b"PK\x03\x04 not an archive"):
         (theirs.folder / "pytorch_model.bin").write_bytes(content)
         refused(theirs, "pytorch_model.bin (cannot be read|is damaged)")
-    torch.save([torch.ones(1)], theirs.folder / "pytorch_model.bin")
-    refused(theirs, "something else than named tensors")
+    for content in ([torch.ones(1)], {"fc.weight": 1}, {1: torch.ones(1)}):
+        torch.save(content, theirs.folder / "pytorch_model.bin")
+        refused(theirs, "something else than named tensors")
     index = theirs.folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"fc.weight": "../elsewhere.safetensors"}}')
     (tmp_path / "elsewhere.safetensors").write_bytes(whole)
@@ -545,7 +562,10 @@ def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, smal
     assert 'library_name: "speculators"' in (folder / "speculators" / "README.md").read_text()
     assert str(small_verifier) not in card
     assert "the verifier's licence applies" in card
+    assert "Converted with fledge from `published`" in card
     assert "## Acceptance" not in card
+    config.conversations_folder.mkdir()
+    (config.conversations_folder / "manifest.json").write_text(json.dumps({"complete": True}))
     counts = {"acceptance_length": 2.346, "acceptance_rate_per_pos": [0.8, 0.4, 0.146]}
     results = {
         **counts,
@@ -572,6 +592,7 @@ def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, smal
         card = (folder / "plain" / "README.md").read_text()
         assert ("| writing | 2.35 | 0.80 | 0.40 | 0.15 |" in card) is shown
         assert "/somewhere" not in card
+        assert "## Training data" not in card, "the run's conversations are not what an imported head was trained on"
 
 
 def test_an_export_with_other_draft_tokens_is_made_anew_and_an_equal_one_is_kept(tmp_path, config, capsys):

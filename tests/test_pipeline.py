@@ -99,6 +99,7 @@ def test_an_exported_head_shows_its_acceptance_and_its_data(finished):
     results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
     card = (finished.path / "exports" / "plain" / "README.md").read_text()
     assert f"| all | {results['acceptance_length']:.2f} |" in card
+    assert "Trained with fledge" in card
     assert "- embedded/train: 64 conversations" in card
 
 
