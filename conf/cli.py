@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("fledge.train.loop:train", "train the draft head on the hidden states"),
     "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
+    "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
     "run": ("fledge.conf.run:run", "all of these in order, skipping what is complete"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
@@ -38,6 +39,7 @@ usage: fledge COMMAND [option=value ...]
           --train-------> runs/NAME/training/
           --evaluate----> runs/NAME/evaluation/
           --export------> runs/NAME/exports/FORMAT/
+  a head --import-------> runs/NAME/imports/FOLDER/
 
 commands:
 {commands}

@@ -31,7 +31,16 @@ class WandbMode(Enum):
 class ExportFormat(Enum):
     """Checkpoint format written by `fledge export`."""
 
-    plain = "plain"
+    plain = "plain"  # vLLM, SGLang, TensorRT-LLM
+    speculators = "speculators"  # vLLM
+    all = "all"
+
+
+class AuxNumbering(Enum):
+    """What a layer id k in a foreign head's config.json means: the output of layer k, or of layer k-1."""
+
+    zero_based = "zero_based"
+    vllm = "vllm"
 
 
 class Device(Enum):
@@ -168,6 +177,14 @@ class ExportConfig:
 
 
 @dataclass
+class HeadImportConfig:
+    """A head made elsewhere, for `fledge import`."""
+
+    source: str | None = None  # its folder: config.json and weights, as published
+    aux_numbering: AuxNumbering | None = None  # only where its config.json leaves it open, and then asked for
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases; metrics.jsonl is always written."""
 
@@ -192,6 +209,7 @@ class Config:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property

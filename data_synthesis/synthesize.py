@@ -45,9 +45,9 @@ def synthesize(config: Config) -> None:
         journal = open_conversations(target.folder)
         _answer_all(config, prompts, journal)
         journal.close()
-        counts = _count(target.folder)
+        counts, sources = _count(target.folder)
         counts["left_out"] = len(prompts) - counts["conversations"]
-        target.finish(counts=counts, content=content_digest(target.folder))
+        target.finish(counts=counts, sources=sources, content=content_digest(target.folder))
         print(
             f"conversations: {counts['conversations']} in {target.folder}, {counts['truncated']} with a truncated "
             f"answer, {counts['left_out']} left out because the prompt fills the verifier's context"
@@ -160,10 +160,13 @@ def generate(
     return answers
 
 
-def _count(folder: Path) -> dict[str, int]:
+def _count(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Give what the conversations hold, and how many of them each source has."""
+    sources: dict[str, int] = {}
     counts = {"conversations": 0, "truncated": 0, "completion_tokens": 0}
     for record in read_conversations(folder):
         counts["conversations"] += 1
+        sources[record["source"]] = sources.get(record["source"], 0) + 1
         counts["truncated"] += "length" in record["finish_reasons"]
         counts["completion_tokens"] += record["usage"]["completion_tokens"]
-    return counts
+    return counts, sources

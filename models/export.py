@@ -1,4 +1,4 @@
-"""The export stage: a checkpoint that serving engines load as it is."""
+"""The export stage: checkpoints that serving engines load as they are."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..conf.artifact import MANIFEST, commit, file_digest, write_json
-from ..conf.schema import Config
+from ..conf.artifact import MANIFEST, commit, digest, file_digest, write_atomic, write_json
+from ..conf.schema import Config, ExportFormat
+from .draft_head import DraftHead
 from .formats import WEIGHTS, head_folder, load_head, save_head
-from .verifier import check_identity, verifier_location
+from .serving_notes import Served, model_card, serving_notes, trtllm_options, vllm_command
+from .speculators_format import save_speculators
+from .verifier import check_identity, verifier_architectures, verifier_location
 
 
 def export(config: Config) -> None:
-    """Write runs/<name>/exports/<format>/ from a head; a half-written export is never seen."""
+    """Write runs/<name>/exports/<format>/ from a head, in one format or all; a half-written export is never seen."""
     source = head_folder(config.export.checkpoint, config.training_folder)
     head, record = load_head(source)
     check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
@@ -26,25 +29,86 @@ def export(config: Config) -> None:
             f"{source} has {head.config.num_layers} layers: engines disagree on how they norm the second, "
             "only heads of one layer (draft.num_layers=1) can be served"
         )
-    folder = config.run_folder / "exports" / config.export.format.value
-    settings = {"head": file_digest(source / WEIGHTS), "dtype": config.export.dtype.value, "format": folder.name}
+    formats = [ExportFormat.plain, ExportFormat.speculators]
+    for format_ in formats if config.export.format is ExportFormat.all else [config.export.format]:
+        _export_one(config, format_, source, head, record)
+
+
+def _export_one(config: Config, format_: ExportFormat, source: Path, head: DraftHead, record: dict[str, Any]) -> None:
+    folder = config.run_folder / "exports" / format_.value
+    served = Served(
+        head=head.config,
+        folder=str(folder),
+        format=format_.value,
+        dtype=config.export.dtype.value,
+        verifier=verifier_location(config.verifier),
+        revision=config.verifier.revision,
+        num_draft_tokens=config.evaluate.num_draft_tokens,
+        imported_from=record.get("imported_from"),
+    )
+    texts = _texts(config, served, source)
+    settings = {
+        "head": file_digest(source / WEIGHTS),
+        "dtype": served.dtype,
+        "format": served.format,
+        "num_draft_tokens": served.num_draft_tokens,
+        "texts": digest(texts),
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if _current_settings(folder) == settings and (folder / WEIGHTS).is_file():
+        if _current_settings(folder) == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
             print(f"export: {folder} is complete")
             return
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_head(temporary, head, record, getattr(torch, config.export.dtype.value))
+        _save(config, temporary, served, head, record)
+        for name, text in texts.items():
+            write_atomic(temporary / name, text)
         write_json(temporary / MANIFEST, {"kind": "export", "settings": settings, "complete": True})
         shutil.rmtree(folder, ignore_errors=True)
         commit(temporary, folder)
-    options = json.dumps(
-        {"method": "eagle3", "model": str(folder), "num_speculative_tokens": config.evaluate.num_draft_tokens}
-    )
-    served_by = f"vllm serve {verifier_location(config.verifier)} --speculative-config '{options}'"
-    print(f"export: {folder}, served by `{served_by}`")
+    print(f"export: {folder}, served by `{vllm_command(served)}`; more in {folder / 'SERVING.md'}")
+
+
+def _save(config: Config, folder: Path, served: Served, head: DraftHead, record: dict[str, Any]) -> None:
+    dtype = getattr(torch, served.dtype)
+    if served.format == ExportFormat.plain.value:
+        save_head(folder, head, record, dtype)
+        return
+    verifier = {"name_or_path": served.verifier, "architectures": verifier_architectures(config.verifier)}
+    save_speculators(folder, head, record, dtype, verifier, served.num_draft_tokens)
+
+
+def _texts(config: Config, served: Served, source: Path) -> dict[str, str]:
+    """Give the files beside the weights, by name."""
+    card = model_card(served, _acceptance(config, source), _conversations(config, source))
+    texts = {"SERVING.md": serving_notes(served), "README.md": card}
+    if served.format == ExportFormat.plain.value:
+        texts["trtllm.yaml"] = trtllm_options(served)
+    return texts
+
+
+def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
+    """Give acceptance.json of the run if it was measured with this very head, by the weights' checksum."""
+    folder = config.run_folder / "evaluation"
+    if not (folder / "acceptance.json").is_file() or not (folder / MANIFEST).is_file():
+        return None
+    manifest = json.loads((folder / MANIFEST).read_text())
+    measured = (manifest.get("settings") or {}).get("head")
+    if not manifest.get("complete") or measured != file_digest(source / WEIGHTS):
+        return None
+    return json.loads((folder / "acceptance.json").read_text())
+
+
+def _conversations(config: Config, source: Path) -> dict[str, Any] | None:
+    """Give the manifest of the run's conversations if the head is a checkpoint of the run's own training."""
+    manifest = config.conversations_folder / MANIFEST
+    own = (config.training_folder / "checkpoints").resolve() in source.resolve().parents
+    if not own or not manifest.is_file():
+        return None
+    content = json.loads(manifest.read_text())
+    return content if content.get("complete") else None
 
 
 def _current_settings(folder: Path) -> dict[str, Any] | None:

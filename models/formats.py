@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,18 @@ from .draft_head import DraftHead, DraftHeadConfig
 from .vocabulary import VocabularyMap
 
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
+_CURE = "`fledge import` reads the heads of other projects and formats"
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: rounds and accepted by draft tokens and conversation
 
 
-def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Give the `config.json` of a head in plain format.
+def layer_fields(config: DraftHeadConfig) -> dict[str, Any]:
+    """Give the Llama fields of a head's layers, as both formats write them.
 
-    Aux layers stand in it twice: 0-based in `eagle_config` (SGLang, ModelOpt) and one higher at the top level (vLLM,
-    whose id k is the input of layer k).
+    The rotary base stands in it twice: releases of transformers before 5 read `rope_theta` and `rope_scaling`.
     """
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    values: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLMEagle3"],
+    return {
         "model_type": "llama",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -44,7 +44,6 @@ def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": rope.get("rope_theta"),
         "rope_parameters": rope,
@@ -52,13 +51,26 @@ def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Give the `config.json` of a head in plain format.
+
+    Aux layers stand in it twice: 0-based in `eagle_config` (SGLang, ModelOpt) and one higher at the top level (vLLM,
+    whose id k is the input of layer k).
+    """
+    values: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **layer_fields(config),
+        "draft_vocab_size": config.draft_vocab_size,
+        "torch_dtype": dtype_name(dtype),
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
             "use_aux_hidden_state": True,
             "norm_before_fc": False,
         },
-        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in config.aux_layers],
+        "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": False,
         "fc_norm": config.fc_norm,
@@ -69,6 +81,16 @@ def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
     if config.verifier_hidden_size != config.hidden_size:
         values["target_hidden_size"] = config.verifier_hidden_size
     return values
+
+
+def vllm_layer_ids(aux_layers: Iterable[int]) -> list[int]:
+    """Number aux layers as vLLM and Speculators do: id k is the output of layer k-1."""
+    return [layer + 1 for layer in aux_layers]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Give the name of a dtype as it stands in a config.json."""
+    return str(dtype).removeprefix("torch.")
 
 
 def config_from_plain(values: dict[str, Any]) -> DraftHeadConfig:
@@ -93,16 +115,13 @@ def config_from_plain(values: dict[str, Any]) -> DraftHeadConfig:
     )
 
 
-def plain_tensors(head: DraftHead, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Name and cast a head's weights as the plain format wants them; the map only where the vocabulary is reduced.
+def head_tensors(head: DraftHead, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast a head's weights for a file; the vocabulary map is among them only where the vocabulary is reduced.
 
     Args:
         weights: the head's state dict (gathered, if ZeRO has partitioned the module's own).
     """
-    tensors = {
-        re.sub(r"^layers\.0\.", "midlayer.", name): weight.detach().to("cpu", dtype).contiguous()
-        for name, weight in weights.items()
-    }
+    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
     if head.config.draft_vocab_size < head.config.vocab_size:
         tensors["d2t"] = head.d2t.cpu()
         tensors["t2d"] = head.t2d.cpu()
@@ -118,10 +137,16 @@ def save_head(
         record: what `fledge.json` keeps; `verifier` (its identity) among it.
         weights: the head's full state dict where the module's own is partitioned.
     """
-    tensors = plain_tensors(head, head.state_dict() if weights is None else weights, dtype)
+    tensors = head_tensors(head, head.state_dict() if weights is None else weights, dtype)
+    named = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
+    write_head_files(folder, named, plain_config(head.config, dtype), record)
+
+
+def write_head_files(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write weights, config.json and fledge.json; the record comes last, without it the folder is no head."""
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     sync(folder / WEIGHTS)
-    write_json(folder / CONFIG, plain_config(head.config, dtype))
+    write_json(folder / CONFIG, config)
     write_json(folder / RECORD, record)
 
 
@@ -133,9 +158,12 @@ def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
     """
     for name in (CONFIG, WEIGHTS, RECORD):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a fledge head: {name} is missing")
+            raise ValueError(f"{folder} is not a fledge head: {name} is missing; {_CURE}")
     try:
-        config = config_from_plain(json.loads((folder / CONFIG).read_text()))
+        values = json.loads((folder / CONFIG).read_text())
+        if "speculators_model_type" in values:
+            raise ValueError(f"{folder} holds a head in Speculators format, plain format is required; {_CURE}")
+        config = config_from_plain(values)
         record = json.loads((folder / RECORD).read_text())
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
@@ -147,19 +175,27 @@ def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
     if vocabulary is None and config.draft_vocab_size != config.vocab_size:
         raise ValueError(f"{folder}: d2t and t2d are missing, and the draft vocabulary is reduced")
     head = DraftHead(config, vocabulary)
-    problems = [
-        *(f"{name} is missing" for name in head.state_dict().keys() - weights.keys()),
-        *(f"{name} is unknown" for name in weights.keys() - head.state_dict().keys()),
-        *(
-            f"{name} has shape {list(weights[name].shape)}, {list(tensor.shape)} is required"
-            for name, tensor in head.state_dict().items()
-            if name in weights and weights[name].shape != tensor.shape
-        ),
-    ]
+    problems = tensor_problems(head, weights)
     if problems:
-        raise ValueError(f"{folder / WEIGHTS}: {'; '.join(sorted(problems))}")
+        raise ValueError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
     head.load_state_dict(weights)
     return head, record
+
+
+def tensor_problems(head: DraftHead, weights: dict[str, Tensor]) -> list[str]:
+    """Name every tensor that is missing, unknown, or of another shape than the head's."""
+    required = head.state_dict()
+    return sorted(
+        [
+            *(f"{name} is missing" for name in required.keys() - weights.keys()),
+            *(f"{name} is unknown" for name in weights.keys() - required.keys()),
+            *(
+                f"{name} has shape {list(weights[name].shape)}, {list(tensor.shape)} is required"
+                for name, tensor in required.items()
+                if name in weights and weights[name].shape != tensor.shape
+            ),
+        ]
+    )
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

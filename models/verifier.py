@@ -34,13 +34,21 @@ def torch_device(device: Device) -> torch.device:
     return torch.device(device.value)
 
 
-def load_config(config: VerifierConfig) -> Any:
-    """Load the verifier's language-model configuration (the nested `text_config` where there is one)."""
+def _load_whole_config(config: VerifierConfig) -> Any:
     try:
-        loaded = AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
+        return AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
     except (OSError, KeyError) as error:
         raise _not_loadable(config, error) from None
-    return loaded.get_text_config()
+
+
+def load_config(config: VerifierConfig) -> Any:
+    """Load the verifier's language-model configuration (the nested `text_config` where there is one)."""
+    return _load_whole_config(config).get_text_config()
+
+
+def verifier_architectures(config: VerifierConfig) -> list[str]:
+    """Give the architectures that the verifier's config.json names."""
+    return list(_load_whole_config(config).architectures or [])
 
 
 def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:

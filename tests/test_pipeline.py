@@ -93,3 +93,21 @@ def test_export_is_the_last_checkpoint_in_bfloat16(finished):
         assert torch.equal(weight.bfloat16().float(), exported.state_dict()[name])
     config = json.loads((finished.path / "exports" / "plain" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
+
+
+def test_an_exported_head_shows_its_acceptance_and_its_data(finished):
+    results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
+    card = (finished.path / "exports" / "plain" / "README.md").read_text()
+    assert f"| all | {results['acceptance_length']:.2f} |" in card
+    assert "Trained with fledge" in card
+    assert "- embedded/train: 64 conversations" in card
+
+
+def test_a_head_that_went_through_export_and_import_accepts_the_same_tokens(finished, run):
+    trained = finished.path / "training" / "checkpoints" / "step-24"
+    run("export", f"export.checkpoint={trained}", "export.format=speculators", "export.dtype=float32")
+    run("import", f"head_import.source={run.path / 'exports' / 'speculators'}")
+    run("evaluate", f"evaluate.checkpoint={run.path / 'imports' / 'speculators'}", "evaluate.baselines=false")
+    mine, theirs = (json.loads((r.path / "evaluation" / "acceptance.json").read_text()) for r in (run, finished))
+    for name in ("num_drafts", "num_accepted_tokens_per_pos", "num_output_tokens"):
+        assert mine[name] == theirs[name]

@@ -1,0 +1,62 @@
+"""The import command: a head made elsewhere becomes a checkpoint that evaluate and export take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..conf.artifact import artifact, file_digest
+from ..conf.schema import Config
+from .foreign_head import EMBEDDING, ForeignHead, read_foreign_head, weight_files
+from .formats import CONFIG, RECORD, WEIGHTS, dtype_name, save_head
+from .verifier import VerifierWeights, load_config, verifier_identity
+
+
+def import_head(config: Config) -> None:
+    """Write runs/<name>/imports/<source folder's name>/ from the head at head_import.source."""
+    options = config.head_import
+    if options.source is None:
+        raise ValueError("head_import.source is required: give the folder of a head (config.json and weights)")
+    source = Path(options.source).resolve()
+    if not source.is_dir():
+        raise ValueError(
+            f"head_import.source {options.source!r} is not a folder: a head on the hub is fetched with "
+            "`hf download ID --local-dir FOLDER`"
+        )
+    folder = config.run_folder / "imports" / source.name
+    if folder.resolve() == source:
+        raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
+    files = weight_files(source)
+    settings = {
+        "source": {path.name: file_digest(path) for path in (source / CONFIG, *files)},
+        "aux_numbering": options.aux_numbering.value if options.aux_numbering else None,
+        "verifier": verifier_identity(config.verifier),
+    }
+    foreign = read_foreign_head(source, load_config(config.verifier), options.aux_numbering)
+    check_embedding(foreign, config, source)
+    with artifact(folder, "import", settings, config.overwrite) as target:
+        if target.complete and all((folder / name).is_file() for name in (CONFIG, WEIGHTS, RECORD)):
+            print(f"import: {folder} is complete")
+            return
+        record = {"verifier": settings["verifier"], "step": 0, "imported_from": source.name}
+        save_head(folder, foreign.head, record, foreign.dtype)
+        target.finish()
+    head = foreign.head.config
+    print(
+        f"import: {folder}, {dtype_name(foreign.dtype)}, aux layers {list(head.aux_layers)} (0-based), draft "
+        f"vocabulary {head.draft_vocab_size}; use it with evaluate.checkpoint={folder} or export.checkpoint={folder}"
+    )
+
+
+def check_embedding(foreign: ForeignHead, config: Config, source: Path) -> None:
+    """Refuse a head with an embedding of its own; one equal to the verifier's, in the head's dtype, is not kept."""
+    if foreign.embedding is None:
+        return
+    verifier = VerifierWeights(config.verifier).embedding()
+    if not torch.equal(foreign.embedding, verifier.to(foreign.embedding.dtype)):
+        raise ValueError(
+            f"{source}: {EMBEDDING} differs from the embedding of verifier.path={config.verifier.path}: heads with an "
+            "embedding of their own cannot be represented (SGLang and TensorRT-LLM drop it too); if the verifier is "
+            "not the one the head was trained for, set that one"
+        )

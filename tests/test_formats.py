@@ -1,0 +1,612 @@
+"""Heads in the formats of engines and other projects: written, read back, and refused where they cannot be read."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from builders import make_head
+from fledge.conf.schema import AuxNumbering, Config, Device, Dtype, ExportFormat, VerifierConfig
+from fledge.models.embedded.verifier import CHAT_TEMPLATE
+from fledge.models.export import export
+from fledge.models.foreign_head import read_foreign_head
+from fledge.models.formats import load_head, save_head
+from fledge.models.import_head import import_head
+from fledge.models.speculators_format import save_speculators
+from fledge.models.verifier import VerifierWeights
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHAPE = LlamaConfig(
+    hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=120,
+    num_hidden_layers=8, max_position_embeddings=256,
+)  # fmt: skip
+VERIFIER = {"name_or_path": "some/verifier", "architectures": ["LlamaForCausalLM"]}
+FORMS = [
+    {},
+    {"draft_vocab_size": None},
+    {"fc_norm": False, "norm_output": False},
+    {"norm_before_residual": True},
+    {"aux_layers": (2, 5), "draft_vocab_size": None},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+]
+
+
+@pytest.fixture(scope="module")
+def small_verifier(tmp_path_factory) -> Path:
+    """An untrained verifier that fits `make_head`."""
+    folder = tmp_path_factory.mktemp("verifier")
+    torch.manual_seed(0)
+    LlamaForCausalLM(SHAPE).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(120)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, small_verifier) -> Config:
+    verifier = VerifierConfig(path=str(small_verifier), dtype=Dtype.float32, device=Device.cpu)
+    return Config(name="run", runs_dir=str(tmp_path / "runs"), verifier=verifier)
+
+
+@dataclass
+class Published:
+    """A head in a folder of its own, as some project publishes it; files can be changed in place."""
+
+    folder: Path
+
+    def change_config(self, **changes: object) -> None:
+        values = json.loads((self.folder / "config.json").read_text()) | changes
+        kept = {name: value for name, value in values.items() if value is not ABSENT}
+        (self.folder / "config.json").write_text(json.dumps(kept))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model.safetensors")
+
+    def change_tensors(self, **changes: object) -> None:
+        tensors = self.tensors() | {name.replace("__", "."): value for name, value in changes.items()}
+        save_file({n: t for n, t in tensors.items() if t is not ABSENT}, self.folder / "model.safetensors")
+
+
+ABSENT = object()
+
+
+def published(tmp_path: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Published:
+    """A head as NVIDIA, SpecForge and EAGLE publish them: few fields, ids in eagle_config, fledge's files absent."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    head = make_head(**({"fc_norm": False, "norm_output": False} | changes))
+    save_head(folder, head, {}, dtype)
+    (folder / "fledge.json").unlink()
+    theirs = Published(folder)
+    ours_only = ("rope_parameters", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    theirs.change_config(
+        **dict.fromkeys(ours_only, ABSENT),
+        eagle_aux_hidden_state_layer_ids=ABSENT,
+        eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "use_aux_hidden_state": True,
+                      "use_last_layernorm": True, "use_mtp_layernorm": False},
+    )  # fmt: skip
+    return theirs
+
+
+def rounded(head, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype).float() for name, tensor in head.state_dict().items()}
+
+
+def assert_same_head(read, head, dtype: torch.dtype) -> None:
+    assert read.config == head.config
+    expected, found = rounded(head, dtype), read.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert torch.equal(read.d2t, head.d2t)
+    assert torch.equal(read.t2d, head.t2d)
+
+
+# round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("changes", FORMS)
+def test_each_format_reads_back_bit_for_bit(tmp_path, changes, dtype):
+    head = make_head(**changes)
+    save_head(tmp_path, head, {}, dtype)
+    plain = read_foreign_head(tmp_path, SHAPE)
+    save_speculators(tmp_path, head, {}, dtype, VERIFIER, 3)
+    speculators = read_foreign_head(tmp_path, SHAPE)
+    for read in (plain, speculators):
+        assert_same_head(read.head, head, dtype)
+        assert read.dtype == dtype
+        assert read.embedding is None
+
+
+def test_speculators_config_has_the_fields_that_vllm_reads(tmp_path):
+    save_speculators(tmp_path, make_head(), {}, torch.bfloat16, VERIFIER, 5)
+    values = json.loads((tmp_path / "config.json").read_text())
+    layer = values.pop("transformer_layer_config")
+    assert isinstance(values.pop("speculators_version"), str)
+    assert values == {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": 100,
+        "target_hidden_size": None,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "fc_norm": True,
+        "norm_output": True,
+        "embed_requires_grad": False,
+        "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": 5,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": VERIFIER,
+        },
+    }
+    assert layer["model_type"] == "llama"
+    assert (layer["vocab_size"], layer["num_hidden_layers"], layer["head_dim"]) == (120, 1, 16)
+    assert layer["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert LlamaConfig(**layer).rope_parameters == layer["rope_parameters"]
+
+
+@pytest.mark.parametrize(("size", "has_map"), [(100, True), (None, False)])
+def test_speculators_tensors_are_named_by_layer_and_mapped_only_if_reduced(tmp_path, size, has_map):
+    save_speculators(tmp_path, make_head(draft_vocab_size=size), {}, torch.bfloat16, VERIFIER, 3)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not any("midlayer" in name for name in tensors)
+    assert tensors["layers.0.self_attn.q_proj.weight"].shape == (64, 64)
+    assert ({"d2t", "t2d"} <= tensors.keys()) is has_map
+    assert "embed_tokens.weight" not in tensors
+
+
+# heads as others publish them
+
+
+def as_sharded(theirs: Published) -> None:
+    tensors = theirs.tensors()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, theirs.folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (theirs.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (theirs.folder / "model.safetensors").unlink()
+
+
+def as_pickle(theirs: Published) -> None:
+    torch.save(theirs.tensors(), theirs.folder / "pytorch_model.bin")
+    (theirs.folder / "model.safetensors").unlink()
+
+
+def as_numbered_layers(theirs: Published) -> None:
+    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in theirs.tensors().items()}
+    save_file(tensors, theirs.folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("rewrite", [lambda _: None, as_sharded, as_pickle, as_numbered_layers])
+@pytest.mark.parametrize("size", [100, None])
+def test_published_forms_are_read(tmp_path, rewrite, size):
+    theirs = published(tmp_path, draft_vocab_size=size)
+    rewrite(theirs)
+    read = read_foreign_head(theirs.folder, SHAPE)
+    head = make_head(fc_norm=False, norm_output=False, draft_vocab_size=size)
+    assert_same_head(read.head, head, torch.bfloat16)
+    assert read.dtype == torch.bfloat16
+
+
+def test_t2d_is_made_of_d2t_where_it_is_absent(tmp_path):
+    theirs = published(tmp_path)
+    theirs.change_tensors(t2d=ABSENT)
+    assert_same_head(
+        read_foreign_head(theirs.folder, SHAPE).head, make_head(fc_norm=False, norm_output=False), torch.bfloat16
+    )
+
+
+def test_a_full_vocabulary_may_come_with_its_identity_map(tmp_path):
+    theirs = published(tmp_path, draft_vocab_size=None)
+    theirs.change_tensors(d2t=torch.zeros(120, dtype=torch.int64), t2d=torch.ones(120, dtype=torch.bool))
+    head = make_head(fc_norm=False, norm_output=False, draft_vocab_size=None)
+    assert_same_head(read_foreign_head(theirs.folder, SHAPE).head, head, torch.bfloat16)
+
+
+def test_weights_of_two_dtypes_are_kept_in_the_wider(tmp_path):
+    theirs = published(tmp_path)
+    theirs.change_tensors(norm__weight=theirs.tensors()["norm.weight"].float() + 1e-6)
+    read = read_foreign_head(theirs.folder, SHAPE)
+    assert read.dtype == torch.float32
+    assert torch.equal(read.head.norm.weight, theirs.tensors()["norm.weight"])
+
+
+def test_older_rotary_fields_are_joined(tmp_path):
+    theirs = published(tmp_path)
+    scaling = {"type": "linear", "factor": 8.0}
+    theirs.change_config(rope_theta=5e5, rope_scaling=scaling)
+    config = read_foreign_head(theirs.folder, SHAPE).head.config
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0}
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_norm_before_residual_absent_means_what_each_format_means(tmp_path, present):
+    theirs = published(tmp_path)
+    assert read_foreign_head(theirs.folder, SHAPE).head.config.norm_before_residual is False
+    save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)
+    theirs.change_config(norm_before_residual=False if present else ABSENT)
+    assert read_foreign_head(theirs.folder, SHAPE).head.config.norm_before_residual is not present
+
+
+def test_an_early_speculators_head_is_read_with_the_formats_defaults(tmp_path):
+    theirs = published(tmp_path)
+    head = make_head(fc_norm=False, norm_output=False, norm_before_residual=True)
+    save_speculators(theirs.folder, head, {}, torch.bfloat16, VERIFIER, 3)
+    later = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+    theirs.change_config(
+        **dict.fromkeys(later, ABSENT),
+        architectures=["Eagle3Speculator"],
+        eagle_aux_hidden_state_layer_ids=ABSENT,
+    )
+    theirs.change_tensors(embed_tokens__weight=torch.ones(120, 32))
+    read = read_foreign_head(theirs.folder, SHAPE)
+    assert_same_head(read.head, head, torch.bfloat16)
+    assert torch.equal(read.embedding, torch.ones(120, 32))
+
+
+def test_more_than_one_layer_is_read_and_not_exported(tmp_path, config):
+    theirs = published(tmp_path, num_layers=2)
+    config.head_import.source = str(theirs.folder)
+    import_head(config)
+    config.export.checkpoint = str(config.run_folder / "imports" / "published")
+    assert load_head(Path(config.export.checkpoint))[0].config.num_layers == 2
+    with pytest.raises(ValueError, match="only heads of one layer"):
+        export(config)
+
+
+# aux layer ids
+
+
+@pytest.mark.parametrize(
+    ("nested", "top", "numbering", "layers"),
+    [
+        ([1, 3, 4], None, None, (1, 3, 4)),
+        ([1, 3, 4], [2, 4, 5], None, (1, 3, 4)),
+        ([1, 3, 4], [1, 3, 4], None, (1, 3, 4)),
+        ([4, 1, 3], [5, 2, 4], None, (1, 3, 4)),
+        (None, [1, 3, 4], AuxNumbering.zero_based, (1, 3, 4)),
+        (None, [1, 3, 4], AuxNumbering.vllm, (0, 2, 3)),
+        (None, None, None, (1, 3, 4)),  # the default ones of 8 layers
+        ([], None, None, (1, 3, 4)),
+    ],
+)
+def test_aux_ids_are_read_as_numbered(tmp_path, nested, top, numbering, layers):
+    theirs = published(tmp_path)
+    theirs.change_config(
+        eagle_config={"eagle_aux_hidden_state_layer_ids": nested}, eagle_aux_hidden_state_layer_ids=top
+    )
+    assert read_foreign_head(theirs.folder, SHAPE, numbering).head.config.aux_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("nested", "top", "numbering", "words"),
+    [
+        (None, [1, 3, 4], None, "head_import.aux_numbering=zero_based .* =vllm"),
+        ([1, 3, 4], [2, 4, 6], None, "neither the same nor one higher"),
+        ([1, 3, 4], [0, 2, 3], None, "neither the same nor one higher"),
+        ([1, 3, 4], None, AuxNumbering.vllm, "leaves nothing open"),
+        ([1, 3, 8], None, None, "0 to 7"),
+        ([1, 3, 3], None, None, "different ones"),
+        (None, [0, 3, 4], AuxNumbering.vllm, r"\[-1, 2, 3\]"),
+        (["a"], None, None, "list of integers"),
+        ([1, 3], None, None, r"fc.weight has shape \[32, 96\], \[32, 64\] is required"),
+    ],
+)
+def test_aux_ids_that_cannot_be_right_are_refused(tmp_path, nested, top, numbering, words):
+    theirs = published(tmp_path)
+    theirs.change_config(
+        eagle_config={"eagle_aux_hidden_state_layer_ids": nested}, eagle_aux_hidden_state_layer_ids=top
+    )
+    with pytest.raises(ValueError, match=words):
+        read_foreign_head(theirs.folder, SHAPE, numbering)
+
+
+# refusals
+
+
+def refused(theirs: Published, words: str) -> str:
+    with pytest.raises(ValueError, match=words) as error:
+        read_foreign_head(theirs.folder, SHAPE)
+    return str(error.value)
+
+
+def test_every_wrong_tensor_is_named_in_one_refusal(tmp_path):
+    theirs = published(tmp_path)
+    theirs.change_tensors(
+        norm__weight=ABSENT,
+        fc__weight=torch.ones(32, 64),
+        midlayer__self_attn__q_proj__bias=torch.ones(64),
+        midlayer__self_attn__q_norm__weight=torch.ones(16),
+        midlayer__mlp__up_proj__bias=torch.ones(48),
+        model__norm__weight=torch.ones(32),
+        layers__0__hidden_norm__weight=torch.ones(32),
+        midlayer__input_layernorm__weight=torch.ones(32, dtype=torch.int32),
+        t2d=torch.ones(100, dtype=torch.bool),
+        embed_tokens__weight=torch.ones(100, 32),
+    )
+    message = refused(theirs, "norm.weight is missing")
+    for words in (
+        "fc.weight has shape [32, 64], [32, 96] is required",
+        "layers.0.self_attn.q_proj.bias is unknown",
+        "layers.0.self_attn.q_norm.weight is unknown",
+        "layers.0.mlp.up_proj.bias is unknown",
+        "model.norm.weight is unknown",
+        "layers.0.hidden_norm.weight stands twice",
+        "layers.0.input_layernorm.weight is int32",
+        "t2d has shape [100], [120] is required",
+        "embed_tokens.weight has shape [100, 32], [120, 32] is required",
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lm_head__weight": ABSENT}, "lm_head.weight is missing.*fetch the head's complete checkpoint"),
+        ({"d2t": ABSENT}, "d2t is missing"),
+        ({"d2t": torch.arange(100)}, "0 to 119 is required: it must hold offsets"),
+        ({"d2t": torch.full((100,), -1)}, "target ids from -1 to 98"),
+        ({"d2t": torch.arange(99, -1, -1)}, "do not increase"),
+        ({"d2t": torch.zeros(100)}, "d2t is torch.float32, integers"),
+        ({"t2d": torch.ones(120, dtype=torch.bool)}, "t2d contradicts d2t"),
+        ({"fc__weight": torch.ones(32, 96, dtype=torch.float64)}, "fc.weight is float64"),
+    ],
+)
+def test_a_wrong_lm_head_or_vocabulary_map_is_refused(tmp_path, change, words):
+    theirs = published(tmp_path)
+    theirs.change_tensors(**change)
+    refused(theirs, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 121}, "verifier of vocab_size 121, verifier.path has 120"),
+        ({"hidden_size": 64}, "verifier of hidden size 64, verifier.path has 32"),
+        ({"target_hidden_size": 64}, "verifier of hidden size 64, verifier.path has 32"),
+        ({"intermediate_size": ABSENT}, "no usable intermediate_size"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"norm_before_fc": True}, "norm_before_fc is True"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is False"),
+        ({"eagle_config": {"use_mtp_layernorm": True}}, "use_mtp_layernorm is True"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is"),
+        ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash'"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type is 'mrope'"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 500000.0 at the top"),
+        ({"fc_norm": True}, "fc_norm.0.weight is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_represented_is_refused_by_name(tmp_path, change, words):
+    theirs = published(tmp_path)
+    theirs.change_config(**change)
+    refused(theirs, words)
+
+
+class Code:
+    """Pickled, it makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_code_in_a_pickle_is_never_run(tmp_path, legacy):
+    theirs = published(tmp_path)
+    witness = tmp_path / "was run"
+    content = {**theirs.tensors(), "x": Code(witness)}
+    torch.save(content, theirs.folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    (theirs.folder / "model.safetensors").unlink()
+    refused(theirs, "code in it was not run")
+    assert not witness.exists()
+    torch.load(theirs.folder / "pytorch_model.bin", weights_only=False)
+    assert witness.exists(), "the code works where it is run, or nothing is shown"
+
+
+def test_damaged_files_are_refused(tmp_path):
+    theirs = published(tmp_path)
+    weights = theirs.folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-100], whole[:40], b""):
+        weights.write_bytes(content)
+        refused(theirs, "model.safetensors cannot be read as weights")
+    weights.unlink()
+    refused(theirs, "holds no weights")
+    for content in (b"", b"not a pickle", b"PK\x03\x04 not an archive"):
+        (theirs.folder / "pytorch_model.bin").write_bytes(content)
+        refused(theirs, "pytorch_model.bin (cannot be read|is damaged)")
+    for content in ([torch.ones(1)], {"fc.weight": 1}, {1: torch.ones(1)}):
+        torch.save(content, theirs.folder / "pytorch_model.bin")
+        refused(theirs, "something else than named tensors")
+    index = theirs.folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"fc.weight": "../elsewhere.safetensors"}}')
+    (tmp_path / "elsewhere.safetensors").write_bytes(whole)
+    refused(theirs, "elsewhere.safetensors is named by the index and missing")
+    index.write_text("[]")
+    refused(theirs, "is not an index")
+    for content in ("{", "[]"):
+        (theirs.folder / "config.json").write_text(content)
+        weights.write_bytes(whole)
+        refused(theirs, "config.json is not")
+    (theirs.folder / "config.json").unlink()
+    refused(theirs, "config.json is missing")
+
+
+# the commands
+
+
+def test_an_imported_head_is_exported_and_imported_again_unchanged(tmp_path, config, small_verifier):
+    theirs = published(tmp_path)
+    embedding = VerifierWeights(config.verifier).embedding()
+    theirs.change_tensors(embed_tokens__weight=embedding.bfloat16())
+    head = make_head(fc_norm=False, norm_output=False)
+    config.head_import.source = str(theirs.folder)
+    import_head(config)
+    imported = config.run_folder / "imports" / "published"
+    read, record = load_head(imported)
+    assert_same_head(read, head, torch.bfloat16)
+    assert (record["step"], record["imported_from"]) == (0, "published")
+    assert record["verifier"]["vocab_size"] == 120
+    assert "embed_tokens.weight" not in load_file(imported / "model.safetensors")
+
+    config.export.checkpoint, config.export.format = str(imported), ExportFormat.all
+    export(config)
+    for name in ("plain", "speculators"):
+        config.head_import.source = str(config.run_folder / "exports" / name)
+        import_head(config)
+        again, _ = load_head(config.run_folder / "imports" / name)
+        assert_same_head(again, head, torch.bfloat16)
+    values = json.loads((config.run_folder / "exports" / "speculators" / "config.json").read_text())
+    verifier = values["speculators_config"]["verifier"]
+    assert verifier == {"name_or_path": str(small_verifier), "architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(ValueError, match=r"holds a head in Speculators format.*fledge import"):
+        load_head(config.run_folder / "exports" / "speculators")
+
+
+def test_an_embedding_of_the_heads_own_is_refused(tmp_path, config):
+    theirs = published(tmp_path)
+    embedding = VerifierWeights(config.verifier).embedding().clone()
+    embedding[7, 3] += 0.5
+    theirs.change_tensors(embed_tokens__weight=embedding)
+    config.head_import.source = str(theirs.folder)
+    with pytest.raises(ValueError, match=r"differs from the embedding of verifier\.path"):
+        import_head(config)
+    assert not (config.run_folder / "imports").exists()
+
+
+def test_importing_again_is_skipped_and_another_head_needs_overwrite(tmp_path, config, capsys):
+    theirs = published(tmp_path)
+    config.head_import.source = str(theirs.folder)
+    import_head(config)
+    import_head(config)
+    assert "is complete" in capsys.readouterr().out
+    theirs.change_tensors(norm__weight=torch.ones(32))
+    with pytest.raises(ValueError, match="overwrite=true"):
+        import_head(config)
+    config.overwrite = True
+    import_head(config)
+    assert torch.equal(load_head(config.run_folder / "imports" / "published")[0].norm.weight, torch.ones(32))
+
+
+def test_import_asks_for_a_folder_of_a_published_head(tmp_path, config):
+    with pytest.raises(ValueError, match=r"head_import\.source is required"):
+        import_head(config)
+    config.head_import.source = "some/head"
+    with pytest.raises(ValueError, match="hf download"):
+        import_head(config)
+    config.head_import.source = str(published(tmp_path).folder)
+    import_head(config)
+    config.head_import.source = str(config.run_folder / "imports" / "published")
+    with pytest.raises(ValueError, match="was imported already"):
+        import_head(config)
+
+
+def exported(tmp_path: Path, config: Config) -> Path:
+    config.head_import.source = str(published(tmp_path).folder)
+    import_head(config)
+    config.export.checkpoint = str(config.run_folder / "imports" / "published")
+    config.export.format = ExportFormat.all
+    export(config)
+    return config.run_folder / "exports"
+
+
+def test_serving_notes_name_the_engines_that_read_the_format(tmp_path, config):
+    folder = exported(tmp_path, config)
+    plain, speculators = ((folder / name / "SERVING.md").read_text() for name in ("plain", "speculators"))
+    for words in (
+        f'"model": "{folder / "plain"}", "num_speculative_tokens": 3',
+        "--speculative-algorithm EAGLE3 --speculative-draft-model-path",
+        "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4",
+        "trtllm-serve",
+    ):
+        assert words in plain
+    assert f"vllm serve {folder / 'speculators'}" in speculators
+    assert "SGLang" not in speculators
+    assert "TensorRT" not in speculators
+    assert not (folder / "speculators" / "trtllm.yaml").exists()
+    assert (folder / "plain" / "trtllm.yaml").read_text() == (
+        "speculative_config:\n  decoding_type: Eagle3\n  max_draft_len: 3\n"
+        f'  speculative_model: "{folder / "plain"}"\n  eagle3_layers_to_capture: [1, 3, 4]\n'
+    )
+
+
+def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, small_verifier):
+    folder = exported(tmp_path, config)
+    card = (folder / "plain" / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert f'base_model: "{small_verifier.name}"\n' in front
+    assert 'license: "other"\n' in front
+    assert '"eagle3"' in front
+    assert 'library_name: "speculators"' in (folder / "speculators" / "README.md").read_text()
+    assert str(small_verifier) not in card
+    assert "the verifier's licence applies" in card
+    assert "Converted with fledge from `published`" in card
+    assert "## Acceptance" not in card
+    config.conversations_folder.mkdir()
+    (config.conversations_folder / "manifest.json").write_text(json.dumps({"complete": True}))
+    counts = {"acceptance_length": 2.346, "acceptance_rate_per_pos": [0.8, 0.4, 0.146]}
+    results = {
+        **counts,
+        "by_category": {"writing": {"trained head": counts}},
+        "num_draft_tokens_per_round": 3,
+        "num_questions": 80,
+        "questions": "/somewhere/question.jsonl",
+        "drafting": "chain",
+        "temperature": 0.0,
+        "dtype": "float32",
+        "max_tokens": 64,
+        "definition": "tokens per round",
+    }
+    evaluation = config.run_folder / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "acceptance.json").write_text(json.dumps(results))
+    manifests = [
+        json.loads((folder / "plain" / "manifest.json").read_text())["settings"]["head"],
+        "of another head",
+    ]
+    for head, shown in zip(manifests, (True, False), strict=True):
+        (evaluation / "manifest.json").write_text(json.dumps({"complete": True, "settings": {"head": head}}))
+        export(config)
+        card = (folder / "plain" / "README.md").read_text()
+        assert ("| writing | 2.35 | 0.80 | 0.40 | 0.15 |" in card) is shown
+        assert "/somewhere" not in card
+        assert "## Training data" not in card, "the run's conversations are not what an imported head was trained on"
+
+
+def test_an_export_with_other_draft_tokens_is_made_anew_and_an_equal_one_is_kept(tmp_path, config, capsys):
+    folder = exported(tmp_path, config)
+    weights = folder / "speculators" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    export(config)
+    assert weights.stat().st_mtime_ns == before
+    config.evaluate.num_draft_tokens = 7
+    export(config)
+    values = json.loads((folder / "speculators" / "config.json").read_text())
+    assert values["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    assert not list(folder.glob(".*.tmp"))
+    shutil.rmtree(folder / "speculators")
+    (folder / "speculators").mkdir()
+    with pytest.raises(ValueError, match="not an export of fledge's"):
+        export(config)
