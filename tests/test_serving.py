@@ -26,8 +26,9 @@ def vllm_counts(folder: Path, request: dict) -> dict:
     return json.loads(answers[-1].removeprefix("COUNTS "))
 
 
-def test_vllm_counts_what_fledge_counts(finished, verifier, tmp_path):
-    finished("export", "export.dtype=float32")
+@pytest.mark.parametrize("format_", ["plain", "speculators"])
+def test_vllm_counts_what_fledge_counts(finished, verifier, tmp_path, format_):
+    finished("export", "export.dtype=float32", f"export.format={format_}")
     results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
     assert results["acceptance_length"] > 1.2, "a head that accepts nothing shows nothing"
     prompts, texts = [], []
@@ -44,7 +45,7 @@ def test_vllm_counts_what_fledge_counts(finished, verifier, tmp_path):
         tmp_path,
         {
             "verifier": str(finished.verifier),
-            "head": str(finished.path / "exports" / "plain"),
+            "head": str(finished.path / "exports" / format_),
             "num_draft_tokens": results["num_draft_tokens_per_round"],
             "max_tokens": results["max_tokens"],
             "prompts": prompts,
