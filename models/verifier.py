@@ -90,6 +90,18 @@ def default_aux_layers(num_layers: int) -> list[int]:
     return layers
 
 
+def _decoder(model: PreTrainedModel) -> Any:
+    """Give the module that holds the decoder layers and the final norm."""
+    decoder: Any = model.get_decoder()
+    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
+        decoder = decoder.model
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+        raise ValueError(
+            f"verifier.path: {type(model).__name__} has no decoder layers and final norm that fledge knows"
+        )
+    return decoder
+
+
 @dataclass
 class VerifierOutput:
     """What one forward pass yields, for B sequences of T tokens."""
@@ -108,7 +120,7 @@ class Verifier:
         self.aux_layers = sorted(aux_layers)
         self.end_token_ids = end_token_ids(model, tokenizer)
         self._captured: dict[str, Tensor] = {}
-        decoder = model.get_decoder()
+        decoder = _decoder(model)
         if not 0 <= self.aux_layers[0] <= self.aux_layers[-1] < len(decoder.layers):
             raise ValueError(
                 f"draft.aux_layers must be layers of the verifier, 0 to {len(decoder.layers) - 1}, got {aux_layers}"

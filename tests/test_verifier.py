@@ -1,0 +1,79 @@
+"""Verifiers of other architectures: states are captured as transformers defines them, and decoding stays lossless."""
+
+import pytest
+import torch
+import transformers
+from fledge.conf.schema import Device, DraftConfig, Dtype, VerifierConfig
+from fledge.eval.draft_decoder import DraftDecoder
+from fledge.eval.prompt_lookup import NoDraft
+from fledge.eval.speculative import speculate
+from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.verifier import Verifier, VerifierWeights, load_config
+from fledge.models.vocabulary import build_vocabulary
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+MODELS = {
+    "qwen3": ("Qwen3", {"intermediate_size": 128}),
+    "mistral, sliding window": ("Mistral", {"intermediate_size": 128, "sliding_window": 16}),
+    "llama, tied embedding": ("Llama", {"intermediate_size": 128, "tie_word_embeddings": True}),
+    "llama 4 text": (
+        "Llama4",
+        {
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 16,
+        },
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def config(request, tmp_path, verifier) -> VerifierConfig:
+    """A random model of another architecture, with the tiny verifier's tokenizer."""
+    family, changes = MODELS[request.param]
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Llama4" else f"{family}Config")
+    values = {"tie_word_embeddings": False, **SIZES, **changes, "vocab_size": verifier.model.config.vocab_size}
+    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**values))
+    model.save_pretrained(tmp_path)
+    verifier.tokenizer.save_pretrained(tmp_path)
+    return VerifierConfig(path=str(tmp_path), dtype=Dtype.float32, device=Device.cpu)
+
+
+def test_captured_states_equal_output_hidden_states(config):
+    verifier = Verifier.load(config)
+    ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(1))
+    output = verifier.forward(ids, use_cache=False)
+    with torch.no_grad():
+        states = verifier.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    assert torch.equal(output.aux_hidden_states, torch.cat([states[layer + 1] for layer in (1, 3, 4)], dim=-1))
+    assert torch.equal(output.last_hidden_state, states[-1])
+    again = output.last_hidden_state @ VerifierWeights(config).lm_head().T
+    torch.testing.assert_close(again, output.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_speculation_is_lossless(config):
+    verifier = Verifier.load(config)
+    weights = VerifierWeights(config)
+    shape = DraftHeadConfig.from_verifier(DraftConfig(vocab_size=300), load_config(config))
+    head = DraftHead(shape, build_vocabulary(torch.ones(shape.vocab_size, dtype=torch.int64), 300))
+    initialise(head, weights.lm_head(), 0)
+    prompt = list(range(10, 40))  # longer than the sliding window and the attention chunk
+    alone = speculate(verifier, NoDraft(), prompt, num_draft_tokens=3, max_tokens=50)
+    drafted = speculate(verifier, DraftDecoder(head, weights.embedding()), prompt, num_draft_tokens=3, max_tokens=50)
+    assert drafted.tokens == alone.tokens
+    with torch.no_grad():
+        expected = verifier.model.generate(
+            torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=verifier.end_token_ids
+        )
+    assert alone.tokens == expected[0, len(prompt) :].tolist()
