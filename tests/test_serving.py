@@ -2,15 +2,51 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from builders import Run
+from conftest import TINY
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.chat import prompt_tokens
+from fledge.models.embedded import corpus
+from fledge.models.embedded import verifier as embedded
 
 pytestmark = pytest.mark.serving
 COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+HEADS = {
+    "EAGLE-3.1": [],
+    "EAGLE-3": ["draft=eagle3"],
+    "norm before residual": ["draft=eagle3", "draft.norm_before_residual=true"],
+    "full vocabulary": ["draft.vocab_size=null"],
+}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+VERIFIERS = {
+    "Qwen3": ("Qwen3Config", {"intermediate_size": 128}),
+    "Llama4": (
+        "Llama4TextConfig",
+        {
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 512,
+        },
+    ),
+}
 
 
 def vllm_counts(folder: Path, request: dict) -> dict:
@@ -26,30 +62,59 @@ def vllm_counts(folder: Path, request: dict) -> dict:
     return json.loads(answers[-1].removeprefix("COUNTS "))
 
 
-@pytest.mark.parametrize("format_", ["plain", "speculators"])
-def test_vllm_counts_what_fledge_counts(finished, verifier, tmp_path, format_):
-    finished("export", "export.dtype=float32", f"export.format={format_}")
-    results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
-    assert results["acceptance_length"] > 1.2, "a head that accepts nothing shows nothing"
+def judge(run: Run, folder: Path) -> None:
+    """Export an evaluated head in both formats and hold vLLM's counts against the evaluation's."""
+    run("export", "export.dtype=float32", "export.format=all")
+    results = json.loads((run.path / "evaluation" / "acceptance.json").read_text())
+    assert results["acceptance_length"] > 1.1, "a head that accepts nothing shows nothing"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.verifier)
     prompts, texts = [], []
-    for record in read_journal(finished.path / "evaluation" / "questions.jsonl"):
+    for record in read_journal(run.path / "evaluation" / "questions.jsonl"):
         if record["category"] == "heldout":
             continue
         history: list[dict[str, str]] = []
         for turn, answer in zip(record["turns"], record["answers"], strict=True):
             history.append({"role": "user", "content": turn})
-            prompts.append(prompt_tokens(verifier.tokenizer, history))
+            prompts.append(prompt_tokens(tokenizer, history))
             texts.append(answer["text"])
             history.append({"role": "assistant", "content": answer["text"]})
-    counted = vllm_counts(
-        tmp_path,
-        {
-            "verifier": str(finished.verifier),
-            "head": str(finished.path / "exports" / format_),
+    for format_ in ("plain", "speculators"):
+        request = {
+            "verifier": str(run.verifier),
+            "head": str(run.path / "exports" / format_),
             "num_draft_tokens": results["num_draft_tokens_per_round"],
             "max_tokens": results["max_tokens"],
             "prompts": prompts,
-        },
-    )
-    assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}
-    assert counted["texts"] == texts
+        }
+        counted = vllm_counts(folder, request)
+        print(format_, {name: counted[name] for name in COUNTS})
+        assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
+        assert counted["texts"] == texts
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
+    for name in ("conversations", "hidden_states"):
+        shutil.copytree(finished.path / name, run.path / name)
+    for stage in ("dump", "train", "evaluate"):
+        run(stage, *HEADS[head], "evaluate.baselines=false")
+    run.options = HEADS[head]
+    judge(run, tmp_path)
+
+
+@pytest.mark.parametrize("family", VERIFIERS)
+def test_vllm_counts_what_fledge_counts_on_other_verifiers(tmp_path, verifier, family):
+    config_class, sizes = VERIFIERS[family]
+    tokenizer = verifier.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), **SIZES, **sizes, **ids)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    conversations = corpus.training_conversations(TINY.num_conversations, TINY.seed)
+    embedded._train(model, [embedded._document(tokenizer, messages, TINY) for messages in conversations], TINY)
+    model.save_pretrained(tmp_path / "verifier")
+    tokenizer.save_pretrained(tmp_path / "verifier")
+    run = Run(tmp_path / "runs", tmp_path / "verifier")
+    for stage in ("synthesize", "dump", "train", "evaluate"):
+        run(stage, "evaluate.baselines=false")
+    judge(run, tmp_path)
