@@ -86,7 +86,8 @@ class Published:
 
     def engine_layers(self) -> dict[str, list[int]]:
         """Give the 0-based layers that each engine which reads the format would take."""
-        nested, top, default = self.ids(nested=True), self.ids(nested=False), self.default_layers()
+        nested, top = ([k for k in self.ids(place) if isinstance(k, int)] for place in (True, False))
+        default = self.default_layers()
         vllm = {"vLLM": [k - 1 for k in (top or nested)] or default}
         return vllm if self.speculators else {**vllm, "SGLang": nested or default, "TensorRT-LLM": default}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_head, matrices
+from builders import Run, make_head, matrices
 from fledge.conf.schema import Config
+from fledge.data_synthesis.conversations import read_conversations
+from fledge.data_synthesis.prompts import is_heldout
 from fledge.eval.doctor import diagnose, report
-from fledge.eval.doctor_measure import CONFIGURED, STEPS, Text, readable_head, teacher_forced_hits
+from fledge.eval.doctor_measure import STEPS, Text, readable_head, teacher_forced_hits
 from fledge.eval.doctor_rules import IDS, Published, engine_notes, static_findings
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.models.foreign_head import read_published
@@ -56,6 +59,7 @@ def as_published(folder: Path) -> Published:
 
 def codes(folder: Path) -> list[str]:
     findings = static_findings(as_published(folder))
+    assert engine_notes(as_published(folder))
     assert all(finding.what and finding.cost and finding.cure for finding in findings)
     return [finding.code for finding in findings]
 
@@ -215,33 +219,102 @@ def test_teacher_forced_hits_are_those_of_cached_decoding():
 
 
 @pytest.fixture(scope="module")
-def trained(finished):
-    checkpoints = sorted((finished.path / "training" / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
-    return load_head(checkpoints[-1])[0]
+def trained(finished, tmp_path_factory) -> Run:
+    """A head of the first form, trained until other forms of it are worse on the texts that it knows."""
+    run = Run(tmp_path_factory.mktemp("trained"), finished.verifier)
+    for stage in ("conversations", "hidden_states"):
+        shutil.copytree(finished.path / stage, run.path / stage)
+    run("train", "draft=eagle3", "train.max_steps=160", "train.save_every=160", "train.heldout_every=160")
+    return run
 
 
-def damaged(folder: Path, head: Any, verifier_config: Any, **changes: Any) -> Config:
+@pytest.fixture(scope="module")
+def known_questions(trained, tmp_path_factory) -> Path:
+    """The opening turns that the head was trained on."""
+    path = tmp_path_factory.mktemp("questions") / "own.jsonl"
+    with path.open("w") as lines:
+        for record in read_conversations(trained.path / "conversations"):
+            said = record["messages"][0]
+            if (
+                said["role"] == "user"
+                and "length" not in record["finish_reasons"]
+                and not is_heldout(record["id"], 0.25)
+            ):
+                lines.write(json.dumps({"question_id": record["id"], "turns": [said["content"]]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def exported(tmp_path, trained) -> Path:
+    """The head in a folder of its own, to be damaged."""
+    folder = tmp_path / "head"
+    folder.mkdir()
+    head, _ = load_head(trained.path / "training" / "checkpoints" / "step-160")
     save_head(folder, head, {}, torch.float32)
-    change_config(folder, **changes)
+    return folder
+
+
+@pytest.fixture
+def config(exported, verifier_config, known_questions) -> Config:
     config = Config(name="run", verifier=verifier_config)
-    config.head_import.source = str(folder)
+    config.head_import.source = str(exported)
+    config.evaluate.questions, config.doctor.num_prompts = str(known_questions), 64
     return config
 
 
-def test_an_undamaged_trained_head_is_healthy(tmp_path, trained, verifier_config):
-    diagnosis = diagnose(damaged(tmp_path, trained, verifier_config))
-    assert diagnosis.trained_for.name == CONFIGURED, report(diagnosis)
+def test_an_undamaged_trained_head_is_healthy(config):
+    diagnosis = diagnose(config)
     assert diagnosis.findings == []
-    assert diagnosis.healthy
+    assert diagnosis.healthy, report(diagnosis)
     assert "The weights were trained for: as configured" in report(diagnosis)
 
 
+BOTH_IDS = f"eagle_config.{IDS}: [1, 3, 4] and {IDS} at the top level: [2, 4, 5]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure", "found"),
+    [
+        ({"eagle_config": {IDS: [0, 2, 3]}, IDS: [1, 3, 4]}, BOTH_IDS, ["aux_one_off"]),
+        ({"norm_before_residual": True}, "norm_before_residual: false", []),
+        ({"norm_output": True}, "norm_output: false", []),
+    ],
+    ids=["aux", "norm_before_residual", "norm_output"],
+)
+def test_the_form_a_head_was_trained_for_is_measured(exported, config, changes, cure, found):
+    change_config(exported, **changes)
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == found
+    assert diagnosis.trained_for is not None
+    assert diagnosis.trained_for.cure == cure, report(diagnosis)
+    assert not diagnosis.healthy
+    assert f"Cure: write {cure}" in report(diagnosis)
+
+
+def test_norm_before_residual_absent_in_speculators_format_is_found_and_measured(exported, config, trained):
+    head, _ = load_head(trained.path / "training" / "checkpoints" / "step-160")
+    save_speculators(exported, head, {}, torch.float32, VERIFIER, 3)
+    change_config(exported, norm_before_residual=ABSENT)
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["norm_before_residual_absent"]
+    assert diagnosis.trained_for.cure == "norm_before_residual: false", report(diagnosis)
+
+
+def test_a_head_that_cannot_be_put_together_is_a_finding(exported, config):
+    change_tensors(exported, {"fc.weight": torch.ones(3, 3)})
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["unreadable"]
+    assert "Not measured" in report(diagnosis)
+
+
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"model_type": "x"}, 1), (None, 2)])
-def test_the_exit_code_tells(tmp_path, trained, verifier_config, changes, code):
-    if changes is not None:
-        damaged(tmp_path, trained, verifier_config, **changes)
-    source = tmp_path if changes is not None else tmp_path / "nowhere"
-    options = (f"verifier.path={verifier_config.path}", "verifier.dtype=float32", "verifier.device=cpu", "name=x")
-    command = [sys.executable, "-m", "fledge", "doctor", f"head_import.source={source}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+def test_the_exit_code_tells(exported, config, changes, code):
+    change_config(exported, **(changes or {}))
+    source = exported if changes is not None else exported / "nowhere"
+    command = [
+        *(sys.executable, "-m", "fledge", "doctor", f"head_import.source={source}", "name=x"),
+        *(f"verifier.path={config.verifier.path}", "verifier.dtype=float32", "verifier.device=cpu"),
+        *(f"evaluate.questions={config.evaluate.questions}", "doctor.num_prompts=64"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=exported)
     assert done.returncode == code, done.stdout + done.stderr
