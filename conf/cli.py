@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
+    "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
     "run": ("fledge.conf.run:run", "all of these in order, skipping what is complete"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }

@@ -178,10 +178,18 @@ class ExportConfig:
 
 @dataclass
 class HeadImportConfig:
-    """A head made elsewhere, for `fledge import`."""
+    """A head made elsewhere, for `fledge import` and `fledge doctor`."""
 
     source: str | None = None  # its folder: config.json and weights, as published
     aux_numbering: AuxNumbering | None = None  # only where its config.json leaves it open, and then asked for
+
+
+@dataclass
+class DoctorConfig:
+    """Measurements of `fledge doctor` on the head at head_import.source."""
+
+    num_prompts: int = 8  # questions that the verifier answers, of evaluate.questions or the embedded ones
+    max_tokens: int = 48  # tokens an answer
 
 
 @dataclass
@@ -210,6 +218,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -257,6 +266,8 @@ def validate(config: Config) -> None:
         "train.num_processes": config.train.num_processes,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,
+        "doctor.num_prompts": config.doctor.num_prompts,
+        "doctor.max_tokens": config.doctor.max_tokens,
     }
     for name, value in at_least_one.items():
         if value < 1:

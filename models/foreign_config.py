@@ -70,7 +70,7 @@ def head_config(
         verifier_hidden_size=verifier_hidden_size,
         aux_layers=_aux_layers(folder, values, verifier.num_hidden_layers, numbering),
         max_position_embeddings=layer.get("max_position_embeddings") or verifier.max_position_embeddings,
-        rope_parameters=_rope_parameters(folder, layer),
+        rope_parameters=rope_parameters(folder, layer),
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),  # engines read the file as a LlamaConfig: its default
         num_layers=layer.get("num_hidden_layers", 1),
         fc_norm=bool(values.get("fc_norm", False)),
@@ -91,7 +91,7 @@ def _check_fit(folder: Path, verifier: Any, vocab_size: int, hidden_size: int, e
             )
 
 
-def _rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
+def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     """Join the rotary fields, in the form of transformers 5 (`rope_parameters`) or the older one (two fields)."""
     if rope := layer.get("rope_parameters"):
         given = layer.get("rope_theta") or rope.get("rope_theta")

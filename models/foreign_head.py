@@ -73,11 +73,28 @@ def read_foreign_head(folder: Path, verifier: Any, numbering: AuxNumbering | Non
     Raises:
         ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
     """
+    values, tensors = read_published(folder)
+    return assemble_head(folder, values, tensors, verifier, numbering)
+
+
+def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Give config.json and the tensors of a published head as they stand.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
     files = weight_files(folder)
     values = _read_config(folder / CONFIG)
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read_weights(file)
+    return values, tensors
+
+
+def assemble_head(
+    folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], verifier: Any, numbering: AuxNumbering | None
+) -> ForeignHead:
+    """Put a head together from what `read_published` gives; arguments and errors as of `read_foreign_head`."""
     if LM_HEAD not in tensors:
         raise ValueError(
             f"{folder}: {LM_HEAD} is missing, and engines would silently use another in its place: fetch the head's "

@@ -15,15 +15,7 @@ from .verifier import VerifierWeights, load_config, verifier_identity
 
 def import_head(config: Config) -> None:
     """Write runs/<name>/imports/<source folder's name>/ from the head at head_import.source."""
-    options = config.head_import
-    if options.source is None:
-        raise ValueError("head_import.source is required: give the folder of a head (config.json and weights)")
-    source = Path(options.source).resolve()
-    if not source.is_dir():
-        raise ValueError(
-            f"head_import.source {options.source!r} is not a folder: a head on the hub is fetched with "
-            "`hf download ID --local-dir FOLDER`"
-        )
+    options, source = config.head_import, source_folder(config)
     folder = config.run_folder / "imports" / source.name
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
@@ -47,6 +39,20 @@ def import_head(config: Config) -> None:
         f"import: {folder}, {dtype_name(foreign.dtype)}, aux layers {list(head.aux_layers)} (0-based), draft "
         f"vocabulary {head.draft_vocab_size}; use it with evaluate.checkpoint={folder} or export.checkpoint={folder}"
     )
+
+
+def source_folder(config: Config) -> Path:
+    """Give the folder of the published head, refusing what is none."""
+    source = config.head_import.source
+    if source is None:
+        raise ValueError("head_import.source is required: give the folder of a head (config.json and weights)")
+    folder = Path(source).resolve()
+    if not folder.is_dir():
+        raise ValueError(
+            f"head_import.source {source!r} is not a folder: a head on the hub is fetched with "
+            "`hf download ID --local-dir FOLDER`"
+        )
+    return folder
 
 
 def check_embedding(foreign: ForeignHead, config: Config, source: Path) -> None:
