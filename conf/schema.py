@@ -185,14 +185,6 @@ class HeadImportConfig:
 
 
 @dataclass
-class DoctorConfig:
-    """Measurements of `fledge doctor` on the head at head_import.source."""
-
-    num_prompts: int = 8  # questions that the verifier answers, of evaluate.questions or the embedded ones
-    max_tokens: int = 48  # tokens an answer
-
-
-@dataclass
 class TrackingConfig:
     """Weights & Biases; metrics.jsonl is always written."""
 
@@ -218,7 +210,6 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
-    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -266,8 +257,6 @@ def validate(config: Config) -> None:
         "train.num_processes": config.train.num_processes,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,
-        "doctor.num_prompts": config.doctor.num_prompts,
-        "doctor.max_tokens": config.doctor.max_tokens,
     }
     for name, value in at_least_one.items():
         if value < 1:

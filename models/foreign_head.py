@@ -74,7 +74,13 @@ def read_foreign_head(folder: Path, verifier: Any, numbering: AuxNumbering | Non
         ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
     """
     values, tensors = read_published(folder)
-    return assemble_head(folder, values, tensors, verifier, numbering)
+    if LM_HEAD not in tensors:
+        raise ValueError(
+            f"{folder}: {LM_HEAD} is missing, and engines would silently use another in its place: fetch the head's "
+            "complete checkpoint, or, if it was trained on the verifier's own, add that matrix to it under this name"
+        )
+    config = head_config(folder, values, tensors[LM_HEAD].shape[0], verifier, numbering)
+    return _assemble(folder, config, tensors)
 
 
 def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -89,19 +95,6 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for file in files:
         tensors |= _read_weights(file)
     return values, tensors
-
-
-def assemble_head(
-    folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], verifier: Any, numbering: AuxNumbering | None
-) -> ForeignHead:
-    """Put a head together from what `read_published` gives; arguments and errors as of `read_foreign_head`."""
-    if LM_HEAD not in tensors:
-        raise ValueError(
-            f"{folder}: {LM_HEAD} is missing, and engines would silently use another in its place: fetch the head's "
-            "complete checkpoint, or, if it was trained on the verifier's own, add that matrix to it under this name"
-        )
-    config = head_config(folder, values, tensors[LM_HEAD].shape[0], verifier, numbering)
-    return _assemble(folder, config, tensors)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
