@@ -58,10 +58,9 @@ def dump(config: Config) -> None:
         present = all(_is_there(target.folder, entry) for entry in target.manifest.get("shards", []))
         if target.complete and present and (target.folder / COUNTS_FILE).is_file():
             print(f"hidden states: {target.folder} is complete")
+            _write_vocabulary(config, target)
         else:
             _dump_shards(config, target)
-        share = _write_vocabulary(config, target)
-        print(f"draft vocabulary: {head.draft_vocab_size} of {head.vocab_size} tokens, {share:.2%} of what it produced")
 
 
 def _dump_shards(config: Config, target: Artifact) -> None:
@@ -209,15 +208,16 @@ def _write_token_counts(samples: list[TokenisedConversation], vocab_size: int, t
     _save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
 
 
-def _write_vocabulary(config: Config, target: Artifact) -> float:
-    """Write the draft vocabulary of `draft.vocab_size` (changing it makes nothing else anew); give its coverage."""
+def _write_vocabulary(config: Config, target: Artifact) -> None:
+    """Write the draft vocabulary of `draft.vocab_size`; changing that option makes nothing but this file anew."""
     counts = load_file(target.folder / COUNTS_FILE)["token_counts"]
     always = end_token_ids(None, load_tokenizer(config.verifier))
     vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
     path = target.folder / VOCABULARY_FILE
     if not path.is_file() or not torch.equal(load_file(path)["t2d"], vocabulary.t2d):
         _save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, path)
-    return coverage(counts, vocabulary)
+    share = coverage(counts, vocabulary)
+    print(f"draft vocabulary: {len(vocabulary.d2t)} of {len(counts)} tokens, {share:.2%} of what the verifier produced")
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -22,10 +22,10 @@ from .draft_decoder import DraftDecoder
 from .metrics import count, macro_acceptance_length
 from .prompt_lookup import NoDraft, PromptLookup
 from .questions import HELDOUT, Question, load_heldout, load_questions
-from .report import print_table, write_report
+from .report import ACCEPTANCE, print_table, write_report
 from .speculative import Drafter, speculate
 
-RECORDS, ACCEPTANCE = "questions.jsonl", "acceptance.json"
+RECORDS = "questions.jsonl"
 TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
 
 

@@ -13,6 +13,21 @@ from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.ttt import PackedBatch
 
+SMALL_DECODER = {  # of verifiers made on the spot
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+SMALL_LLAMA4 = {  # and what Llama 4 adds: experts in every other layer
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+}
+
 
 def make_batch(lengths: list[int], seed: int = 0, vocab: int = 120, hidden: int = 32, aux: int = 3) -> PackedBatch:
     generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import Run
+from builders import SMALL_DECODER, SMALL_LLAMA4, Run
 from conftest import TINY
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.chat import prompt_tokens
@@ -25,11 +25,7 @@ HEADS = {
     "full vocabulary": ["draft.vocab_size=null"],
 }
 SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
+    **SMALL_DECODER,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
@@ -38,11 +34,7 @@ VERIFIERS = {
     "Llama4": (
         "Llama4TextConfig",
         {
-            "intermediate_size": 64,
-            "intermediate_size_mlp": 128,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 2,
+            **SMALL_LLAMA4,
             "attention_chunk_size": 512,
         },
     ),

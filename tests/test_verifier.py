@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from builders import SMALL_DECODER, SMALL_LLAMA4
 from fledge.conf.schema import Device, DraftConfig, Dtype, VerifierConfig
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.prompt_lookup import NoDraft
@@ -12,11 +13,7 @@ from fledge.models.verifier import Verifier, VerifierWeights, load_config
 from fledge.models.vocabulary import build_vocabulary
 
 SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
+    **SMALL_DECODER,
     "max_position_embeddings": 256,
 }
 MODELS = {
@@ -26,11 +23,7 @@ MODELS = {
     "llama 4 text": (
         "Llama4",
         {
-            "intermediate_size": 64,
-            "intermediate_size_mlp": 128,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 2,
+            **SMALL_LLAMA4,
             "attention_chunk_size": 16,
         },
     ),
