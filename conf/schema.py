@@ -68,6 +68,7 @@ class DraftConfig:
     aux_layers: list[int] | None = None  # 0-based decoder layers whose outputs are fed; None: 1, L/2-1, L-4
     vocab_size: int | None = 32000  # draft vocabulary; None: the verifier's, in full
     num_layers: int = 1
+    hidden_size: int | None = None  # another than the verifier's gives the head an embedding of its own, trained
     intermediate_size: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
@@ -75,7 +76,7 @@ class DraftConfig:
     fc_norm: bool = True  # EAGLE-3.1: one RMSNorm per aux state before fc
     norm_output: bool = True  # EAGLE-3.1: the state fed onward is the normed one
     norm_before_residual: bool = False  # the residual of the first layer is the normed state
-    train_lm_head: bool = True  # false keeps the verifier's rows
+    train_lm_head: bool = True  # false keeps the verifier's rows; with vocab_size=null the verifier's lm_head is shared
 
 
 @dataclass
@@ -261,6 +262,11 @@ def validate(config: Config) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for name in sizes:
+        value = getattr(config.draft, name)
+        if value is not None and value < 1:
+            raise ValueError(f"draft.{name} must be at least 1, got {value}; null takes the verifier's")
     bounds = {
         "data.heldout_share": (config.data.heldout_share, 0.0, 0.9),
         "synthesize.top_p": (config.synthesize.top_p, 0.0, 1.0),

@@ -15,7 +15,7 @@ from ..conf.artifact import Artifact, artifact, commit, read_manifest, sync
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import Verifier, check_identity, end_token_ids, load_config, load_tokenizer
+from ..models.verifier import Verifier, check_identity, load_config, special_token_ids
 from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
 from .chat import conversation_tokens
 from .conversations import FILE, content_digest, read_conversations
@@ -211,8 +211,7 @@ def _write_token_counts(samples: list[TokenisedConversation], vocab_size: int, t
 def _write_vocabulary(config: Config, target: Artifact) -> None:
     """Write the draft vocabulary of `draft.vocab_size`; changing that option makes nothing but this file anew."""
     counts = load_file(target.folder / COUNTS_FILE)["token_counts"]
-    always = end_token_ids(None, load_tokenizer(config.verifier))
-    vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
+    vocabulary = build_vocabulary(counts, config.draft.vocab_size, always=special_token_ids(config.verifier))
     path = target.folder / VOCABULARY_FILE
     if not path.is_file() or not torch.equal(load_file(path)["t2d"], vocabulary.t2d):
         _save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, path)

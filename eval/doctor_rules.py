@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..conf.schema import AuxNumbering
 from ..models.foreign_config import rope_parameters
-from ..models.foreign_head import EMBEDDING, LM_HEAD
-from ..models.formats import vllm_layer_ids
+from ..models.foreign_head import shares_lm_head
+from ..models.formats import EMBEDDING, LM_HEAD, vllm_layer_ids
 from ..models.verifier import default_aux_layers
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -205,6 +205,8 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
     )
     size = head.values.get("draft_vocab_size")
     rows = len(tensors[LM_HEAD]) if LM_HEAD in tensors else size
+    if shares_lm_head(head.values, tensors):
+        return
     if size is None:
         what = "draft_vocab_size is absent" if "draft_vocab_size" not in head.values else "draft_vocab_size is null"
         cost = "SGLang reads it without a default, and takes the verifier's lm_head for null"

@@ -52,7 +52,7 @@ class DraftDecoder:
     def _run(self, tokens: Tensor, state: Tensor, first: int) -> None:
         self._first = first
         positions = torch.arange(first, first + len(tokens), device=state.device)
-        fed = nn.functional.embedding(tokens, self.embedding)
+        fed = self.head.embed(tokens, self.embedding)
         state, normed = self.head.step(fed, state, self.head.rotary(positions, state), self._attend)
         self._state, self._normed = state[-1:], normed[-1:]
 

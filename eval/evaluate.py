@@ -91,11 +91,12 @@ def _decode_all(config: Config, head: DraftHead, questions: list[Question], fold
 def _drafters(config: Config, head: DraftHead, verifier: Verifier) -> dict[str, Drafter]:
     weights = VerifierWeights(config.verifier)
     dtype = getattr(torch, config.verifier.dtype.value)
-    embedding = weights.embedding().to(verifier.device, dtype)
+    matrix = weights.embedding()
+    embedding = matrix.to(verifier.device, dtype)
     drafters: dict[str, Drafter] = {TRAINED: DraftDecoder(head.to(verifier.device, dtype), embedding)}
     if config.evaluate.baselines:
         untrained = DraftHead(head.config, VocabularyMap(head.d2t, head.t2d))
-        initialise(untrained, weights.lm_head(), config.train.seed)
+        initialise(untrained, matrix, weights.lm_head(), config.train.seed)
         drafters[UNTRAINED] = DraftDecoder(untrained.to(verifier.device, dtype), embedding)
         drafters[LOOKUP] = PromptLookup()
     return drafters

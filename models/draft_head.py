@@ -28,6 +28,27 @@ from .vocabulary import VocabularyMap
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+# Rotary embeddings of the Llama family, which every engine computes alike.
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def rope_of(verifier: Any) -> dict[str, Any]:
+    """Give the rotary parameters a head takes from its verifier.
+
+    A head rotates whole head dimensions by one position: of several sets (by layer type) it takes that of full
+    attention, and sections by image axis, equal on text, or a partial rotation are not taken over. Kinds outside the
+    Llama family (longrope) give way to the default one with their base.
+    """
+    parameters = dict(getattr(verifier, "rope_parameters", None) or {})
+    if isinstance(parameters.get("full_attention"), dict):
+        parameters = dict(parameters["full_attention"])
+    kept = {key: value for key, value in parameters.items() if key not in ("mrope_section", "partial_rotary_factor")}
+    kind = kept.get("rope_type", "default")
+    if kind not in ROPE_TYPES or "mrope_interleaved" in kept:
+        kept = {"rope_theta": kept.get("rope_theta", 10000.0)}
+    return {"rope_theta": 10000.0, "rope_type": "default", **kept}
+
+
 @dataclass(frozen=True)
 class DraftHeadConfig:
     """Everything that determines the shape and the arithmetic of a draft head."""
@@ -48,11 +69,17 @@ class DraftHeadConfig:
     fc_norm: bool = True
     norm_output: bool = True
     norm_before_residual: bool = False
+    own_embedding: bool = False  # where not, the head reads the verifier's
 
     @classmethod
     def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
         """Derive the head's shape from the options and the verifier's language-model configuration."""
         heads = draft.num_attention_heads or verifier.num_attention_heads
+        kv_heads = draft.num_key_value_heads or getattr(verifier, "num_key_value_heads", None) or heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"draft.num_attention_heads ({heads}) must be a multiple of draft.num_key_value_heads ({kv_heads})"
+            )
         head_dim = (
             draft.head_dim
             or getattr(verifier, "head_dim", None)
@@ -61,13 +88,14 @@ class DraftHeadConfig:
         aux_layers = (
             draft.aux_layers if draft.aux_layers is not None else default_aux_layers(verifier.num_hidden_layers)
         )
-        kv_heads = draft.num_key_value_heads or verifier.num_key_value_heads
-        if heads % kv_heads:
+        hidden_size = draft.hidden_size or verifier.hidden_size
+        if hidden_size != verifier.hidden_size and not draft.train_lm_head:
             raise ValueError(
-                f"draft.num_attention_heads ({heads}) must be a multiple of draft.num_key_value_heads ({kv_heads})"
+                f"draft.train_lm_head must be true with draft.hidden_size={hidden_size}: the verifier's lm_head has "
+                f"rows of {verifier.hidden_size}"
             )
         return cls(
-            hidden_size=verifier.hidden_size,
+            hidden_size=hidden_size,
             intermediate_size=draft.intermediate_size or verifier.intermediate_size,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -77,12 +105,13 @@ class DraftHeadConfig:
             verifier_hidden_size=verifier.hidden_size,
             aux_layers=tuple(sorted(aux_layers)),
             max_position_embeddings=verifier.max_position_embeddings,
-            rope_parameters=dict(verifier.rope_parameters),
-            rms_norm_eps=verifier.rms_norm_eps,
+            rope_parameters=rope_of(verifier),
+            rms_norm_eps=getattr(verifier, "rms_norm_eps", 1e-5),
             num_layers=draft.num_layers,
             fc_norm=draft.fc_norm,
             norm_output=draft.norm_output,
             norm_before_residual=draft.norm_before_residual,
+            own_embedding=hidden_size != verifier.hidden_size,
         )
 
     def llama_config(self) -> LlamaConfig:
@@ -161,7 +190,7 @@ class DraftLayer(nn.Module):
 class DraftHead(nn.Module):
     """The trained network: `fuse` once per position, then `step` per draft token, then `lm_head` on the normed state.
 
-    The token embedding is the verifier's and not part of it.
+    The token embedding is the verifier's and not part of it, unless the head's width is another: then it has its own.
     """
 
     d2t: Tensor
@@ -170,6 +199,7 @@ class DraftHead(nn.Module):
     def __init__(self, config: DraftHeadConfig, vocabulary: VocabularyMap | None = None) -> None:
         super().__init__()
         self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
         num_aux, width = len(config.aux_layers), config.verifier_hidden_size
         self.fc_norm = (
             nn.ModuleList(nn.RMSNorm(width, config.rms_norm_eps) for _ in range(num_aux)) if config.fc_norm else None
@@ -199,6 +229,12 @@ class DraftHead(nn.Module):
         cos, sin = self._rotary[0](like, positions[None])
         return cos[0], sin[0]
 
+    def embed(self, tokens: Tensor, verifier_embedding: Tensor) -> Tensor:
+        """Give the embeddings [T, H] of tokens [T]: the head's own, or rows of the verifier's [V, H]."""
+        if self.embed_tokens is not None:
+            return self.embed_tokens(tokens)
+        return nn.functional.embedding(tokens, verifier_embedding)
+
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """Give the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
         if self.fc_norm is not None:
@@ -227,18 +263,30 @@ class DraftHead(nn.Module):
         return (normed if self.config.norm_output else state), normed
 
 
-def initialise(head: DraftHead, verifier_lm_head: Tensor, seed: int) -> None:
+def initialise(head: DraftHead, verifier_embedding: Tensor, verifier_lm_head: Tensor, seed: int) -> None:
     """Draw a head's weights by seed; `lm_head` takes the verifier's rows of the draft vocabulary.
 
     Args:
-        verifier_lm_head: [V, H].
+        verifier_embedding, verifier_lm_head: [V, H].
     """
     generator = torch.Generator().manual_seed(seed)
+    width = head.config.hidden_size
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            elif name == "lm_head.weight" and verifier_lm_head.shape[1] == parameter.shape[1]:
-                parameter.copy_(verifier_lm_head[head.target_ids.cpu()])
+            elif name == "lm_head.weight":
+                parameter.copy_(of_width(verifier_lm_head[head.target_ids.cpu()], width))
+            elif name == "embed_tokens.weight":
+                parameter.copy_(of_width(verifier_embedding, width))
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+
+
+def of_width(rows: Tensor, width: int) -> Tensor:
+    """Give rows [n, H] another width: along their leading principal directions, or with zeros beside them."""
+    if width >= rows.shape[1]:
+        return nn.functional.pad(rows, (0, width - rows.shape[1]))
+    rows = rows.float()
+    _, directions = torch.linalg.eigh(rows.T @ rows)  # ascending
+    return rows @ directions[:, -width:]

@@ -14,7 +14,7 @@ from ..conf.artifact import MANIFEST, commit, digest, file_digest, write_atomic,
 from ..conf.schema import Config, ExportFormat
 from .draft_head import DraftHead
 from .formats import WEIGHTS, head_folder, load_head, save_head
-from .serving_notes import Served, model_card, serving_notes, trtllm_options, vllm_command
+from .serving_notes import Served, model_card, serving_notes, trtllm_options, unserved, vllm_command
 from .speculators_format import save_speculators
 from .verifier import check_identity, verifier_architectures, verifier_location
 
@@ -42,6 +42,7 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         format=format_.value,
         dtype=config.export.dtype.value,
         verifier=verifier_location(config.verifier),
+        verifier_layers=record["verifier"]["num_layers"],
         revision=config.verifier.revision,
         num_draft_tokens=config.evaluate.num_draft_tokens,
         imported_from=record.get("imported_from"),
@@ -68,6 +69,9 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         write_json(temporary / MANIFEST, {"kind": "export", "settings": settings, "complete": True})
         shutil.rmtree(folder, ignore_errors=True)
         commit(temporary, folder)
+    if served.format == ExportFormat.plain.value:
+        for engine, reason in unserved(served).items():
+            print(f"export: {engine} cannot serve this head: {reason}")
     print(f"export: {folder}, served by `{vllm_command(served)}`; more in {folder / 'SERVING.md'}")
 
 
@@ -84,7 +88,7 @@ def _texts(config: Config, served: Served, source: Path) -> dict[str, str]:
     """Give the files beside the weights, by name."""
     card = model_card(served, _acceptance(config, source), _conversations(config, source))
     texts = {"SERVING.md": serving_notes(served), "README.md": card}
-    if served.format == ExportFormat.plain.value:
+    if served.format == ExportFormat.plain.value and "TensorRT-LLM" not in unserved(served):
         texts["trtllm.yaml"] = trtllm_options(served)
     return texts
 

@@ -58,7 +58,7 @@ def head_config(
     if absent:
         raise ValueError(f"{folder / CONFIG} has no usable {', '.join(absent)}: fetch the head again")
     verifier_hidden_size = values.get("target_hidden_size") or layer["hidden_size"]
-    _check_fit(folder, verifier, layer["vocab_size"], verifier_hidden_size, layer["hidden_size"])
+    _check_fit(folder, verifier, layer["vocab_size"], verifier_hidden_size)
     return DraftHeadConfig(
         hidden_size=layer["hidden_size"],
         intermediate_size=layer["intermediate_size"],
@@ -79,11 +79,10 @@ def head_config(
     )
 
 
-def _check_fit(folder: Path, verifier: Any, vocab_size: int, hidden_size: int, embedding_size: int) -> None:
+def _check_fit(folder: Path, verifier: Any, vocab_size: int, hidden_size: int) -> None:
     for name, has, needs in (
         ("vocab_size", vocab_size, verifier.vocab_size),
         ("hidden size", hidden_size, verifier.hidden_size),
-        ("embedding size", embedding_size, verifier.hidden_size),
     ):
         if has != needs:
             raise ValueError(

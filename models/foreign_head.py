@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,20 @@ from torch import Tensor
 from ..conf.schema import AuxNumbering
 from .draft_head import DraftHead, DraftHeadConfig
 from .foreign_config import head_config
-from .formats import CONFIG, WEIGHTS, tensor_problems
+from .formats import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS, tensor_problems
+from .verifier import VerifierWeights
 from .vocabulary import VocabularyMap
 
 INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
-LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
 class ForeignHead:
-    """A head as read: float32 weights, the dtype they were published in, and the embedding it came with."""
+    """A head as read: float32 weights, and the dtype they were published in."""
 
     head: DraftHead
     dtype: torch.dtype
-    embedding: Tensor | None  # [V, H], as published
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -63,24 +62,39 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no weights: {WEIGHTS}, {INDEX} or {PICKLE} is required")
 
 
-def read_foreign_head(folder: Path, verifier: Any, numbering: AuxNumbering | None = None) -> ForeignHead:
+def read_foreign_head(
+    folder: Path, verifier: Any, numbering: AuxNumbering | None = None, weights: VerifierWeights | None = None
+) -> ForeignHead:
     """Read a published head.
 
     Args:
         verifier: the verifier's language-model configuration, which the head must fit.
         numbering: what the aux layer ids mean, where config.json leaves it open.
+        weights: the verifier's matrices, for what a head shares with it: an embedding equal to the verifier's is not
+            kept, and an lm_head that config.json declares shared (`draft_vocab_size` null) is the verifier's.
 
     Raises:
         ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
     """
     values, tensors = read_published(folder)
+    if weights is not None and shares_lm_head(values, tensors):
+        tensors[LM_HEAD] = weights.lm_head()
     if LM_HEAD not in tensors:
         raise ValueError(
             f"{folder}: {LM_HEAD} is missing, and engines would silently use another in its place: fetch the head's "
-            "complete checkpoint, or, if it was trained on the verifier's own, add that matrix to it under this name"
+            "complete checkpoint, or, if it was trained on the verifier's own, say so by draft_vocab_size: null in "
+            "config.json"
         )
+    own, theirs = tensors.get(EMBEDDING), None if weights is None else weights.embedding()
+    if own is not None and theirs is not None and torch.equal(own, theirs.to(own.dtype)):
+        del tensors[EMBEDDING]
     config = head_config(folder, values, tensors[LM_HEAD].shape[0], verifier, numbering)
-    return _assemble(folder, config, tensors)
+    return _assemble(folder, replace(config, own_embedding=EMBEDDING in tensors), tensors)
+
+
+def shares_lm_head(values: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Tell whether a head declares the verifier's lm_head as its own, which every engine then takes."""
+    return LM_HEAD not in tensors and "draft_vocab_size" in values and values["draft_vocab_size"] is None
 
 
 def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -130,7 +144,6 @@ def _assemble(folder: Path, config: DraftHeadConfig, tensors: dict[str, Tensor])
     renamed = [re.sub(r"^midlayer\.", "layers.0.", name) for name in tensors]
     weights = dict(zip(renamed, tensors.values(), strict=True))
     d2t, t2d = weights.pop("d2t", None), weights.pop("t2d", None)
-    embedding = weights.pop(EMBEDDING, None)
     with torch.device("meta"):
         problems = tensor_problems(_empty_head(config), weights)
     problems += [f"{name} stands twice, as midlayer.* too" for name in {n for n in renamed if renamed.count(n) > 1}]
@@ -140,14 +153,14 @@ def _assemble(folder: Path, config: DraftHeadConfig, tensors: dict[str, Tensor])
         if tensor.dtype not in _DTYPES
     ]
     problems += _map_problems(config, d2t, t2d)
-    if embedding is not None and list(embedding.shape) != (needed := [config.vocab_size, config.hidden_size]):
-        problems.append(f"{EMBEDDING} has shape {list(embedding.shape)}, {needed} is required")
+    if not config.own_embedding and config.hidden_size != config.verifier_hidden_size:
+        problems.append(f"{EMBEDDING} is missing, the verifier's has rows of {config.verifier_hidden_size}")
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}")
     head = _empty_head(config, None if d2t is None else _vocabulary(folder, config, d2t, t2d))
     head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights.values()))
-    return ForeignHead(head, dtype, embedding)
+    return ForeignHead(head, dtype)
 
 
 def _empty_head(config: DraftHeadConfig, vocabulary: VocabularyMap | None = None) -> DraftHead:

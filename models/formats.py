@@ -21,6 +21,7 @@ from ..conf.artifact import sync, write_json
 from .draft_head import DraftHead, DraftHeadConfig
 from .vocabulary import VocabularyMap
 
+LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
 _CURE = "`fledge import` reads the heads of other projects and formats"
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: rounds and accepted by draft tokens and conversation
@@ -93,8 +94,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def config_from_plain(values: dict[str, Any]) -> DraftHeadConfig:
-    """Read a `config.json` that `plain_config` wrote."""
+def config_from_plain(values: dict[str, Any], own_embedding: bool) -> DraftHeadConfig:
+    """Read a `config.json` that `plain_config` wrote; whether the head has an embedding is told by its tensors."""
     return DraftHeadConfig(
         hidden_size=values["hidden_size"],
         intermediate_size=values["intermediate_size"],
@@ -112,6 +113,7 @@ def config_from_plain(values: dict[str, Any]) -> DraftHeadConfig:
         fc_norm=values["fc_norm"],
         norm_output=values["norm_output"],
         norm_before_residual=values["norm_before_residual"],
+        own_embedding=own_embedding,
     )
 
 
@@ -163,9 +165,9 @@ def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
         values = json.loads((folder / CONFIG).read_text())
         if "speculators_model_type" in values:
             raise ValueError(f"{folder} holds a head in Speculators format, plain format is required; {_CURE}")
-        config = config_from_plain(values)
         record = json.loads((folder / RECORD).read_text())
         tensors = load_file(folder / WEIGHTS)
+        config = config_from_plain(values, own_embedding=EMBEDDING in tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds a damaged head ({type(error).__name__}: {error})") from None
     vocabulary = (

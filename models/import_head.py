@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ..conf.artifact import artifact, file_digest
 from ..conf.schema import Config
-from .foreign_head import EMBEDDING, ForeignHead, read_foreign_head, weight_files
-from .formats import CONFIG, RECORD, WEIGHTS, dtype_name, save_head
+from .foreign_head import read_foreign_head, weight_files
+from .formats import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
 from .verifier import VerifierWeights, load_config, verifier_identity
 
 
@@ -25,8 +23,8 @@ def import_head(config: Config) -> None:
         "aux_numbering": options.aux_numbering.value if options.aux_numbering else None,
         "verifier": verifier_identity(config.verifier),
     }
-    foreign = read_foreign_head(source, load_config(config.verifier), options.aux_numbering)
-    check_embedding(foreign, config, source)
+    weights = VerifierWeights(config.verifier)
+    foreign = read_foreign_head(source, load_config(config.verifier), options.aux_numbering, weights)
     with artifact(folder, "import", settings, config.overwrite) as target:
         if target.complete and all((folder / name).is_file() for name in (CONFIG, WEIGHTS, RECORD)):
             print(f"import: {folder} is complete")
@@ -35,6 +33,11 @@ def import_head(config: Config) -> None:
         save_head(folder, foreign.head, record, foreign.dtype)
         target.finish()
     head = foreign.head.config
+    if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
+        print(
+            f"import: {EMBEDDING} differs from the embedding of verifier.path={config.verifier.path} and is kept; "
+            "SGLang and TensorRT-LLM would serve the verifier's. If the head was made for another one, set that"
+        )
     print(
         f"import: {folder}, {dtype_name(foreign.dtype)}, aux layers {list(head.aux_layers)} (0-based), draft "
         f"vocabulary {head.draft_vocab_size}; use it with evaluate.checkpoint={folder} or export.checkpoint={folder}"
@@ -53,16 +56,3 @@ def source_folder(config: Config) -> Path:
             "`hf download ID --local-dir FOLDER`"
         )
     return folder
-
-
-def check_embedding(foreign: ForeignHead, config: Config, source: Path) -> None:
-    """Refuse a head with an embedding of its own; one equal to the verifier's, in the head's dtype, is not kept."""
-    if foreign.embedding is None:
-        return
-    verifier = VerifierWeights(config.verifier).embedding()
-    if not torch.equal(foreign.embedding, verifier.to(foreign.embedding.dtype)):
-        raise ValueError(
-            f"{source}: {EMBEDDING} differs from the embedding of verifier.path={config.verifier.path}: heads with an "
-            "embedding of their own cannot be represented (SGLang and TensorRT-LLM drop it too); if the verifier is "
-            "not the one the head was trained for, set that one"
-        )

@@ -20,9 +20,22 @@ class Served:
     format: str
     dtype: str
     verifier: str  # folder or hub id
+    verifier_layers: int
     revision: str | None
     num_draft_tokens: int
     imported_from: str | None = None  # the published head it was made of, None if fledge trained it
+
+
+def unserved(served: Served) -> dict[str, str]:
+    """Give the engines that cannot serve a head in plain format as it was trained, and why."""
+    reasons: dict[str, list[str]] = {"SGLang": [], "TensorRT-LLM": []}
+    head = served.head
+    if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
+        for found in reasons.values():
+            found.append("it takes the verifier's embedding in place of the head's own")
+    if served.verifier_layers - 1 in head.aux_layers:
+        reasons["SGLang"].append("it cannot take the output of the verifier's last layer")
+    return {engine: " and ".join(found) for engine, found in reasons.items() if found}
 
 
 def vllm_command(served: Served) -> str:
@@ -38,7 +51,10 @@ def serving_notes(served: Served) -> str:
     """Give SERVING.md: a command for each engine that reads the format."""
     parts = [f"# Serving this head\n\nThe verifier is `{served.verifier}`{_revision(served)}.", _vllm(served)]
     if served.format == "plain":
-        parts += [_sglang(served), _tensorrt_llm(served)]
+        refused = unserved(served)
+        for engine, section in (("SGLang", _sglang(served)), ("TensorRT-LLM", _tensorrt_llm(served))):
+            reason = refused.get(engine)
+            parts.append(section if reason is None else f"## {engine}\n\n{engine} cannot serve this head: {reason}.")
     if served.head.fc_norm or served.head.norm_output:
         parts.append(
             "The head is of the EAGLE-3.1 form (`fc_norm`, `norm_output`): releases that do not know these two fields "

@@ -35,7 +35,7 @@ def speculators_config(
         "norm_before_fc": False,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
-        "embed_requires_grad": False,
+        "embed_requires_grad": config.own_embedding,
         "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
         "tie_word_embeddings": False,
         "torch_dtype": dtype_name(dtype),

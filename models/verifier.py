@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..conf.artifact import differences, digest
 from ..conf.schema import Device, VerifierConfig
@@ -69,15 +77,20 @@ def _not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
     return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason}")
 
 
-def end_token_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Give the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
-    ids: set[int] = set()
-    if model is not None and model.generation_config is not None and model.generation_config.eos_token_id is not None:
-        eos = model.generation_config.eos_token_id
-        ids.update(eos if isinstance(eos, list) else [eos])
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    return sorted(ids)
+    eos = None if generation is None else generation.eos_token_id
+    ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    return sorted(int(token) for token in ids)
+
+
+def special_token_ids(config: VerifierConfig) -> list[int]:
+    """Give the ids of the tokenizer's special tokens and of those that end an answer, ascending."""
+    tokenizer = load_tokenizer(config)
+    generation = None
+    with contextlib.suppress(OSError):  # a verifier without a generation_config.json
+        generation = GenerationConfig.from_pretrained(verifier_location(config), revision=config.revision)
+    return sorted({*tokenizer.all_special_ids, *end_token_ids(generation, tokenizer)})
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
@@ -118,7 +131,7 @@ class Verifier:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.aux_layers = sorted(aux_layers)
-        self.end_token_ids = end_token_ids(model, tokenizer)
+        self.end_token_ids = end_token_ids(model.generation_config, tokenizer)
         self._captured: dict[str, Tensor] = {}
         decoder = _decoder(model)
         if not 0 <= self.aux_layers[0] <= self.aux_layers[-1] < len(decoder.layers):

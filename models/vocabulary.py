@@ -32,7 +32,7 @@ def build_vocabulary(token_counts: Tensor, size: int | None, always: Iterable[in
     Args:
         token_counts: int64 [V], occurrences among counted positions.
         size: Vd; None or V for the full vocabulary.
-        always: ids that are inside whatever their count (end-of-turn).
+        always: ids that are inside whatever their count (special and end-of-turn tokens).
     """
     vocab_size = len(token_counts)
     size = vocab_size if size is None else size

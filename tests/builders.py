@@ -71,7 +71,8 @@ def make_head(
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 50, (vocab_size,), generator=generator)
     head = DraftHead(config, build_vocabulary(counts, config.draft_vocab_size))
-    initialise(head, torch.randn(vocab_size, config.hidden_size, generator=generator), seed)
+    lm_head = torch.randn(vocab_size, config.verifier_hidden_size, generator=generator)
+    initialise(head, torch.randn(vocab_size, config.verifier_hidden_size, generator=generator), lm_head, seed)
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.dim() == 1:

@@ -1,15 +1,16 @@
 """The head's arithmetic and its checkpoint format."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import make_head
 from fledge.conf.schema import DraftConfig
-from fledge.models.draft_head import DraftHead, DraftHeadConfig
+from fledge.models.draft_head import DraftHead, DraftHeadConfig, rope_of
 from fledge.models.formats import load_head, plain_config, save_head
 from fledge.models.ttt_attention import TTTAttention
-from fledge.models.verifier import default_aux_layers
+from fledge.models.verifier import default_aux_layers, special_token_ids
 from fledge.models.vocabulary import build_vocabulary, coverage
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -83,6 +84,36 @@ def test_vocabulary_holds_the_most_frequent_tokens_ties_to_the_lower_id():
 def test_vocabulary_of_an_impossible_size_is_refused(size):
     with pytest.raises(ValueError, match="vocab_size must lie between"):
         build_vocabulary(torch.ones(7, dtype=torch.int64), size, always=[1])
+
+
+def test_special_and_end_tokens_are_kept(verifier_config, verifier):
+    special = special_token_ids(verifier_config)
+    assert set(special) >= {*verifier.tokenizer.all_special_ids, *verifier.end_token_ids}
+    counts = torch.zeros(len(verifier.tokenizer), dtype=torch.int64)
+    assert build_vocabulary(counts, len(special), special).target_ids.tolist() == special
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}, ("llama3", 5e5)),
+        ({"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, ("default", 1e6)),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, ("default", 1e4)),
+        ({"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0]}, ("default", 1e4)),
+        (
+            {
+                "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            ("yarn", 1e6),
+        ),
+        (None, ("default", 1e4)),
+    ],
+)
+def test_a_head_takes_its_verifiers_rope_where_engines_compute_it_alike(given, taken):
+    rope = rope_of(SimpleNamespace(rope_parameters=given))
+    assert (rope["rope_type"], rope["rope_theta"]) == taken
+    assert not rope.keys() & {"mrope_section", "partial_rotary_factor", "long_factor"}
 
 
 def test_default_aux_layers_are_those_of_the_engines():

@@ -33,6 +33,16 @@ FORMS = [
     {"norm_before_residual": True},
     {"aux_layers": (2, 5), "draft_vocab_size": None},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+    {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    {"hidden_size": 24, "own_embedding": True},
+    {"own_embedding": True},
 ]
 
 
@@ -73,6 +83,7 @@ class Published:
 
 
 ABSENT = object()
+IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def published(tmp_path: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Published:
@@ -120,7 +131,6 @@ def test_each_format_reads_back_bit_for_bit(tmp_path, changes, dtype):
     for read in (plain, speculators):
         assert_same_head(read.head, head, dtype)
         assert read.dtype == dtype
-        assert read.embedding is None
 
 
 def test_speculators_config_has_the_fields_that_vllm_reads(tmp_path):
@@ -256,10 +266,7 @@ def test_an_early_speculators_head_is_read_with_the_formats_defaults(tmp_path):
         architectures=["Eagle3Speculator"],
         eagle_aux_hidden_state_layer_ids=ABSENT,
     )
-    theirs.change_tensors(embed_tokens__weight=torch.ones(120, 32))
-    read = read_foreign_head(theirs.folder, SHAPE)
-    assert_same_head(read.head, head, torch.bfloat16)
-    assert torch.equal(read.embedding, torch.ones(120, 32))
+    assert_same_head(read_foreign_head(theirs.folder, SHAPE).head, head, torch.bfloat16)
 
 
 def test_more_than_one_layer_is_read_and_not_exported(tmp_path, config):
@@ -381,6 +388,7 @@ def test_a_wrong_lm_head_or_vocabulary_map_is_refused(tmp_path, change, words):
     [
         ({"vocab_size": 121}, "verifier of vocab_size 121, verifier.path has 120"),
         ({"hidden_size": 64}, "verifier of hidden size 64, verifier.path has 32"),
+        ({"hidden_size": 64, "target_hidden_size": 32}, "norm.weight has shape"),
         ({"target_hidden_size": 64}, "verifier of hidden size 64, verifier.path has 32"),
         ({"intermediate_size": ABSENT}, "no usable intermediate_size"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -485,15 +493,50 @@ def test_an_imported_head_is_exported_and_imported_again_unchanged(tmp_path, con
         load_head(config.run_folder / "exports" / "speculators")
 
 
-def test_an_embedding_of_the_heads_own_is_refused(tmp_path, config):
+def test_an_embedding_of_the_heads_own_is_kept_and_other_engines_than_vllm_are_named(tmp_path, config, capsys):
     theirs = published(tmp_path)
     embedding = VerifierWeights(config.verifier).embedding().clone()
     embedding[7, 3] += 0.5
     theirs.change_tensors(embed_tokens__weight=embedding)
     config.head_import.source = str(theirs.folder)
-    with pytest.raises(ValueError, match=r"differs from the embedding of verifier\.path"):
-        import_head(config)
-    assert not (config.run_folder / "imports").exists()
+    import_head(config)
+    assert "differs from the embedding of verifier.path" in capsys.readouterr().out
+    config.export.checkpoint = str(config.run_folder / "imports" / "published")
+    head, _ = load_head(Path(config.export.checkpoint))
+    assert torch.equal(head.embed_tokens.weight, embedding)
+    export(config)
+    notes = (config.run_folder / "exports" / "plain" / "SERVING.md").read_text()
+    assert notes.count("cannot serve this head: it takes the verifier's embedding") == 2
+    assert "launch_server" not in notes
+    assert not (config.run_folder / "exports" / "plain" / "trtllm.yaml").exists()
+
+
+def test_a_head_that_declares_the_verifiers_lm_head_is_given_it(tmp_path, config):
+    theirs = published(tmp_path, draft_vocab_size=None)
+    theirs.change_tensors(lm_head__weight=ABSENT)
+    theirs.change_config(draft_vocab_size=None)
+    config.head_import.source = str(theirs.folder)
+    import_head(config)
+    head, _ = load_head(config.run_folder / "imports" / "published")
+    assert torch.equal(head.lm_head.weight, VerifierWeights(config.verifier).lm_head())
+
+
+def test_a_narrower_head_without_an_embedding_is_refused(tmp_path):
+    theirs = published(tmp_path, hidden_size=24, own_embedding=True)
+    theirs.change_tensors(embed_tokens__weight=ABSENT)
+    refused(theirs, "embed_tokens.weight is missing, the verifier's has rows of 32")
+
+
+def test_the_verifiers_last_layer_is_not_served_by_sglang(tmp_path, config):
+    theirs = published(tmp_path, aux_layers=(1, 3, 7))
+    theirs.change_config(eagle_config={IDS: [1, 3, 7]})
+    config.head_import.source = str(theirs.folder)
+    import_head(config)
+    config.export.checkpoint = str(config.run_folder / "imports" / "published")
+    export(config)
+    notes = (config.run_folder / "exports" / "plain" / "SERVING.md").read_text()
+    assert "SGLang cannot serve this head: it cannot take the output of the verifier's last layer" in notes
+    assert "trtllm-serve" in notes
 
 
 def test_importing_again_is_skipped_and_another_head_needs_overwrite(tmp_path, config, capsys):

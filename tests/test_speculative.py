@@ -63,7 +63,7 @@ def random_head(verifier, verifier_config) -> DraftDecoder:
     weights = VerifierWeights(verifier_config)
     config = DraftHeadConfig.from_verifier(DraftConfig(vocab_size=300), verifier.model.config)
     head = DraftHead(config, build_vocabulary(torch.ones(config.vocab_size, dtype=torch.int64), 300))
-    initialise(head, weights.lm_head(), 0)
+    initialise(head, weights.embedding(), weights.lm_head(), 0)
     return DraftDecoder(head, weights.embedding())
 
 

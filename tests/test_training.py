@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from builders import Run
+from fledge.models.draft_head import of_width
 from fledge.models.formats import load_head
+from fledge.models.verifier import VerifierWeights
 from fledge.train.tracking import read_metrics
 from safetensors.torch import load_file
 
@@ -112,12 +114,34 @@ def test_training_lowers_the_loss_and_records_every_metric(finished):
 
 
 def test_a_frozen_lm_head_stays_the_verifiers(finished, run, verifier_config):
-    from fledge.models.verifier import VerifierWeights
-
     copy_until_dump(finished, run)
     run("train", "draft.train_lm_head=false", "train.max_steps=2")
     head, _ = load_head(run.path / "training" / "checkpoints" / "step-2")
     assert torch.equal(head.lm_head.weight, VerifierWeights(verifier_config).lm_head()[head.target_ids])
+
+
+def test_a_full_vocabulary_with_a_frozen_lm_head_is_the_verifiers_own(finished, run, verifier_config):
+    copy_until_dump(finished, run)
+    for stage in ("dump", "train", "evaluate"):
+        run(stage, "draft.train_lm_head=false", "draft.vocab_size=null", "evaluate.baselines=false")
+    head, _ = load_head(run.path / "training" / "checkpoints" / "step-24")
+    assert torch.equal(head.lm_head.weight, VerifierWeights(verifier_config).lm_head())
+    assert json.loads((run.path / "evaluation" / "acceptance.json").read_text())["acceptance_length"] > 1.2
+
+
+@pytest.mark.parametrize(("width", "zero_stage"), [(48, 3), (80, 1)])
+def test_a_head_of_another_width_trains_an_embedding_of_its_own(finished, run, verifier_config, width, zero_stage):
+    copy_until_dump(finished, run)
+    options = [f"draft.hidden_size={width}", f"deepspeed.zero_stage={zero_stage}", "evaluate.baselines=false"]
+    for stage in ("train", "evaluate"):
+        run(stage, *options)
+    head, _ = load_head(run.path / "training" / "checkpoints" / "step-24")
+    start = of_width(VerifierWeights(verifier_config).embedding(), width)
+    assert head.embed_tokens.weight.shape == start.shape
+    assert not torch.equal(head.embed_tokens.weight, start)
+    results = json.loads((run.path / "evaluation" / "acceptance.json").read_text())
+    assert results["acceptance_length"] > 1.2
+    run("train", "draft.hidden_size=48", "draft.train_lm_head=false", "overwrite=true", code=2)
 
 
 def test_bfloat16_trains_at_zero_2(finished, run):

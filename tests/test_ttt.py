@@ -7,6 +7,19 @@ from fledge.eval.draft_decoder import DraftDecoder
 from fledge.train.heldout import leading_hits, walk
 from fledge.train.ttt import SUMS, PackedBatch, TTTModule, count_rows, counted_rows, unroll
 
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
+
 
 def test_rows_of_the_worked_line_are_counted_as_written():
     loss_mask = torch.tensor([0, 0, 1, 1, 1]).bool()  # u v A B <eot>
@@ -41,9 +54,21 @@ def test_no_row_is_counted_across_documents():
         {"num_layers": 2},
         {"aux_layers": (0, 1, 2, 5, 6)},
         {"num_key_value_heads": 4},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+        {"hidden_size": 24, "own_embedding": True},
+        {"hidden_size": 48, "own_embedding": True},
+        *({"rope_parameters": {"rope_theta": 500.0, **ROPE[kind]}} for kind in ROPE),
     ],
-    ids=["eagle3_1", "eagle3", "norm_before_residual", "two_layers", "five_aux_states", "no_gqa", "rope_linear"],
+    ids=[
+        "eagle3_1",
+        "eagle3",
+        "norm_before_residual",
+        "two_layers",
+        "five_aux_states",
+        "no_gqa",
+        "narrow",
+        "wide",
+        *ROPE,
+    ],
 )
 def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes):
     head = make_head(**changes)

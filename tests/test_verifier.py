@@ -60,7 +60,7 @@ def test_greedy_speculation_is_lossless(config):
     weights = VerifierWeights(config)
     shape = DraftHeadConfig.from_verifier(DraftConfig(vocab_size=300), load_config(config))
     head = DraftHead(shape, build_vocabulary(torch.ones(shape.vocab_size, dtype=torch.int64), 300))
-    initialise(head, weights.lm_head(), 0)
+    initialise(head, weights.embedding(), weights.lm_head(), 0)
     prompt = list(range(10, 40))  # longer than the sliding window and the attention chunk
     alone = speculate(verifier, NoDraft(), prompt, num_draft_tokens=3, max_tokens=50)
     drafted = speculate(verifier, DraftDecoder(head, weights.embedding()), prompt, num_draft_tokens=3, max_tokens=50)

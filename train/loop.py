@@ -126,11 +126,11 @@ class Trainer:
         self.target = target  # on rank 0
         self.dtype = getattr(torch, config.train.dtype.value)
         weights = VerifierWeights(config.verifier)
-        self.embedding = weights.embedding().to(device, self.dtype)
-        verifier_lm_head = weights.lm_head()
+        embedding, verifier_lm_head = weights.embedding(), weights.lm_head()
+        self.embedding = embedding.to(device, self.dtype)
         self.verifier_lm_head = verifier_lm_head.to(device, self.dtype)
         self.head = head.to(device)
-        initialise(self.head, verifier_lm_head, config.train.seed)
+        initialise(self.head, embedding, verifier_lm_head, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
         self.engine = start_engine(TTTModule(self.head, config.train.ttt_steps, config.train.gamma), config)
 

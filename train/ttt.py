@@ -86,7 +86,7 @@ def unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_steps: in
     attention = TTTAttention(batch.lengths, head.config.num_layers)
     state = head.fuse(batch.aux_hidden_states)
     for step in range(ttt_steps):
-        fed = nn.functional.embedding(ahead(batch.input_ids, step + 1), embedding)
+        fed = head.embed(ahead(batch.input_ids, step + 1), embedding)
         state, normed = head.step(fed, state, head.rotary(batch.position + step, state), attention)
         yield normed
 
