@@ -89,7 +89,7 @@ def special_token_ids(config: VerifierConfig) -> list[int]:
     tokenizer = load_tokenizer(config)
     generation = None
     with contextlib.suppress(OSError):  # a verifier without a generation_config.json
-        generation = GenerationConfig.from_pretrained(verifier_location(config), revision=config.revision)
+        generation = GenerationConfig.from_pretrained(verifier_location(config), revision=config.revision or "main")
     return sorted({*tokenizer.all_special_ids, *end_token_ids(generation, tokenizer)})
 
 
