@@ -186,6 +186,15 @@ class HeadImportConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """How `fledge doctor` measures what the head at head_import.source was trained for."""
+
+    measure: bool = True  # run the verifier; false reads the files only
+    num_prompts: int = 16  # answered by the verifier, of evaluate.questions or the embedded ones
+    max_tokens: int = 64  # tokens an answer
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases; metrics.jsonl is always written."""
 
@@ -211,6 +220,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -258,6 +268,8 @@ def validate(config: Config) -> None:
         "train.num_processes": config.train.num_processes,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,
+        "doctor.num_prompts": config.doctor.num_prompts,
+        "doctor.max_tokens": config.doctor.max_tokens,
     }
     for name, value in at_least_one.items():
         if value < 1:

@@ -1,4 +1,4 @@
-"""The doctor command: why a published head loses acceptance, told from its files."""
+"""The doctor command: why a published head loses acceptance, told from its files and by measurement."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import sys
 from dataclasses import dataclass
 
 from ..conf.schema import Config
-from ..models.foreign_head import read_foreign_head, read_published
+from ..models.foreign_head import read_published
 from ..models.import_head import source_folder
 from ..models.verifier import VerifierWeights, load_config
+from .doctor_measure import STEPS, Measured, Verdict, measure, variants
+from .doctor_repair import readable_head
 from .doctor_rules import Finding, Published, engine_notes, static_findings
 
 
@@ -18,6 +20,7 @@ class Diagnosis:
 
     findings: list[Finding]
     notes: list[str]  # by engine
+    verdict: Verdict | None = None  # None where nothing was measured
 
 
 def doctor(config: Config) -> None:
@@ -29,30 +32,82 @@ def doctor(config: Config) -> None:
 
 
 def diagnose(config: Config) -> Diagnosis:
-    """Hold the head's config.json and tensors against its verifier and the rules of the engines.
+    """Hold the head against its verifier and the rules of the engines, and measure what its weights were trained for.
 
     Raises:
-        ValueError: there is no head to read, or no verifier.
+        ValueError: there is no head to read, no verifier, or too little text to measure on.
     """
     folder = source_folder(config)
-    verifier = load_config(config.verifier)
-    embedding = VerifierWeights(config.verifier).embedding()
-    numbering = config.head_import.aux_numbering
-    values, tensors = read_published(folder)
-    published = Published(folder, values, tensors, verifier, embedding, numbering)
-    findings = static_findings(published)
-    if not findings:
-        try:
-            read_foreign_head(folder, verifier, numbering)
-        except ValueError as error:
-            cost = "engines fail to load it, or compute something else"
-            findings = [Finding("unreadable", str(error), cost, "see the message")]
-    return Diagnosis(findings, engine_notes(published))
+    weights = VerifierWeights(config.verifier)
+    embedding = weights.embedding()
+    published = Published(
+        folder, *read_published(folder), load_config(config.verifier), embedding, config.head_import.aux_numbering
+    )
+    diagnosis = Diagnosis(static_findings(published), engine_notes(published))
+    try:
+        head = readable_head(published, weights)
+    except ValueError as error:
+        cost = "engines fail to load it, or compute something else; it cannot be measured"
+        diagnosis.findings.append(Finding("unreadable", str(error), cost, "see the message; the other findings first"))
+        return diagnosis
+    if config.doctor.measure:
+        verdict = measure(config, head, variants(published, head.config), embedding)
+        diagnosis.verdict = verdict
+        diagnosis.findings = [
+            finding for finding in diagnosis.findings if not (finding.suspects and verdict.settles(finding.suspects))
+        ]
+        diagnosis.notes = engine_notes(published, verdict.aux_layers)
+        if verdict.otherwise:
+            diagnosis.findings.append(_misconfigured(verdict))
+    return diagnosis
+
+
+def _misconfigured(verdict: Verdict) -> Finding:
+    configured, found = verdict.configured, verdict.candidates
+    one_of = "one of " if len(found) > 1 else ""
+    return Finding(
+        "trained_otherwise",
+        f"the weights were trained for another form than config.json says: {one_of}{_names(found)}",
+        f"{configured.length:.2f} tokens in {STEPS} steps as configured, {found[0].length:.2f} in that form (below)",
+        f"write {one_of}{' | '.join(one.variant.cure for one in found)}; then run doctor again",
+    )
 
 
 def report(diagnosis: Diagnosis) -> str:
     """Write a diagnosis for the terminal."""
-    lines = [f"Found in the files: {len(diagnosis.findings) or 'nothing'}"]
+    lines = [f"Found: {len(diagnosis.findings) or 'nothing'}"]
     for number, finding in enumerate(diagnosis.findings, 1):
         lines += [f"  {number}. {finding.what}", f"     costs: {finding.cost}", f"     cure:  {finding.cure}"]
-    return "\n".join([*lines, "", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes)])
+    lines += ["", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes), ""]
+    return "\n".join([*lines, *(["Not measured."] if diagnosis.verdict is None else _measured(diagnosis.verdict))])
+
+
+def _measured(verdict: Verdict) -> list[str]:
+    texts = verdict.configured.hits
+    width = max(len(measured.variant.name) for measured in verdict.measured)
+    return [
+        f"Measured on {sum(map(len, texts))} rows of {len(texts)} greedy answers of the verifier, teacher-forced; what "
+        "leaves no choice was corrected first:",
+        f"  {'form':<{width}}  first position  tokens in {STEPS} steps  KL, nats a row",
+        *(
+            f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}"
+            for m in verdict.measured
+        ),
+        _conclusion(verdict),
+    ]
+
+
+def _conclusion(verdict: Verdict) -> str:
+    found = verdict.candidates
+    if not verdict.as_configured and not verdict.otherwise:
+        return f"Nearer to the verifier than as configured, but accepting no more on these texts: {_names(found)}."
+    if not verdict.as_configured:
+        return f"The weights were trained for: {_names(found)}."
+    if others := verdict.alike[1:]:
+        return f"Nothing speaks against the head as configured; these texts do not tell it from: {_names(others)}."
+    return "The weights were trained for: as configured."
+
+
+def _names(measured: list[Measured]) -> str:
+    more = f"; and {len(measured) - 4} more" if len(measured) > 4 else ""
+    return "; ".join(one.variant.name for one in measured[:4]) + more

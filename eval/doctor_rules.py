@@ -22,6 +22,7 @@ from ..models.verifier import default_aux_layers
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 NESTED, TOP = f"eagle_config.{IDS}", f"{IDS} at the top level"
+AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE = "aux", "norm_before_residual", "norm_output", "rope"
 KNOWN = re.compile(
     r"(fc|norm|lm_head|embed_tokens|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\.((input_layernorm|hidden_norm"
     r"|post_attention_layernorm)|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
@@ -37,6 +38,7 @@ class Finding:
     what: str
     cost: str
     cure: str
+    suspects: str = ""  # AUX, ...: only a suspicion, which a measurement can settle
 
 
 @dataclass
@@ -130,7 +132,7 @@ def _aux_findings(head: Published) -> Iterator[Finding]:
         cure = (
             f"if the measurement agrees, write {vllm_layer_ids(default)} for vLLM's numbering and {default} for 0-based"
         )
-        yield Finding("aux_one_off", what, f"probably ids in the other numbering: {_LOWER}", cure)
+        yield Finding("aux_one_off", what, f"probably ids in the other numbering: {_LOWER}", cure, AUX)
     if not head.speculators and num_layers - 1 in layers:
         what, cost = "the aux layers hold the verifier's last one", "SGLang cannot take its output"
         yield Finding("aux_last_layer", what, cost, "serve with another engine, or train on other layers")
@@ -144,7 +146,7 @@ def _field_findings(head: Published) -> Iterator[Finding]:
     if head.speculators and values.get("norm_before_residual") is None:
         cost = "vLLM takes it for true in this format: 2.09 accepted in place of 3.51 if the head was trained without"
         cure = "write norm_before_residual: false (or true, if the measurement as configured is best)"
-        yield Finding("norm_before_residual_absent", "norm_before_residual is absent", cost, cure)
+        yield Finding("norm_before_residual_absent", "norm_before_residual is absent", cost, cure, NORM_BEFORE_RESIDUAL)
     if not head.speculators and values.get("model_type") != "llama":
         what, cost = f"model_type is {values.get('model_type')!r}", "engines read other fields for the head's sizes"
         yield Finding("model_type", what, cost, "write model_type: llama")
@@ -178,7 +180,7 @@ def _rope_findings(head: Published) -> Iterator[Finding]:
     if theirs and ours != {"rope_type": "default", **theirs}:
         cost = "lost where the head was trained on the verifier's; on short texts little of it shows"
         cure = f"if the head was trained on the verifier's, write rope_theta, rope_scaling, rope_parameters: {theirs}"
-        yield Finding("rope", f"the rotary fields are {ours}, the verifier's {theirs}", cost, cure)
+        yield Finding("rope", f"the rotary fields are {ours}, the verifier's {theirs}", cost, cure, ROPE)
     elif head.layer.get("rope_theta") is None and ours["rope_theta"] != 10000.0:
         cost = "releases of transformers before 5, and engines built on them, take 10000"
         cure = f"write rope_theta: {ours['rope_theta']} too"
@@ -256,15 +258,21 @@ def _tensor_findings(head: Published) -> Iterator[Finding]:
             what = f"{len(names)} tensors that engines do not know: {', '.join(sorted(names)[:5])}"
             yield Finding(code, what, "vLLM refuses to load them, SGLang drops them silently", cure)
     own, theirs = head.tensors.get(EMBEDDING), head.embedding
+    if own is not None and own.shape[-1] != theirs.shape[-1] and own.shape[-1] == head.layer.get("hidden_size"):
+        return  # a head of another width has an embedding of its own, in every engine
     if own is not None and (own.shape != theirs.shape or not torch.equal(own, theirs.to(own.dtype))):
         cost = "SGLang and TensorRT-LLM replace it by the verifier's: lost there, if it was trained"
         cure = "serve it in vLLM only; if the verifier is not the one the head was trained for, set that one"
         yield Finding("embedding", f"{EMBEDDING} differs from the verifier's", cost, cure)
 
 
-def engine_notes(head: Published) -> list[str]:
-    """Say what each engine makes of the head, and the settings without which it would lose acceptance."""
-    layers, taken = head.aux_layers(), head.engine_layers()
+def engine_notes(head: Published, trained: list[int] | None = None) -> list[str]:
+    """Say what each engine makes of the head, and the settings without which it would lose acceptance.
+
+    Args:
+        trained: the aux layers it was trained on, where measured; otherwise those that the files mean.
+    """
+    layers, taken = trained or head.aux_layers(), head.engine_layers()
     notes = [
         _taken("vLLM", taken["vLLM"], layers) + ("" if head.speculators else "; top-level ids win over nested ones")
     ]
@@ -285,5 +293,5 @@ def engine_notes(head: Published) -> list[str]:
 
 
 def _taken(engine: str, taken: list[int], layers: list[int]) -> str:
-    verdict = "the layers meant" if taken == layers else f"NOT {layers}, which are meant"
+    verdict = "the right ones" if taken == layers else f"NOT {layers}: acceptance is lost"
     return f"{engine}: takes layers {taken} (0-based), {verdict}"

@@ -77,8 +77,20 @@ def read_foreign_head(
         ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
     """
     values, tensors = read_published(folder)
+    return assemble_head(folder, values, tensors, verifier, numbering, weights)
+
+
+def assemble_head(
+    folder: Path,
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    verifier: Any,
+    numbering: AuxNumbering | None = None,
+    weights: VerifierWeights | None = None,
+) -> ForeignHead:
+    """Make a head of what `read_published` gave; further arguments and errors as in `read_foreign_head`."""
     if weights is not None and shares_lm_head(values, tensors):
-        tensors[LM_HEAD] = weights.lm_head()
+        tensors = {**tensors, LM_HEAD: weights.lm_head()}
     if LM_HEAD not in tensors:
         raise ValueError(
             f"{folder}: {LM_HEAD} is missing, and engines would silently use another in its place: fetch the head's "
@@ -87,7 +99,7 @@ def read_foreign_head(
         )
     own, theirs = tensors.get(EMBEDDING), None if weights is None else weights.embedding()
     if own is not None and theirs is not None and torch.equal(own, theirs.to(own.dtype)):
-        del tensors[EMBEDDING]
+        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
     config = head_config(folder, values, tensors[LM_HEAD].shape[0], verifier, numbering)
     return _assemble(folder, replace(config, own_embedding=EMBEDDING in tensors), tensors)
 

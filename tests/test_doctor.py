@@ -156,7 +156,7 @@ def test_engines_are_said_to_take_the_layers_they_take(tmp_path):
     change_config(head_in(tmp_path, aux_layers=(2, 3, 6)), **{IDS: [2, 3, 6]})
     notes = "\n".join(engine_notes(as_published(tmp_path)))
     assert "vLLM: takes layers [1, 2, 5] (0-based), NOT [2, 3, 6]" in notes
-    assert "SGLang: takes layers [2, 3, 6] (0-based), the layers meant" in notes
+    assert "SGLang: takes layers [2, 3, 6] (0-based), the right ones" in notes
     assert "eagle3_layers_to_capture: [2, 3, 6]" in notes
 
 
@@ -173,13 +173,23 @@ def config(tmp_path, finished, verifier_config) -> Config:
 def test_nothing_is_found_in_a_head_that_fledge_trained(config):
     diagnosis = diagnose(config)
     assert diagnosis.findings == []
-    assert "Found in the files: nothing" in report(diagnosis)
+    assert "Found: nothing" in report(diagnosis)
+    assert "as configured" in report(diagnosis)
+    config.doctor.measure = False
+    assert "Not measured" in report(diagnose(config))
+
+
+def test_too_little_text_is_refused(config):
+    config.doctor.num_prompts = 3
+    with pytest.raises(ValueError, match=r"4 are required: raise doctor\.num_prompts"):
+        diagnose(config)
 
 
 def test_a_head_that_cannot_be_put_together_is_a_finding(config, tmp_path):
     change_tensors(tmp_path, {"fc.weight": torch.ones(3, 3)})
     diagnosis = diagnose(config)
     assert [finding.code for finding in diagnosis.findings] == ["unreadable"]
+    assert "Not measured" in report(diagnosis)
 
 
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"model_type": "x"}, 1), (None, 2)])
