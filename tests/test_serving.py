@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, Run
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
 from conftest import TINY
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.chat import prompt_tokens
@@ -29,15 +29,11 @@ SIZES = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
-VERIFIERS = {
-    "Qwen3": ("Qwen3Config", {"intermediate_size": 128}),
-    "Llama4": (
-        "Llama4TextConfig",
-        {
-            **SMALL_LLAMA4,
-            "attention_chunk_size": 512,
-        },
-    ),
+LLAMA4 = {**SMALL_LLAMA4, "attention_chunk_size": 512}
+VERIFIERS = {  # the class, and the sizes of its text decoder
+    "Qwen3ForCausalLM": {"intermediate_size": 128},
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": LLAMA4,
 }
 
 
@@ -54,8 +50,13 @@ def vllm_counts(folder: Path, request: dict) -> dict:
     return json.loads(answers[-1].removeprefix("COUNTS "))
 
 
-def judge(run: Run, folder: Path) -> None:
-    """Export an evaluated head in both formats and hold vLLM's counts against the evaluation's."""
+def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engine: object) -> None:
+    """Export an evaluated head in both formats and hold vLLM's counts against the evaluation's.
+
+    Args:
+        architecture: the verifier's class, which must be the one that vLLM runs.
+        engine: options of vLLM that the verifier needs.
+    """
     run("export", "export.dtype=float32", "export.format=all")
     results = json.loads((run.path / "evaluation" / "acceptance.json").read_text())
     assert results["acceptance_length"] > 1.1, "a head that accepts nothing shows nothing"
@@ -77,11 +78,13 @@ def judge(run: Run, folder: Path) -> None:
             "num_draft_tokens": results["num_draft_tokens_per_round"],
             "max_tokens": results["max_tokens"],
             "prompts": prompts,
+            "engine": engine,
         }
         counted = vllm_counts(folder, request)
         print(format_, {name: counted[name] for name in COUNTS})
         assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
         assert counted["texts"] == texts
+        assert counted["architecture"] == architecture
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -94,19 +97,29 @@ def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
     judge(run, tmp_path)
 
 
-@pytest.mark.parametrize("family", VERIFIERS)
-def test_vllm_counts_what_fledge_counts_on_other_verifiers(tmp_path, verifier, family):
-    config_class, sizes = VERIFIERS[family]
-    tokenizer = verifier.tokenizer
+def make_verifier(architecture: str, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    """Train a small model of the class as the tiny Llama is trained; of one that takes images, the text decoder."""
+    sizes = {**SIZES, **VERIFIERS[architecture], "vocab_size": len(tokenizer)}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), **SIZES, **sizes, **ids)
+    model_class = getattr(transformers, architecture)
+    if model_class.config_class is transformers.Llama4Config:
+        config = transformers.Llama4Config(text_config={**sizes, **ids}, vision_config=SMALL_VISION)
+    else:
+        config = model_class.config_class(**sizes, **ids)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = model_class(config)
     conversations = corpus.training_conversations(TINY.num_conversations, TINY.seed)
-    embedded._train(model, [embedded._document(tokenizer, messages, TINY) for messages in conversations], TINY)
-    model.save_pretrained(tmp_path / "verifier")
-    tokenizer.save_pretrained(tmp_path / "verifier")
+    documents = [embedded._document(tokenizer, messages, TINY) for messages in conversations]
+    embedded._train(getattr(model, "language_model", model), documents, TINY)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", VERIFIERS)
+def test_vllm_counts_what_fledge_counts_on_other_verifiers(tmp_path, verifier, architecture):
+    make_verifier(architecture, verifier.tokenizer, tmp_path / "verifier")
     run = Run(tmp_path / "runs", tmp_path / "verifier")
     for stage in ("synthesize", "dump", "train", "evaluate"):
         run(stage, "evaluate.baselines=false")
-    judge(run, tmp_path)
+    takes_images = architecture.endswith("ForConditionalGeneration")
+    judge(run, tmp_path, architecture, **({"limit_mm_per_prompt": {"image": 0}} if takes_images else {}))
