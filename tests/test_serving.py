@@ -1,9 +1,6 @@
 """vLLM as the judge: it must count what `fledge evaluate` counts. Run by `make test-serving`."""
 
-import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,13 +8,12 @@ import torch
 import transformers
 from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
 from conftest import TINY
-from fledge.conf.journal import read_journal
-from fledge.data_synthesis.chat import prompt_tokens
 from fledge.models.embedded import corpus
 from fledge.models.embedded import verifier as embedded
+from fledge.models.formats import layer_fields, load_head, vllm_layer_ids
+from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
 pytestmark = pytest.mark.serving
-COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
 HEADS = {
     "EAGLE-3.1": [],
     "EAGLE-3": ["draft=eagle3"],
@@ -37,19 +33,6 @@ VERIFIERS = {  # the class, and the sizes of its text decoder
 }
 
 
-def vllm_counts(folder: Path, request: dict) -> dict:
-    """Decode in a process of vLLM's environment and give its counts and texts."""
-    (folder / "request.json").write_text(json.dumps(request))
-    script = Path(__file__).with_name("vllm_counts.py")
-    python = os.environ["FLEDGE_VLLM_PYTHON"]
-    done = subprocess.run(
-        [python, str(script), str(folder / "request.json")], capture_output=True, text=True, check=False
-    )
-    answers = [line for line in done.stdout.splitlines() if line.startswith("COUNTS ")]
-    assert answers, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(answers[-1].removeprefix("COUNTS "))
-
-
 def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engine: object) -> None:
     """Export an evaluated head in both formats and hold vLLM's counts against the evaluation's.
 
@@ -58,33 +41,44 @@ def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engi
         engine: options of vLLM that the verifier needs.
     """
     run("export", "export.dtype=float32", "export.format=all")
-    results = json.loads((run.path / "evaluation" / "acceptance.json").read_text())
+    results, request, texts = evaluated(run)
     assert results["acceptance_length"] > 1.1, "a head that accepts nothing shows nothing"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.verifier)
-    prompts, texts = [], []
-    for record in read_journal(run.path / "evaluation" / "questions.jsonl"):
-        if record["category"] == "heldout":
-            continue
-        history: list[dict[str, str]] = []
-        for turn, answer in zip(record["turns"], record["answers"], strict=True):
-            history.append({"role": "user", "content": turn})
-            prompts.append(prompt_tokens(tokenizer, history))
-            texts.append(answer["text"])
-            history.append({"role": "assistant", "content": answer["text"]})
     for format_ in ("plain", "speculators"):
-        request = {
-            "verifier": str(run.verifier),
-            "head": str(run.path / "exports" / format_),
-            "num_draft_tokens": results["num_draft_tokens_per_round"],
-            "max_tokens": results["max_tokens"],
-            "prompts": prompts,
-            "engine": engine,
-        }
-        counted = vllm_counts(folder, request)
+        head = run.path / "exports" / format_
+        counted, log = decode_in_vllm(folder, {**request, "head": str(head), "engine": engine})
+        assert counted is not None, log[-6000:]
         print(format_, {name: counted[name] for name in COUNTS})
         assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
         assert counted["texts"] == texts
         assert counted["architecture"] == architecture
+    check_read_by_speculators(run)
+
+
+def check_read_by_speculators(run: Run) -> None:
+    """Load the export with the speculators library: every tensor in its place, and every field as it was meant."""
+    answer, log = in_vllms_environment("speculators_load.py", run.path / "exports" / "speculators")
+    assert answer is not None, log[-6000:]
+    head, _ = load_head(run.path / "exports" / "plain")
+    config = head.config
+    reduced = config.draft_vocab_size < config.vocab_size
+    assert answer["class"] == "Eagle3DraftModel"
+    assert answer["num_tensors"] == len(list(head.parameters())) + 2 * reduced  # and the two maps
+    assert [answer[name] for name in ("missing", "unexpected", "unequal", "not_finite")] == [[], [], [], []]
+    assert answer["fields"] == {
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": False,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "embed_requires_grad": False,
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": None,
+        "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
+    }
+    layer = layer_fields(config)
+    assert answer["layer"] == {name: layer[name] for name in answer["layer"]}
+    assert answer["verifier"]["name_or_path"] == str(run.verifier)
+    assert answer["num_draft_tokens"] == 3
+    print("speculators library: all", answer["num_tensors"], "tensors and", len(answer["fields"]), "fields as meant")
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -2,8 +2,8 @@
 
     python vllm_counts.py REQUEST.json
 
-The request: {"verifier", "head", "num_draft_tokens", "max_tokens", "prompts": [[token id, ...], ...]}, and "engine", further
-options of vLLM's LLM.
+The request: {"verifier", "head", "num_draft_tokens", "max_tokens", "prompts": [[token id, ...], ...]}, and "engine",
+further options of vLLM's LLM.
 """
 
 import json
@@ -45,7 +45,7 @@ def main() -> None:
         if metric.name.startswith("vllm:spec_decode_"):
             value = getattr(metric, "value", None)
             counts[metric.name.removeprefix("vllm:spec_decode_")] = metric.values if value is None else value
-    print("COUNTS " + json.dumps({**counts, "texts": [output.outputs[0].text for output in outputs]}))
+    print("ANSWER " + json.dumps({**counts, "texts": [output.outputs[0].text for output in outputs]}))
 
 
 if __name__ == "__main__":
