@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..conf.artifact import differences, digest
 from ..conf.schema import Device, VerifierConfig
@@ -57,6 +59,12 @@ def load_config(config: VerifierConfig) -> Any:
 def verifier_architectures(config: VerifierConfig) -> list[str]:
     """Give the architectures that the verifier's config.json names."""
     return list(_load_whole_config(config).architectures or [])
+
+
+def _auto_class(whole: Any) -> Any:
+    """Give the class of transformers that loads a checkpoint: one that takes images where the checkpoint's own does."""
+    takes_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(whole.model_type) in (whole.architectures or [])
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
 def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
@@ -125,7 +133,10 @@ class VerifierOutput:
 
 
 class Verifier:
-    """A causal language model with its tokenizer, whose forward also gives aux and last hidden states."""
+    """A language model with its tokenizer, whose forward also gives aux and last hidden states.
+
+    Of a model that takes images too, it is the text decoder that is watched.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aux_layers: list[int]) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -156,7 +167,7 @@ class Verifier:
         spread = config.device is Device.auto and torch.cuda.device_count() > 1  # accelerate places the layers
         model: Any
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = _auto_class(_load_whole_config(config)).from_pretrained(
                 verifier_location(config),
                 revision=config.revision,
                 dtype=getattr(torch, config.dtype.value),
@@ -192,7 +203,8 @@ class VerifierWeights:
 
     EMBEDDING = "embed_tokens.weight"
     LM_HEAD = "lm_head.weight"
-    FINAL_NORM = "model.norm.weight"
+    FINAL_NORM = "norm.weight"
+    TOWERS = ("vision", "visual", "audio")  # in the names of what is no part of the text decoder
 
     def __init__(self, config: VerifierConfig) -> None:
         self._location = verifier_location(config)
@@ -233,8 +245,9 @@ class VerifierWeights:
             raise ValueError(f"{path} cannot be read as safetensors ({error}): fetch the verifier again") from None
 
     def _name(self, suffix: str) -> str | None:
-        """Give the tensor whose name ends with `suffix`; vision towers are passed over."""
-        names = [name for name in self._files if ("." + name).endswith("." + suffix) and "vision" not in name]
+        """Give the text decoder's tensor whose name ends with `suffix`."""
+        ends = [name for name in self._files if ("." + name).endswith("." + suffix)]
+        names = [name for name in ends if not any(tower in name for tower in self.TOWERS)]
         return min(names, key=len) if names else None
 
     def _missing(self, file: str) -> ValueError:

@@ -27,6 +27,17 @@ SMALL_LLAMA4 = {  # and what Llama 4 adds: experts in every other layer
     "num_experts_per_tok": 1,
     "interleave_moe_layer_step": 2,
 }
+SMALL_VISION = {  # and a Llama 4 that takes images
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "vision_output_dim": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def make_batch(lengths: list[int], seed: int = 0, vocab: int = 120, hidden: int = 32, aux: int = 3) -> PackedBatch:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION
 from fledge.conf.schema import Device, DraftConfig, Dtype, VerifierConfig
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.prompt_lookup import NoDraft
@@ -30,15 +30,43 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+IMAGE_TEXT_MODELS = {
+    "llama 4": ("Llama4", MODELS["llama 4 text"][1], SMALL_VISION),
+    "qwen3 vl": (
+        "Qwen3VL",
+        {
+            "intermediate_size": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
+        },
+        {
+            "hidden_size": 32,
+            "depth": 1,
+            "num_heads": 1,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0],
+        },
+    ),
+}
+
+
+def make_model(name: str, vocab_size: int) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    if name in IMAGE_TEXT_MODELS:
+        family, changes, vision = IMAGE_TEXT_MODELS[name]
+        text = {"tie_word_embeddings": False, **SIZES, **changes, "vocab_size": vocab_size}
+        whole = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+        return getattr(transformers, f"{family}ForConditionalGeneration")(whole)
+    family, changes = MODELS[name]
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Llama4" else f"{family}Config")
+    values = {"tie_word_embeddings": False, **SIZES, **changes, "vocab_size": vocab_size}
+    return getattr(transformers, f"{family}ForCausalLM")(config_class(**values))
+
+
+@pytest.fixture(params=[*MODELS, *IMAGE_TEXT_MODELS])
 def config(request, tmp_path, verifier) -> VerifierConfig:
     """A random model of another architecture, with the tiny verifier's tokenizer."""
-    family, changes = MODELS[request.param]
-    torch.manual_seed(0)
-    config_class = getattr(transformers, f"{family}TextConfig" if family == "Llama4" else f"{family}Config")
-    values = {"tie_word_embeddings": False, **SIZES, **changes, "vocab_size": verifier.model.config.vocab_size}
-    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**values))
-    model.save_pretrained(tmp_path)
+    make_model(request.param, verifier.model.config.vocab_size).save_pretrained(tmp_path)
     verifier.tokenizer.save_pretrained(tmp_path)
     return VerifierConfig(path=str(tmp_path), dtype=Dtype.float32, device=Device.cpu)
 
@@ -53,6 +81,22 @@ def test_captured_states_equal_output_hidden_states(config):
     assert torch.equal(output.last_hidden_state, states[-1])
     again = output.last_hidden_state @ VerifierWeights(config).lm_head().T
     torch.testing.assert_close(again, output.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)
+def test_a_model_that_takes_images_is_loaded_whole_and_its_text_decoder_is_read(tmp_path, verifier, name):
+    model = make_model(name, verifier.model.config.vocab_size)
+    decoder = getattr(model.get_decoder(), "model", model.get_decoder())
+    torch.nn.init.normal_(decoder.norm.weight)
+    model.save_pretrained(tmp_path)
+    verifier.tokenizer.save_pretrained(tmp_path)
+    config = VerifierConfig(path=str(tmp_path), dtype=Dtype.float32, device=Device.cpu)
+    assert type(Verifier.load(config).model) is type(model)
+    text, weights = load_config(config), VerifierWeights(config)
+    assert (text.hidden_size, text.num_hidden_layers) == (SIZES["hidden_size"], SIZES["num_hidden_layers"])
+    assert torch.equal(weights.embedding(), model.get_input_embeddings().weight)
+    assert torch.equal(weights.lm_head(), model.get_output_embeddings().weight)
+    assert torch.equal(weights.read(VerifierWeights.FINAL_NORM), decoder.norm.weight)
 
 
 def test_greedy_speculation_is_lossless(config):

@@ -2,7 +2,8 @@
 
     python vllm_counts.py REQUEST.json
 
-The request: {"verifier", "head", "num_draft_tokens", "max_tokens", "prompts": [[token id, ...], ...]}.
+The request: {"verifier", "head", "num_draft_tokens", "max_tokens", "prompts": [[token id, ...], ...]}, and "engine",
+further options of vLLM's LLM.
 """
 
 import json
@@ -35,15 +36,16 @@ def main() -> None:
             "model": request["head"],
             "num_speculative_tokens": request["num_draft_tokens"],
         },
+        **request.get("engine", {}),
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=request["max_tokens"]), use_tqdm=False)
-    counts = {}
+    counts = {"architecture": llm.llm_engine.model_config.architecture}
     for metric in llm.get_metrics():
         if metric.name.startswith("vllm:spec_decode_"):
             value = getattr(metric, "value", None)
             counts[metric.name.removeprefix("vllm:spec_decode_")] = metric.values if value is None else value
-    print("COUNTS " + json.dumps({**counts, "texts": [output.outputs[0].text for output in outputs]}))
+    print("ANSWER " + json.dumps({**counts, "texts": [output.outputs[0].text for output in outputs]}))
 
 
 if __name__ == "__main__":
