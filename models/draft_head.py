@@ -265,7 +265,8 @@ class DraftHead(nn.Module):
 
     def project_embedding(self, embedding: Tensor) -> Projected:
         """Give what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
-        return self.layers[0].project_embedding(embedding)
+        first: Any = self.layers[0]
+        return first.project_embedding(embedding)
 
     def step(
         self,

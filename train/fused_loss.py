@@ -225,7 +225,7 @@ class Chunk:
                 self.at.append(slice(step, step + self.num_rows))
             else:
                 self.places.append(job.rows.steps[step][rows] - start)
-                self.at.append(self.places[step] + step)
+                self.at.append(job.rows.steps[step][rows] - start + step)
 
     def differentiate(self, logits: tuple[Tensor, ...], sums: Tensor) -> list[Tensor]:
         """Turn the logits of each step [rows, Vd] into their gradient, in place, and add to the sums.

@@ -34,8 +34,8 @@ def plain_unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_ste
 class VerifierDistributions:
     """The verifier's distribution at each position p, for token p+1."""
 
-    probabilities: Tensor  # P, at least float32 [T, Vd], of the draft vocabulary's tokens
-    log_p: Tensor  # [T, Vd], restricted to the draft vocabulary and renormalised
+    probabilities: Tensor  # at least float32 [T, Vd], restricted to the draft vocabulary and renormalised
+    mass: Tensor  # [T], what of the distribution lies in the draft vocabulary
     top: Tensor  # int64 [T], the verifier's greedy token
     inside: Tensor  # bool [T], whether that token is in the draft vocabulary
 
@@ -45,12 +45,11 @@ def verifier_distributions(
     head: DraftHead, last_hidden_state: Tensor, verifier_lm_head: Tensor, transform: LogitTransform
 ) -> VerifierDistributions:
     """Compute the verifier's distributions from its recorded final states [T, H] and its lm_head [V, H]."""
-    logits = _wide(last_hidden_state @ verifier_lm_head.T)
-    logits = transform.apply_(logits)
+    logits = transform.apply_(_wide(last_hidden_state @ verifier_lm_head.T))
     inside = logits[:, head.target_ids]
-    probabilities = (inside - logits.logsumexp(-1, keepdim=True)).exp()
+    mass = (inside.logsumexp(-1) - logits.logsumexp(-1)).exp()
     top = logits.argmax(-1)
-    return VerifierDistributions(probabilities, inside.log_softmax(-1), top, head.t2d[top])
+    return VerifierDistributions(inside.softmax(-1), mass, top, head.t2d[top])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -73,52 +72,51 @@ class PlainTTTModule(TTTModule):
         verifier = verifier_distributions(self.head, batch.last_hidden_state, verifier_lm_head, self.transform)
         in_answer = counted_rows(batch.loss_mask, batch.document, self.ttt_steps)
         prefix = torch.ones_like(batch.loss_mask)
-        reach = torch.ones(len(prefix), device=prefix.device, dtype=verifier.log_p.dtype)
-        loss = torch.zeros((), device=embedding.device, dtype=verifier.log_p.dtype)
+        reach = torch.ones_like(verifier.mass)
+        loss = torch.zeros_like(verifier.mass[0])
         sums = []
         for step, normed in enumerate(plain_unroll(self.head, batch, embedding, self.ttt_steps)):
-            counted = in_answer[step] & ahead(verifier.inside, step + 1)
-            at = ahead(torch.arange(len(prefix), device=prefix.device), step + 1)
             rows = in_answer[step].nonzero().squeeze(1)
-            here = counted[rows]
+            at = rows + step + 1
+            counted = verifier.inside[at]
             log_q = _wide(self.head.lm_head(normed[rows])).log_softmax(-1)
-            log_p, probabilities = verifier.log_p[at[rows]], verifier.probabilities[at[rows]]
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-            overlap = torch.minimum(probabilities, log_q.exp()).sum(-1)
-            # Where alpha is not counted it still decides whether later tokens are reached.
-            factor = torch.where(here, overlap, overlap.detach())
-            reach = reach.index_put((rows,), reach[rows] * factor)
+            p, mass = verifier.probabilities[at], verifier.mass[at]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_KL):
+                kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_OVERLAP):
+                overlap = torch.minimum(p * mass[:, None], log_q.exp()).sum(-1)
+            # A row that is not counted at a step still decides whether later ones are reached.
+            reach = reach.index_put((rows,), reach[rows] * torch.where(counted, overlap, overlap.detach()))
             blend = 1.0 if acceptance is None else (-self.blend_rate * acceptance[step]).exp()
-            value = self._value(step, kl, overlap, reach[rows], blend, log_p, log_q)
+            value = self.gamma**step * self._value(kl, overlap, blend, p, log_q)
+            if self.loss is TTTLoss.acceptance_length:
+                value = self.gamma**step * blend * kl - (1 - blend) * reach[rows]
             num = counted.sum() if num_counted is None else num_counted[step]
-            loss = loss + (value * here).sum() / num.clamp(min=1)
+            loss = loss + (value * counted).sum() / num.clamp(min=1)
             with torch.no_grad():
-                agrees = self.head.target_ids[log_q.argmax(-1)] == verifier.top[at[rows]]
+                agrees = self.head.target_ids[log_q.argmax(-1)] == verifier.top[at]
                 hit = torch.zeros_like(prefix)
-                hit[rows] = agrees & here
+                hit[rows] = agrees & counted
                 prefix &= hit
-                entropy = -(log_p.exp() * log_p).sum(-1)
+                entropy = -torch.xlogy(p, p).sum(-1)
                 columns = (value, kl, torch.ones_like(kl), agrees, prefix[rows], overlap, entropy)
-                sums.append(torch.stack([*((column * here).sum() for column in columns), (~here).sum()]))
+                sums.append(torch.stack([*((column * counted).sum() for column in columns), (~counted).sum()]))
         return loss, torch.stack(sums)
 
-    def _value(
-        self,
-        step: int,
-        kl: Tensor,
-        overlap: Tensor,
-        reach: Tensor,
-        blend: Tensor | float,
-        log_p: Tensor,
-        log_q: Tensor,
-    ) -> Tensor:
-        weight = self.gamma**step
-        losses = {
-            TTTLoss.kl: lambda: kl,
-            TTTLoss.reverse_kl: lambda: (log_q.exp() * (log_q - log_p)).sum(-1),
-            TTTLoss.total_variation: lambda: 1 - overlap,
-            TTTLoss.lk_alpha: lambda: -overlap.log(),
-            TTTLoss.lk_lambda: lambda: blend * kl + (1 - blend) * (1 - overlap),
-            TTTLoss.acceptance_length: lambda: blend * kl - (1 - blend) * reach / weight,
-        }
-        return weight * losses[self.loss]()
+    def _value(self, kl: Tensor, overlap: Tensor, blend: Tensor | float, p: Tensor, log_q: Tensor) -> Tensor:
+        """Give the loss of each row and step by itself."""
+        match self.loss:
+            case TTTLoss.reverse_kl:
+                return (log_q.exp() * (log_q - p.log())).sum(-1)
+            case TTTLoss.total_variation:
+                return 1 - overlap
+            case TTTLoss.lk_alpha:
+                return -overlap.log()
+            case TTTLoss.lk_lambda:
+                return blend * kl + (1 - blend) * (1 - overlap)
+            case _:
+                return kl
+
+
+_OF_KL = (TTTLoss.kl, TTTLoss.lk_lambda, TTTLoss.acceptance_length)
+_OF_OVERLAP = (TTTLoss.total_variation, TTTLoss.lk_alpha, TTTLoss.lk_lambda, TTTLoss.acceptance_length)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..conf.schema import TTTLoss
-from ..models.draft_head import DraftHead
+from ..models.draft_head import DraftHead, Projected
 from ..models.ttt_attention import SplitAttention
 from ..models.verifier import LogitTransform
 from .fused_loss import LossJob, Targets, fused_loss, product, rows_in_chunk, wide_dtype
@@ -44,10 +44,11 @@ def unroll(
         at = rows.rows[places] if step else every_row
         fed = (at + step + 1).clamp(max=len(every_row) - 1)
         state = state.index_select(0, kept) if step else state
-        shares = tuple(share.index_select(0, fed) for share in projected)
+        shares = cast(Projected, tuple(share.index_select(0, fed) for share in projected))
         wanted = None if step else rows.rows
-        inputs = shares, state, head.rotary(batch.position[at] + step, state), attention.at(step), wanted
-        state, normed = checkpoint(head.step, *inputs, use_reentrant=False) if recompute else head.step(*inputs)
+        run = partial(checkpoint, head.step, use_reentrant=False) if recompute else head.step
+        rotary = head.rotary(batch.position[at] + step, state)
+        state, normed = run(shares, state, rotary, attention.at(step), wanted)
         states.append(normed)
     return states
 
