@@ -125,7 +125,9 @@ class JoinedAttention(torch.autograd.Function):
             weights = (scores - joined[..., None]).exp().to(q.dtype)
             out *= (lse - joined).exp().to(q.dtype)[..., None]
             for j, (place, value) in enumerate(zip(places, own[1::2], strict=True)):
-                _grouped(out, v).addcmul_(_grouped(weights[..., j : j + 1], v), value[place].unsqueeze(2))
+                _grouped(out, v).addcmul_(
+                    _grouped(weights[..., j : j + 1], v), value.index_select(0, place).unsqueeze(2)
+                )
             lse = joined
         ctx.spans, ctx.places = spans, places
         ctx.save_for_backward(q, k, v, out, lse, *own)
@@ -151,7 +153,10 @@ class JoinedAttention(torch.autograd.Function):
             weights = (_own_scores(q, own[::2], ctx.places) - lse[..., None]).exp()
             delta = (grad * out).sum(-1, dtype=lse.dtype)
             for j, (place, key, value) in enumerate(zip(ctx.places, own[::2], own[1::2], strict=True)):
-                key_here, value_here = key[place].unsqueeze(2), value[place].unsqueeze(2)
+                key_here, value_here = (
+                    key.index_select(0, place).unsqueeze(2),
+                    value.index_select(0, place).unsqueeze(2),
+                )
                 towards = (_grouped(grad, v) * value_here).sum(-1, dtype=lse.dtype).flatten(1)
                 dscore = (weights[..., j] * (towards - delta) * scale).to(q.dtype)[..., None]
                 weight = weights[..., j].to(q.dtype)[..., None]
@@ -183,7 +188,7 @@ def _own_scores(q: Tensor, keys: Sequence[Tensor], places: list[Tensor]) -> Tens
     """Give the scores [n, heads, own steps] of queries with the keys of their own rows."""
     scale = q.shape[-1] ** -0.5
     columns = [
-        (_grouped(q, key) * key[place].unsqueeze(2)).sum(-1, dtype=_wide(q)).flatten(1)
+        (_grouped(q, key) * key.index_select(0, place).unsqueeze(2)).sum(-1, dtype=_wide(q)).flatten(1)
         for key, place in zip(keys, places, strict=True)
     ]
     return torch.stack(columns, dim=-1) * scale
