@@ -231,3 +231,16 @@ def test_rows_whose_greedy_token_cannot_be_drafted_are_reported_and_not_counted(
     counted, outside = (sums[:, SUMS.index(name)] for name in ("counted", "outside_draft_vocab"))
     assert (counted + outside).tolist() == [28, 27, 26]
     assert float(outside.min()) > 0
+
+
+def test_a_large_vocabulary_costs_no_digits_of_the_loss():
+    head = make_head(draft_vocab_size=None, vocab_size=100_000)
+    batch = make_batch([12], vocab=100_000)
+    batch.loss_mask[:] = True
+    embedding, lm_head = matrices(vocab=100_000)
+    with torch.no_grad():
+        found = TTTModule(head, 2, 0.8)(batch, embedding, lm_head * 0.3)[0]
+        batch.aux_hidden_states = batch.aux_hidden_states.double()
+        batch.last_hidden_state = batch.last_hidden_state.double()
+        exact = PlainTTTModule(head.double(), 2, 0.8)(batch, embedding.double(), lm_head.double() * 0.3)[0]
+    assert float(found) == pytest.approx(float(exact), rel=1e-6)

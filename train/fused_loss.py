@@ -201,12 +201,15 @@ class Window:
         probabilities = torch.exp(log_p, out=logits)
         # A mass that underflows has its greedy token outside and is not counted: it must not make infinities.
         mass = probabilities.sum(-1).clamp(min=torch.finfo(out.dtype).tiny)
-        return cls(probabilities, mass, mass.log() - row_dot(probabilities, log_p) / mass, top)
+        return cls(probabilities, mass, mass.log() - row_dot(probabilities, log_p, log_p) / mass, top)
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Give the inner product of each row of a with that of b ([n, V] and [n, V] to [n])."""
-    return torch.bmm(a[:, None], b[:, :, None]).flatten()
+def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
+    """Give the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
+
+    Not as a matrix product: `sum` adds in pairs, a product may add V terms one after the other and lose four digits.
+    """
+    return torch.mul(a, b, out=scratch).sum(-1)
 
 
 class Chunk:
@@ -266,7 +269,7 @@ class Chunk:
         """Turn logits into q, in place; give KL(p || q), alpha, and whether the greedy tokens are the same."""
         window = self.window
         probabilities, mass = window.probabilities[at], window.mass[at]
-        cross = row_dot(probabilities, z) / mass
+        cross = row_dot(probabilities, z, self.scratch[: len(z)]) / mass
         highest, best = z.max(-1)
         q = torch.softmax(z, -1, out=z)
         log_normaliser = highest - q.gather(1, best[:, None]).squeeze(1).log()
@@ -329,6 +332,6 @@ class Chunk:
         tiny = torch.finfo(q.dtype).tiny
         log_p = self.window.probabilities[at].clamp(min=tiny).log() - self.window.mass[at].log()[:, None]
         ratio = q.clamp(min=tiny).log_().sub_(log_p)
-        kl = row_dot(q, ratio)
+        kl = row_dot(q, ratio, self.scratch[: len(q)])
         q.mul_(ratio.sub_(kl[:, None]))
         return kl
