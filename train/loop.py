@@ -132,7 +132,8 @@ class Trainer:
         verifier_lm_head = weights.lm_head()
         self.verifier_lm_head = verifier_lm_head.to(device, self.dtype)
         self.head = head.to(device)
-        initialise(self.head, verifier_lm_head, config.train.seed)
+        transform = logit_transform(load_config(config.verifier))
+        initialise(self.head, verifier_lm_head * transform.scale, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
         options = config.train
         self.module = TTTModule(
@@ -140,7 +141,7 @@ class Trainer:
             options.ttt_steps,
             options.gamma,
             options.loss,
-            logit_transform(load_config(config.verifier)),
+            transform,
             options.blend_rate,
             options.checkpoint_activations,
         )
