@@ -12,6 +12,7 @@ from fledge.train.fused_loss import SUMS
 from fledge.train.plain import PlainTTTModule, plain_unroll
 from fledge.train.rows import counted_rows, find_useful_rows
 from fledge.train.ttt import TTTModule, unroll
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNNING = torch.tensor([0.5, 0.3, 0.2, 0.1])  # acceptance so far, for the losses that blend
 
@@ -231,6 +232,33 @@ def test_rows_whose_greedy_token_cannot_be_drafted_are_reported_and_not_counted(
     counted, outside = (sums[:, SUMS.index(name)] for name in ("counted", "outside_draft_vocab"))
     assert (counted + outside).tolist() == [28, 27, 26]
     assert float(outside.min()) > 0
+
+
+class Waits(TorchDispatchMode):
+    """Records operations whose result the host has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", list(TTTLoss))
+def test_a_step_never_waits_for_the_device(loss):
+    head = make_head(draft_vocab_size=60, num_layers=2)
+    batch = make_batch([17, 30], seed=3).to(torch.device("cpu"), torch.float32, 4)
+    embedding, lm_head = matrices()
+    with Waits() as waits:
+        TTTModule(head, 4, 0.8, loss)(batch, embedding, lm_head, acceptance=RUNNING)[0].backward()
+    assert waits.found == []
+    with Waits() as waits:
+        PlainTTTModule(head, 4, 0.8, loss)(batch, embedding, lm_head, acceptance=RUNNING)
+    assert "nonzero" in waits.found, "the plain twin does wait"
 
 
 def test_a_large_vocabulary_costs_no_digits_of_the_loss():
