@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from omegaconf import MISSING
+MISSING: Any = "???"  # how OmegaConf writes a value that has to be given; not imported, so that benchmarks run without
 
 
 class Dtype(Enum):
@@ -49,6 +50,17 @@ class Device(Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class TTTLoss(Enum):
+    """What training minimises; train/fused_loss.py defines each."""
+
+    kl = "kl"  # KL(verifier || draft)
+    reverse_kl = "reverse_kl"  # KL(draft || verifier)
+    total_variation = "total_variation"  # 1 - probability of acceptance
+    lk_alpha = "lk_alpha"  # - log probability of acceptance
+    lk_lambda = "lk_lambda"  # KL, and 1 - probability of acceptance the more of it there is
+    acceptance_length = "acceptance_length"  # KL, and - expected number of accepted tokens
 
 
 @dataclass
@@ -126,6 +138,9 @@ class TrainConfig:
 
     ttt_steps: int = 7  # draft steps unrolled (training-time test)
     gamma: float = 0.8  # step k weighs gamma^k in the loss
+    loss: TTTLoss = TTTLoss.kl
+    blend_rate: float = 3.0  # lk_lambda, acceptance_length: KL has the share exp(-blend_rate * acceptance so far)
+    checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
     epochs: int = 10
     max_steps: int | None = None  # optimizer steps; overrides epochs
     batch_tokens: int = 4096  # tokens of a packed micro-batch
@@ -284,6 +299,7 @@ def validate(config: Config) -> None:
         "synthesize.top_p": (config.synthesize.top_p, 0.0, 1.0),
         "synthesize.temperature": (config.synthesize.temperature, 0.0, 10.0),
         "train.gamma": (config.train.gamma, 0.0, 1.0),
+        "train.blend_rate": (config.train.blend_rate, 0.0, 100.0),
         "train.warmup_share": (config.train.warmup_share, 0.0, 1.0),
         "train.min_lr_share": (config.train.min_lr_share, 0.0, 1.0),
         "deepspeed.zero_stage": (config.deepspeed.zero_stage, 0, 3),

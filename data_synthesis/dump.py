@@ -15,7 +15,7 @@ from ..conf.artifact import Artifact, artifact, commit, read_manifest, sync
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import Verifier, check_identity, load_config, special_token_ids
+from ..models.verifier import Verifier, check_identity, load_config, logit_transform, special_token_ids
 from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
 from .chat import conversation_tokens
 from .conversations import FILE, content_digest, read_conversations
@@ -189,11 +189,12 @@ def _forward(verifier: Verifier, batch: list[TokenisedConversation]) -> list[Sam
 
 def _check_last_hidden_state(verifier: Verifier, last: torch.Tensor, logits: torch.Tensor) -> None:
     """Check that lm_head on the recorded state gives the model's logits: training builds its targets so."""
-    again = last.float() @ verifier.model.get_output_embeddings().weight.to(last.device).float().T
+    weight = verifier.model.get_output_embeddings().weight.to(last.device).float()
+    again = logit_transform(verifier.model.config.get_text_config()).apply_(last.float() @ weight.T)
     if (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
         raise ValueError(
-            "the verifier's logits are not lm_head times its final normed state (soft-capped or scaled logits?): "
-            "fledge cannot train from this verifier"
+            "the verifier's logits are not lm_head times its final normed state, nor a scaled or capped form of it that "
+            "fledge knows: it cannot train from this verifier"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from ..conf.schema import DraftConfig
 from .verifier import default_aux_layers
@@ -26,6 +26,7 @@ from .vocabulary import VocabularyMap
 
 # (layer index, queries [T, heads, D], keys [T, kv_heads, D], values [T, kv_heads, D]) -> [T, heads, D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Projected = tuple[Tensor, Tensor, Tensor]  # what the embedding adds to layer 0's q, k and v, [T, heads*D] each
 
 
 # Rotary embeddings of the Llama family, which every engine computes alike.
@@ -131,6 +132,13 @@ class DraftHeadConfig:
         )
 
 
+class PartialLinear(nn.Linear):
+    """A linear map that also takes some of its input columns alone."""
+
+    def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        return nn.functional.linear(x, self.weight[:, columns])
+
+
 class SelfAttention(nn.Module):
     """Projections of grouped-query attention; the keys it sees are the caller's business."""
 
@@ -139,15 +147,37 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         width = config.hidden_size * (2 if layer == 0 else 1)
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
+        self.q_proj = PartialLinear(width, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = PartialLinear(width, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = PartialLinear(width, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=1)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: Attention,
+        projected: Projected | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `rows` (all where None) to all rows; `projected` joins the projections of x, its last columns."""
+        columns = slice(-x.shape[-1], None)
+        inputs = (_rows(x, rows), x, x)
+        q, k, v = (proj(i, columns) for proj, i in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True))
+        if projected is not None:
+            q, k, v = q + _rows(projected[0], rows), k + projected[1], v + projected[2]
+        q, k, v = (values.unflatten(-1, (-1, self.head_dim)) for values in (q, k, v))
+        q, k = _rotated(q, *(_rows(values, rows) for values in rotary)), _rotated(k, *rotary)
         return self.o_proj(attention(self.layer, q, k, v).flatten(-2))
+
+
+def _rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values.index_select(0, rows)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys [T, heads, D] to their positions."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 class MLP(nn.Module):
@@ -175,16 +205,43 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(config)
         self.norm_before_residual = config.norm_before_residual
 
-    def forward(self, embedding: Tensor, state: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        residual = state
+    def forward(
+        self,
+        embedding: Tensor | Projected,
+        state: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: Attention,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        residual, projected = state, None
         if self.hidden_norm is not None:
-            normed = self.hidden_norm(state)
-            x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
-            residual = normed if self.norm_before_residual else state
+            x = self.hidden_norm(state)
+            residual = x if self.norm_before_residual else state
+            if isinstance(embedding, Tensor):
+                x = torch.cat([self.input_layernorm(embedding), x], dim=-1)
+            else:
+                projected = embedding
         else:
             x = self.input_layernorm(state)
-        x = residual + self.self_attn(x, rotary, attention)
+        x = _rows(residual, rows) + self.self_attn(x, rotary, attention, projected, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def project_embedding(self, embedding: Tensor) -> Projected:
+        """Give what embeddings [T, H] add to q, k and v; the first layer only."""
+        x, attention = self.input_layernorm(embedding), self.self_attn
+        columns = slice(x.shape[-1])
+        return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
+
+
+class OutputHead(nn.Linear):
+    """The map to logits, or to anything else that is made of states and its weight."""
+
+    def forward(self, states: Any, reduce: Callable[[Any, Tensor], Any] | None = None) -> Any:
+        """Give logits [T, Vd] of states [T, H]; with `reduce`, reduce(states, weight).
+
+        ZeRO-3 has the weight in one piece inside this call only.
+        """
+        return super().forward(states) if reduce is None else reduce(states, self.weight)
 
 
 class DraftHead(nn.Module):
@@ -207,7 +264,7 @@ class DraftHead(nn.Module):
         self.fc = nn.Linear(num_aux * width, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.draft_vocab_size, bias=False)
         if vocabulary is None:
             assert config.draft_vocab_size == config.vocab_size, "a reduced vocabulary needs its map"
             vocabulary = VocabularyMap(
@@ -242,23 +299,36 @@ class DraftHead(nn.Module):
             aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(aux_hidden_states)
 
+    def project_embedding(self, embedding: Tensor) -> Projected:
+        """Give what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
+        first: Any = self.layers[0]
+        return first.project_embedding(embedding)
+
     def step(
-        self, embedding: Tensor, state: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention
+        self,
+        embedding: Tensor | Projected,
+        state: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: Attention,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one draft step on T rows.
 
         Args:
-            embedding: [T, H], of the token fed.
+            embedding: [T, H], of the token fed, or their `project_embedding`.
             state: [T, H], `fuse` at step 0, the state of the step before after that.
             rotary: cosine and sine at the rows' positions.
             attention: joins these rows' queries with the keys they may see.
+            rows: int64, those whose states are wanted; all where None. The others give keys and values only.
 
         Returns:
             The state to feed onward and the normed state that `lm_head` multiplies, [T, H] each (one and the same
             for EAGLE-3.1's `norm_output`).
         """
-        for layer in self.layers:
+        *earlier, last = self.layers
+        for layer in earlier:
             state = layer(embedding, state, rotary, attention)
+        state = last(embedding, state, rotary, attention, rows)
         normed = self.norm(state)
         return (normed if self.config.norm_output else state), normed
 

@@ -111,6 +111,29 @@ def default_aux_layers(num_layers: int) -> list[int]:
     return layers
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a verifier does to the product of its states and `lm_head` before that is its logits."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Scale and cap in place, and give the same tensor."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """Read it from a language model's configuration: Cohere and Falcon-H1 multiply, Granite divides, Gemma caps."""
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
 def _decoder(model: PreTrainedModel) -> Any:
     """Give the module that holds the decoder layers and the final norm."""
     decoder: Any = model.get_decoder()

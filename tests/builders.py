@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.vocabulary import build_vocabulary
-from fledge.train.ttt import PackedBatch
+from fledge.train.rows import PackedBatch
 
 SMALL_DECODER = {  # of verifiers made on the spot
     "hidden_size": 64,

@@ -144,6 +144,19 @@ def test_a_head_of_another_width_trains_an_embedding_of_its_own(finished, run, v
     run("train", "draft.hidden_size=48", "draft.train_lm_head=false", "overwrite=true", code=2)
 
 
+@pytest.mark.parametrize("loss", ["lk_lambda", "acceptance_length"])
+def test_losses_that_blend_remember_acceptance_and_train_with_recomputed_steps_at_zero_3(finished, run, loss):
+    copy_until_dump(finished, run)
+    options = [f"train.loss={loss}", "train.checkpoint_activations=true", "deepspeed.zero_stage=3"]
+    run("train", *options, "train.max_steps=12")
+    records = [r for r in read_metrics(run.path / "training") if "train/loss" in r]
+    assert records[-1]["train/kl_step_0"] < records[0]["train/kl_step_0"]
+    state = torch.load(
+        next((run.path / "training" / "checkpoints" / "step-12").glob("*model_states.pt")), weights_only=False
+    )
+    assert all(0 < value < 1 for value in state["acceptance"])
+
+
 def test_bfloat16_trains_at_zero_2(finished, run):
     copy_until_dump(finished, run)
     run("train", "train.dtype=bfloat16", "deepspeed=zero2")

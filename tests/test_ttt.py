@@ -4,8 +4,21 @@ import pytest
 import torch
 from builders import make_batch, make_head, matrices
 from fledge.eval.draft_decoder import DraftDecoder
+from fledge.models.verifier import LogitTransform
+from fledge.train.fused_loss import SUMS
 from fledge.train.heldout import leading_hits, walk
-from fledge.train.ttt import SUMS, PackedBatch, TTTModule, count_rows, counted_rows, unroll
+from fledge.train.rows import PackedBatch, counted_rows
+from fledge.train.ttt import TTTModule, count_rows, find_targets, unroll
+
+
+def states_of(head, batch, embedding, ttt_steps):
+    return unroll(head, batch, batch.useful_rows(ttt_steps), embedding)
+
+
+def num_counted(head, batch, lm_head, ttt_steps):
+    rows = batch.useful_rows(ttt_steps)
+    return count_rows(find_targets(head, batch, rows, lm_head, LogitTransform()), rows)
+
 
 ROPE = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -73,11 +86,12 @@ def test_no_row_is_counted_across_documents():
 def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes):
     head = make_head(**changes)
     batch = make_batch([23], aux=len(head.config.aux_layers))
+    batch.loss_mask[:] = True
     embedding, _ = matrices()
     ttt_steps, row = 5, 11
     decoder = DraftDecoder(head, embedding)
     with torch.no_grad():
-        trained = [head.lm_head(normed) for normed in unroll(head, batch, embedding, ttt_steps)]
+        trained = [head.lm_head(normed) for normed in states_of(head, batch, embedding, ttt_steps)]
         # Serve as an engine does: several rows at once, tokens drafted and discarded in between.
         decoder.start(batch.input_ids[:5].tolist())
         for first, last in ((0, 5), (5, 6), (6, row + 1)):
@@ -125,7 +139,7 @@ def test_loss_equals_the_definition_row_by_row(draft_vocab_size):
     loss, sums = TTTModule(head, 4, 0.8)(batch, embedding, lm_head)
     expected = naive_loss(head, batch, embedding, lm_head, 4, 0.8)
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sums[:, SUMS.index("counted")], count_rows(head, batch, lm_head, 4))
+    torch.testing.assert_close(sums[:, SUMS.index("counted")], num_counted(head, batch, lm_head, 4))
 
 
 def test_packed_documents_give_the_sums_and_gradients_of_documents_alone():
@@ -133,8 +147,8 @@ def test_packed_documents_give_the_sums_and_gradients_of_documents_alone():
     embedding, lm_head = matrices()
     module = TTTModule(head, 3, 0.8)
     packed = make_batch([12, 7, 15], seed=5)
-    num = count_rows(head, packed, lm_head, 3)
-    module(packed, embedding, lm_head, num)[0].backward()
+    num = num_counted(head, packed, lm_head, 3)
+    module(packed, embedding, lm_head, num_counted=num)[0].backward()
     together = {name: p.grad.clone() for name, p in head.named_parameters()}
     head.zero_grad()
     start = 0
@@ -150,7 +164,7 @@ def test_packed_documents_give_the_sums_and_gradients_of_documents_alone():
             [length],
             ["x"],
         )
-        module(alone, embedding, lm_head, num)[0].backward()
+        module(alone, embedding, lm_head, num_counted=num)[0].backward()
         start += length
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(parameter.grad, together[name], rtol=1e-4, atol=1e-6)
@@ -173,7 +187,7 @@ def test_overlap_is_the_sum_of_minima_with_the_verifiers_own_probabilities():
     batch.loss_mask[:] = True
     embedding, lm_head = matrices()
     _, sums = TTTModule(head, 1, 1.0)(batch, embedding, lm_head)
-    normed = next(unroll(head, batch, embedding, 1))
+    (normed,) = states_of(head, batch, embedding, 1)
     p = (batch.last_hidden_state @ lm_head.T).softmax(-1)
     q = head.lm_head(normed).softmax(-1)
     rows = [r for r in range(12) if head.t2d[p[r + 1].argmax()]]
@@ -188,7 +202,7 @@ def test_prefix_agreement_ends_at_a_target_outside_the_draft_vocabulary():
     embedding, lm_head = matrices()
     _, sums = TTTModule(head, 3, 1.0)(batch, embedding, lm_head)
     with torch.no_grad():
-        proposed = [head.target_ids[head.lm_head(n).argmax(-1)] for n in unroll(head, batch, embedding, 3)]
+        proposed = [head.target_ids[head.lm_head(n).argmax(-1)] for n in states_of(head, batch, embedding, 3)]
         top = (batch.last_hidden_state @ lm_head.T).argmax(-1)
         hits = [[bool(proposed[k][r] == top[r + 1 + k]) for r in range(40 - 2 - k)] for k in range(3)]
     expected = [sum(all(hits[j][r] for j in range(k + 1)) for r in range(len(hits[k]))) for k in range(3)]
@@ -217,7 +231,7 @@ def test_leading_hits_stop_at_the_first_miss_and_at_the_answers_end():
     batch.loss_mask[:] = True
     embedding, _ = matrices()
     with torch.no_grad():
-        proposed = [head.lm_head(n).argmax(-1) for n in unroll(head, batch, embedding, 4)]
+        proposed = [head.lm_head(n).argmax(-1) for n in states_of(head, batch, embedding, 4)]
     hits = leading_hits(head, batch, embedding, 4).tolist()
     for row in range(10):
         expected = 0

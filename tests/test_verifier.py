@@ -9,7 +9,7 @@ from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.prompt_lookup import NoDraft
 from fledge.eval.speculative import speculate
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
-from fledge.models.verifier import Verifier, VerifierWeights, load_config
+from fledge.models.verifier import Verifier, VerifierWeights, load_config, logit_transform
 from fledge.models.vocabulary import build_vocabulary
 
 SIZES = {
@@ -114,3 +114,25 @@ def test_greedy_speculation_is_lossless(config):
             torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=verifier.end_token_ids
         )
     assert alone.tokens == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Llama", {}),
+        ("Cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Gemma2", {"final_logit_softcapping": 0.5, "tie_word_embeddings": True}),
+        ("FalconH1", {"lm_head_multiplier": 3.0, "mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32}),
+    ],
+)
+def test_logits_are_lm_head_times_the_last_state_as_the_verifier_transforms_them(family, changes):
+    torch.manual_seed(0)
+    values = {"tie_word_embeddings": False, **SIZES, "intermediate_size": 128, "vocab_size": 100, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**{**values, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        states = model.model(torch.arange(1, 12)[None]).last_hidden_state
+        expected = model(torch.arange(1, 12)[None]).logits
+        found = logit_transform(config).apply_(states @ model.get_output_embeddings().weight.T)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from ..data_synthesis.store import HiddenStateStore
-from .ttt import PackedBatch
+from .rows import PackedBatch
 
 
 def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:

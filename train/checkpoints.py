@@ -25,7 +25,7 @@ def save_checkpoint(
     """Write checkpoints/step-<n> on all ranks; it appears under its name only when it is whole.
 
     Args:
-        state: what `load_checkpoint` gives back: `step`, and `walks`, the held-out rounds.
+        state: what `load_checkpoint` gives back: `step`, `acceptance`, and `walks`, the held-out rounds.
         record: the head's record (`fledge.json`).
         keep: how many of the newest checkpoints stay.
     """

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..models.draft_head import DraftHead
-from .ttt import PackedBatch, ahead, counted_rows, unroll
+from .fused_loss import product, rows_in_chunk, wide_dtype
+from .rows import PackedBatch
+from .ttt import unroll
 
 
 @dataclass
@@ -33,14 +35,23 @@ class Walk:
 @torch.no_grad()
 def leading_hits(head: DraftHead, batch: PackedBatch, embedding: Tensor, num_draft_tokens: int) -> Tensor:
     """Give how many draft tokens in a row equal the text after each row (int64 [T])."""
-    counted = counted_rows(batch.loss_mask, batch.document, num_draft_tokens)
-    running = torch.ones_like(batch.loss_mask)
+    rows = batch.useful_rows(num_draft_tokens)
+    proposed = head.lm_head(unroll(head, batch, rows, embedding), greedy_tokens)
     hits = torch.zeros_like(batch.input_ids)
-    for step, normed in enumerate(unroll(head, batch, embedding, num_draft_tokens)):
-        proposed = head.target_ids[head.lm_head(normed).argmax(-1)]
-        running = running & counted[step] & (proposed == ahead(batch.input_ids, step + 2))
-        hits += running
+    for step, places in enumerate(rows.steps):
+        at = rows.rows[places]
+        running = hits[at] == step
+        hits[at] += running & (head.target_ids[proposed[step]] == batch.input_ids[at + step + 2])
     return hits
+
+
+def greedy_tokens(states: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """Give the most likely draft ids (int64 [n]) after each of several tensors of states [n, H], chunk by chunk."""
+    size = rows_in_chunk(1, len(weight), weight.dtype, weight.device)
+    logits = weight.new_empty(size, len(weight), dtype=wide_dtype(weight.dtype))
+    every = torch.cat(states)
+    tokens = [product(part, weight.T, logits[: len(part)]).argmax(-1) for part in every.split(size)]
+    return list(torch.cat(tokens).split([len(part) for part in states]))
 
 
 def walk(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> Walk:

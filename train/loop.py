@@ -20,19 +20,21 @@ from torch import Tensor
 
 from ..conf.artifact import Artifact, artifact, digest, write_atomic
 from ..conf.progress import Progress
-from ..conf.schema import Config
+from ..conf.schema import Config, TTTLoss
 from ..data_synthesis.prompts import is_heldout
 from ..data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
 from ..models.formats import checkpoint_steps
-from ..models.verifier import VerifierWeights, check_identity, load_config
+from ..models.verifier import VerifierWeights, check_identity, load_config, logit_transform
 from ..models.vocabulary import VocabularyMap
 from .batches import PackStream, collate, pack
 from .checkpoints import load_checkpoint, save_checkpoint
 from .engine import learning_rate, start_engine, start_processes, sum_over_ranks
+from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .rows import PackedBatch
 from .tracking import Tracker
-from .ttt import SUMS, PackedBatch, TTTModule, count_rows
+from .ttt import TTTModule, count_rows, find_targets
 
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = ("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums")
@@ -130,9 +132,22 @@ class Trainer:
         self.embedding = embedding.to(device, self.dtype)
         self.verifier_lm_head = verifier_lm_head.to(device, self.dtype)
         self.head = head.to(device)
-        initialise(self.head, embedding, verifier_lm_head, config.train.seed)
+        transform = logit_transform(load_config(config.verifier))
+        initialise(self.head, embedding, verifier_lm_head * transform.scale, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
-        self.engine = start_engine(TTTModule(self.head, config.train.ttt_steps, config.train.gamma), config)
+        options = config.train
+        self.module = TTTModule(
+            self.head,
+            options.ttt_steps,
+            options.gamma,
+            options.loss,
+            transform,
+            options.blend_rate,
+            options.checkpoint_activations,
+        )
+        self.engine = start_engine(self.module, config)
+        # Mean probability of acceptance at each step, over the steps so far; kept for the losses that blend by it.
+        self.acceptance = torch.zeros(options.ttt_steps, device=device)
 
         self.split = Split.of(store, config.train.batch_tokens)
         self.packs = PackStream(store.lengths, self.split.train, config.train.batch_tokens, config.train.seed)
@@ -151,6 +166,8 @@ class Trainer:
         state = load_checkpoint(self.engine, folder)
         step = state["step"] if state else 0
         self.walks = state["walks"] if state else {}
+        if state:
+            self.acceptance = torch.tensor(state["acceptance"], device=self.device)
         if self.target:
             self._announce(step)
             self.target.save(complete=False)
@@ -179,7 +196,7 @@ class Trainer:
                 if tracker:
                     tracker.log(step, {f"heldout/{name}": value for name, value in self._acceptance().items()})
             if save:
-                state = {"step": step, "walks": self.walks}
+                state = {"step": step, "walks": self.walks, "acceptance": self.acceptance.tolist()}
                 keep = self.config.train.keep_checkpoints
                 save_checkpoint(self.engine, self.head, folder, state, self._record(step), keep)
             if progress is not None:
@@ -197,31 +214,39 @@ class Trainer:
         rows are spread over them. DeepSpeed averages gradients over both, which the factor undoes.
         """
         options = self.config.train
+        rows = [batch.useful_rows(options.ttt_steps) for batch in micro_batches]
+        targets = [
+            find_targets(self.head, batch, here, self.verifier_lm_head, self.module.transform)
+            for batch, here in zip(micro_batches, rows, strict=True)
+        ]
         num_counted = sum_over_ranks(
-            torch.stack(
-                [count_rows(self.head, batch, self.verifier_lm_head, options.ttt_steps) for batch in micro_batches]
-            ).sum(0)
+            torch.stack([count_rows(*pair) for pair in zip(targets, rows, strict=True)]).sum(0)
         )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.num_steps)
         sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
-        for batch in micro_batches:
-            loss, batch_sums = self.engine(batch, self.embedding, self.verifier_lm_head, num_counted)
+        for batch, known in zip(micro_batches, targets, strict=True):
+            arguments = known, num_counted, self.acceptance
+            loss, batch_sums = self.engine(batch, self.embedding, self.verifier_lm_head, *arguments)
             self.engine.backward(loss * self.packs_per_step)
             self.engine.step()
             sums += batch_sums
+        if options.loss in (TTTLoss.lk_lambda, TTTLoss.acceptance_length):
+            overlap = sum_over_ranks(sums[:, SUMS.index("overlap")].clone())
+            self.acceptance = torch.lerp(self.acceptance, overlap / num_counted.clamp(min=1), 0.1)
         return sums
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
         packs = self.packs.start_at(step * self.packs_per_step)
         for samples in itertools.islice(packs, self.rank, None, self.world):
-            yield collate(self.store, samples).to(self.device, self.dtype)
+            yield collate(self.store, samples).to(self.device, self.dtype, self.config.train.ttt_steps)
 
     @torch.no_grad()
     def _walk_heldout(self) -> None:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
-        batches = (collate(self.store, samples).to(self.device, self.dtype) for samples in self.heldout_packs)
+        steps = max(self.draft_lengths)
+        batches = (collate(self.store, samples).to(self.device, self.dtype, steps) for samples in self.heldout_packs)
         self.walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
 
     def _acceptance(self) -> dict[str, float]:
@@ -233,11 +258,10 @@ class Trainer:
         sum_of = dict(zip(SUMS, sum_over_ranks(sums.clone()).T.tolist(), strict=True))
         counted = [max(1.0, number) for number in sum_of["counted"]]
         metrics: dict[str, float] = {}
-        for name, column in (("kl", "loss"), ("agreement",) * 2, ("prefix_agreement",) * 2, ("overlap",) * 2):
-            for k, (value, number) in enumerate(zip(sum_of[column], counted, strict=True)):
+        for name in ("kl", "agreement", "prefix_agreement", "overlap", "entropy"):
+            for k, (value, number) in enumerate(zip(sum_of[name], counted, strict=True)):
                 metrics[f"train/{name}_step_{k}"] = value / number
-        weights = [self.config.train.gamma**k for k in range(self.config.train.ttt_steps)]
-        metrics["train/loss"] = sum(w * metrics[f"train/kl_step_{k}"] for k, w in enumerate(weights))
+        metrics["train/loss"] = sum(value / number for value, number in zip(sum_of["loss"], counted, strict=True))
         outside = sum(sum_of["outside_draft_vocab"])
         metrics["train/outside_draft_vocab"] = outside / max(1.0, outside + sum(sum_of["counted"]))
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]

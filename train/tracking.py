@@ -2,11 +2,12 @@
 
 | name                           | meaning                                                                     |
 |--------------------------------|-----------------------------------------------------------------------------|
-| `train/loss`                   | the loss minimised, nats                                                    |
+| `train/loss`                   | the loss minimised; nats, or what `train.loss` is in                        |
 | `train/kl_step_<k>`            | mean KL(verifier, draft) at TTT step k, nats a token                        |
 | `train/agreement_step_<k>`     | share of counted rows whose greedy draft token is the verifier's            |
 | `train/prefix_agreement_step_<k>` | the same, and so at every step before                                    |
 | `train/overlap_step_<k>`       | mean sum_v min(P, q): acceptance at temperature 1                           |
+| `train/entropy_step_<k>`       | mean entropy of the verifier over the draft vocabulary: the least cross entropy |
 | `train/outside_draft_vocab`    | share of rows whose greedy verifier token cannot be drafted; bounds acceptance |
 | `train/lr`, `train/grad_norm`, `train/tokens_per_s`, `train/epoch` |                                         |
 | `heldout/acceptance_length_<n>`| greedy, n draft tokens, walked on held-out answers                          |

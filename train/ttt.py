@@ -1,173 +1,161 @@
-"""Training-time test (EAGLE-3, arXiv:2503.01840): the unroll of K draft steps and its loss, in the plain form.
+"""Training-time test (EAGLE-3, arXiv:2503.01840): the unroll of K draft steps, and the module that is trained.
 
-Row r of a document stands for the verifier's position r. At step k it is fed token x[r+1+k] and predicts x[r+2+k];
-its target is the verifier's distribution at position r+1+k. With the prompt `u v` and the answer `A B <eot>`:
-
-    position   0  1  2  3  4
-    token      u  v  A  B  <eot>
-    loss_mask  0  0  1  1  1
-    row 0, step 0: fed v with a_0, predicts A                         not counted: the verifier gives A by itself
-    row 1, step 0: fed A with a_1, predicts B                         counted: the first draft of every request
-    row 1, step 1: fed B with the head's own state, predicts <eot>    counted
-    row 2, step 0: fed B with a_2, predicts <eot>                     counted
-    row 3, step 0: fed <eot> with a_3                                 not counted: nothing of the verifier's follows
+Teacher-forced steps do not need each other's logits, so all K are unrolled first (`unroll`) and one pass over their
+states forms the loss (`fused_loss`). What row r is fed and predicts at step k stands in train/rows.py.
+train/plain.py does the same in the plain form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..models.draft_head import DraftHead
-from ..models.ttt_attention import TTTAttention
-
-# Columns of the sums that `TTTModule` gives per step.
-SUMS = ("loss", "counted", "agreement", "prefix_agreement", "overlap", "outside_draft_vocab")
-
-
-@dataclass
-class PackedBatch:
-    """Documents laid end to end, T tokens in all."""
-
-    input_ids: Tensor  # int64 [T]
-    loss_mask: Tensor  # bool [T]
-    document: Tensor  # int64 [T], number of the document a token belongs to
-    position: Tensor  # int64 [T], within the document
-    aux_hidden_states: Tensor  # [T, A*H]
-    last_hidden_state: Tensor  # [T, H]
-    lengths: list[int]  # tokens of each document
-    sample_ids: list[str]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> PackedBatch:
-        """Move to a device, states in `dtype`."""
-        return PackedBatch(
-            self.input_ids.to(device),
-            self.loss_mask.to(device),
-            self.document.to(device),
-            self.position.to(device),
-            self.aux_hidden_states.to(device, dtype),
-            self.last_hidden_state.to(device, dtype),
-            self.lengths,
-            self.sample_ids,
-        )
+from ..conf.schema import TTTLoss
+from ..models.draft_head import DraftHead, Projected
+from ..models.ttt_attention import SplitAttention
+from ..models.verifier import LogitTransform
+from .fused_loss import LossJob, Targets, fused_loss, product, rows_in_chunk, wide_dtype
+from .rows import PackedBatch, UsefulRows
 
 
-def ahead(values: Tensor, distance: int) -> Tensor:
-    """Give at each row the value `distance` rows further on; the last row's beyond the end (never counted there)."""
-    rows = torch.arange(len(values), device=values.device) + distance
-    return values[rows.clamp(max=len(values) - 1)]
-
-
-def counted_rows(loss_mask: Tensor, document: Tensor, ttt_steps: int) -> Tensor:
-    """Give the rows counted at each step (bool [K, T]): the verifier produced tokens r+1 ... r+2+k, in one document."""
-    rows = torch.arange(len(loss_mask), device=loss_mask.device)
-
-    def produced(distance: int) -> Tensor:
-        inside = (rows + distance < len(rows)) & (ahead(document, distance) == document)
-        return inside & ahead(loss_mask, distance)
-
-    so_far = produced(1)
-    counted = []
-    for step in range(ttt_steps):
-        so_far = so_far & produced(step + 2)
-        counted.append(so_far)
-    return torch.stack(counted)
-
-
-def unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_steps: int) -> Iterator[Tensor]:
-    """Run K draft steps on every row and yield each step's normed states [T, H], which `head.lm_head` multiplies.
+def unroll(
+    head: DraftHead, batch: PackedBatch, rows: UsefulRows, embedding: Tensor, recompute: bool = False
+) -> list[Tensor]:
+    """Run K draft steps on the useful rows and give each step's normed states, which `head.lm_head` multiplies.
 
     Args:
         embedding: the verifier's token embedding [V, H].
+        recompute: keep a step's inputs only, and run it again in the backward pass.
+
+    Returns:
+        Per step [n_k, H], of the rows `rows.rows[rows.steps[k]]`.
     """
-    attention = TTTAttention(batch.lengths, head.config.num_layers)
+    attention = SplitAttention(rows, head.config.num_layers)
+    # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
+    projected = head.project_embedding(head.embed(batch.input_ids, embedding))
+    every_row = torch.arange(len(batch.input_ids), device=embedding.device)
     state = head.fuse(batch.aux_hidden_states)
-    for step in range(ttt_steps):
-        fed = head.embed(ahead(batch.input_ids, step + 1), embedding)
-        state, normed = head.step(fed, state, head.rotary(batch.position + step, state), attention)
-        yield normed
-
-
-@dataclass
-class Targets:
-    """The verifier's distribution at each position p, for token p+1."""
-
-    probabilities: Tensor  # float32 [T, Vd], restricted to the draft vocabulary and renormalised
-    mass: Tensor  # float32 [T], what of the distribution lies in the draft vocabulary
-    top: Tensor  # int64 [T], the verifier's greedy token
-    in_vocabulary: Tensor  # bool [T], whether that token is in the draft vocabulary
+    states: list[Tensor] = []
+    for step, (places, kept) in enumerate(zip(rows.steps, rows.kept, strict=True)):
+        at = rows.rows[places] if step else every_row
+        fed = (at + step + 1).clamp(max=len(every_row) - 1)
+        state = state.index_select(0, kept) if step else state
+        shares = cast(Projected, tuple(share.index_select(0, fed) for share in projected))
+        wanted = None if step else rows.rows
+        run = partial(checkpoint, head.step, use_reentrant=False) if recompute else head.step
+        rotary = head.rotary(batch.position[at] + step, state)
+        state, normed = run(shares, state, rotary, attention.at(step), wanted)
+        states.append(normed)
+    return states
 
 
 @torch.no_grad()
-def verifier_targets(head: DraftHead, last_hidden_state: Tensor, verifier_lm_head: Tensor) -> Targets:
-    """Compute the verifier's distributions from its recorded final states [T, H] and its lm_head [V, H]."""
-    logits = (last_hidden_state @ verifier_lm_head.T).float()
-    inside = logits[:, head.target_ids]
-    mass = (inside.logsumexp(-1) - logits.logsumexp(-1)).exp()
-    top = logits.argmax(-1)
-    return Targets(inside.softmax(-1), mass, top, head.t2d[top])
+def find_targets(
+    head: DraftHead, batch: PackedBatch, rows: UsefulRows, verifier_lm_head: Tensor, transform: LogitTransform
+) -> Targets:
+    """Read off the verifier's distributions what N_k and the loss need to know before the pass, chunk by chunk.
+
+    Args:
+        verifier_lm_head: [V, H].
+    """
+    vocab_size, device = len(verifier_lm_head), verifier_lm_head.device
+    if len(head.d2t) == vocab_size:
+        return Targets(torch.ones(len(rows.rows), dtype=torch.bool, device=device))
+    states = batch.last_hidden_state.index_select(0, rows.rows + 1)
+    wide = wide_dtype(states.dtype)
+    top = torch.empty(len(states), dtype=torch.int64, device=device)
+    log_normaliser = torch.empty(len(states), dtype=wide, device=device)
+    size = rows_in_chunk(1, vocab_size, states.dtype, device)
+    out = torch.empty(min(size, len(states)), vocab_size, dtype=wide, device=device)
+    for start in range(0, len(states), size):
+        part = slice(start, start + size)
+        logits = transform.apply_(product(states[part], verifier_lm_head.T, out[: len(states[part])]))
+        highest, top[part] = logits.max(-1)
+        # As logits.logsumexp(-1), in place.
+        log_normaliser[part] = logits.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
+    draft_ids = head.t2d.cumsum(0) - 1
+    return Targets(head.t2d[top], draft_ids[top], log_normaliser)
+
+
+def count_rows(targets: Targets, rows: UsefulRows) -> Tensor:
+    """Give the rows a batch counts at each step (float32 [K])."""
+    return torch.stack([counted.sum() for counted in targets.counted(rows)]).float()
 
 
 class TTTModule(nn.Module):
-    """The trained module: a draft head and the loss of its unroll."""
+    """The trained module: a draft head and the loss of its unroll.
 
-    def __init__(self, head: DraftHead, ttt_steps: int, gamma: float) -> None:
+    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `TTTLoss` has others. Rows whose
+    target's greedy token is outside the draft vocabulary are not counted.
+
+    Args:
+        transform: how the verifier's logits come from its `lm_head`.
+        blend_rate: see train/fused_loss.py, eta.
+        recompute: run the draft steps again in the backward pass, to keep less.
+    """
+
+    def __init__(
+        self,
+        head: DraftHead,
+        ttt_steps: int,
+        gamma: float,
+        loss: TTTLoss = TTTLoss.kl,
+        transform: LogitTransform = LogitTransform(),  # noqa: B008
+        blend_rate: float = 3.0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.head = head
         self.ttt_steps = ttt_steps
         self.gamma = gamma
+        self.loss = loss
+        self.transform = transform
+        self.blend_rate = blend_rate
+        self.recompute = recompute
 
     def forward(
-        self, batch: PackedBatch, embedding: Tensor, verifier_lm_head: Tensor, num_counted: Tensor | None = None
+        self,
+        batch: PackedBatch,
+        embedding: Tensor,
+        verifier_lm_head: Tensor,
+        targets: Targets | None = None,
+        num_counted: Tensor | None = None,
+        acceptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Give the loss of a packed batch and the sums its metrics are made of.
 
-        L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32. Rows whose target's greedy token is
-        outside the draft vocabulary are not counted.
-
         Args:
             embedding, verifier_lm_head: the verifier's frozen matrices [V, H].
+            targets: `find_targets` of this batch; found here where None.
             num_counted: N_k, float32 [K], rows counted over all ranks and micro-batches of the optimizer step; this
                 batch's own where None.
+            acceptance: float32 [K], mean alpha of each step so far, for the losses that blend; 0 where None.
 
         Returns:
-            The loss, and float32 [K, 6]: the columns of `SUMS`.
+            The loss, and float32 [K, 8]: the columns of `SUMS`.
         """
-        targets = verifier_targets(self.head, batch.last_hidden_state, verifier_lm_head)
-        in_answer = counted_rows(batch.loss_mask, batch.document, self.ttt_steps)
-        prefix = torch.ones_like(batch.loss_mask)
-        loss = torch.zeros((), device=embedding.device)
-        sums = []
-        for step, normed in enumerate(unroll(self.head, batch, embedding, self.ttt_steps)):
-            counted = in_answer[step] & ahead(targets.in_vocabulary, step + 1)
-            rows = counted.nonzero().squeeze(1)
-            at = rows + step + 1
-            log_q = self.head.lm_head(normed[rows]).float().log_softmax(-1)
-            p = targets.probabilities[at]
-            kl = (torch.xlogy(p, p) - p * log_q).sum()
-            num = counted.sum() if num_counted is None else num_counted[step]
-            loss = loss + self.gamma**step * kl / num.clamp(min=1)
-            with torch.no_grad():
-                agrees = self.head.target_ids[log_q.argmax(-1)] == targets.top[at]
-                hit = torch.zeros_like(prefix)
-                hit[rows] = agrees
-                prefix &= hit
-                overlap = torch.minimum(p * targets.mass[at, None], log_q.exp()).sum()
-                outside = in_answer[step].sum() - len(rows)
-                sums.append(
-                    torch.stack([kl.detach(), counted.sum(), agrees.sum(), prefix[rows].sum(), overlap, outside])
-                )
-        return loss, torch.stack(sums)
-
-
-@torch.no_grad()
-def count_rows(head: DraftHead, batch: PackedBatch, verifier_lm_head: Tensor, ttt_steps: int) -> Tensor:
-    """Give the rows this batch counts at each step (float32 [K]), before any of it is unrolled."""
-    counted = counted_rows(batch.loss_mask, batch.document, ttt_steps)
-    if len(head.d2t) == len(head.t2d):
-        return counted.sum(-1).float()
-    inside = head.t2d[(batch.last_hidden_state @ verifier_lm_head.T).argmax(-1)]
-    return torch.stack([(counted[k] & ahead(inside, k + 1)).sum() for k in range(ttt_steps)]).float()
+        rows = batch.useful_rows(self.ttt_steps)
+        if targets is None:
+            targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
+        wide, device = wide_dtype(embedding.dtype), embedding.device
+        if acceptance is None:
+            acceptance = torch.zeros(self.ttt_steps, device=device)
+        num_counted = count_rows(targets, rows) if num_counted is None else num_counted
+        full = len(self.head.d2t) == len(verifier_lm_head)
+        job = LossJob(
+            self.loss,
+            rows,
+            targets,
+            states=batch.last_hidden_state.index_select(0, rows.rows + 1),
+            weight=verifier_lm_head if full else verifier_lm_head.index_select(0, self.head.target_ids),
+            transform=self.transform,
+            gammas=self.gamma ** torch.arange(self.ttt_steps, device=device, dtype=wide),
+            num_counted=num_counted.to(wide),
+            blend=(-self.blend_rate * acceptance).exp().to(wide),
+        )
+        states = unroll(self.head, batch, rows, embedding, self.recompute)
+        return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))

@@ -1,0 +1,59 @@
+"""The benchmark: what it needs, what it prints, what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from fledge.train.benchmark import Options, main, parse, plain_flops
+
+TINY = ["hidden_size=32", "intermediate_size=48", "vocab_size=200", "draft_vocab_size=120", "seq_len=60", "repeats=1"]
+
+
+def test_it_imports_with_torch_and_transformers_alone():
+    code = (
+        "import sys\n"
+        "for name in ('omegaconf', 'hydra', 'deepspeed', 'accelerate', 'datasets', 'wandb', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import fledge.train.benchmark"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_both_implementations_are_measured_and_lose_the_same(capsys):
+    main([*TINY, "implementation=both", "counted_share=0.5", "documents=2"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["fused"]["loss"] == pytest.approx(result["plain"]["loss"], rel=1e-5)
+    assert result["cpu_ratio"] > 0
+    for name in ("cpu_s", "wall_s", "tokens_per_s", "utilisation", "loss"):
+        assert result["fused"][name] > 0
+    assert result["options"]["draft_vocab_size"] == 120
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("hiden_size=3", "unknown option 'hiden_size=3'"),
+        ("hidden_size=x", "hidden_size must be of type int"),
+        ("preset=c", "preset must be one of a, b, maverick, llama31_8b"),
+        ("implementation=fast", "implementation must be one of fused, plain, both"),
+        ("recompute=yes", "recompute must be of type bool"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(argument, message):
+    with pytest.raises(ValueError, match=message):
+        parse([argument])
+
+
+def test_a_preset_is_changed_by_what_follows_it():
+    options = parse(["preset=maverick", "seq_len=64"])
+    assert (options.hidden_size, options.vocab_size, options.seq_len, options.dtype) == (5120, 202048, 64, "bfloat16")
+
+
+def test_operations_of_the_plain_algorithm_are_those_written_out():
+    options = Options(hidden_size=8, intermediate_size=5, num_attention_heads=2, num_key_value_heads=1, vocab_size=11)
+    options.draft_vocab_size, options.seq_len, options.ttt_steps, options.documents = 7, 6, 2, 1
+    weights = 16 * 8 + 2 * 16 * 4 + 8 * 8 + 3 * 8 * 5  # q, k and v, o, gate up down
+    layer = 2 * 6 * weights + 2 * 2 * 8 * 6 * 6 / 2  # and q k^T, w v, half of it causal
+    expected = 2 * 2 * 6 * 24 * 8 + 2 * 6 * 8 * 11 + 2 * 3 * layer + 3 * 2 * (4 + 3) * 8 * 7
+    assert plain_flops(options, [4, 3]) == expected

@@ -1,0 +1,337 @@
+"""The loss of all K steps in one pass over chunks of rows, with its gradients (docs/fused_loss.md derives it).
+
+For a useful row j and step k, with z the draft's logits over its vocabulary, q = softmax(z), P the verifier's
+distribution at target j+k (of the whole vocabulary, seen at the draft's tokens), m = sum P its mass and p = P / m:
+
+    loss               value a row                     gradient in z
+    kl                 KL(p || q)                      q - p
+    reverse_kl         KL(q || p)                      q (log q - log p - KL(q || p))
+    total_variation    1 - alpha                       q (s - [q < P])
+    lk_alpha           -log alpha                      q (s - [q < P]) / alpha
+    lk_lambda          b KL + (1 - b) (1 - alpha)      accordingly
+    acceptance_length  b KL - (1 - b) R_k              KL's, and from R: W q (s - [q < P]) / alpha
+
+with alpha = sum min(P, q) the probability that the verifier, sampling, accepts; s = sum of q where q < P;
+R_k = alpha_0 ... alpha_k the probability that draft token k is reached and accepted; and b = exp(-eta mean alpha of the
+step so far), so that KL leads while the head is far off (LK losses: arXiv:2602.23881). A row weighs gamma^k / N_k. R_k
+weighs 1 / N_k, and since all of a row's steps are at hand its gradient is exact: -sum_i W_i d log alpha_i with
+W_i = sum_{k >= i} (1 - b_k) R_k / N_k, what is still to be gained by accepting at step i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..conf.schema import TTTLoss
+from ..models.verifier import LogitTransform
+from .rows import UsefulRows
+
+# Columns of the sums over counted rows that are given per step.
+SUMS = ("loss", "kl", "counted", "agreement", "prefix_agreement", "overlap", "entropy", "outside_draft_vocab")
+
+Index = slice | Tensor
+
+
+@dataclass
+class Targets:
+    """What has to be known of the verifier's distributions at the n targets before the pass.
+
+    Of a full draft vocabulary nothing: the pass finds `top` and `log_normaliser` by itself, and every target is inside.
+    """
+
+    inside: Tensor  # bool [n], whether the greedy token is in the draft vocabulary
+    top: Tensor | None = None  # int64 [n], its draft id (any where it is not inside)
+    log_normaliser: Tensor | None = None  # [n], log-sum-exp of the logits over the whole vocabulary
+
+    def counted(self, rows: UsefulRows) -> list[Tensor]:
+        """Give for each step which of its rows are counted (bool [n_k]): those whose greedy token can be drafted."""
+        return [self.inside.index_select(0, at + step) for step, at in enumerate(rows.steps)]
+
+
+@dataclass
+class LossJob:
+    """Everything the pass reads besides the draft's states and its `lm_head`."""
+
+    loss: TTTLoss
+    rows: UsefulRows
+    targets: Targets
+    states: Tensor  # [n, H], the verifier's final states at the targets
+    weight: Tensor  # [Vd, H], rows of the verifier's lm_head that belong to the draft vocabulary
+    transform: LogitTransform
+    gammas: Tensor  # [K], gamma^k
+    num_counted: Tensor  # [K], N_k
+    blend: Tensor  # [K], b
+
+
+def fused_loss(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the loss and, per step, the sums over counted rows that metrics are made of.
+
+    Args:
+        states: per step [n_k, H], of the rows that go so far.
+        weight: [Vd, H], of the draft's lm_head.
+
+    Returns:
+        A scalar, nats, and [K, 8] with the columns of `SUMS`, at least float32.
+    """
+    return cast("tuple[Tensor, Tensor]", _FusedLoss.apply(job, weight, *states))
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Computes gradients in its forward pass, where the logits are, and scales them in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, job: LossJob, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor]:
+        wide = wide_dtype(weight.dtype)
+        state_grads = [torch.empty_like(state) for state in states] if any(ctx.needs_input_grad[2:]) else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        sums = torch.zeros(len(states), len(SUMS), dtype=wide, device=weight.device)
+        for chunk, logits in chunks(job, weight):
+            parts = [state[rows] for state, rows in zip(states, chunk.rows, strict=True)]
+            h = torch.cat(parts)
+            z = product(h, weight.T, logits[: len(h)])
+            sizes = [len(part) for part in parts]
+            scale = torch.cat(chunk.differentiate(z.split(sizes), sums))[:, None]
+            z = z.to(weight.dtype)
+            if state_grads is not None:
+                dh = product(z, weight, h.new_empty(h.shape, dtype=wide)) * scale
+                for grad, rows, part in zip(state_grads, chunk.rows, dh.split(sizes), strict=True):
+                    grad[rows] = part
+            if weight_grad is not None:
+                add_product(weight_grad, z.T, h * scale.to(h.dtype))
+        ctx.grads = weight_grad, state_grads
+        ctx.dtype = weight.dtype
+        loss = (sums[:, SUMS.index("loss")] / job.num_counted.clamp(min=1)).sum()
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
+        weight_grad, state_grads = ctx.grads
+        ctx.grads = None, None
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(grad_loss).to(ctx.dtype)
+        return None, weight_grad, *(grad.mul_(grad_loss) for grad in state_grads or [])
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the type of softmaxes and sums: float32 for the 16-bit types, else the type itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write the matrix product a b into `out`, which may be wider than the two."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload, no-any-return]
+    return out.copy_(a @ b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the matrix product a b to `total`, which may be wider than the two."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else a @ b  # type: ignore[call-overload]
+
+
+# -- chunks of rows ----------------------------------------------------------------------------------------------------
+
+# Bytes of a chunk's matrices. On the CPU enough rows for products at full speed, on a GPU enough to fill it.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+
+
+def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Give how many rows of all K steps fit the memory budget.
+
+    A row has K rows of logits; one of the teacher's window, whose first K-1 rows come on top; one of scratch, which a
+    gather of the window may need as well; all Vd wide, and of 4 bytes. In 16-bit training the K rows of gradients are
+    rounded for the products, 2 bytes each. K = 7, Vd = 32,000, bf16: (4 * 10 + 2 * 7) * 32,000 = 1.7 MB a row, 620 rows
+    in 1 GiB.
+    """
+    item = torch.finfo(wide_dtype(dtype)).bits // 8
+    row = item * (ttt_steps + 3) + (2 * ttt_steps if item > torch.finfo(dtype).bits // 8 else 0)
+    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // width - item * (ttt_steps - 1)
+    return max(1, budget // row)
+
+
+def chunks(job: LossJob, weight: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+    """Cut the useful rows into chunks; with each comes the memory for its logits."""
+    num_rows, ttt_steps, wide = len(job.states), len(job.rows.steps), wide_dtype(weight.dtype)
+    size = min(rows_in_chunk(ttt_steps, len(weight), weight.dtype, weight.device), max(1, num_rows))
+    logits, window, scratch = (
+        torch.empty(rows, len(weight), dtype=wide, device=weight.device)
+        for rows in (size * ttt_steps, size + ttt_steps - 1, size + ttt_steps - 1)
+    )
+    for start in range(0, num_rows, size):
+        end = min(start + size, num_rows)
+        targets = slice(start, min(end + ttt_steps - 1, num_rows))
+        yield Chunk(job, start, end, Window.of(job, targets, window, scratch), scratch), logits
+
+
+@dataclass
+class Window:
+    """The verifier's distributions at the targets of a chunk."""
+
+    probabilities: Tensor  # P, [window, Vd]
+    mass: Tensor  # [window], their sum
+    entropy: Tensor  # [window], of p
+    top: Tensor  # int64 [window], draft id of the greedy token
+
+    @classmethod
+    def of(cls, job: LossJob, targets: slice, out: Tensor, scratch: Tensor) -> Window:
+        """Compute them into `out`; `scratch` is as large."""
+        states = job.states[targets]
+        logits = job.transform.apply_(product(states, job.weight.T, out[: len(states)]))
+        log_p = scratch[: len(states)]
+        if job.targets.log_normaliser is None:
+            top = logits.argmax(-1)
+            torch.log_softmax(logits, -1, out=log_p)
+        else:
+            assert job.targets.top is not None
+            top = job.targets.top[targets]
+            torch.sub(logits, job.targets.log_normaliser[targets, None], out=log_p)
+        probabilities = torch.exp(log_p, out=logits)
+        # A mass that underflows has its greedy token outside and is not counted: it must not make infinities.
+        mass = probabilities.sum(-1).clamp(min=torch.finfo(out.dtype).tiny)
+        return cls(probabilities, mass, mass.log() - row_dot(probabilities, log_p, log_p) / mass, top)
+
+
+def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
+    """Give the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
+
+    Not as a matrix product: `sum` adds in pairs, a product may add V terms one after the other and lose four digits.
+    """
+    return torch.mul(a, b, out=scratch).sum(-1)
+
+
+class Chunk:
+    """Rows start ... end-1 of the useful rows, at all K steps."""
+
+    def __init__(self, job: LossJob, start: int, end: int, window: Window, scratch: Tensor) -> None:
+        self.job, self.window, self.scratch = job, window, scratch
+        self.num_rows = end - start
+        self.rows = [slice(starts[start], starts[end]) for starts in job.rows.starts]  # among each step's
+        self.inside = job.targets.inside[start : end + len(self.rows) - 1]
+        self.places: list[Index] = []  # per step, which rows of the chunk
+        self.at: list[Index] = []  # per step, the window's rows that are their targets
+        for step, rows in enumerate(self.rows):
+            if rows.stop - rows.start == self.num_rows:  # no answer ends here: views, no gathers
+                self.places.append(slice(0, self.num_rows))
+                self.at.append(slice(step, step + self.num_rows))
+            else:
+                self.places.append(job.rows.steps[step][rows] - start)
+                self.at.append(job.rows.steps[step][rows] - start + step)
+
+    def differentiate(self, logits: tuple[Tensor, ...], sums: Tensor) -> list[Tensor]:
+        """Turn the logits of each step [rows, Vd] into their gradient, in place, and add to the sums.
+
+        Returns:
+            Per step a weight for each row [rows], 0 where it is not counted, by which its gradient is to be multiplied.
+        """
+        job = self.job
+        counted = [self.inside[at] for at in self.at]
+        prefix = torch.ones(self.num_rows, dtype=torch.bool, device=sums.device)
+        reach = torch.ones(self.num_rows, dtype=sums.dtype, device=sums.device)
+        overlaps, reaches = [], []
+        for step, (z, place, at) in enumerate(zip(logits, self.places, self.at, strict=True)):
+            kl, overlap, hits = self._compare(z, at)
+            prefix[place] = prefix[place] & hits & counted[step]
+            reach[place] = reach[place] * overlap
+            overlaps.append(overlap)
+            reaches.append(reach[place] * counted[step])
+            if job.loss is TTTLoss.reverse_kl:
+                value = job.gammas[step] * self._reverse_kl(z, at)
+            else:
+                value = self._value(step, kl, overlap, reach[place])
+            columns = (value, kl, torch.ones_like(kl), hits, prefix[place], overlap, self.window.entropy[at])
+            included = torch.stack([column * counted[step] for column in columns]).sum(-1)
+            sums[step] += torch.cat([included, (~counted[step]).sum()[None]])
+        weights = job.gammas / job.num_counted.clamp(min=1)
+        if job.loss is TTTLoss.acceptance_length:
+            gains = self._gains(reaches)
+            for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
+                self._gradient(q, at, job.blend[step] * weights[step], gains[step] / overlaps[step])
+            return [rows.to(sums.dtype) for rows in counted]
+        for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
+            if job.loss is not TTTLoss.reverse_kl:
+                self._gradient(q, at, *self._coefficients(step, overlaps[step]))
+        return [rows * weight for rows, weight in zip(counted, weights, strict=True)]
+
+    def _compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn logits into q, in place; give KL(p || q), alpha, and whether the greedy tokens are the same."""
+        window = self.window
+        probabilities, mass = window.probabilities[at], window.mass[at]
+        cross = row_dot(probabilities, z, self.scratch[: len(z)]) / mass
+        highest, best = z.max(-1)
+        q = torch.softmax(z, -1, out=z)
+        log_normaliser = highest - q.gather(1, best[:, None]).squeeze(1).log()
+        overlap = torch.minimum(probabilities, q, out=self.scratch[: len(q)]).sum(-1)
+        tiny = torch.finfo(q.dtype).tiny
+        return log_normaliser - cross - window.entropy[at], overlap.clamp(min=tiny), best == window.top[at]
+
+    def _value(self, step: int, kl: Tensor, overlap: Tensor, reach: Tensor) -> Tensor:
+        """Give the loss of each row, but for 1 / N_k."""
+        gamma, blend = self.job.gammas[step], self.job.blend[step]
+        match self.job.loss:
+            case TTTLoss.kl:
+                return gamma * kl
+            case TTTLoss.total_variation:
+                return gamma * (1 - overlap)
+            case TTTLoss.lk_alpha:
+                return -gamma * overlap.log()
+            case TTTLoss.lk_lambda:
+                return gamma * (blend * kl + (1 - blend) * (1 - overlap))
+            case _:
+                return gamma * blend * kl - (1 - blend) * reach
+
+    def _coefficients(self, step: int, overlap: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Give what the gradient has of KL's, and of alpha's taken negative."""
+        one, blend = torch.ones_like(overlap), self.job.blend[step]
+        match self.job.loss:
+            case TTTLoss.kl:
+                return one, None
+            case TTTLoss.total_variation:
+                return None, one
+            case TTTLoss.lk_alpha:
+                return None, 1 / overlap
+            case _:
+                return blend * one, (1 - blend) * one
+
+    def _gains(self, reaches: list[Tensor]) -> list[Tensor]:
+        """Give W_i of each step: what is still to be gained from accepting there, sum_{k >= i} (1 - b_k) R_k / N_k."""
+        total = torch.zeros(self.num_rows, dtype=self.scratch.dtype, device=self.scratch.device)
+        gains = []
+        for step in reversed(range(len(reaches))):
+            place = self.places[step]
+            weight = (1 - self.job.blend[step]) / self.job.num_counted[step].clamp(min=1)
+            total[place] = total[place] + weight * reaches[step]
+            gains.append(total[place].clone())
+        return gains[::-1]
+
+    def _gradient(self, q: Tensor, at: Index, of_kl: Tensor | None, of_overlap: Tensor | None) -> None:
+        """Turn q, in place, into of_kl (q - p) + of_overlap q (s - [q < P]); the two are numbers or one a row."""
+        probabilities, mass = self.window.probabilities[at], self.window.mass[at]
+        if of_overlap is not None:
+            below = torch.mul(q, q < probabilities, out=self.scratch[: len(q)])
+            whole = of_overlap * below.sum(-1)
+            q.mul_((whole if of_kl is None else whole + of_kl)[:, None])
+            q.addcmul_(below, of_overlap[:, None], value=-1)
+        if of_kl is not None:
+            q.addcmul_(probabilities, (of_kl / mass)[:, None], value=-1)
+
+    def _reverse_kl(self, q: Tensor, at: Index) -> Tensor:
+        """Turn q, in place, into the gradient of KL(q || p), and give that; what underflows counts as the tiniest."""
+        tiny = torch.finfo(q.dtype).tiny
+        log_p = self.window.probabilities[at].clamp(min=tiny).log() - self.window.mass[at].log()[:, None]
+        ratio = q.clamp(min=tiny).log_().sub_(log_p)
+        kl = row_dot(q, ratio, self.scratch[: len(q)])
+        q.mul_(ratio.sub_(kl[:, None]))
+        return kl

@@ -1,0 +1,122 @@
+"""The twin of train/ttt.py in the plain form: every row at every step, logits and losses written as they are defined.
+
+Slow and of memory K x T x V; what tests and the benchmark compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..conf.schema import TTTLoss
+from ..models.draft_head import DraftHead
+from ..models.ttt_attention import TTTAttention
+from ..models.verifier import LogitTransform
+from .fused_loss import Targets
+from .rows import PackedBatch, ahead, counted_rows
+from .ttt import TTTModule
+
+
+def plain_unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_steps: int) -> Iterator[Tensor]:
+    """Run K draft steps on every row and yield each step's normed states [T, H]."""
+    attention = TTTAttention(batch.lengths, head.config.num_layers)
+    state = head.fuse(batch.aux_hidden_states)
+    for step in range(ttt_steps):
+        fed = head.embed(ahead(batch.input_ids, step + 1), embedding)
+        state, normed = head.step(fed, state, head.rotary(batch.position + step, state), attention)
+        yield normed
+
+
+@dataclass
+class VerifierDistributions:
+    """The verifier's distribution at each position p, for token p+1."""
+
+    probabilities: Tensor  # at least float32 [T, Vd], restricted to the draft vocabulary and renormalised
+    mass: Tensor  # [T], what of the distribution lies in the draft vocabulary
+    top: Tensor  # int64 [T], the verifier's greedy token
+    inside: Tensor  # bool [T], whether that token is in the draft vocabulary
+
+
+@torch.no_grad()
+def verifier_distributions(
+    head: DraftHead, last_hidden_state: Tensor, verifier_lm_head: Tensor, transform: LogitTransform
+) -> VerifierDistributions:
+    """Compute the verifier's distributions from its recorded final states [T, H] and its lm_head [V, H]."""
+    logits = transform.apply_(_wide(last_hidden_state @ verifier_lm_head.T))
+    inside = logits[:, head.target_ids]
+    mass = (inside.logsumexp(-1) - logits.logsumexp(-1)).exp()
+    top = logits.argmax(-1)
+    return VerifierDistributions(inside.softmax(-1), mass, top, head.t2d[top])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class PlainTTTModule(TTTModule):
+    """`TTTModule` in the plain form; it counts its rows itself where it is not told N_k."""
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        embedding: Tensor,
+        verifier_lm_head: Tensor,
+        targets: Targets | None = None,
+        num_counted: Tensor | None = None,
+        acceptance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Give the loss of a packed batch and the sums its metrics are made of, as `TTTModule` does; no `targets`."""
+        verifier = verifier_distributions(self.head, batch.last_hidden_state, verifier_lm_head, self.transform)
+        in_answer = counted_rows(batch.loss_mask, batch.document, self.ttt_steps)
+        prefix = torch.ones_like(batch.loss_mask)
+        reach = torch.ones_like(verifier.mass)
+        loss = torch.zeros_like(verifier.mass[0])
+        sums = []
+        for step, normed in enumerate(plain_unroll(self.head, batch, embedding, self.ttt_steps)):
+            rows = in_answer[step].nonzero().squeeze(1)
+            at = rows + step + 1
+            counted = verifier.inside[at]
+            log_q = _wide(self.head.lm_head(normed[rows])).log_softmax(-1)
+            p, mass = verifier.probabilities[at], verifier.mass[at]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_KL):
+                kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_OVERLAP):
+                overlap = torch.minimum(p * mass[:, None], log_q.exp()).sum(-1)
+            # A row that is not counted at a step still decides whether later ones are reached.
+            reach = reach.index_put((rows,), reach[rows] * torch.where(counted, overlap, overlap.detach()))
+            blend = 1.0 if acceptance is None else (-self.blend_rate * acceptance[step]).exp()
+            value = self.gamma**step * self._value(kl, overlap, blend, p, log_q)
+            if self.loss is TTTLoss.acceptance_length:
+                value = self.gamma**step * blend * kl - (1 - blend) * reach[rows]
+            num = counted.sum() if num_counted is None else num_counted[step]
+            loss = loss + (value * counted).sum() / num.clamp(min=1)
+            with torch.no_grad():
+                agrees = self.head.target_ids[log_q.argmax(-1)] == verifier.top[at]
+                hit = torch.zeros_like(prefix)
+                hit[rows] = agrees & counted
+                prefix &= hit
+                entropy = -torch.xlogy(p, p).sum(-1)
+                columns = (value, kl, torch.ones_like(kl), agrees, prefix[rows], overlap, entropy)
+                sums.append(torch.stack([*((column * counted).sum() for column in columns), (~counted).sum()]))
+        return loss, torch.stack(sums)
+
+    def _value(self, kl: Tensor, overlap: Tensor, blend: Tensor | float, p: Tensor, log_q: Tensor) -> Tensor:
+        """Give the loss of each row and step by itself."""
+        match self.loss:
+            case TTTLoss.reverse_kl:
+                return (log_q.exp() * (log_q - p.log())).sum(-1)
+            case TTTLoss.total_variation:
+                return 1 - overlap
+            case TTTLoss.lk_alpha:
+                return -overlap.log()
+            case TTTLoss.lk_lambda:
+                return blend * kl + (1 - blend) * (1 - overlap)
+            case _:
+                return kl
+
+
+_OF_KL = (TTTLoss.kl, TTTLoss.lk_lambda, TTTLoss.acceptance_length)
+_OF_OVERLAP = (TTTLoss.total_variation, TTTLoss.lk_alpha, TTTLoss.lk_lambda, TTTLoss.acceptance_length)
