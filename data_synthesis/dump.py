@@ -193,8 +193,8 @@ def _check_last_hidden_state(verifier: Verifier, last: torch.Tensor, logits: tor
     again = logit_transform(verifier.model.config.get_text_config()).apply_(last.float() @ weight.T)
     if (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
         raise ValueError(
-            "the verifier's logits are not lm_head times its final normed state, nor a scaled or capped form of it that "
-            "fledge knows: it cannot train from this verifier"
+            "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "
+            "fledge knows it: it cannot train from this verifier"
         )
 
 

@@ -40,7 +40,14 @@ SMALL_VISION = {  # and a Llama 4 that takes images
 }
 
 
-def make_batch(lengths: list[int], seed: int = 0, vocab: int = 120, hidden: int = 32, aux: int = 3) -> PackedBatch:
+def make_batch(
+    lengths: list[int],
+    seed: int = 0,
+    vocab: int = 120,
+    hidden: int = 32,
+    aux: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> PackedBatch:
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -49,8 +56,8 @@ def make_batch(lengths: list[int], seed: int = 0, vocab: int = 120, hidden: int 
         loss_mask=torch.rand(total, generator=generator) < 0.8,
         document=document,
         position=torch.cat([torch.arange(n) for n in lengths]),
-        aux_hidden_states=torch.randn(total, aux * hidden, generator=generator),
-        last_hidden_state=torch.randn(total, hidden, generator=generator),
+        aux_hidden_states=torch.randn(total, aux * hidden, generator=generator).to(dtype),
+        last_hidden_state=torch.randn(total, hidden, generator=generator).to(dtype),
         lengths=lengths,
         sample_ids=[str(i) for i in range(len(lengths))],
     )
@@ -82,8 +89,8 @@ def make_head(
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 50, (vocab_size,), generator=generator)
     head = DraftHead(config, build_vocabulary(counts, config.draft_vocab_size))
-    lm_head = torch.randn(vocab_size, config.verifier_hidden_size, generator=generator)
-    initialise(head, torch.randn(vocab_size, config.verifier_hidden_size, generator=generator), lm_head, seed)
+    matrix = torch.randn(vocab_size, config.verifier_hidden_size, generator=generator)
+    initialise(head, matrix.flip(0), matrix, seed)
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.dim() == 1:

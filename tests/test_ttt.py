@@ -84,10 +84,10 @@ def test_no_row_is_counted_across_documents():
     ],
 )
 def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes):
-    head = make_head(**changes)
-    batch = make_batch([23], aux=len(head.config.aux_layers))
+    head = make_head(**changes).double()
+    batch = make_batch([23], aux=len(head.config.aux_layers), dtype=torch.float64)
     batch.loss_mask[:] = True
-    embedding, _ = matrices()
+    embedding = matrices()[0].double()
     ttt_steps, row = 5, 11
     decoder = DraftDecoder(head, embedding)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes
         for step in range(ttt_steps):
             if step:
                 decoder.feed(int(batch.input_ids[row + 1 + step]), step)
-            torch.testing.assert_close(decoder.logits(), trained[step][row], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(decoder.logits(), trained[step][row], rtol=1e-9, atol=1e-9)
 
 
 def naive_loss(head, batch, embedding, lm_head, ttt_steps, gamma):
@@ -143,10 +143,10 @@ def test_loss_equals_the_definition_row_by_row(draft_vocab_size):
 
 
 def test_packed_documents_give_the_sums_and_gradients_of_documents_alone():
-    head = make_head()
-    embedding, lm_head = matrices()
+    head = make_head().double()
+    embedding, lm_head = (matrix.double() for matrix in matrices())
     module = TTTModule(head, 3, 0.8)
-    packed = make_batch([12, 7, 15], seed=5)
+    packed = make_batch([12, 7, 15], seed=5, dtype=torch.float64)
     num = num_counted(head, packed, lm_head, 3)
     module(packed, embedding, lm_head, num_counted=num)[0].backward()
     together = {name: p.grad.clone() for name, p in head.named_parameters()}
@@ -167,7 +167,7 @@ def test_packed_documents_give_the_sums_and_gradients_of_documents_alone():
         module(alone, embedding, lm_head, num_counted=num)[0].backward()
         start += length
     for name, parameter in head.named_parameters():
-        torch.testing.assert_close(parameter.grad, together[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, together[name], rtol=1e-9, atol=1e-9)
 
 
 def test_a_batch_without_counted_rows_has_zero_loss_and_finite_gradients():
