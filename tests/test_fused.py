@@ -70,6 +70,7 @@ def test_every_loss_equals_its_definition_and_autograds_gradient(loss, draft_voc
         ({"num_layers": 3, "norm_output": False, "norm_before_residual": True, "fc_norm": False}, [13, 1, 22]),
         ({"aux_layers": (0, 1, 2, 5, 6), "num_key_value_heads": 1}, [5, 6, 7]),
         ({"aux_layers": (2,), "num_key_value_heads": 4}, [19, 3]),
+        ({"hidden_size": 24, "own_embedding": True}, [19, 3]),
     ],
     ids=["single_rows", "one_document", "two_layers", "eagle3_three_layers", "five_aux_states", "one_aux_state_no_gqa"],
 )
