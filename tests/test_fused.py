@@ -72,7 +72,15 @@ def test_every_loss_equals_its_definition_and_autograds_gradient(loss, draft_voc
         ({"aux_layers": (2,), "num_key_value_heads": 4}, [19, 3]),
         ({"hidden_size": 24, "own_embedding": True}, [19, 3]),
     ],
-    ids=["single_rows", "one_document", "two_layers", "eagle3_three_layers", "five_aux_states", "one_aux_state_no_gqa"],
+    ids=[
+        "single_rows",
+        "one_document",
+        "two_layers",
+        "eagle3_three_layers",
+        "five_aux_states",
+        "one_aux_state_no_gqa",
+        "narrow",
+    ],
 )
 def test_the_engine_equals_its_plain_twin(changes, lengths, budget, monkeypatch):
     monkeypatch.setattr(fused_loss, "rows_in_chunk", lambda *_: budget)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.serving
 FORMS = {
     "EAGLE-3": ["draft=eagle3"],
     "EAGLE-3.1": [],
-    "full vocabulary": ["draft=eagle3", "draft.vocab_size=null", "train.max_steps=100"],
+    "full vocabulary": ["draft=eagle3", "draft.vocab_size=null", "train.max_steps=300"],
 }
 TALKER = replace(  # a verifier that has more to say than the tests' tiny one, so that a head has something to lose
     TINY,
