@@ -6,6 +6,7 @@ Needs torch, transformers and triton alone.
 from __future__ import annotations
 
 import torch
+from fledge.models.kernels.kl_loss import kl_rows
 from fledge.models.ttt_attention import SplitAttention, TTTAttention
 from fledge.train.rows import find_useful_rows
 
@@ -53,3 +54,30 @@ def attention_errors(
     far = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs]
     near = [float((a - b).detach().abs().max()) for a, b in zip(found, expected, strict=True) if len(a)]
     return max(near, default=0.0), max(far)
+
+
+def kl_errors(num_rows: int, width: int, dtype: torch.dtype, device: str, block: int) -> tuple[float, float, float]:
+    """Give the largest errors of KL, of the overlap and of the gradient; greedy tokens have to agree.
+
+    The verifier's distributions are of 1.25 * width tokens, of which the draft knows the first.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(num_rows + 3, width + width // 4, generator=generator).to(device)
+    probabilities = logits.softmax(-1)[:, :width].contiguous()
+    wide = probabilities.double()
+    mass = wide.sum(-1)
+    p = wide / mass[:, None]
+    entropy, top = -torch.special.xlogy(p, p).sum(-1), p.argmax(-1)
+    targets = torch.randint(0, len(p), (num_rows,), generator=generator).to(device)
+    z = (logits[targets, :width] + torch.randn(num_rows, width, generator=generator).to(device)).to(dtype)
+    exact = z.double().requires_grad_()
+    q = exact.softmax(-1)
+    divergence = (torch.special.xlogy(p, p)[targets] - p[targets] * exact.log_softmax(-1)).sum(-1)
+    divergence.sum().backward()
+    overlap = torch.minimum(q, wide[targets]).sum(-1)
+    first = (z == z.amax(-1, keepdim=True)).int().argmax(-1)
+    found = kl_rows(z, probabilities, targets, mass.float(), entropy.float(), top, block=block)
+    assert torch.equal(found[2], first == top[targets])
+    pairs = ((found[0], divergence), (found[1], overlap), (z, exact.grad))
+    kl, shared, gradient = (float((a - b).detach().abs().max()) for a, b in pairs)
+    return kl, shared, gradient

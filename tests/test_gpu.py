@@ -11,7 +11,7 @@ from builders import make_batch, make_head, matrices
 from fledge.models import ttt_attention
 from fledge.train.plain import PlainTTTModule
 from fledge.train.ttt import TTTModule
-from kernel_twins import attention_errors
+from kernel_twins import attention_errors, kl_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -46,6 +46,16 @@ def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, he
     assert gradients <= TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("width", [32000, 202048, 1001])
+def test_rows_of_the_kl_loss_equal_their_definition(width, dtype):
+    kl, overlap, gradient = kl_errors(150, width, dtype, "cuda", 2048)
+    print(f"{dtype}, {width} columns: KL {kl:.1e}, overlap {overlap:.1e}, gradient {gradient:.1e}")
+    assert kl <= 1e-4
+    assert overlap <= 1e-5
+    assert gradient <= {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+
+
 def on_gpu(batch, ttt_steps, dtype):
     return batch.to(torch.device("cuda"), dtype, ttt_steps)
 
@@ -58,12 +68,14 @@ def gradients_of(module, batch, *frozen):
 
 
 @pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("loss_kernel", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_the_engine_equals_its_plain_twin_in_float32(num_layers):
+def test_the_engine_equals_its_plain_twin_in_float32(num_layers, loss_kernel):
     head = make_head(num_layers=num_layers).cuda()
     batch = on_gpu(make_batch([300, 1, 170, 40], seed=5), 7, torch.float32)
     frozen = [matrix.cuda() for matrix in matrices()]
-    found, expected = (gradients_of(kind(head, 7, 0.8), batch, *frozen) for kind in (TTTModule, PlainTTTModule))
+    found = gradients_of(TTTModule(head, 7, 0.8, loss_kernel=loss_kernel), batch, *frozen)
+    expected = gradients_of(PlainTTTModule(head, 7, 0.8), batch, *frozen)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(found[2], expected[2], rtol=1e-3, atol=1e-3)
     for name, gradient in expected[1].items():

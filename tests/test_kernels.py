@@ -24,15 +24,17 @@ def compiled(kernel, launch, dtype, others, capability=90):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    counts = {name: "i32" for name in kernel.arg_names if name.startswith("num_")} | {"scale": "fp32"}
+    counts = {name: "i32" for name in kernel.arg_names if name.startswith("num_")}
+    counts |= {"scale": "fp32"} if "scale" in kernel.arg_names else {}
     constants = dict.fromkeys(launch.constants, "constexpr")
     pointers = {name: f"*{others.get(name, dtype)}" for name in kernel.arg_names if name not in {**counts, **constants}}
     types = {**pointers, **counts, **constants}
     signature = {name: types[name] for name in kernel.arg_names}
-    # As torch's allocations are; without it shared memory would be reckoned wrong.
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    # As torch's allocations and vocabularies are; without it shared memory would be reckoned wrong.
+    aligned = [name for name in kernel.arg_names if name in pointers or name == "num_columns"]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    source = ASTSource(kernel, signature, launch.constants, aligned)
+    source = ASTSource(kernel, signature, launch.constants, attributes)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -47,3 +49,16 @@ def test_attention_compiles_for_gpus_and_fits_their_shared_memory(capability, sh
         assert kernel.metadata.shared <= shared_kib * 1024, name
         if capability == 90 and name != "own":
             assert "wgmma" in kernel.asm["ptx"], name
+
+
+def test_the_kl_loss_compiles_for_a_hopper_gpu():
+    from fledge.models.kernels import kl_loss
+    from fledge.models.kernels.ttt_attention import Launch
+
+    wide = dict.fromkeys(["probabilities", "mass", "entropy", "kl", "overlap"], "fp32")
+    others = {**wide, "targets": "i64", "top": "i64", "hits": "i1"}
+    launch = Launch({"block": kl_loss.BLOCK}, kl_loss.NUM_WARPS, 3)
+    kernel = compiled(kl_loss.kl_kernel, launch, "bf16", others)
+    assert kernel.asm["cubin"]
+    assert kernel.metadata.shared <= 227 * 1024
+    assert "ld.global.v4" in kernel.asm["ptx"]  # 16 bytes at a time
