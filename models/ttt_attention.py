@@ -8,7 +8,8 @@ its own row alone. `TTTAttention` says so plainly, with dense scores; `SplitAtte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -27,7 +28,9 @@ class Span(NamedTuple):
 class QueryRows(Protocol):
     """Which rows are queries, in K steps: indices on the device, spans on the host."""
 
-    steps: list[Tensor]  # per step int64 [n_k], ascending: which of step 0's queries go as far as that step
+    rows: Tensor  # int64 [n_0], ascending: step 0's queries in the last layer
+    steps: list[Tensor]  # per step int64 [n_k], ascending: which of `rows` are its queries
+    firsts: Tensor  # int64 [T], first row of each row's document
     spans: list[list[Span]]  # per step: its queries
     documents: list[Span]  # every row
 
@@ -91,12 +94,27 @@ class SplitAttention:
 
     def _attend(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._keys[layer, step] = k, v
-        steps = self._rows.steps
+        rows, steps = self._rows, self._rows.steps
         every_row = step == 0 and layer < self._num_layers - 1
-        spans = self._rows.documents if every_row else self._rows.spans[step]
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]
-        own = [tensor for j in range(1, step + 1) for tensor in self._keys[layer, j]]
-        return cast(Tensor, JoinedAttention.apply(spans, places, q, *self._keys[layer, 0], *own))
+        inputs = places, q, *self._keys[layer, 0], *(x for j in range(1, step + 1) for x in self._keys[layer, j])
+        if _has_triton(q):
+            from .kernels.ttt_attention import KernelAttention
+
+            at = torch.arange(len(q), device=q.device) if every_row else rows.rows[steps[step]]
+            return cast(Tensor, KernelAttention.apply(at, rows.firsts[at], *inputs))
+        spans = rows.documents if every_row else rows.spans[step]
+        return cast(Tensor, JoinedAttention.apply(spans, *inputs))
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _has_triton(q: Tensor) -> bool:
+    fits = q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 128
+    return q.is_cuda and fits and _triton_is_installed()
 
 
 class JoinedAttention(torch.autograd.Function):
@@ -212,8 +230,6 @@ def _flash_backward_into(
 
 
 # -- one block of queries and keys: PyTorch's flash kernel on the CPU, products in blocks of rows elsewhere ------------
-#
-# This is the place for a kernel of another device: `JoinedAttention` needs no more than these two functions.
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,11 @@ def test_a_wrong_argument_is_refused_by_name(argument, message):
         parse([argument])
 
 
+def test_the_loss_kernel_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="loss_kernel needs device=cuda and loss=kl"):
+        main(["loss_kernel=true"])
+
+
 def test_a_preset_is_changed_by_what_follows_it():
     options = parse(["preset=maverick", "seq_len=64"])
     assert (options.hidden_size, options.vocab_size, options.seq_len, options.dtype) == (5120, 202048, 64, "bfloat16")

@@ -52,6 +52,7 @@ class Options:
     loss: str = "kl"
     train_lm_head: bool = True
     recompute: bool = False  # activation checkpointing
+    loss_kernel: bool = False  # the row-wise part of the kl loss in Triton
     repeats: int = 3
     threads: int = 0  # of the CPU; 0: torch's default
     seed: int = 0
@@ -287,7 +288,12 @@ def measure(options: Options) -> dict[str, Any]:
     """Measure one implementation."""
     head, *inputs = make_inputs(options)
     module = IMPLEMENTATIONS[options.implementation](
-        head, options.ttt_steps, 0.8, TTTLoss(options.loss), recompute=options.recompute
+        head,
+        options.ttt_steps,
+        0.8,
+        TTTLoss(options.loss),
+        recompute=options.recompute,
+        loss_kernel=options.loss_kernel,
     )
     device = torch.device(options.device)
     cpu_s, wall_s, peaks, rates = [], [], [], []
@@ -324,6 +330,8 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, and this machine has no GPU that torch can use: set it to cpu")
+    if options.loss_kernel and (options.device, options.loss) != ("cuda", "kl"):
+        raise ValueError("loss_kernel needs device=cuda and loss=kl: set it to false")
     if options.threads:
         torch.set_num_threads(options.threads)
     names = list(IMPLEMENTATIONS) if options.implementation == "both" else [options.implementation]

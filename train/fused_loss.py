@@ -67,6 +67,7 @@ class LossJob:
     gammas: Tensor  # [K], gamma^k
     num_counted: Tensor  # [K], N_k
     blend: Tensor  # [K], b
+    kernel: bool = False  # compare and differentiate rows in one Triton kernel; `kl` only, at most float32
 
 
 def fused_loss(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,10 +167,8 @@ def chunks(job: LossJob, weight: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
     """Cut the useful rows into chunks; with each comes the memory for its logits."""
     num_rows, ttt_steps, wide = len(job.states), len(job.rows.steps), wide_dtype(weight.dtype)
     size = min(rows_in_chunk(ttt_steps, len(weight), weight.dtype, weight.device), max(1, num_rows))
-    logits, window, scratch = (
-        torch.empty(rows, len(weight), dtype=wide, device=weight.device)
-        for rows in (size * ttt_steps, size + ttt_steps - 1, size + ttt_steps - 1)
-    )
+    logits = weight.new_empty(size * ttt_steps, len(weight), dtype=weight.dtype if job.kernel else wide)
+    window, scratch = weight.new_empty(2, size + ttt_steps - 1, len(weight), dtype=wide)
     for start in range(0, num_rows, size):
         end = min(start + size, num_rows)
         targets = slice(start, min(end + ttt_steps - 1, num_rows))
@@ -261,13 +260,15 @@ class Chunk:
                 self._gradient(q, at, job.blend[step] * weights[step], gains[step] / overlaps[step])
             return [rows.to(sums.dtype) for rows in counted]
         for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
-            if job.loss is not TTTLoss.reverse_kl:
+            if job.loss is not TTTLoss.reverse_kl and not job.kernel:
                 self._gradient(q, at, *self._coefficients(step, overlaps[step]))
         return [rows * weight for rows, weight in zip(counted, weights, strict=True)]
 
     def _compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
         """Turn logits into q, in place; give KL(p || q), alpha, and whether the greedy tokens are the same."""
         window = self.window
+        if self.job.kernel:
+            return self._compare_in_kernel(z, at)
         probabilities, mass = window.probabilities[at], window.mass[at]
         cross = row_dot(probabilities, z, self.scratch[: len(z)]) / mass
         highest, best = z.max(-1)
@@ -276,6 +277,15 @@ class Chunk:
         overlap = torch.minimum(probabilities, q, out=self.scratch[: len(q)]).sum(-1)
         tiny = torch.finfo(q.dtype).tiny
         return log_normaliser - cross - window.entropy[at], overlap.clamp(min=tiny), best == window.top[at]
+
+    def _compare_in_kernel(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
+        """Do as `_compare`, but turn the logits into q - p at once."""
+        from ..models.kernels.kl_loss import kl_rows
+
+        window = self.window
+        targets = at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=z.device)
+        kl, overlap, hits = kl_rows(z, window.probabilities, targets, window.mass, window.entropy, window.top)
+        return kl, overlap.clamp(min=torch.finfo(overlap.dtype).tiny), hits
 
     def _value(self, step: int, kl: Tensor, overlap: Tensor, reach: Tensor) -> Tensor:
         """Give the loss of each row, but for 1 / N_k."""

@@ -43,11 +43,13 @@ class UsefulRows:
     spans: list[list[Span]]  # per step: the same rows as spans
     documents: list[Span]  # every row
     starts: list[list[int]]  # per step [n_0 + 1]: how many of its rows come before useful row j
+    firsts: Tensor  # int64 [T], first row of each row's document
 
     def to(self, device: torch.device) -> UsefulRows:
         """Move the indices to a device."""
         steps, kept = [step.to(device) for step in self.steps], [step.to(device) for step in self.kept]
-        return UsefulRows(self.rows.to(device), steps, kept, self.spans, self.documents, self.starts)
+        rows, firsts = self.rows.to(device), self.firsts.to(device)
+        return UsefulRows(rows, steps, kept, self.spans, self.documents, self.starts, firsts)
 
 
 @dataclass
@@ -145,4 +147,5 @@ def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> U
         spans=[[span._replace(rows=span.rows - k) for span in spans if span.rows > k] for k in range(ttt_steps)],
         documents=documents,
         starts=[[0, *(steps_left > step).cumsum(0).tolist()] for step in range(ttt_steps)],
+        firsts=torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths)),
     )

@@ -96,6 +96,7 @@ class TTTModule(nn.Module):
         transform: how the verifier's logits come from its `lm_head`.
         blend_rate: see train/fused_loss.py, eta.
         recompute: run the draft steps again in the backward pass, to keep less.
+        loss_kernel: let a Triton kernel do the row-wise part of the loss, on logits in the weights' type.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class TTTModule(nn.Module):
         transform: LogitTransform = LogitTransform(),  # noqa: B008
         blend_rate: float = 3.0,
         recompute: bool = False,
+        loss_kernel: bool = False,
     ) -> None:
         super().__init__()
+        assert loss is TTTLoss.kl or not loss_kernel, loss
         self.head = head
         self.ttt_steps = ttt_steps
         self.gamma = gamma
@@ -116,6 +119,7 @@ class TTTModule(nn.Module):
         self.transform = transform
         self.blend_rate = blend_rate
         self.recompute = recompute
+        self.loss_kernel = loss_kernel
 
     def forward(
         self,
@@ -156,6 +160,7 @@ class TTTModule(nn.Module):
             gammas=self.gamma ** torch.arange(self.ttt_steps, device=device, dtype=wide),
             num_counted=num_counted.to(wide),
             blend=(-self.blend_rate * acceptance).exp().to(wide),
+            kernel=self.loss_kernel,
         )
         states = unroll(self.head, batch, rows, embedding, self.recompute)
         return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))
