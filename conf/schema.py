@@ -88,7 +88,7 @@ class DraftConfig:
     fc_norm: bool = True  # EAGLE-3.1: one RMSNorm per aux state before fc
     norm_output: bool = True  # EAGLE-3.1: the state fed onward is the normed one
     norm_before_residual: bool = False  # the residual of the first layer is the normed state
-    train_lm_head: bool = True  # false keeps the verifier's rows; with vocab_size=null the verifier's lm_head is shared
+    train_lm_head: bool = True  # false keeps the verifier's rows (times its logit scale); vocab_size=null: all of them
 
 
 @dataclass
@@ -139,7 +139,8 @@ class TrainConfig:
     ttt_steps: int = 7  # draft steps unrolled (training-time test)
     gamma: float = 0.8  # step k weighs gamma^k in the loss
     loss: TTTLoss = TTTLoss.kl
-    blend_rate: float = 3.0  # lk_lambda, acceptance_length: KL has the share exp(-blend_rate * acceptance so far)
+    blend_rate: float = 3.0  # lk_lambda, acceptance_length: KL has the share exp(-blend_rate * running acceptance)
+    triton: bool = False  # attention by the Triton kernels, on a GPU; tested in Triton's interpreter, not yet on one
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
     epochs: int = 10
     max_steps: int | None = None  # optimizer steps; overrides epochs
@@ -283,8 +284,6 @@ def validate(config: Config) -> None:
         "train.num_processes": config.train.num_processes,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,
-        "doctor.num_prompts": config.doctor.num_prompts,
-        "doctor.max_tokens": config.doctor.max_tokens,
     }
     for name, value in at_least_one.items():
         if value < 1:
@@ -294,6 +293,9 @@ def validate(config: Config) -> None:
         value = getattr(config.draft, name)
         if value is not None and value < 1:
             raise ValueError(f"draft.{name} must be at least 1, got {value}; null takes the verifier's")
+    for name in ("num_prompts", "max_tokens"):
+        if (value := getattr(config.doctor, name)) < 4:
+            raise ValueError(f"doctor.{name} must be at least 4 to measure anything, got {value}")
     bounds = {
         "data.heldout_share": (config.data.heldout_share, 0.0, 0.9),
         "synthesize.top_p": (config.synthesize.top_p, 0.0, 1.0),

@@ -44,7 +44,7 @@ def dump(config: Config) -> None:
         "synthesize under another name",
     )
     head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
-    check_vocabulary_size(head.draft_vocab_size, head.vocab_size)
+    check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(special_token_ids(config.verifier)))
     settings = {
         "verifier": source["settings"]["verifier"],
         "verifier_dtype": config.verifier.dtype.value,
@@ -191,7 +191,7 @@ def _check_last_hidden_state(verifier: Verifier, last: torch.Tensor, logits: tor
     """Check that lm_head on the recorded state gives the model's logits: training builds its targets so."""
     weight = verifier.model.get_output_embeddings().weight.to(last.device).float()
     again = logit_transform(verifier.model.config.get_text_config()).apply_(last.float() @ weight.T)
-    if (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
+    if not logits.isfinite().all() or (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
         raise ValueError(
             "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "
             "fledge knows it: it cannot train from this verifier"

@@ -21,21 +21,25 @@ class Diagnosis:
     findings: list[Finding]
     notes: list[str]  # by engine
     verdict: Verdict | None = None  # None where nothing was measured
+    unmeasured: str = ""  # why, where it was asked for
 
 
 def doctor(config: Config) -> None:
-    """Print what is wrong with the head at head_import.source; exit code 1 if something is."""
+    """Print what is wrong with the head at head_import.source.
+
+    Exit code 1 if something is, 2 if nothing was found but what was asked for could not be measured.
+    """
     diagnosis = diagnose(config)
     print(report(diagnosis))
-    if diagnosis.findings:
-        sys.exit(1)
+    if diagnosis.findings or diagnosis.unmeasured:
+        sys.exit(1 if diagnosis.findings else 2)
 
 
 def diagnose(config: Config) -> Diagnosis:
     """Hold the head against its verifier and the rules of the engines, and measure what its weights were trained for.
 
     Raises:
-        ValueError: there is no head to read, no verifier, or too little text to measure on.
+        ValueError: there is no head to read, or no verifier.
     """
     folder = source_folder(config)
     weights = VerifierWeights(config.verifier)
@@ -51,7 +55,11 @@ def diagnose(config: Config) -> Diagnosis:
         diagnosis.findings.append(Finding("unreadable", str(error), cost, "see the message; the other findings first"))
         return diagnosis
     if config.doctor.measure:
-        verdict = measure(config, head, variants(published, head.config), embedding)
+        try:
+            verdict = measure(config, head, variants(published, head.config), embedding)
+        except ValueError as error:
+            diagnosis.unmeasured = str(error)
+            return diagnosis
         diagnosis.verdict = verdict
         diagnosis.findings = [
             finding for finding in diagnosis.findings if not (finding.suspects and verdict.settles(finding.suspects))
@@ -79,7 +87,9 @@ def report(diagnosis: Diagnosis) -> str:
     for number, finding in enumerate(diagnosis.findings, 1):
         lines += [f"  {number}. {finding.what}", f"     costs: {finding.cost}", f"     cure:  {finding.cure}"]
     lines += ["", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes), ""]
-    return "\n".join([*lines, *(["Not measured."] if diagnosis.verdict is None else _measured(diagnosis.verdict))])
+    if diagnosis.verdict is not None:
+        return "\n".join([*lines, *_measured(diagnosis.verdict)])
+    return "\n".join([*lines, f"Not measured: {diagnosis.unmeasured}" if diagnosis.unmeasured else "Not measured."])
 
 
 def _measured(verdict: Verdict) -> list[str]:

@@ -7,6 +7,7 @@ verifier's own greedy answers, teacher-forced, as in training; what the texts do
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -21,7 +22,7 @@ from ..models.draft_head import DraftHead, DraftHeadConfig, DraftLayer, rope_of
 from ..models.embedded.corpus import questions as embedded_questions
 from ..models.formats import vllm_layer_ids
 from ..models.ttt_attention import TTTAttention
-from ..models.verifier import Verifier
+from ..models.verifier import Verifier, torch_device
 from .doctor_rules import AUX, NESTED, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, TOP, Published
 from .prompt_lookup import NoDraft
 from .questions import load_questions
@@ -181,11 +182,11 @@ def measure(config: Config, head: DraftHead, tried: list[Variant], embedding: Te
             f"{len(texts)} answers of the verifier are long enough to measure on, {MIN_TEXTS} are required: raise "
             "doctor.num_prompts or doctor.max_tokens, or give other prompts by evaluate.questions"
         )
-    return compare(head, tried, texts, embedding)
+    return compare(head, tried, texts, embedding, torch_device(config.verifier.device))
 
 
 def answers(config: Config, layers: list[int], target_ids: Tensor) -> list[Text]:
-    """Let the verifier answer prompts greedily; answers too short to measure on are left out.
+    """Let the verifier answer prompts greedily, and let go of it; answers too short to measure on are left out.
 
     Args:
         layers: whose states to keep.
@@ -194,12 +195,17 @@ def answers(config: Config, layers: list[int], target_ids: Tensor) -> list[Text]
     verifier = Verifier.load(config.verifier, layers)
     ids = target_ids.to(verifier.device)
     texts = [_answered(verifier, prompt, config.doctor.max_tokens, ids) for prompt in _prompts(config, verifier)]
+    del verifier
+    gc.collect()  # its hooks refer back to it
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return [text for text in texts if len(_rows(text))]
 
 
-def compare(head: DraftHead, tried: list[Variant], texts: list[Text], embedding: Tensor) -> Verdict:
-    """Measure a head in each form, in float32, where the texts' states lie."""
-    device = next(iter(texts[0].aux.values())).device
+def compare(
+    head: DraftHead, tried: list[Variant], texts: list[Text], embedding: Tensor, device: torch.device
+) -> Verdict:
+    """Measure a head in each form, in float32."""
     head, embedding = head.to(device).eval(), embedding.to(device, torch.float32)
     measured = []
     for variant in tried:
@@ -235,14 +241,14 @@ def _answered(verifier: Verifier, prompt: list[int], max_tokens: int, target_ids
     output = verifier.forward(
         torch.tensor([tokens], device=verifier.device), logits_to_keep=max(1, len(tokens) - len(prompt))
     )
-    parts = output.aux_hidden_states[0].float().chunk(len(verifier.aux_layers), dim=-1)
-    log_p = output.logits[0][:, target_ids].float().log_softmax(-1)
+    parts = output.aux_hidden_states[0].float().cpu().chunk(len(verifier.aux_layers), dim=-1)
+    log_p = output.logits[0][:, target_ids].float().log_softmax(-1).cpu()
     return Text(tokens, len(prompt), dict(zip(verifier.aux_layers, parts, strict=True)), log_p)
 
 
 def _rows(text: Text) -> Tensor:
     """Give the rows from which all steps predict tokens of the answer: for positions s ... e, s-1 ... e-1-STEPS."""
-    return torch.arange(text.start - 1, len(text.tokens) - 1 - STEPS)
+    return torch.arange(text.start - 1, max(text.start, len(text.tokens) - STEPS) - 1)
 
 
 @torch.no_grad()
@@ -253,10 +259,11 @@ def teacher_forced(head: DraftHead, text: Text, embedding: Tensor) -> tuple[Tens
         Where the head's greedy token is the text's (bool [rows, STEPS]), and KL(p || q) summed over steps (float32
         [rows]).
     """
-    tokens, rows = torch.tensor(text.tokens, device=embedding.device), _rows(text)
-    positions = torch.arange(len(tokens), device=embedding.device)
+    device = embedding.device
+    tokens, rows = torch.tensor(text.tokens, device=device), _rows(text)
+    positions = torch.arange(len(tokens), device=device)
     attention = TTTAttention([len(tokens)], head.config.num_layers)
-    state = head.fuse(torch.cat([text.aux[layer] for layer in head.config.aux_layers], dim=-1))
+    state = head.fuse(torch.cat([text.aux[layer] for layer in head.config.aux_layers], dim=-1).to(device))
     hits = torch.zeros(len(rows), STEPS, dtype=torch.bool)
     nats = torch.zeros(len(rows))
     for step in range(STEPS):
@@ -264,7 +271,7 @@ def teacher_forced(head: DraftHead, text: Text, embedding: Tensor) -> tuple[Tens
         rotary = head.rotary(positions + step, state)
         state, normed = head.step(head.embed(fed, embedding), state, rotary, attention)
         log_q = head.lm_head(normed[rows]).log_softmax(-1)
-        log_p = text.log_p[rows + 1 + step - text.start]
-        nats += (log_p.exp() * (log_p - log_q)).sum(-1).cpu()
+        log_p = text.log_p[rows + 1 + step - text.start].to(device)
+        nats += (log_p.exp() * (log_p.clamp(min=-1e4) - log_q)).sum(-1).cpu()  # p = 0 adds nothing
         hits[:, step] = (head.target_ids[log_q.argmax(-1)] == tokens[rows + 2 + step]).cpu()
     return hits, nats

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..conf.schema import AuxNumbering
+from ..models.draft_head import rope_of
 from ..models.foreign_config import rope_parameters
 from ..models.foreign_head import shares_lm_head
 from ..models.formats import EMBEDDING, LM_HEAD, vllm_layer_ids
@@ -171,13 +172,13 @@ def _field_findings(head: Published) -> Iterator[Finding]:
 
 
 def _rope_findings(head: Published) -> Iterator[Finding]:
-    theirs = getattr(head.verifier, "rope_parameters", None)
+    theirs = rope_of(head.verifier)
     try:
         ours = rope_parameters(head.folder, head.layer)
     except ValueError as error:
         yield Finding("rope_contradictory", str(error), "engines read different ones of them", "write one and the same")
         return
-    if theirs and ours != {"rope_type": "default", **theirs}:
+    if ours != theirs:
         cost = "lost where the head was trained on the verifier's; on short texts little of it shows"
         cure = f"if the head was trained on the verifier's, write rope_theta, rope_scaling, rope_parameters: {theirs}"
         yield Finding("rope", f"the rotary fields are {ours}, the verifier's {theirs}", cost, cure, ROPE)
@@ -246,6 +247,10 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
 
 
 def _tensor_findings(head: Published) -> Iterator[Finding]:
+    broken = [name for name, tensor in head.tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        what = f"{len(broken)} tensors hold numbers that are not finite: {', '.join(sorted(broken)[:5])}"
+        yield Finding("not_finite", what, "nothing is accepted (1.0)", "train the head again, from before it diverged")
     prefixed = [name for name in head.tensors if name.startswith("model.")]
     unknown = [name for name in head.tensors if name not in prefixed and not KNOWN.fullmatch(name)]
     if not head.values.get("fc_norm"):

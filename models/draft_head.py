@@ -283,7 +283,7 @@ class DraftHead(nn.Module):
 
     def rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Give cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
-        cos, sin = self._rotary[0](like, positions[None])
+        cos, sin = self._rotary[0].to(like.device)(like, positions[None])
         return cos[0], sin[0]
 
     def embed(self, tokens: Tensor, verifier_embedding: Tensor) -> Tensor:

@@ -81,11 +81,13 @@ class SplitAttention:
     Args:
         rows: the useful rows of the batch (`train.rows.UsefulRows`).
         num_layers: layers of the head, each with keys of its own.
+        kernels: use the Triton kernels where they can run.
     """
 
-    def __init__(self, rows: QueryRows, num_layers: int) -> None:
+    def __init__(self, rows: QueryRows, num_layers: int, kernels: bool = False) -> None:
         self._rows = rows
         self._num_layers = num_layers
+        self._kernels = kernels
         self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and step
 
     def at(self, step: int) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
@@ -98,7 +100,7 @@ class SplitAttention:
         every_row = step == 0 and layer < self._num_layers - 1
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]
         inputs = places, q, *self._keys[layer, 0], *(x for j in range(1, step + 1) for x in self._keys[layer, j])
-        if _has_triton(q):
+        if self._kernels and _has_triton(q):
             from .kernels.ttt_attention import KernelAttention
 
             at = torch.arange(len(q), device=q.device) if every_row else rows.rows[steps[step]]

@@ -36,7 +36,7 @@ def build_vocabulary(token_counts: Tensor, size: int | None, always: Iterable[in
     """
     vocab_size = len(token_counts)
     size = vocab_size if size is None else size
-    always = sorted(set(always))
+    always = sorted({token for token in always if token < vocab_size})  # tokenizers may know tokens beyond
     check_vocabulary_size(size, vocab_size, len(always))
     ranked = token_counts.clone()
     ranked[always] = torch.iinfo(torch.int64).max

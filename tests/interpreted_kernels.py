@@ -51,7 +51,7 @@ def test_the_engine_with_both_kernels_equals_the_engine_without(monkeypatch):
     for kernels in (True, False):
         monkeypatch.setattr(ttt_attention, "_has_triton", lambda _, kernels=kernels: kernels)
         head = make_head(num_layers=2)
-        loss, sums = TTTModule(head, 3, 0.8, loss_kernel=kernels)(batch, *frozen)
+        loss, sums = TTTModule(head, 3, 0.8, kernels=kernels, loss_kernel=kernels)(batch, *frozen)
         loss.backward()
         found.append((loss.detach(), sums, [p.grad for p in head.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -36,7 +36,7 @@ def attention_errors(
     drawn = [torch.randn(ttt_steps, total, width, head_dim, generator=generator) for width in (*heads, heads[1])]
     inputs = [values.to(device, dtype).requires_grad_() for values in drawn]
     exact = [values.detach().double().requires_grad_() for values in inputs]
-    split, plain = SplitAttention(rows, num_layers), TTTAttention(lengths, 1)
+    split, plain = SplitAttention(rows, num_layers, kernels=True), TTTAttention(lengths, 1)
     found, expected = [], []
     for step in range(ttt_steps):
         at = rows.rows[rows.steps[step]]

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from builders import make_head, matrices
-from fledge.conf.schema import Config
+from fledge.conf.schema import Config, validate
 from fledge.eval.doctor import diagnose, report
 from fledge.eval.doctor_rules import IDS, Published, engine_notes, static_findings
 from fledge.models.foreign_head import read_published
@@ -131,6 +132,7 @@ IDS_OF_DRAFT = make_head().target_ids
         ({"d2t": torch.zeros(100, dtype=torch.int64)}, "maps_contradictory"),
         ({"norm.weight": ABSENT, "model.norm.weight": torch.ones(32)}, "prefixed"),
         ({"midlayer.self_attn.q_norm.weight": torch.ones(16)}, "unknown_tensors"),
+        ({"norm.weight": torch.full((32,), float("nan"))}, "not_finite"),
         ({"embed_tokens.weight": EMBEDDING + 1}, "embedding"),
         ({"embed_tokens.weight": EMBEDDING[:100].clone()}, "embedding"),
         ({"embed_tokens.weight": EMBEDDING.bfloat16()}, None),
@@ -144,6 +146,19 @@ def test_each_damage_of_the_tensors_gives_its_own_finding(tmp_path, changes, cod
 def test_a_map_beside_a_full_vocabulary_is_found(tmp_path):
     change_tensors(head_in(tmp_path, draft_vocab_size=None), {"d2t": torch.zeros(120, dtype=torch.int64)})
     assert codes(tmp_path) == ["d2t_full"]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default"}},
+    ],
+)
+def test_a_head_with_the_rope_that_fledge_derives_is_sound(tmp_path, rope):
+    published = as_published(head_in(tmp_path))
+    published.verifier = SimpleNamespace(**{**SHAPE.to_dict(), "rope_parameters": rope})
+    assert static_findings(published) == []
 
 
 def test_all_problems_are_named_at_once(tmp_path):
@@ -179,10 +194,13 @@ def test_nothing_is_found_in_a_head_that_fledge_trained(config):
     assert "Not measured" in report(diagnose(config))
 
 
-def test_too_little_text_is_refused(config):
-    config.doctor.num_prompts = 3
-    with pytest.raises(ValueError, match=r"4 are required: raise doctor\.num_prompts"):
-        diagnose(config)
+def test_too_little_text_is_said(config):
+    config.doctor.max_tokens = 3
+    diagnosis = diagnose(config)
+    assert diagnosis.verdict is None
+    assert "Not measured: 0 answers of the verifier are long enough" in report(diagnosis)
+    with pytest.raises(ValueError, match=r"doctor\.max_tokens must be at least 4"):
+        validate(config)
 
 
 def test_a_head_that_cannot_be_put_together_is_a_finding(config, tmp_path):

@@ -62,6 +62,14 @@ def test_teacher_forced_steps_are_those_of_cached_decoding():
         assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("answered", "rows"), [(1, 0), (2, 0), (3, 0), (4, 1), (9, 6)])
+def test_short_answers_have_no_rows(answered, rows):
+    text = Text(list(range(6 + answered)), 6, {1: torch.zeros(6 + answered, 32)}, torch.zeros(answered, 100))
+    head = make_head(aux_layers=(1,))
+    hits, nats = teacher_forced(head, text, EMBEDDING)
+    assert (len(hits), len(nats)) == (rows, rows)
+
+
 # verdicts, on figures made up
 
 
@@ -142,7 +150,7 @@ def verdict_on(folder: Path, config: Config, texts: list[Text], **changes: Any) 
     embedding = weights.embedding()
     published = Published(folder, *read_published(folder), load_config(config.verifier), embedding)
     head = readable_head(published, weights)
-    return compare(head, variants(published, head.config), texts, embedding)
+    return compare(head, variants(published, head.config), texts, embedding, torch.device("cpu"))
 
 
 def test_a_head_is_trained_for_what_it_was_trained_for(tmp_path, trained, config, texts):

@@ -71,6 +71,16 @@ def test_casting_the_head_leaves_rotary_frequencies_exact():
     assert torch.equal(before[0], after[0])
 
 
+def test_rotary_frequencies_follow_the_head_to_its_device():
+    head = make_head()
+    head.rotary(torch.arange(3, device="meta"), torch.zeros(1, device="meta"))
+    assert head._rotary[0].inv_freq.device.type == "meta"  # moved once, not copied in every step
+
+
+def test_tokens_beyond_the_verifiers_vocabulary_are_passed_over():
+    assert build_vocabulary(torch.tensor([3, 1, 2]), 2, always=[2, 3]).target_ids.tolist() == [0, 2]
+
+
 def test_vocabulary_holds_the_most_frequent_tokens_ties_to_the_lower_id():
     counts = torch.tensor([5, 0, 7, 7, 0, 5, 1])
     vocabulary = build_vocabulary(counts, 4, always=[6])

@@ -74,7 +74,7 @@ def test_the_engine_equals_its_plain_twin_in_float32(num_layers, loss_kernel):
     head = make_head(num_layers=num_layers).cuda()
     batch = on_gpu(make_batch([300, 1, 170, 40], seed=5), 7, torch.float32)
     frozen = [matrix.cuda() for matrix in matrices()]
-    found = gradients_of(TTTModule(head, 7, 0.8, loss_kernel=loss_kernel), batch, *frozen)
+    found = gradients_of(TTTModule(head, 7, 0.8, kernels=True, loss_kernel=loss_kernel), batch, *frozen)
     expected = gradients_of(PlainTTTModule(head, 7, 0.8), batch, *frozen)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(found[2], expected[2], rtol=1e-3, atol=1e-3)
@@ -87,7 +87,7 @@ def test_a_step_in_bfloat16_gives_the_same_gradients_every_time():
     head = make_head().bfloat16().cuda()
     batch = on_gpu(make_batch([700, 90, 210], seed=6), 7, torch.bfloat16)
     frozen = [matrix.bfloat16().cuda() for matrix in matrices()]
-    module = TTTModule(head, 7, 0.8)
+    module = TTTModule(head, 7, 0.8, kernels=True)
     (_, first, _), (_, second, _) = (gradients_of(module, batch, *frozen) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -97,7 +97,7 @@ def test_a_step_waits_for_nothing_on_the_device():
     head = make_head().bfloat16().cuda()
     batch = on_gpu(make_batch([700, 90, 210], seed=6), 7, torch.bfloat16)
     frozen = [matrix.bfloat16().cuda() for matrix in matrices()]
-    module = TTTModule(head, 7, 0.8)
+    module = TTTModule(head, 7, 0.8, kernels=True)
     gradients_of(module, batch, *frozen)
     module.zero_grad()
     torch.cuda.set_sync_debug_mode("error")

@@ -40,12 +40,12 @@ def copy_until_dump(source: Run, target: Run) -> Run:
     return target
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, tmp_path, zero_stage):
+@pytest.mark.parametrize(("zero_stage", "loss"), [(1, "kl"), (3, "lk_lambda")])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, tmp_path, zero_stage, loss):
     import shutil
 
     copy_until_dump(finished, run)
-    run("train", f"deepspeed.zero_stage={zero_stage}")
+    run("train", f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}")
     whole = run.path / "training"
     resumed = Run(tmp_path / "resumed", run.verifier)
     copy_until_dump(finished, resumed)
@@ -55,7 +55,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, t
     manifest = resumed.path / "training" / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "complete": False}))
-    done = resumed("train", f"deepspeed.zero_stage={zero_stage}")
+    done = resumed("train", f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}")
     assert "going on from step 9" in done.stdout
 
     first, second = (folder / "training" / "checkpoints" / "step-24" for folder in (run.path, resumed.path))
@@ -78,14 +78,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, t
 def alone(finished, tmp_path_factory) -> list[dict]:
     """Curve of one process with two micro-batches a step."""
     run = copy_until_dump(finished, Run(tmp_path_factory.mktemp("alone"), finished.verifier))
-    run("train", "train.micro_batches=2")
+    run("train", "train.micro_batches=2", "train.loss=lk_lambda")  # KL, alpha, and a memory over steps
     return read_metrics(run.path / "training")
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_processes_give_the_curve_of_one_with_the_same_samples(finished, run, alone, zero_stage):
     copy_until_dump(finished, run)
-    run("train", f"deepspeed.zero_stage={zero_stage}", processes=2)
+    run("train", f"deepspeed.zero_stage={zero_stage}", "train.loss=lk_lambda", processes=2)
     together = read_metrics(run.path / "training")
     assert [r["step"] for r in together] == [r["step"] for r in alone]
     for ours, theirs in zip(together, alone, strict=True):

@@ -52,6 +52,7 @@ class Options:
     loss: str = "kl"
     train_lm_head: bool = True
     recompute: bool = False  # activation checkpointing
+    triton: bool = False  # attention in Triton
     loss_kernel: bool = False  # the row-wise part of the kl loss in Triton
     repeats: int = 3
     threads: int = 0  # of the CPU; 0: torch's default
@@ -293,6 +294,7 @@ def measure(options: Options) -> dict[str, Any]:
         0.8,
         TTTLoss(options.loss),
         recompute=options.recompute,
+        kernels=options.triton,
         loss_kernel=options.loss_kernel,
     )
     device = torch.device(options.device)

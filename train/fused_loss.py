@@ -12,10 +12,10 @@ distribution at target j+k (of the whole vocabulary, seen at the draft's tokens)
     acceptance_length  b KL - (1 - b) R_k              KL's, and from R: W q (s - [q < P]) / alpha
 
 with alpha = sum min(P, q) the probability that the verifier, sampling, accepts; s = sum of q where q < P;
-R_k = alpha_0 ... alpha_k the probability that draft token k is reached and accepted; and b = exp(-eta mean alpha of the
-step so far), so that KL leads while the head is far off (LK losses: arXiv:2602.23881). A row weighs gamma^k / N_k. R_k
-weighs 1 / N_k, and since all of a row's steps are at hand its gradient is exact: -sum_i W_i d log alpha_i with
-W_i = sum_{k >= i} (1 - b_k) R_k / N_k, what is still to be gained by accepting at step i.
+R_k = alpha_0 ... alpha_k the probability that draft token k is reached and accepted; and b = exp(-eta a), a the running
+mean of alpha at the step, so that KL leads while the head is far off (LK losses: arXiv:2602.23881). A row weighs
+gamma^k / N_k. R_k weighs 1 / N_k, and since all of a row's steps are at hand its gradient is exact: -sum_i W_i d log
+alpha_i with W_i = sum_{k >= i} (1 - b_k) R_k / N_k, what is still to be gained by accepting at step i.
 """
 
 from __future__ import annotations

@@ -37,7 +37,10 @@ from .tracking import Tracker
 from .ttt import TTTModule, count_rows, find_targets
 
 # Options that change how a run is watched or kept, not what it computes.
-_NOT_DETERMINING = ("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums")
+_NOT_DETERMINING = (
+    *("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums"),
+    *("checkpoint_activations", "triton"),
+)
 
 
 def train(config: Config) -> None:
@@ -51,7 +54,9 @@ def train(config: Config) -> None:
     with ExitStack() as stack:
         target = None
         if dist.get_rank() == 0:
-            opened = artifact(config.training_folder, "training", _settings(config, store, head), config.overwrite)
+            opened = artifact(
+                config.training_folder, "training", _settings(config, store, head, vocabulary), config.overwrite
+            )
             target = stack.enter_context(opened)
         done = [bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))]
         dist.broadcast_object_list(done)
@@ -64,7 +69,9 @@ def train(config: Config) -> None:
     dist.destroy_process_group()
 
 
-def _settings(config: Config, store: HiddenStateStore, head: DraftHeadConfig) -> dict[str, Any]:
+def _settings(
+    config: Config, store: HiddenStateStore, head: DraftHeadConfig, vocabulary: VocabularyMap
+) -> dict[str, Any]:
     """Give everything that determines the weights; refuse a store that contradicts the configuration."""
     recorded = store.manifest["settings"]
     check_identity(recorded["verifier"], config.verifier, str(store.folder), "set the same verifier or dump anew")
@@ -75,6 +82,7 @@ def _settings(config: Config, store: HiddenStateStore, head: DraftHeadConfig) ->
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
     return {
         "hidden_states": store.manifest["digest"],
+        "draft_vocabulary": digest(vocabulary.target_ids.tolist()),
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
         "zero_stage": config.deepspeed.zero_stage,
@@ -144,9 +152,11 @@ class Trainer:
             transform,
             options.blend_rate,
             options.checkpoint_activations,
+            options.triton,
         )
         self.engine = start_engine(self.module, config)
-        # Mean probability of acceptance at each step, over the steps so far; kept for the losses that blend by it.
+        # Running mean (a tenth of each optimizer step) of the probability of acceptance at each draft step, from 0 on:
+        # the losses that blend begin as KL.
         self.acceptance = torch.zeros(options.ttt_steps, device=device)
 
         self.split = Split.of(store, config.train.batch_tokens)
@@ -233,7 +243,8 @@ class Trainer:
             sums += batch_sums
         if options.loss in (TTTLoss.lk_lambda, TTTLoss.acceptance_length):
             overlap = sum_over_ranks(sums[:, SUMS.index("overlap")].clone())
-            self.acceptance = torch.lerp(self.acceptance, overlap / num_counted.clamp(min=1), 0.1)
+            latest = torch.where(num_counted > 0, overlap / num_counted.clamp(min=1), self.acceptance)
+            self.acceptance = torch.lerp(self.acceptance, latest, 0.1)
         return sums
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:

@@ -23,18 +23,24 @@ from .rows import PackedBatch, UsefulRows
 
 
 def unroll(
-    head: DraftHead, batch: PackedBatch, rows: UsefulRows, embedding: Tensor, recompute: bool = False
+    head: DraftHead,
+    batch: PackedBatch,
+    rows: UsefulRows,
+    embedding: Tensor,
+    recompute: bool = False,
+    kernels: bool = False,
 ) -> list[Tensor]:
     """Run K draft steps on the useful rows and give each step's normed states, which `head.lm_head` multiplies.
 
     Args:
         embedding: the verifier's token embedding [V, H].
         recompute: keep a step's inputs only, and run it again in the backward pass.
+        kernels: let Triton kernels do the attention, on a GPU.
 
     Returns:
         Per step [n_k, H], of the rows `rows.rows[rows.steps[k]]`.
     """
-    attention = SplitAttention(rows, head.config.num_layers)
+    attention = SplitAttention(rows, head.config.num_layers, kernels)
     # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
     projected = head.project_embedding(head.embed(batch.input_ids, embedding))
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)
@@ -96,6 +102,7 @@ class TTTModule(nn.Module):
         transform: how the verifier's logits come from its `lm_head`.
         blend_rate: see train/fused_loss.py, eta.
         recompute: run the draft steps again in the backward pass, to keep less.
+        kernels: let Triton kernels do the attention, on a GPU.
         loss_kernel: let a Triton kernel do the row-wise part of the loss, on logits in the weights' type.
     """
 
@@ -108,6 +115,7 @@ class TTTModule(nn.Module):
         transform: LogitTransform = LogitTransform(),  # noqa: B008
         blend_rate: float = 3.0,
         recompute: bool = False,
+        kernels: bool = False,
         loss_kernel: bool = False,
     ) -> None:
         super().__init__()
@@ -119,6 +127,7 @@ class TTTModule(nn.Module):
         self.transform = transform
         self.blend_rate = blend_rate
         self.recompute = recompute
+        self.kernels = kernels
         self.loss_kernel = loss_kernel
 
     def forward(
@@ -137,7 +146,7 @@ class TTTModule(nn.Module):
             targets: `find_targets` of this batch; found here where None.
             num_counted: N_k, float32 [K], rows counted over all ranks and micro-batches of the optimizer step; this
                 batch's own where None.
-            acceptance: float32 [K], mean alpha of each step so far, for the losses that blend; 0 where None.
+            acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 where None.
 
         Returns:
             The loss, and float32 [K, 8]: the columns of `SUMS`.
@@ -162,5 +171,5 @@ class TTTModule(nn.Module):
             blend=(-self.blend_rate * acceptance).exp().to(wide),
             kernel=self.loss_kernel,
         )
-        states = unroll(self.head, batch, rows, embedding, self.recompute)
+        states = unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
         return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))
