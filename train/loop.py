@@ -29,7 +29,7 @@ from ..models.verifier import VerifierWeights, check_identity, load_config, logi
 from ..models.vocabulary import VocabularyMap
 from .batches import PackStream, collate, pack
 from .checkpoints import load_checkpoint, save_checkpoint
-from .engine import learning_rate, start_engine, start_processes, sum_over_ranks
+from .engine import learning_rate, start_engine, start_processes, stop_processes, sum_over_ranks
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
 from .rows import PackedBatch
@@ -65,8 +65,7 @@ def train(config: Config) -> None:
                 print(f"training: {target.folder} is complete")
         else:
             Trainer(config, store, DraftHead(head, vocabulary), device, target).run()
-    dist.barrier()
-    dist.destroy_process_group()
+    stop_processes()
 
 
 def _settings(
