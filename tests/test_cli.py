@@ -156,7 +156,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_makes_anew(finished, r
 
 def test_an_impossible_draft_vocabulary_is_refused_before_the_dump(finished, run):
     copy_of(finished, run, "conversations")
-    assert "draft.vocab_size must lie between 1 and the verifier's 600, got 9999" in says(
+    assert "draft.vocab_size must lie between 5 and the verifier's 600, got 9999" in says(
         run, "dump", "draft.vocab_size=9999"
     )
     assert not (run.path / "hidden_states").exists()
