@@ -44,7 +44,8 @@ def dump(config: Config) -> None:
         "synthesize under another name",
     )
     head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
-    check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(special_token_ids(config.verifier)))
+    always = special_token_ids(config.verifier)
+    check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(always))
     settings = {
         "verifier": source["settings"]["verifier"],
         "verifier_dtype": config.verifier.dtype.value,
@@ -58,12 +59,12 @@ def dump(config: Config) -> None:
         present = all(_is_there(target.folder, entry) for entry in target.manifest.get("shards", []))
         if target.complete and present and (target.folder / COUNTS_FILE).is_file():
             print(f"hidden states: {target.folder} is complete")
-            _write_vocabulary(config, target)
+            _write_vocabulary(config, target, always)
         else:
-            _dump_shards(config, target)
+            _dump_shards(config, target, always)
 
 
-def _dump_shards(config: Config, target: Artifact) -> None:
+def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
     verifier = Verifier.load(config.verifier, target.manifest["settings"]["aux_layers"])
     samples, left_out = _tokenise(config, verifier)
     if not samples:
@@ -88,7 +89,7 @@ def _dump_shards(config: Config, target: Artifact) -> None:
     progress.close()
     shards = [written[shard_name(number)] for number in range(len(plan))]
     _write_token_counts(samples, verifier.model.config.get_text_config().vocab_size, target)
-    _write_vocabulary(config, target)
+    _write_vocabulary(config, target, always)
     totals = {key: sum(entry[key] for entry in shards) for key in ("samples", "tokens", "counted_tokens", "bytes")}
     target.finish(shards=shards, counts={**totals, **left_out})
     print(
@@ -209,10 +210,14 @@ def _write_token_counts(samples: list[TokenisedConversation], vocab_size: int, t
     _save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
 
 
-def _write_vocabulary(config: Config, target: Artifact) -> None:
-    """Write the draft vocabulary of `draft.vocab_size`; changing that option makes nothing but this file anew."""
+def _write_vocabulary(config: Config, target: Artifact, always: list[int]) -> None:
+    """Write the draft vocabulary of `draft.vocab_size`; changing that option makes nothing but this file anew.
+
+    Args:
+        always: ids that it holds whatever their count.
+    """
     counts = load_file(target.folder / COUNTS_FILE)["token_counts"]
-    vocabulary = build_vocabulary(counts, config.draft.vocab_size, always=special_token_ids(config.verifier))
+    vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
     path = target.folder / VOCABULARY_FILE
     if not path.is_file() or not torch.equal(load_file(path)["t2d"], vocabulary.t2d):
         _save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, path)

@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..conf.schema import Config
 from ..data_synthesis.chat import prompt_tokens
 from ..models.draft_head import DraftHead, DraftHeadConfig, DraftLayer, rope_of
-from ..models.embedded.corpus import questions as embedded_questions
 from ..models.formats import vllm_layer_ids
 from ..models.ttt_attention import TTTAttention
 from ..models.verifier import Verifier, torch_device
@@ -228,12 +227,9 @@ def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
 
 def _prompts(config: Config, verifier: Verifier) -> list[list[int]]:
     """Give the first turns of questions spread over the categories."""
-    if config.evaluate.questions is None:
-        turns = [question["turns"][0] for question in embedded_questions()]
-    else:
-        turns = [question.turns[0] for question in load_questions(config.evaluate)]
-    chosen = turns[:: max(1, len(turns) // config.doctor.num_prompts)][: config.doctor.num_prompts]
-    return [prompt_tokens(verifier.tokenizer, [{"role": "user", "content": turn}]) for turn in chosen]
+    questions = load_questions(replace(config.evaluate, questions=config.evaluate.questions or "embedded"))
+    chosen = questions[:: max(1, len(questions) // config.doctor.num_prompts)][: config.doctor.num_prompts]
+    return [prompt_tokens(verifier.tokenizer, question.history([])) for question in chosen]
 
 
 def _answered(verifier: Verifier, prompt: list[int], max_tokens: int, target_ids: Tensor) -> Text:

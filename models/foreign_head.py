@@ -97,8 +97,8 @@ def assemble_head(
             "complete checkpoint, or, if it was trained on the verifier's own, say so by draft_vocab_size: null in "
             "config.json"
         )
-    own, theirs = tensors.get(EMBEDDING), None if weights is None else weights.embedding()
-    if own is not None and theirs is not None and torch.equal(own, theirs.to(own.dtype)):
+    own = tensors.get(EMBEDDING)
+    if own is not None and weights is not None and torch.equal(own, weights.embedding().to(own.dtype)):
         tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
     config = head_config(folder, values, tensors[LM_HEAD].shape[0], verifier, numbering)
     return _assemble(folder, replace(config, own_embedding=EMBEDDING in tensors), tensors)

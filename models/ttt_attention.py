@@ -65,7 +65,7 @@ def _attend(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> 
     future = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device).triu(1)
     causal = torch.einsum("thd,shd->hts", q, keys[0]).masked_fill(future, float("-inf"))
     own_row = [torch.einsum("thd,thd->ht", q, key)[..., None] for key in keys[1:]]
-    scores = torch.cat([causal, *own_row], dim=-1).to(_wide(q)) * q.shape[-1] ** -0.5
+    scores = torch.cat([causal, *own_row], dim=-1).to(wide_dtype(q.dtype)) * q.shape[-1] ** -0.5
     weights = scores.softmax(dim=-1).to(q.dtype)
     out = torch.einsum("hts,shd->thd", weights[..., :num_rows], values[0])
     for step, value in enumerate(values[1:]):
@@ -133,7 +133,7 @@ class JoinedAttention(torch.autograd.Function):
         ctx: Any, spans: list[Span], places: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *own: Tensor
     ) -> Tensor:
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2], dtype=_wide(q))
+        lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
         for queries, document, first, last in _places(spans):
             block = flash_forward(q[queries], k[first:last], v[first:last], True)
             if first > document:
@@ -187,8 +187,9 @@ class JoinedAttention(torch.autograd.Function):
         return None, None, dq, dk, dv, *own_grads
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the type of softmaxes and sums: float32 for the 16-bit types, else the type itself."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _places(spans: list[Span]) -> Iterator[tuple[slice, int, int, int]]:
@@ -208,7 +209,7 @@ def _own_scores(q: Tensor, keys: Sequence[Tensor], places: list[Tensor]) -> Tens
     """Give the scores [n, heads, own steps] of queries with the keys of their own rows."""
     scale = q.shape[-1] ** -0.5
     columns = [
-        (_grouped(q, key) * key.index_select(0, place).unsqueeze(2)).sum(-1, dtype=_wide(q)).flatten(1)
+        (_grouped(q, key) * key.index_select(0, place).unsqueeze(2)).sum(-1, dtype=wide_dtype(q.dtype)).flatten(1)
         for key, place in zip(keys, places, strict=True)
     ]
     return torch.stack(columns, dim=-1) * scale
@@ -301,7 +302,7 @@ def _row_blocks(num_rows: int, row_size: int) -> list[slice]:
 
 def _block_softmax(q: Tensor, k: Tensor, rows: slice, causal: bool, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Give the weights [rows, kv_heads, group, m] of some query rows, and their log-sum-exp [rows, heads]."""
-    scores = torch.einsum("nkgd,mkd->nkgm", _grouped(q[rows], k), k).to(_wide(q)) * q.shape[-1] ** -0.5
+    scores = torch.einsum("nkgd,mkd->nkgm", _grouped(q[rows], k), k).to(wide_dtype(q.dtype)) * q.shape[-1] ** -0.5
     if causal:
         keys = torch.arange(len(k), device=q.device)
         scores = scores.masked_fill((keys > keys[rows, None])[:, None, None], float("-inf"))

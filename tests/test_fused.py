@@ -9,8 +9,8 @@ from fledge.models.ttt_attention import SplitAttention, TTTAttention
 from fledge.models.verifier import LogitTransform
 from fledge.train import fused_loss, ttt
 from fledge.train.fused_loss import SUMS
-from fledge.train.plain import PlainTTTModule, plain_unroll
-from fledge.train.rows import counted_rows, find_useful_rows
+from fledge.train.plain import PlainTTTModule, counted_rows, plain_unroll
+from fledge.train.rows import find_useful_rows
 from fledge.train.ttt import TTTModule, unroll
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,7 +7,8 @@ from fledge.eval.draft_decoder import DraftDecoder
 from fledge.models.verifier import LogitTransform
 from fledge.train.fused_loss import SUMS
 from fledge.train.heldout import leading_hits, walk
-from fledge.train.rows import PackedBatch, counted_rows
+from fledge.train.plain import counted_rows
+from fledge.train.rows import PackedBatch
 from fledge.train.ttt import TTTModule, count_rows, find_targets, unroll
 
 

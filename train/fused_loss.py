@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..conf.schema import TTTLoss
+from ..models.ttt_attention import wide_dtype
 from ..models.verifier import LogitTransform
 from .rows import UsefulRows
 
@@ -119,11 +120,6 @@ class _FusedLoss(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(grad_loss).to(ctx.dtype)
         return None, weight_grad, *(grad.mul_(grad_loss) for grad in state_grads or [])
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Give the type of softmaxes and sums: float32 for the 16-bit types, else the type itself."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models.draft_head import DraftHead
-from .fused_loss import product, rows_in_chunk, wide_dtype
+from ..models.ttt_attention import wide_dtype
+from .fused_loss import product, rows_in_chunk
 from .rows import PackedBatch
 from .ttt import unroll
 

@@ -13,11 +13,33 @@ from torch import Tensor
 
 from ..conf.schema import TTTLoss
 from ..models.draft_head import DraftHead
-from ..models.ttt_attention import TTTAttention
+from ..models.ttt_attention import TTTAttention, wide_dtype
 from ..models.verifier import LogitTransform
 from .fused_loss import Targets
-from .rows import PackedBatch, ahead, counted_rows
+from .rows import PackedBatch
 from .ttt import TTTModule
+
+
+def ahead(values: Tensor, distance: int) -> Tensor:
+    """Give at each row the value `distance` rows further on; the last row's beyond the end (never counted there)."""
+    rows = torch.arange(len(values), device=values.device) + distance
+    return values[rows.clamp(max=len(values) - 1)]
+
+
+def counted_rows(loss_mask: Tensor, document: Tensor, ttt_steps: int) -> Tensor:
+    """Give the rows counted at each step (bool [K, T]): the verifier produced tokens r+1 ... r+2+k, in one document."""
+    rows = torch.arange(len(loss_mask), device=loss_mask.device)
+
+    def produced(distance: int) -> Tensor:
+        inside = (rows + distance < len(rows)) & (ahead(document, distance) == document)
+        return inside & ahead(loss_mask, distance)
+
+    so_far = produced(1)
+    counted = []
+    for step in range(ttt_steps):
+        so_far = so_far & produced(step + 2)
+        counted.append(so_far)
+    return torch.stack(counted)
 
 
 def plain_unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_steps: int) -> Iterator[Tensor]:
@@ -45,15 +67,11 @@ def verifier_distributions(
     head: DraftHead, last_hidden_state: Tensor, verifier_lm_head: Tensor, transform: LogitTransform
 ) -> VerifierDistributions:
     """Compute the verifier's distributions from its recorded final states [T, H] and its lm_head [V, H]."""
-    logits = transform.apply_(_wide(last_hidden_state @ verifier_lm_head.T))
+    logits = transform.apply_((last_hidden_state @ verifier_lm_head.T).to(wide_dtype(last_hidden_state.dtype)))
     inside = logits[:, head.target_ids]
     mass = (inside.logsumexp(-1) - logits.logsumexp(-1)).exp()
     top = logits.argmax(-1)
     return VerifierDistributions(inside.softmax(-1), mass, top, head.t2d[top])
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class PlainTTTModule(TTTModule):
@@ -79,7 +97,7 @@ class PlainTTTModule(TTTModule):
             rows = in_answer[step].nonzero().squeeze(1)
             at = rows + step + 1
             counted = verifier.inside[at]
-            log_q = _wide(self.head.lm_head(normed[rows])).log_softmax(-1)
+            log_q = self.head.lm_head(normed[rows]).to(wide_dtype(normed.dtype)).log_softmax(-1)
             p, mass = verifier.probabilities[at], verifier.mass[at]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_KL):
                 kl = (torch.xlogy(p, p) - p * log_q).sum(-1)

@@ -87,28 +87,6 @@ class PackedBatch:
         return find_useful_rows(self.loss_mask, self.lengths, ttt_steps).to(self.loss_mask.device)
 
 
-def ahead(values: Tensor, distance: int) -> Tensor:
-    """Give at each row the value `distance` rows further on; the last row's beyond the end (never counted there)."""
-    rows = torch.arange(len(values), device=values.device) + distance
-    return values[rows.clamp(max=len(values) - 1)]
-
-
-def counted_rows(loss_mask: Tensor, document: Tensor, ttt_steps: int) -> Tensor:
-    """Give the rows counted at each step (bool [K, T]): the verifier produced tokens r+1 ... r+2+k, in one document."""
-    rows = torch.arange(len(loss_mask), device=loss_mask.device)
-
-    def produced(distance: int) -> Tensor:
-        inside = (rows + distance < len(rows)) & (ahead(document, distance) == document)
-        return inside & ahead(loss_mask, distance)
-
-    so_far = produced(1)
-    counted = []
-    for step in range(ttt_steps):
-        so_far = so_far & produced(step + 2)
-        counted.append(so_far)
-    return torch.stack(counted)
-
-
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
     """Give the useful rows of every answer, as spans."""
     spans = []

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..conf.schema import TTTLoss
 from ..models.draft_head import DraftHead, Projected
-from ..models.ttt_attention import SplitAttention
+from ..models.ttt_attention import SplitAttention, wide_dtype
 from ..models.verifier import LogitTransform
-from .fused_loss import LossJob, Targets, fused_loss, product, rows_in_chunk, wide_dtype
+from .fused_loss import LossJob, Targets, fused_loss, product, rows_in_chunk
 from .rows import PackedBatch, UsefulRows
 
 
