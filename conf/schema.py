@@ -144,8 +144,9 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
     epochs: int = 10
     max_steps: int | None = None  # optimizer steps; overrides epochs
-    batch_tokens: int = 4096  # tokens of a packed micro-batch
-    micro_batches: int = 1  # micro-batches a rank accumulates in an optimizer step
+    batch_tokens: int = 4096  # tokens of a pack, the micro-batch of one rank
+    packs_per_step: int = 8  # packs of an optimizer step, over all processes: each accumulates its share of them
+    init_from: str | None = None  # folder of a head (checkpoint or import) to start from; None: from the verifier
     lr: float = 1e-4
     min_lr_share: float = 0.1  # of lr, reached at the last step of the cosine
     warmup_share: float = 0.02  # of all steps, linear
@@ -157,7 +158,8 @@ class TrainConfig:
     log_every: int = 10  # steps
     heldout_every: int = 200  # steps between measurements of held-out acceptance length
     save_every: int = 500  # steps between checkpoints
-    keep_checkpoints: int = 2  # the newest that stay
+    keep_checkpoints: int = 2  # the newest that stay, beside the best
+    max_skipped_steps: int = 5  # in a row, for gradients that are not finite; then training stops
     num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere torchrun decides
     verify_checksums: bool = True  # read every shard once before the first step
 
@@ -181,7 +183,7 @@ class EvaluateConfig:
     questions_per_category: int | None = None  # None: all
     heldout_prompts: int = 64  # held-out conversations decoded too, to compare with what training walked; 0: none
     baselines: bool = True  # measure an untrained head and prompt-lookup drafting beside
-    checkpoint: str | None = None  # folder of a head; None: the newest checkpoint of the run
+    checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
 
 
 @dataclass
@@ -190,7 +192,7 @@ class ExportConfig:
 
     format: ExportFormat = ExportFormat.plain
     dtype: Dtype = Dtype.bfloat16
-    checkpoint: str | None = None  # folder of a head; None: the newest checkpoint of the run
+    checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
 
 
 @dataclass
@@ -276,11 +278,12 @@ def validate(config: Config) -> None:
         "train.ttt_steps": config.train.ttt_steps,
         "train.epochs": config.train.epochs,
         "train.batch_tokens": config.train.batch_tokens,
-        "train.micro_batches": config.train.micro_batches,
+        "train.packs_per_step": config.train.packs_per_step,
         "train.log_every": config.train.log_every,
         "train.heldout_every": config.train.heldout_every,
         "train.save_every": config.train.save_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
+        "train.max_skipped_steps": config.train.max_skipped_steps,
         "train.num_processes": config.train.num_processes,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,

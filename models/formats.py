@@ -24,6 +24,7 @@ from .vocabulary import VocabularyMap
 LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
 _CURE = "`fledge import` reads the heads of other projects and formats"
+LATEST, BEST = "latest", "best"  # names of training checkpoints
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: rounds and accepted by draft tokens and conversation
 
 
@@ -209,10 +210,20 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
-    """Give the folder of the head to use: the one asked for, or the newest checkpoint of a training run."""
-    if checkpoint is not None:
+    """Give the folder of the head to use.
+
+    Args:
+        checkpoint: a folder, or the `best` or `latest` checkpoint of a training run; None is the best, or the newest
+            where none was measured.
+    """
+    if checkpoint is not None and checkpoint not in (BEST, LATEST):
         return Path(checkpoint)
-    steps = checkpoint_steps(training_folder / "checkpoints")
+    folder = training_folder / "checkpoints"
+    steps = checkpoint_steps(folder)
     if not steps:
         raise ValueError(f"{training_folder} holds no checkpoint: run `fledge train` first")
-    return training_folder / "checkpoints" / f"step-{steps[-1]}"
+    if checkpoint != LATEST and (folder / BEST).exists():
+        return folder / (folder / BEST).read_text().strip()
+    if checkpoint == BEST:
+        raise ValueError(f"{folder} has no best checkpoint, as nothing was held out: use latest")
+    return folder / f"step-{steps[-1]}"

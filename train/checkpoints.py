@@ -1,82 +1,188 @@
-"""Training checkpoints: what resume needs (DeepSpeed's files, RNG states) beside a plain copy of the head."""
+"""Training checkpoints.
+
+checkpoints/
+  step-<n>/       the head in plain format; trainer.json, DeepSpeed's states and RNG states, which resume needs
+  latest, best    name the newest and the one with the longest held-out acceptance length, in a line of text
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import json
 import shutil
+from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
+from safetensors import SafetensorError
 
-from ..conf.artifact import commit, sync, write_json
+from ..conf.artifact import commit, sync, write_atomic, write_json
 from ..models.draft_head import DraftHead
-from ..models.formats import HELDOUT_WALKS, checkpoint_steps, save_head
-from .heldout import Walks
+from ..models.formats import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
+from .heldout import Walk, Walks
 
-_SAVING = ".saving"
+STATE = "trainer.json"
+_SAVING, _UNIVERSAL = ".saving", ".universal"
+
+
+@dataclass
+class TrainerState:
+    """What a run knows beside its weights, optimizer and RNG."""
+
+    step: int = 0  # optimizer steps made
+    acceptance: list[float] = field(default_factory=list)  # running probability of acceptance by TTT step
+    skipped_steps: int = 0  # in all
+    skipped_in_a_row: int = 0
+    best_step: int | None = None
+    best_acceptance_length: float = 0.0
+    walks: Walks = field(default_factory=dict)  # held-out rounds of these weights; empty where they were not walked
 
 
 def save_checkpoint(
-    engine: Any, head: DraftHead, folder: Path, state: dict[str, Any], record: dict[str, Any], keep: int
+    engine: Any, head: DraftHead, folder: Path, state: TrainerState, record: dict[str, Any], keep: int
 ) -> None:
     """Write checkpoints/step-<n> on all ranks; it appears under its name only when it is whole.
 
     Args:
-        state: what `load_checkpoint` gives back: `step`, `acceptance`, and `walks`, the held-out rounds.
         record: the head's record (`fledge.json`).
-        keep: how many of the newest checkpoints stay.
+        keep: how many of the newest checkpoints stay, beside the best.
+
+    Raises:
+        ValueError: it cannot be written; the checkpoints before it are as they were.
     """
     saving = folder / _SAVING
-    if dist.get_rank() == 0:
-        shutil.rmtree(saving, ignore_errors=True)
-        saving.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=_SAVING, client_state=state, save_latest=False)
-    torch.save(torch.get_rng_state(), saving / f"rng-{dist.get_rank()}.pt")
-    parameters = list(head.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+    try:
         if dist.get_rank() == 0:
-            save_head(saving, head, record, next(iter(parameters)).dtype)
-            write_json(saving / HELDOUT_WALKS, _as_json(state["walks"]))
+            shutil.rmtree(saving, ignore_errors=True)
+            saving.mkdir(parents=True)
+        dist.barrier()
+        _write(engine, head, saving, state, record)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
+        shutil.rmtree(saving, ignore_errors=True)
+        left = shutil.disk_usage(folder).free / 2**30
+        raise ValueError(
+            f"the checkpoint of step {state.step} cannot be written to {folder} ({_first_line(error)}; {left:.1f} GiB "
+            "free): make room there; the same command goes on from the checkpoint before"
+        ) from error
     dist.barrier()
     if dist.get_rank() == 0:
         for path in saving.rglob("*"):
             if path.is_file():
                 sync(path)
-        final = folder / f"step-{state['step']}"
+        final = folder / f"step-{state.step}"
         shutil.rmtree(final, ignore_errors=True)
         commit(saving, final)
+        _name(folder, state)
         for old in checkpoint_steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old}")
+            if old != state.best_step:
+                shutil.rmtree(folder / f"step-{old}")
     dist.barrier()
 
 
-def _as_json(walks: Walks) -> dict[str, Any]:
-    return {
-        str(num): {name: dataclasses.asdict(walked) for name, walked in by_id.items()} for num, by_id in walks.items()
-    }
+def _write(engine: Any, head: DraftHead, saving: Path, state: TrainerState, record: dict[str, Any]) -> None:
+    """Write every file of a checkpoint."""
+    universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # what its conversion asks for
+    engine.save_checkpoint(str(saving.parent), tag=saving.name, client_state=universal, save_latest=False)
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    torch.save(rng, saving / f"rng-{dist.get_rank()}.pt")
+    parameters = list(head.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        if dist.get_rank() == 0:
+            save_head(saving, head, record, next(iter(parameters)).dtype)
+            values = dataclasses.asdict(state)
+            write_json(saving / HELDOUT_WALKS, values.pop("walks"))
+            layout = {"num_processes": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+            write_json(saving / STATE, values | layout)
 
 
-def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any] | None:
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def _name(folder: Path, state: TrainerState) -> None:
+    """Write which checkpoint is the latest and which the best."""
+    for name, step in {LATEST: state.step, BEST: state.best_step}.items():
+        if step is not None:
+            write_atomic(folder / name, f"step-{step}\n")
+
+
+def needs_conversion(folder: Path, zero_stage: int) -> bool:
+    """Whether the newest checkpoint was written by another number of processes, or at another ZeRO stage."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return False
+    written = _read_state(folder / f"step-{steps[-1]}")
+    return bool((written["num_processes"], written["zero_stage"]) != (dist.get_world_size(), zero_stage))
+
+
+def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
     """Restore weights, optimizer and RNG from the newest checkpoint and give its state; None where there is none.
 
+    An engine started for it (`needs_conversion`) loads the checkpoint through DeepSpeed's universal format.
+
     Raises:
-        ValueError: the checkpoint was written by another number of processes, or cannot be read.
+        ValueError: the checkpoint cannot be read.
     """
     steps = checkpoint_steps(folder)
     if not steps:
         return None
     newest = folder / f"step-{steps[-1]}"
-    num_ranks = len(list(newest.glob("rng-*.pt")))
-    if num_ranks != dist.get_world_size():
-        raise ValueError(
-            f"{newest} was written by {num_ranks} processes, this start has {dist.get_world_size()}: start as many"
-        )
-    path, state = engine.load_checkpoint(str(folder), tag=newest.name)
+    values = _read_state(newest)
+    converts = engine.load_universal_checkpoint()
+    if converts:
+        if dist.get_rank() == 0:
+            _convert(newest, folder / _UNIVERSAL)
+        dist.barrier()
+    path, _ = engine.load_checkpoint(str(folder), tag=_UNIVERSAL if converts else newest.name)
     if path is None:
         raise ValueError(f"{newest} cannot be read: delete it, training goes on from the checkpoint before")
-    torch.set_rng_state(torch.load(newest / f"rng-{dist.get_rank()}.pt", weights_only=True))
+    dist.barrier()
+    if converts and dist.get_rank() == 0:
+        shutil.rmtree(folder / _UNIVERSAL)
+    rng_path = newest / f"rng-{dist.get_rank()}.pt"
+    if rng_path.is_file():  # a rank that was not there before keeps the state it has from its start
+        rng = torch.load(rng_path, weights_only=True)
+        torch.set_rng_state(rng["cpu"])
+        if torch.cuda.is_available() and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
+    walks = json.loads((newest / HELDOUT_WALKS).read_text())
+    known = {entry.name for entry in dataclasses.fields(TrainerState)}
+    state = TrainerState(**{name: value for name, value in values.items() if name in known})
+    state.walks = {int(num): {name: Walk(**walked) for name, walked in by_id.items()} for num, by_id in walks.items()}
+    if dist.get_rank() == 0:
+        _name(folder, state)  # a kill may have come between the checkpoint and its names
     return state
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((checkpoint / STATE).read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint / STATE} cannot be read ({error}): delete {checkpoint}, training goes on from the one before"
+        ) from None
+
+
+def _convert(checkpoint: Path, target: Path) -> None:
+    """Write a checkpoint in DeepSpeed's universal format, which any number of processes and ZeRO stage can load."""
+    shutil.rmtree(target, ignore_errors=True)
+    options = Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)

@@ -34,8 +34,8 @@ def start_processes() -> torch.device:
     return device
 
 
-def stop_processes() -> None:
-    """Leave the process group when every rank is done.
+def stop_processes(exit_code: int = 0) -> None:
+    """Leave the process group when every rank is done; with an exit code, end.
 
     Of several ranks on the CPU each then ends here: gloo's threads now and then abort a process whose interpreter has
     shut down already (2 of 24 runs on a busy machine), and the launcher would call the finished run failed.
@@ -46,31 +46,64 @@ def stop_processes() -> None:
     if ends_here:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(exit_code)
+    if exit_code:
+        sys.exit(exit_code)
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """Derive DeepSpeed's configuration; the one place where its keys are written."""
+def micro_batches(config: Config) -> int:
+    """Give how many packs each rank accumulates in an optimizer step."""
+    packs, ranks = config.train.packs_per_step, dist.get_world_size()
+    if packs % ranks:
+        raise ValueError(f"train.packs_per_step must be a multiple of the {ranks} processes, got {packs}")
+    return packs // ranks
+
+
+def deepspeed_config(config: Config, universal: bool = False) -> dict[str, Any]:
+    """Derive DeepSpeed's configuration; the one place where its keys are written.
+
+    Args:
+        universal: a checkpoint is loaded in the format that is free of ranks and ZeRO stage.
+    """
     offload = {"offload_optimizer": {"device": "cpu"}} if config.deepspeed.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.train.micro_batches,
+        "gradient_accumulation_steps": micro_batches(config),
         "gradient_clipping": config.train.max_grad_norm,
         "zero_optimization": {"stage": config.deepspeed.zero_stage, **offload},
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.train.dtype is Dtype.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
     }
 
 
-def start_engine(module: nn.Module, config: Config) -> Any:
+def start_engine(module: nn.Module, config: Config, universal: bool = False) -> Any:
     """Wrap a module in a DeepSpeed engine with AdamW over its trained parameters."""
     options = config.train
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     first, second = options.betas
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, universal))
+    if hasattr(engine.optimizer, "check_grad_overflow"):
+        engine.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look in bfloat16 only; ZeRO 3 always does
     return engine
+
+
+def end_micro_batch(engine: Any) -> bool:
+    """Count a micro-batch; after the last of a step update the weights, and say whether that was done.
+
+    A step whose gradient is not finite is skipped on every rank: DeepSpeed finds it when it takes the gradient's norm.
+    """
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            engine.module.zero_grad()  # stage 0 does not look: without gradients AdamW leaves everything as it is
+            engine.step()
+            return False
+    engine.step()
+    return bool(engine.was_step_applied())
 
 
 def learning_rate(options: TrainConfig, step: int, num_steps: int) -> float:
@@ -81,6 +114,13 @@ def learning_rate(options: TrainConfig, step: int, num_steps: int) -> float:
     progress = (step - warmup) / max(1, num_steps - warmup)
     floor = options.min_lr_share
     return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank."""
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,28 +20,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conf.artifact import Artifact, artifact, digest, write_atomic
+from ..conf.artifact import Artifact, artifact, digest, file_digest, write_atomic
 from ..conf.progress import Progress
 from ..conf.schema import Config, TTTLoss
 from ..data_synthesis.prompts import is_heldout
 from ..data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
-from ..models.formats import checkpoint_steps
+from ..models.formats import WEIGHTS, checkpoint_steps
 from ..models.verifier import VerifierWeights, check_identity, load_config, logit_transform
 from ..models.vocabulary import VocabularyMap
 from .batches import PackStream, collate, pack
-from .checkpoints import load_checkpoint, save_checkpoint
-from .engine import learning_rate, start_engine, start_processes, stop_processes, sum_over_ranks
+from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
+from .engine import (
+    any_rank,
+    end_micro_batch,
+    learning_rate,
+    micro_batches,
+    start_engine,
+    start_processes,
+    stop_processes,
+    sum_over_ranks,
+)
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
 from .rows import PackedBatch
+from .signals import StopSignals
 from .tracking import Tracker
 from .ttt import TTTModule, count_rows, find_targets
 
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
     *("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums"),
-    *("checkpoint_activations", "triton"),
+    *("checkpoint_activations", "triton", "max_skipped_steps", "init_from"),  # the head at init_from counts by content
 )
 
 
@@ -84,8 +96,7 @@ def _settings(
         "draft_vocabulary": digest(vocabulary.target_ids.tolist()),
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
-        "zero_stage": config.deepspeed.zero_stage,
-        "num_processes": dist.get_world_size(),
+        "init_from": file_digest(Path(config.train.init_from) / WEIGHTS) if config.train.init_from else None,
     }
 
 
@@ -143,6 +154,7 @@ class Trainer:
         initialise(self.head, embedding, verifier_lm_head * transform.scale, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
         options = config.train
+        micro_batches(config)  # refused before anything is read
         self.module = TTTModule(
             self.head,
             options.ttt_steps,
@@ -153,98 +165,158 @@ class Trainer:
             options.checkpoint_activations,
             options.triton,
         )
-        self.engine = start_engine(self.module, config)
+        self.checkpoints = config.training_folder / "checkpoints"
+        universal = needs_conversion(self.checkpoints, config.deepspeed.zero_stage)
+        self.engine = start_engine(self.module, config, universal)
         # Running mean (a tenth of each optimizer step) of the probability of acceptance at each draft step, from 0 on:
         # the losses that blend begin as KL.
         self.acceptance = torch.zeros(options.ttt_steps, device=device)
+        self.state = TrainerState()
+        self.walks: Walks = {}  # the latest
 
         self.split = Split.of(store, config.train.batch_tokens)
         self.packs = PackStream(store.lengths, self.split.train, config.train.batch_tokens, config.train.seed)
-        self.packs_per_step = self.world * config.train.micro_batches
+        self.micro_batches = micro_batches(config)
+        self.packs_per_step = options.packs_per_step
         self.packs_per_epoch = len(self.packs.epoch(0))
-        self.num_steps = config.train.max_steps or max(
-            1, config.train.epochs * self.packs_per_epoch // self.packs_per_step
-        )
+        self.num_steps = options.max_steps or max(1, options.epochs * self.packs_per_epoch // self.packs_per_step)
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
         self.heldout_packs = pack(store.lengths, self.split.heldout, max([config.train.batch_tokens, *store.lengths]))
-        self.walks: Walks = {}
 
     def run(self) -> None:
-        """Train from the newest checkpoint, or the start, to the last step."""
-        folder = self.config.training_folder / "checkpoints"
-        state = load_checkpoint(self.engine, folder)
-        step = state["step"] if state else 0
-        self.walks = state["walks"] if state else {}
-        if state:
-            self.acceptance = torch.tensor(state["acceptance"], device=self.device)
-        if self.target:
-            self._announce(step)
-            self.target.save(complete=False)
-            values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-            write_atomic(self.target.folder / "config.yaml", values)
-        tracker = self._tracker(step) if self.rank == 0 else None
-        progress = Progress("train", self.num_steps, "step", done=step) if self.rank == 0 else None
-        batches = self._batches(step)
-        sums = torch.zeros(self.config.train.ttt_steps, len(SUMS), device=self.device)
+        """Train from the newest checkpoint, or the start, to the last step.
+
+        Raises:
+            SystemExit: a signal asked to stop; everything is saved.
+        """
+        signals = StopSignals()
+        state = self._resume()
+        tracker = self._tracker(state.step) if self.rank == 0 else None
+        progress = Progress("train", self.num_steps, "step", done=state.step) if self.rank == 0 else None
+        batches = self._batches(state.step)
+        options = self.config.train
+        sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
         tokens, since = 0, time.monotonic()
-        while step < self.num_steps:
-            micro_batches = list(itertools.islice(batches, self.config.train.micro_batches))
-            sums += self._optimizer_step(step, micro_batches)
-            tokens += sum(len(batch.input_ids) for batch in micro_batches)
-            step += 1
-            save = step % self.config.train.save_every == 0 or step == self.num_steps
-            if step % self.config.train.log_every == 0 or save:
-                metrics = self._metrics(step, sums, tokens / (time.monotonic() - since))
+        stop = False
+        while state.step < self.num_steps and not stop:
+            packed = list(itertools.islice(batches, self.micro_batches))
+            sums += self._optimizer_step(packed)
+            tokens += sum(len(batch.input_ids) for batch in packed)
+            stop = any_rank(signals.received is not None)
+            save = state.step % options.save_every == 0 or state.step == self.num_steps
+            if state.step % options.log_every == 0 or save:
+                metrics = self._metrics(state.step, sums, tokens / (time.monotonic() - since))
                 if tracker and progress is not None:
-                    tracker.log(step, metrics)
+                    tracker.log(state.step, metrics)
                     progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 sums.zero_()
                 tokens, since = 0, time.monotonic()
-            if self.heldout_packs and (save or step % self.config.train.heldout_every == 0):
+            walked = bool(self.heldout_packs) and (save or state.step % options.heldout_every == 0)
+            if walked:
                 self._walk_heldout()
                 if tracker:
-                    tracker.log(step, {f"heldout/{name}": value for name, value in self._acceptance().items()})
-            if save:
-                state = {"step": step, "walks": self.walks, "acceptance": self.acceptance.tolist()}
-                keep = self.config.train.keep_checkpoints
-                save_checkpoint(self.engine, self.head, folder, state, self._record(step), keep)
+                    tracker.log(state.step, {f"heldout/{name}": value for name, value in self._acceptance().items()})
+            if save or stop:
+                self._save(walked)
             if progress is not None:
                 progress.update()
-        if tracker and progress is not None and self.target:
+        if tracker and progress is not None:
             progress.close()
             tracker.close()
+        if state.step < self.num_steps:
+            if self.rank == 0:
+                print(
+                    f"training: stopped by {signals.name}, step {state.step} is saved; the same command goes on",
+                    flush=True,
+                )
+            stop_processes(signals.exit_code)
+        if self.target:
             self.target.finish(steps=self.num_steps, heldout=self._acceptance())
-            print(f"training: step {self.num_steps} in {folder}; held-out {self._postfix({})}")
+            print(f"training: step {self.num_steps} in {self.checkpoints}; held-out {self._postfix({})}")
 
-    def _optimizer_step(self, step: int, micro_batches: list[PackedBatch]) -> Tensor:
-        """Run forward, backward and the update of one step; give this rank's metric sums.
+    def _resume(self) -> TrainerState:
+        """Load the newest checkpoint if there is one, and write what the run is to its folder."""
+        loaded = load_checkpoint(self.engine, self.checkpoints)
+        if loaded:
+            self.state, self.walks = loaded, loaded.walks
+            self.acceptance = torch.tensor(loaded.acceptance, device=self.device)
+        if self.target:
+            self._announce(self.state.step)
+            self.target.save(complete=False)
+            values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+            write_atomic(self.target.folder / "config.yaml", values)
+        return self.state
+
+    def _save(self, walked: bool) -> None:
+        """Write a checkpoint: the best so far if its weights were `walked` and accept more than those saved before."""
+        state = self.state
+        state.acceptance = self.acceptance.tolist()
+        state.walks = self.walks if walked else {}
+        if walked:
+            found = self._acceptance()[f"acceptance_length_{self.config.evaluate.num_draft_tokens}"]
+            if state.best_step is None or found > state.best_acceptance_length:
+                state.best_step, state.best_acceptance_length = state.step, found
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.engine, self.head, self.checkpoints, state, self._record(state.step, walked), keep)
+
+    def _optimizer_step(self, packed: list[PackedBatch]) -> Tensor:
+        """Run forward, backward and the update of one step; give this rank's metric sums (zeros if it was skipped).
 
         N_k is added up over ranks and micro-batches before the first backward, so that the loss does not depend on how
         rows are spread over them. DeepSpeed averages gradients over both, which the factor undoes.
         """
         options = self.config.train
-        rows = [batch.useful_rows(options.ttt_steps) for batch in micro_batches]
+        rows = [batch.useful_rows(options.ttt_steps) for batch in packed]
         targets = [
             find_targets(self.head, batch, here, self.verifier_lm_head, self.module.transform)
-            for batch, here in zip(micro_batches, rows, strict=True)
+            for batch, here in zip(packed, rows, strict=True)
         ]
         num_counted = sum_over_ranks(
             torch.stack([count_rows(*pair) for pair in zip(targets, rows, strict=True)]).sum(0)
         )
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(options, step, self.num_steps)
+            group["lr"] = learning_rate(options, self.state.step, self.num_steps)
         sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
-        for batch, known in zip(micro_batches, targets, strict=True):
+        losses = []
+        updated = False
+        for batch, known in zip(packed, targets, strict=True):
             arguments = known, num_counted, self.acceptance
             loss, batch_sums = self.engine(batch, self.embedding, self.verifier_lm_head, *arguments)
             self.engine.backward(loss * self.packs_per_step)
-            self.engine.step()
+            updated = end_micro_batch(self.engine)
             sums += batch_sums
+            losses.append(loss.detach())
+        self.state.step += 1
+        if not updated:
+            self._skip(packed, losses)
+            return torch.zeros_like(sums)
+        self.state.skipped_in_a_row = 0
         if options.loss in (TTTLoss.lk_lambda, TTTLoss.acceptance_length):
             overlap = sum_over_ranks(sums[:, SUMS.index("overlap")].clone())
             latest = torch.where(num_counted > 0, overlap / num_counted.clamp(min=1), self.acceptance)
             self.acceptance = torch.lerp(self.acceptance, latest, 0.1)
         return sums
+
+    def _skip(self, packed: list[PackedBatch], losses: list[Tensor]) -> None:
+        """Count a step without an update and name the samples whose loss was not finite.
+
+        Raises:
+            ValueError: too many such steps in a row.
+        """
+        here = [batch for batch, loss in zip(packed, losses, strict=True) if not loss.isfinite()]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, [name for batch in here for name in batch.suspects()])
+        names = [name for of_rank in gathered for name in of_rank]
+        cause = f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the gradient"
+        self.state.skipped_steps += 1
+        self.state.skipped_in_a_row += 1
+        if self.rank == 0:
+            print(f"train: step {self.state.step} is skipped: {cause} is not finite", file=sys.stderr, flush=True)
+        if self.state.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise ValueError(
+                f"{self.state.skipped_in_a_row} steps in a row were skipped, the last as {cause} is not finite: look "
+                "at these samples, or lower train.lr; the same command goes on from the newest checkpoint"
+            )
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
@@ -286,14 +358,14 @@ class Trainer:
         loss = f"loss {metrics['train/loss']:.3f} " if metrics else ""
         return loss + " ".join(f"τ@{name.rpartition('_')[2]} {value:.2f}" for name, value in self._acceptance().items())
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def _record(self, step: int, walked: bool) -> dict[str, Any]:
         return {
             "verifier": self.store.manifest["settings"]["verifier"],
             "verifier_path": self.config.verifier.path,
             "hidden_states": self.store.manifest["digest"],
             "step": step,
             "ttt_steps": self.config.train.ttt_steps,
-            "heldout": self._acceptance(),
+            "heldout": self._acceptance() if walked else {},
         }
 
     def _tracker(self, step: int) -> Tracker:

@@ -80,6 +80,12 @@ class PackedBatch:
             self.useful_rows(ttt_steps).to(device),
         )
 
+    def suspects(self) -> list[str]:
+        """Give the ids of the documents with states that are not finite, or of all where every state is finite."""
+        finite = (self.aux_hidden_states.isfinite().all(-1) & self.last_hidden_state.isfinite().all(-1)).cpu()
+        parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
+        return [name for name, part in parts if not part.all()] or self.sample_ids
+
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
         """Give the useful rows of K steps; those found by `to` if they are for as many."""
         if self.useful is not None and len(self.useful.steps) == ttt_steps:

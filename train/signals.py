@@ -1,0 +1,35 @@
+"""Signals that end training at the next step, with everything saved."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from ..conf.run import EXIT_AGAIN
+
+# SIGTERM comes from schedulers and launchers, SIGUSR1 from `sbatch --signal=USR1@120`, SIGINT from a keyboard.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignals:
+    """Remembers the first signal that asks training to stop; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in _SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
+
+    @property
+    def name(self) -> str:
+        """Give the signal's name; another rank may have got one where this rank got none."""
+        return self.received.name if self.received else "a signal"
+
+    @property
+    def exit_code(self) -> int:
+        """Give the code to end with: 130 after a keyboard's signal, else the one that asks for another start."""
+        return 128 + signal.SIGINT if self.received is signal.SIGINT else EXIT_AGAIN
