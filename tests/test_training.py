@@ -85,7 +85,8 @@ def alone(finished, tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_processes_give_the_curve_of_one_with_the_same_samples(finished, run, alone, zero_stage):
     copy_until_dump(finished, run)
-    run("train", f"deepspeed.zero_stage={zero_stage}", "train.loss=lk_lambda", processes=2)
+    options = [f"deepspeed.zero_stage={zero_stage}", "train.packs_per_step=2", "train.loss=lk_lambda"]
+    run("train", *options, processes=2)
     together = read_metrics(run.path / "training")
     assert [r["step"] for r in together] == [r["step"] for r in alone]
     for ours, theirs in zip(together, alone, strict=True):

@@ -116,12 +116,24 @@ def _name(folder: Path, state: TrainerState) -> None:
 
 
 def needs_conversion(folder: Path, zero_stage: int) -> bool:
-    """Whether the newest checkpoint was written by another number of processes, or at another ZeRO stage."""
+    """Whether the newest checkpoint was written by another number of processes, or at another ZeRO stage.
+
+    Raises:
+        ValueError: DeepSpeed cannot move it to this stage.
+    """
     steps = checkpoint_steps(folder)
     if not steps:
         return False
-    written = _read_state(folder / f"step-{steps[-1]}")
-    return bool((written["num_processes"], written["zero_stage"]) != (dist.get_world_size(), zero_stage))
+    newest = folder / f"step-{steps[-1]}"
+    written = _read_state(newest)
+    before = written["zero_stage"]
+    if before != zero_stage and {before, zero_stage} != {1, 2}:
+        raise ValueError(
+            f"deepspeed.zero_stage must stay {before}, with which {newest} was written, got {zero_stage}: DeepSpeed "
+            "converts between stages 1 and 2 only"
+        )
+    same = (written["num_processes"], before) == (dist.get_world_size(), zero_stage)
+    return not same and zero_stage > 0  # at stage 0 every rank loads the same
 
 
 def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:

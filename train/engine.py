@@ -99,8 +99,8 @@ def end_micro_batch(engine: Any) -> bool:
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
-            engine.module.zero_grad()  # stage 0 does not look: without gradients AdamW leaves everything as it is
-            engine.step()
+            engine.module.zero_grad()  # stage 0 does not look, and its step cannot be told to leave all as it is
+            engine.micro_steps += 1
             return False
     engine.step()
     return bool(engine.was_step_applied())

@@ -47,6 +47,7 @@ from .rows import PackedBatch
 from .signals import StopSignals
 from .tracking import Tracker
 from .ttt import TTTModule, count_rows, find_targets
+from .warm_start import trained_head
 
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
@@ -61,14 +62,15 @@ def train(config: Config) -> None:
     store = HiddenStateStore(config.hidden_states_folder)
     if config.train.verify_checksums:
         store.verify(dist.get_rank(), dist.get_world_size())
-    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
-    vocabulary = load_vocabulary(store, head)
+    if config.train.init_from:
+        head = trained_head(config)
+    else:
+        shape = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+        head = DraftHead(shape, load_vocabulary(store, shape))
     with ExitStack() as stack:
         target = None
         if dist.get_rank() == 0:
-            opened = artifact(
-                config.training_folder, "training", _settings(config, store, head, vocabulary), config.overwrite
-            )
+            opened = artifact(config.training_folder, "training", _settings(config, store, head), config.overwrite)
             target = stack.enter_context(opened)
         done = [bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))]
         dist.broadcast_object_list(done)
@@ -76,24 +78,21 @@ def train(config: Config) -> None:
             if target:
                 print(f"training: {target.folder} is complete")
         else:
-            Trainer(config, store, DraftHead(head, vocabulary), device, target).run()
+            Trainer(config, store, head, device, target).run()
     stop_processes()
 
 
-def _settings(
-    config: Config, store: HiddenStateStore, head: DraftHeadConfig, vocabulary: VocabularyMap
-) -> dict[str, Any]:
+def _settings(config: Config, store: HiddenStateStore, head: DraftHead) -> dict[str, Any]:
     """Give everything that determines the weights; refuse a store that contradicts the configuration."""
     recorded = store.manifest["settings"]
     check_identity(recorded["verifier"], config.verifier, str(store.folder), "set the same verifier or dump anew")
-    if list(head.aux_layers) != recorded["aux_layers"]:
-        raise ValueError(
-            f"draft.aux_layers is {list(head.aux_layers)}, {store.folder} holds layers {recorded['aux_layers']}"
-        )
+    aux_layers = list(head.config.aux_layers)
+    if aux_layers != recorded["aux_layers"]:
+        raise ValueError(f"draft.aux_layers is {aux_layers}, {store.folder} holds layers {recorded['aux_layers']}")
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
     return {
         "hidden_states": store.manifest["digest"],
-        "draft_vocabulary": digest(vocabulary.target_ids.tolist()),
+        "draft_vocabulary": digest(head.target_ids.tolist()),
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
         "init_from": file_digest(Path(config.train.init_from) / WEIGHTS) if config.train.init_from else None,
@@ -151,7 +150,8 @@ class Trainer:
         self.verifier_lm_head = verifier_lm_head.to(device, self.dtype)
         self.head = head.to(device)
         transform = logit_transform(load_config(config.verifier))
-        initialise(self.head, embedding, verifier_lm_head * transform.scale, config.train.seed)
+        if not config.train.init_from:
+            initialise(self.head, embedding, verifier_lm_head * transform.scale, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
         options = config.train
         micro_batches(config)  # refused before anything is read

@@ -1,0 +1,33 @@
+"""Training that goes on from a head trained before, by fledge or elsewhere (`fledge import`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ..conf.schema import Config
+from ..models.draft_head import DraftHead
+from ..models.formats import load_head
+from ..models.verifier import check_identity
+
+
+def trained_head(config: Config) -> DraftHead:
+    """Read the head at `train.init_from`, with its draft vocabulary.
+
+    Raises:
+        ValueError: it was trained for another verifier, or options of `draft` contradict it (null never does).
+    """
+    assert config.train.init_from
+    head, record = load_head(Path(config.train.init_from))
+    check_identity(record["verifier"], config.verifier, config.train.init_from, "set the verifier it was trained for")
+    has = {**dataclasses.asdict(head.config), "vocab_size": head.config.draft_vocab_size}
+    has["aux_layers"] = list(head.config.aux_layers)
+    changes = [
+        f"draft.{name}={json.dumps(has[name])}"
+        for name, asked in dataclasses.asdict(config.draft).items()
+        if name in has and asked is not None and asked != has[name]
+    ]
+    if changes:
+        raise ValueError(f"draft must describe the head at train.init_from: set {' '.join(changes)}")
+    return head
