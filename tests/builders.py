@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
+from fledge.train.tracking import read_metrics
 
 SMALL_DECODER = {  # of verifiers made on the spot
     "hidden_size": 64,
@@ -158,3 +160,19 @@ class Run:
         )
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+
+def copy_until_dump(source: Run, target: Run) -> Run:
+    """Give a run the conversations and hidden states of another."""
+    target.path.mkdir(parents=True)
+    for name in ("conversations", "hidden_states"):
+        shutil.copytree(source.path / name, target.path / name)
+    return target
+
+
+_OF_THE_MACHINE = ("train/tokens_per_s",)
+
+
+def metrics_of(run: Run) -> list[dict[str, float]]:
+    """Give the records of a training, without what depends on the machine."""
+    return [{k: v for k, v in r.items() if k not in _OF_THE_MACHINE} for r in read_metrics(run.path / "training")]

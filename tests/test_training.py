@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import Run
+from builders import Run, copy_until_dump
 from fledge.models.draft_head import of_width
 from fledge.models.formats import load_head
 from fledge.models.verifier import VerifierWeights
@@ -29,15 +29,6 @@ def optimizer_state(checkpoint) -> list[torch.Tensor]:
     for path in sorted(checkpoint.glob("*optim_states.pt")):
         collect(torch.load(path, weights_only=False)["optimizer_state_dict"])
     return tensors
-
-
-def copy_until_dump(source: Run, target: Run) -> Run:
-    import shutil
-
-    target.path.mkdir(parents=True)
-    for name in ("conversations", "hidden_states"):
-        shutil.copytree(source.path / name, target.path / name)
-    return target
 
 
 @pytest.mark.parametrize(("zero_stage", "loss"), [(1, "kl"), (3, "lk_lambda")])

@@ -1,0 +1,161 @@
+"""Training that is stopped, moved, or meets bad numbers and full disks: it goes on, or says what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from builders import Run, copy_until_dump, metrics_of
+from fledge.models.formats import checkpoint_steps, head_folder, load_head
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+def checkpoints(run: Run):
+    return run.path / "training" / "checkpoints"
+
+
+def weights(run: Run, step: int = 24) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run) / f"step-{step}" / "model.safetensors")
+
+
+def as_if_killed_after(run: Run, step: int) -> None:
+    """Take a finished training back to one of its checkpoints."""
+    for later in checkpoint_steps(checkpoints(run)):
+        if later > step:
+            shutil.rmtree(checkpoints(run) / f"step-{later}")
+    manifest = run.path / "training" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_else(finished, run, number, code):
+    copy_until_dump(finished, run)
+    stage = "run" if number == signal.SIGUSR1 else "train"  # `fledge run` passes it on
+    command = run.command(stage, "train.save_every=24", "train.log_every=1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while len(metrics_of(run)) < 4 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert f"stopped by {number.name}, step" in output
+    [stopped] = checkpoint_steps(checkpoints(run))
+    assert 4 <= stopped < 24
+    assert not json.loads((checkpoints(run) / f"step-{stopped}" / "heldout_walks.json").read_text()), "not walked there"
+    done = run("train")
+    assert f"going on from step {stopped}" in done.stdout
+    ours, theirs = weights(run), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("zero_stage", "processes"), [(2, (1, 2)), (3, (2, 1))])
+def test_training_moves_to_another_number_of_processes(finished, run, tmp_path, zero_stage, processes):
+    copy_until_dump(finished, run)
+    options = [f"deepspeed.zero_stage={zero_stage}", "train.packs_per_step=2"]
+    run("train", *options, processes=processes[0])
+    moved = Run(tmp_path / "moved", run.verifier)
+    shutil.copytree(run.path, moved.path)
+    as_if_killed_after(moved, 9)
+    done = moved("train", *options, processes=processes[1])
+    assert f"{processes[1]} process(es)" in done.stdout
+    assert "going on from step 9" in done.stdout
+    for ours, theirs in zip(metrics_of(moved), metrics_of(run), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    ours, theirs = weights(moved), weights(run)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
+    assert not (checkpoints(moved) / ".universal").exists()
+    as_if_killed_after(moved, 18)
+    refused = moved("train", f"deepspeed.zero_stage={5 - zero_stage}", *options[1:], code=2)
+    assert f"deepspeed.zero_stage must stay {zero_stage}" in refused.stderr
+
+
+def poison(run: Run) -> str:
+    """Make one stored state infinite and give the id of its sample."""
+    path = sorted((run.path / "hidden_states").glob("shard-*"))[0]
+    with safe_open(path, "pt") as shard:
+        metadata = shard.metadata()
+    tensors = load_file(path)
+    tensors["aux_hidden_states"][5, 0] = float("inf")
+    save_file(tensors, path, metadata=metadata)
+    return str(json.loads(metadata["sample_ids"])[0])
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "float32")])
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_its_sample_named(finished, run, zero_stage, dtype):
+    copy_until_dump(finished, run)
+    name = poison(run)
+    options = [f"deepspeed.zero_stage={zero_stage}", f"train.dtype={dtype}", "train.packs_per_step=2"]
+    done = run("train", *options, "train.verify_checksums=false")
+    skipped = [line for line in done.stderr.splitlines() if "is skipped" in line]
+    assert skipped
+    assert all(line.endswith(f"is skipped: the loss of {name} is not finite") for line in skipped)
+    state = json.loads((checkpoints(run) / "step-24" / "trainer.json").read_text())
+    assert state["skipped_steps"] == len(skipped)
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+    losses = [r["train/loss"] for r in metrics_of(run) if "train/loss" in r]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_training_that_diverged_stops_and_keeps_its_checkpoint(finished, run):
+    copy_until_dump(finished, run)
+    run("train")
+    as_if_killed_after(run, 9)
+    refused = run("train", "train.max_skipped_steps=2", "train.lr=1e30", "train.warmup_share=0", code=2)
+    assert "made with other settings (train.lr" in refused.stderr
+    fresh = Run(run.folder, run.verifier, name="diverged")
+    copy_until_dump(finished, fresh)
+    refused = fresh("train", "train.max_skipped_steps=2", "train.lr=1e30", "train.warmup_share=0", code=2)
+    assert "2 steps in a row were skipped" in refused.stderr
+    assert "lower train.lr" in refused.stderr
+    assert refused.stderr.count("is skipped:") == 2
+
+
+def test_a_full_disk_costs_nothing_but_the_steps_since_the_last_checkpoint(finished, run):
+    copy_until_dump(finished, run)
+    run("train", "train.max_steps=24")
+    as_if_killed_after(run, 9)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+    command = run.command("train")[3:]
+    code = f"{limit}import sys; from fledge.conf.cli import main; main(sys.argv[1:])"
+    full = subprocess.run(
+        [run.command("train")[0], "-c", code, *command], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert full.returncode == 2, full.stderr
+    assert "the checkpoint of step 18 cannot be written" in full.stderr
+    assert checkpoint_steps(checkpoints(run)) == [9]
+    assert not (checkpoints(run) / ".saving").exists()
+    run("train")
+    ours, theirs = weights(run), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_best_checkpoint_stays_and_is_the_one_that_is_used(finished, run):
+    copy_until_dump(finished, run)
+    training = run.path / "training"
+    run("train", "train.save_every=3", "train.keep_checkpoints=1", "train.lr=8e-2", "train.warmup_share=0")
+    state = json.loads((checkpoints(run) / "step-24" / "trainer.json").read_text())
+    saved = {r["step"]: r["heldout/acceptance_length_3"] for r in metrics_of(run) if "heldout/acceptance_length_3" in r}
+    best = max(saved, key=lambda step: (saved[step], -step))
+    assert best < 24, "with this learning rate the last checkpoint is not the best"
+    assert (state["best_step"], state["best_acceptance_length"]) == (best, saved[best])
+    assert checkpoint_steps(checkpoints(run)) == [best, 24]
+    assert head_folder(None, training) == head_folder("best", training) == checkpoints(run) / f"step-{best}"
+    assert head_folder("latest", training) == checkpoints(run) / "step-24"
+
+
+def test_a_warm_start_begins_where_the_other_head_ended(finished, run):
+    copy_until_dump(finished, run)
+    trained = checkpoints(finished) / "step-24"
+    refused = run("train", f"train.init_from={trained}", "draft.fc_norm=false", "draft.num_layers=2", code=2)
+    assert "set draft.num_layers=1 draft.fc_norm=true" in refused.stderr
+    run("train", f"train.init_from={trained}", "train.lr=1e-30", "train.max_steps=1")
+    head, _ = load_head(checkpoints(run) / "step-1")
+    given, _ = load_head(trained)
+    for name, tensor in given.state_dict().items():
+        assert torch.allclose(head.state_dict()[name], tensor, atol=1e-12), name
