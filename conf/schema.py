@@ -158,7 +158,8 @@ class TrainConfig:
     heldout_every: int = 200  # steps between measurements of held-out acceptance length
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest that stay
-    num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere torchrun decides
+    num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere the launcher decides
+    collective_timeout_s: int = 1800  # a rank that lets the others wait longer ends the run
     verify_checksums: bool = True  # read every shard once before the first step
 
 
@@ -282,6 +283,7 @@ def validate(config: Config) -> None:
         "train.save_every": config.train.save_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
         "train.num_processes": config.train.num_processes,
+        "train.collective_timeout_s": config.train.collective_timeout_s,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,
     }

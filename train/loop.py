@@ -29,9 +29,10 @@ from ..models.verifier import VerifierWeights, check_identity, load_config, logi
 from ..models.vocabulary import VocabularyMap
 from .batches import PackStream, collate, pack
 from .checkpoints import load_checkpoint, save_checkpoint
-from .engine import learning_rate, start_engine, start_processes, stop_processes, sum_over_ranks
+from .engine import learning_rate, start_engine
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .processes import Ranks, joined, sum_over_ranks
 from .rows import PackedBatch
 from .tracking import Tracker
 from .ttt import TTTModule, count_rows, find_targets
@@ -39,33 +40,36 @@ from .ttt import TTTModule, count_rows, find_targets
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
     *("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums"),
-    *("checkpoint_activations", "triton"),
+    *("checkpoint_activations", "triton", "collective_timeout_s"),
 )
 
 
 def train(config: Config) -> None:
     """Train the draft head on runs/<name>/hidden_states/ into runs/<name>/training/; goes on where it was killed."""
-    device = start_processes()
+    with joined(config) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
     store = HiddenStateStore(config.hidden_states_folder)
+    ranks.agree({"hidden_states": store.manifest["digest"]})
     if config.train.verify_checksums:
-        store.verify(dist.get_rank(), dist.get_world_size())
+        store.verify(ranks.rank, ranks.world)
     head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
     vocabulary = load_vocabulary(store, head)
     with ExitStack() as stack:
         target = None
-        if dist.get_rank() == 0:
+        if ranks.rank == 0:
             opened = artifact(
                 config.training_folder, "training", _settings(config, store, head, vocabulary), config.overwrite
             )
             target = stack.enter_context(opened)
-        done = [bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))]
-        dist.broadcast_object_list(done)
-        if done[0]:
+        done = bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))
+        if ranks.any_rank(done):
             if target:
                 print(f"training: {target.folder} is complete")
         else:
-            Trainer(config, store, DraftHead(head, vocabulary), device, target).run()
-    stop_processes()
+            Trainer(config, store, DraftHead(head, vocabulary), ranks, target).run()
 
 
 def _settings(
@@ -128,10 +132,11 @@ class Trainer:
     """One training run: its head, its data, its records."""
 
     def __init__(
-        self, config: Config, store: HiddenStateStore, head: DraftHead, device: torch.device, target: Artifact | None
+        self, config: Config, store: HiddenStateStore, head: DraftHead, ranks: Ranks, target: Artifact | None
     ) -> None:
-        self.config, self.store, self.device = config, store, device
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.config, self.store, self.ranks = config, store, ranks
+        self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
+        device = ranks.device
         self.target = target  # on rank 0
         self.dtype = getattr(torch, config.train.dtype.value)
         weights = VerifierWeights(config.verifier)
@@ -154,6 +159,7 @@ class Trainer:
             options.triton,
         )
         self.engine = start_engine(self.module, config)
+        ranks.bound_collectives()
         # Running mean (a tenth of each optimizer step) of the probability of acceptance at each draft step, from 0 on:
         # the losses that blend begin as KL.
         self.acceptance = torch.zeros(options.ttt_steps, device=device)
