@@ -227,6 +227,46 @@ def test_an_error_of_one_rank_alone_ends_the_others_who_say_that_it_did(dumped):
     assert "rank 0: rank 1 ended: see the log there" in said
 
 
+ASLEEP = """
+import time
+from fledge.conf.schema import Config
+from fledge.train.processes import joined
+
+with joined(Config(name="asleep")) as ranks:
+    ranks.any_rank(False)
+    print("joined", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_ranks_that_wait_for_something_else_notice_the_end_of_one_as_well():
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASLEEP],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+                **Place(rank, 3, rank, 3, "127.0.0.1", port).environment(),
+            },
+        )
+        for rank in range(3)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["joined\n"] * 3
+        processes[1].send_signal(signal.SIGKILL)
+        said = [process.communicate(timeout=30)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in (0, 2):
+        assert processes[rank].returncode == 1
+        assert f"rank {rank}: rank 1 ended: see the log there" in said[rank]
+
+
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(dumped):
     common = ("train.max_steps=100000", "train.log_every=1", "train.collective_timeout_s=3")
     pair = Pair(dumped, torch_environments(), common=common)

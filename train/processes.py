@@ -308,7 +308,7 @@ def ended_message(ended: list[int], text: str = "") -> str:
 
 def _report(error: BaseException, place: Place, watch: Watch | None, timeout_s: int) -> int:
     """Say why this rank ends, and give its exit code."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" This is typically caused by")[0]
     of_network = isinstance(error, RuntimeError)
     timed_out = of_network and bool(_TIMED_OUT.search(text))
     gone = of_network and not timed_out and bool(_PEER_GONE.search(text))
