@@ -31,6 +31,8 @@ COMMANDS = {
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
 
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)  # one sentence and exit code 2; others are faults of ours
+
 USAGE = """fledge trains EAGLE-3 draft heads for speculative decoding.
 
 usage: fledge COMMAND [option=value ...]
@@ -48,7 +50,8 @@ commands:
   fledge demo                                        every stage on a laptop, in minutes
   fledge run experiment=llama31_8b name=first        a whole run
   fledge train experiment=llama31_8b name=first train.lr=5e-5
-  torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first
+  torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
+  srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
@@ -59,6 +62,8 @@ Every option, with its meaning: conf/schema.py. FLEDGE_TRACEBACK=1 shows the tra
 def main(arguments: list[str] | None = None) -> None:
     """Run `fledge COMMAND [overrides]`; exit code 2 for what the user can fix."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # The DeepSpeed launcher says the local rank twice, in the environment and as an argument, which Hydra refuses.
+    arguments = [argument for argument in arguments if argument != f"--local_rank={os.environ.get('LOCAL_RANK')}"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         lines = "\n".join(f"  {name:<11} {meaning}" for name, (_, meaning) in COMMANDS.items())
         print(USAGE.format(commands=lines))
@@ -99,7 +104,7 @@ def _task(command: str, show_traceback: bool) -> Any:
             _quiet_libraries()
             module, function = COMMANDS[command][0].split(":")
             getattr(importlib.import_module(module), function)(config)
-        except (ValueError, OSError, OmegaConfBaseException) as error:
+        except USER_ERRORS as error:
             if show_traceback:
                 raise
             _fail(explain(error))

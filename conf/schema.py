@@ -160,7 +160,8 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest that stay, beside the best
     max_skipped_steps: int = 5  # in a row, for gradients that are not finite; then training stops
-    num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere torchrun decides
+    num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere the launcher decides
+    collective_timeout_s: int = 1800  # a rank that lets the others wait longer ends the run
     verify_checksums: bool = True  # read every shard once before the first step
 
 
@@ -285,6 +286,7 @@ def validate(config: Config) -> None:
         "train.keep_checkpoints": config.train.keep_checkpoints,
         "train.max_skipped_steps": config.train.max_skipped_steps,
         "train.num_processes": config.train.num_processes,
+        "train.collective_timeout_s": config.train.collective_timeout_s,
         "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
         "evaluate.max_tokens": config.evaluate.max_tokens,
     }

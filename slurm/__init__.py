@@ -1,1 +1,1 @@
-"""Slurm job templates and the submitter. Empty until `fledge submit` lands; `srun torchrun -m fledge.train` works."""
+"""Slurm job templates and the submitter. Empty until `fledge submit` lands; `srun python -m fledge.train` works."""

@@ -1,4 +1,4 @@
-"""`torchrun -m fledge.train` starts training on many processes."""
+"""`python -m fledge.train` is `fledge train`: what torchrun, srun, deepspeed and accelerate start on many processes."""
 
 import sys
 

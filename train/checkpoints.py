@@ -64,7 +64,9 @@ def save_checkpoint(
             saving.mkdir(parents=True)
         dist.barrier()
         _write(engine, head, saving, state, record)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save cannot write
+            raise
         shutil.rmtree(saving, ignore_errors=True)
         left = shutil.disk_usage(folder).free / 2**30
         raise ValueError(

@@ -1,11 +1,8 @@
-"""DeepSpeed: processes, its configuration, and the learning rate it is given."""
+"""DeepSpeed: its configuration, and the learning rate it is given."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import sys
 from typing import Any
 
 import deepspeed
@@ -14,41 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ..conf.schema import Config, Dtype, TrainConfig
-
-
-def start_processes() -> torch.device:
-    """Join the process group that torchrun made (alone without one) and give this rank's device."""
-    on_gpu = torch.cuda.is_available()
-    for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_PORT", "0")
-    if not on_gpu:
-        # Its extension would be compiled at first use, and a build killed half-way blocks every later process.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
-    if not on_gpu:
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
-
-
-def stop_processes(exit_code: int = 0) -> None:
-    """Leave the process group when every rank is done; with an exit code, end.
-
-    Of several ranks on the CPU each then ends here: gloo's threads now and then abort a process whose interpreter has
-    shut down already (2 of 24 runs on a busy machine), and the launcher would call the finished run failed.
-    """
-    dist.barrier()
-    ends_here = dist.get_world_size() > 1 and dist.get_backend() == "gloo"
-    dist.destroy_process_group()
-    if ends_here:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    if exit_code:
-        sys.exit(exit_code)
 
 
 def micro_batches(config: Config) -> int:
@@ -114,16 +76,3 @@ def learning_rate(options: TrainConfig, step: int, num_steps: int) -> float:
     progress = (step - warmup) / max(1, num_steps - warmup)
     floor = options.min_lr_share
     return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether a flag is set on any rank."""
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Add a tensor over all ranks, in place, and give it back."""
-    dist.all_reduce(values)
-    return values

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,18 +30,10 @@ from ..models.verifier import VerifierWeights, check_identity, load_config, logi
 from ..models.vocabulary import VocabularyMap
 from .batches import PackStream, collate, pack
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
-from .engine import (
-    any_rank,
-    end_micro_batch,
-    learning_rate,
-    micro_batches,
-    start_engine,
-    start_processes,
-    stop_processes,
-    sum_over_ranks,
-)
+from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .processes import Ranks, joined, sum_over_ranks
 from .rows import PackedBatch
 from .signals import StopSignals
 from .tracking import Tracker
@@ -52,16 +43,22 @@ from .warm_start import trained_head
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
     *("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums"),
-    *("checkpoint_activations", "triton", "max_skipped_steps", "init_from"),  # the head at init_from counts by content
+    *("checkpoint_activations", "triton", "collective_timeout_s", "max_skipped_steps"),
+    "init_from",  # the head there counts by content
 )
 
 
 def train(config: Config) -> None:
     """Train the draft head on runs/<name>/hidden_states/ into runs/<name>/training/; goes on where it was killed."""
-    device = start_processes()
+    with joined(config) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
     store = HiddenStateStore(config.hidden_states_folder)
+    ranks.agree({"hidden_states": store.manifest["digest"]})
     if config.train.verify_checksums:
-        store.verify(dist.get_rank(), dist.get_world_size())
+        store.verify(ranks.rank, ranks.world)
     if config.train.init_from:
         head = trained_head(config)
     else:
@@ -69,17 +66,15 @@ def train(config: Config) -> None:
         head = DraftHead(shape, load_vocabulary(store, shape))
     with ExitStack() as stack:
         target = None
-        if dist.get_rank() == 0:
+        if ranks.rank == 0:
             opened = artifact(config.training_folder, "training", _settings(config, store, head), config.overwrite)
             target = stack.enter_context(opened)
-        done = [bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))]
-        dist.broadcast_object_list(done)
-        if done[0]:
+        done = bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))
+        if ranks.any_rank(done):
             if target:
                 print(f"training: {target.folder} is complete")
         else:
-            Trainer(config, store, head, device, target).run()
-    stop_processes()
+            Trainer(config, store, head, ranks, target).run()
 
 
 def _settings(config: Config, store: HiddenStateStore, head: DraftHead) -> dict[str, Any]:
@@ -138,10 +133,11 @@ class Trainer:
     """One training run: its head, its data, its records."""
 
     def __init__(
-        self, config: Config, store: HiddenStateStore, head: DraftHead, device: torch.device, target: Artifact | None
+        self, config: Config, store: HiddenStateStore, head: DraftHead, ranks: Ranks, target: Artifact | None
     ) -> None:
-        self.config, self.store, self.device = config, store, device
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.config, self.store, self.ranks = config, store, ranks
+        self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
+        device = ranks.device
         self.target = target  # on rank 0
         self.dtype = getattr(torch, config.train.dtype.value)
         weights = VerifierWeights(config.verifier)
@@ -168,6 +164,7 @@ class Trainer:
         self.checkpoints = config.training_folder / "checkpoints"
         universal = needs_conversion(self.checkpoints, config.deepspeed.zero_stage)
         self.engine = start_engine(self.module, config, universal)
+        ranks.bound_collectives()
         # Running mean (a tenth of each optimizer step) of the probability of acceptance at each draft step, from 0 on:
         # the losses that blend begin as KL.
         self.acceptance = torch.zeros(options.ttt_steps, device=device)
@@ -202,7 +199,7 @@ class Trainer:
             packed = list(itertools.islice(batches, self.micro_batches))
             sums += self._optimizer_step(packed)
             tokens += sum(len(batch.input_ids) for batch in packed)
-            stop = any_rank(signals.received is not None)
+            stop = self.ranks.any_rank(signals.received is not None)
             save = state.step % options.save_every == 0 or state.step == self.num_steps
             if state.step % options.log_every == 0 or save:
                 metrics = self._metrics(state.step, sums, tokens / (time.monotonic() - since))
@@ -229,7 +226,7 @@ class Trainer:
                     f"training: stopped by {signals.name}, step {state.step} is saved; the same command goes on",
                     flush=True,
                 )
-            stop_processes(signals.exit_code)
+            sys.exit(signals.exit_code)
         if self.target:
             self.target.finish(steps=self.num_steps, heldout=self._acceptance())
             print(f"training: step {self.num_steps} in {self.checkpoints}; held-out {self._postfix({})}")
@@ -304,8 +301,7 @@ class Trainer:
             ValueError: too many such steps in a row.
         """
         here = [batch for batch, loss in zip(packed, losses, strict=True) if not loss.isfinite()]
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, [name for batch in here for name in batch.suspects()])
+        gathered = self.ranks.gather([name for batch in here for name in batch.suspects()])
         names = [name for of_rank in gathered for name in of_rank]
         cause = f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the gradient"
         self.state.skipped_steps += 1

@@ -1,0 +1,282 @@
+"""Many processes: every launcher is understood, ranks that differ do not start, none waits for one that has ended."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import Run
+from fledge.models.formats import checkpoint_steps
+from fledge.train.place import Place, device_index, find_place, first_host
+from fledge.train.tracking import read_metrics
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "4711",
+}
+BATCH_SCRIPT = {  # the shell of `sbatch -N2 -n3`, as Slurm 22 sets it
+    "SLURM_JOB_ID": "41",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_TASKS_PER_NODE": "2,1",
+}
+SRUN_TASK = {  # the last task of an srun in it
+    **BATCH_SCRIPT,
+    "SLURM_PROCID": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+}
+
+
+def test_a_process_without_a_launcher_is_alone():
+    assert find_place({}) == Place()
+    assert find_place({"MASTER_ADDR": "node7", "MASTER_PORT": "4711"}) == Place(), "a batch script exports them"
+
+
+def test_torchrun_and_the_deepspeed_launcher_are_understood():
+    assert find_place(TORCHRUN) == Place(3, 4, 1, 2, "node7", 4711)
+    deepspeed = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert find_place({**deepspeed, "LOCAL_SIZE": "2"}) == Place(3, 4, 1, 2, "node7", 4711)
+    assert find_place({**SRUN_TASK, **TORCHRUN}).world == 4, "torchrun started by srun"
+    assert find_place(Place(3, 4, 1, 2, "node7", 4711).environment()) == Place(3, 4, 1, 2, "node7", 4711)
+
+
+def test_a_task_of_srun_is_a_rank():
+    place = find_place(SRUN_TASK)
+    assert (place.rank, place.world, place.local_rank, place.local_world, place.address) == (2, 3, 0, 1, "n1")
+    assert 20000 <= place.port < 32000
+    assert find_place({**SRUN_TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}).port == place.port
+    assert find_place({**SRUN_TASK, "SLURM_STEP_ID": "2"}).port != place.port, "two steps of a job at a time"
+    elsewhere = find_place({**SRUN_TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"})
+    assert (elsewhere.address, elsewhere.port) == ("10.0.0.1", 4711)
+
+
+def test_the_shell_of_a_slurm_job_is_no_rank():
+    assert find_place(BATCH_SCRIPT) == Place()
+    assert find_place({**SRUN_TASK, "SLURM_NTASKS": "1"}) == Place(), "a job submitted from inside a step"
+    interactive = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    assert find_place(interactive) == Place(), "the shell of salloc, where it runs as a step"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu-a[08-11,20],m1", "gpu-a08"), ("r[0-1]n[3,5]-ib,x", "r0n3-ib"), ("a,b", "a")],
+)
+def test_the_first_host_of_a_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_half_an_environment_is_refused_by_what_is_missing(name):
+    with pytest.raises(ValueError, match=rf"^{name} must be set where .*torchrun"):
+        find_place({key: value for key, value in TORCHRUN.items() if key != name})
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "4"), ("RANK", "-1"), ("WORLD_SIZE", "two")])
+def test_impossible_ranks_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*got '?{value}"):
+        find_place({**TORCHRUN, name: value})
+
+
+def test_a_rank_takes_the_gpu_of_its_local_rank_or_the_only_one_it_sees():
+    assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert device_index(3, 1) == 0, "Slurm shows each task its own"
+    with pytest.raises(ValueError, match="local rank 2 has no GPU, 2 are visible"):
+        device_index(2, 2)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def torch_environments() -> list[dict[str, str]]:
+    port = free_port()
+    return [Place(rank, 2, rank, 2, "127.0.0.1", port).environment() for rank in range(2)]
+
+
+def slurm_environments() -> list[dict[str, str]]:
+    common = {
+        **{"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"},
+        **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
+    }
+    return [{**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+
+
+class Pair:
+    """Two ranks of training, each with options of its own."""
+
+    def __init__(self, run: Run, environments: list[dict[str, str]], *own: str, common: tuple[str, ...] = ()) -> None:
+        self.processes = [
+            subprocess.Popen(
+                run.command("train", *common, *([option] if option else [])),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            )
+            for option, environment in zip(own or ("", ""), environments, strict=True)
+        ]
+
+    def end(self, timeout_s: float = 120) -> list[tuple[int, str]]:
+        """Give exit code and error sentences of each, whose processes must end by themselves."""
+        try:
+            errors = [process.communicate(timeout=timeout_s)[1] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        assert not any("Traceback" in text for text in errors), errors
+        said = ["\n".join(line for line in text.splitlines() if "fledge: error:" in line) for text in errors]
+        return list(zip((process.returncode for process in self.processes), said, strict=True))
+
+    def wait_for(self, reached: Callable[[], bool], timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not reached():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.processes), [p.communicate() for p in self.processes]
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def dumped(finished: Run, run: Run) -> Run:
+    """A run that is ready to train."""
+    shutil.copytree(finished.path / "hidden_states", run.path / "hidden_states")
+    return run
+
+
+def is_training(run: Run) -> bool:
+    return any("train/loss" in record for record in read_metrics(run.path / "training"))
+
+
+def older_store(store: Path, folder: Path) -> Path:
+    """Copy a store without its last shard."""
+    shutil.copytree(store, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / manifest["shards"].pop()["file"]).unlink()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": "0123456789abcdef"}))
+    return folder
+
+
+def test_the_deepspeed_launcher_trains_to_the_end(dumped):
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={free_port()}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--module", "fledge.train", *dumped.arguments("train.max_steps=2")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert checkpoint_steps(dumped.path / "training" / "checkpoints") == [2]
+
+
+def test_ranks_with_different_options_end_at_once_and_name_them(dumped):
+    for code, said in Pair(dumped, slurm_environments(), "train.lr=1e-3", "train.lr=2e-3").end():
+        assert code == 2
+        assert "the ranks differ, rank 1 from rank 0 in train.lr: 0.001 -> 0.002" in said
+    assert not (dumped.path / "training").exists()
+
+
+def test_ranks_with_different_stores_end_at_once_and_name_them(dumped):
+    folders = dumped.path / "hidden_states", older_store(dumped.path / "hidden_states", dumped.path / "older")
+    for code, said in Pair(dumped, torch_environments(), *(f"dump.folder={folder}" for folder in folders)).end():
+        assert code == 2
+        assert "rank 1 from rank 0 in hidden_states" in said
+        assert "0123456789abcdef" in said
+    assert not (dumped.path / "training").exists()
+
+
+def test_a_killed_rank_ends_the_others_with_a_message(dumped):
+    pair = Pair(dumped, slurm_environments(), common=("train.max_steps=100000", "train.log_every=1"))
+    pair.wait_for(lambda: is_training(dumped))
+    pair.processes[1].send_signal(signal.SIGKILL)
+    (code, said), _ = pair.end(timeout_s=30)
+    assert code == 1
+    assert "rank 0: rank 1 ended: see the log there" in said
+    assert "start the same command again, training goes on from the newest checkpoint" in said
+
+
+def test_an_error_of_one_rank_alone_ends_the_others_who_say_that_it_did(dumped):
+    shard = dumped.path / "hidden_states" / "shard-00001.safetensors"  # rank 1 verifies the odd ones
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    (code, said), (its_code, cause) = Pair(dumped, torch_environments()).end()
+    assert (its_code, code) == (2, 1)
+    assert f"rank 1: {shard} does not have the checksum" in cause
+    assert "rank 0: rank 1 ended: see the log there" in said
+
+
+ASLEEP = """
+import time
+from fledge.conf.schema import Config
+from fledge.train.processes import joined
+
+with joined(Config(name="asleep")) as ranks:
+    ranks.any_rank(False)
+    print("joined", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_ranks_that_wait_for_something_else_notice_the_end_of_one_as_well():
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASLEEP],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+                **Place(rank, 3, rank, 3, "127.0.0.1", port).environment(),
+            },
+        )
+        for rank in range(3)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["joined\n"] * 3
+        processes[1].send_signal(signal.SIGKILL)
+        said = [process.communicate(timeout=30)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in (0, 2):
+        assert processes[rank].returncode == 1
+        assert f"rank {rank}: rank 1 ended: see the log there" in said[rank]
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout(dumped):
+    common = ("train.max_steps=100000", "train.log_every=1", "train.collective_timeout_s=3")
+    pair = Pair(dumped, torch_environments(), common=common)
+    pair.wait_for(lambda: is_training(dumped))
+    pair.processes[1].send_signal(signal.SIGSTOP)
+    try:
+        _, error = pair.processes[0].communicate(timeout=30)
+    finally:
+        for process in pair.processes:
+            process.kill()
+            process.wait()
+    assert pair.processes[0].returncode == 1
+    assert "rank 0: another rank has not answered for train.collective_timeout_s=3: end the one that hangs" in error

@@ -1,0 +1,130 @@
+"""Where a process stands among the ranks, read from the environment that its launcher made.
+
+| launcher                            | says it by                                                                |
+|-------------------------------------|---------------------------------------------------------------------------|
+| torchrun, accelerate launch, by hand| RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT   |
+| deepspeed                           | the same, but LOCAL_SIZE                                                  |
+| srun, one task a rank               | SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST     |
+| none                                | nothing: one process, alone                                               |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a process: among all ranks, among those of its node, and where they meet."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1  # ranks on this node; by hand, without LOCAL_WORLD_SIZE: all
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    def environment(self) -> dict[str, str]:
+        """Give the variables that torch and DeepSpeed read."""
+        numbers = (self.rank, self.world, self.local_rank, self.address, self.port)
+        return {**dict(zip(_TORCH, map(str, numbers), strict=True)), "LOCAL_WORLD_SIZE": str(self.local_world)}
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Read the place of this process.
+
+    torch's variables win: inside a Slurm step they are torchrun's, started by srun. MASTER_ADDR and MASTER_PORT alone
+    say nothing: batch scripts export them for srun.
+
+    Raises:
+        ValueError: torch's variables are set in part, or contradict each other.
+    """
+    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return _torch_place(environment)
+    if _is_slurm_rank(environment):
+        return _slurm_place(environment)
+    return Place()
+
+
+def _torch_place(environment: Mapping[str, str]) -> Place:
+    missing = [name for name in _TORCH if not environment.get(name)]
+    if missing:
+        present = [f"{name}={environment[name]}" for name in _TORCH if environment.get(name)]
+        raise ValueError(
+            f"{', '.join(missing)} must be set where {', '.join(present)} is: start by torchrun, srun or deepspeed, "
+            "which set them all, or unset them for one process"
+        )
+    local_world = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environment), "WORLD_SIZE")
+    rank, world, local_rank, local, port = (
+        _number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_world, "MASTER_PORT")
+    )
+    if rank >= world:
+        raise ValueError(f"RANK must be below WORLD_SIZE={world}, got {rank}")
+    return Place(rank, world, local_rank, local, environment["MASTER_ADDR"], port)
+
+
+def _is_slurm_rank(environment: Mapping[str, str]) -> bool:
+    """Say whether this is one of several tasks of an srun step.
+
+    SLURM_PROCID and SLURM_NTASKS do not tell: the shell of a batch script has them too (0, and the tasks *allowed*).
+    Only a step has SLURM_STEP_*. A job submitted from inside a step inherits these, but not that step's SLURM_NTASKS.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    same_step = environment.get("SLURM_NTASKS", tasks) == tasks
+    return "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and tasks != "1" and same_step
+
+
+def _slurm_place(environment: Mapping[str, str]) -> Place:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    # Below the ports that systems give out by themselves (from 32768 on), another for each step of a job.
+    port = 20000 + (job * 16 + step) % 12000
+    per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_STEP_NUM_TASKS"]))
+    node = int(environment.get("SLURM_NODEID", "0"))
+    return Place(
+        _number(environment, "SLURM_PROCID"),
+        _number(environment, "SLURM_STEP_NUM_TASKS"),
+        _number(environment, "SLURM_LOCALID"),
+        per_node[min(node, len(per_node) - 1)],
+        environment.get("MASTER_ADDR") or first_host(nodes),
+        _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else port,
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Give the first host of a Slurm node list: `n[08-11,20],m1` -> `n08`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None
+    return re.sub(r"\[([^,\-\]]*)[^\]]*\]", r"\1", first[0])
+
+
+def _tasks_per_node(counts: str) -> list[int]:
+    """Expand Slurm's counts: `2(x3),1` -> [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {text!r}: the launcher sets it")
+    return int(text)
+
+
+def device_index(local_rank: int, num_devices: int) -> int:
+    """Give the GPU of a rank: that of its local rank, or the only one that its launcher lets it see.
+
+    Raises:
+        ValueError: the node has fewer GPUs than ranks.
+    """
+    if num_devices == 1:
+        return 0
+    if local_rank >= num_devices:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU, {num_devices} are visible: start one process a GPU on each node"
+        )
+    return local_rank
