@@ -24,8 +24,11 @@ through over all answers of the batch, useful row j has at step k the target j+k
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +48,26 @@ class UsefulRows:
     starts: list[list[int]]  # per step [n_0 + 1]: how many of its rows come before useful row j
     firsts: Tensor  # int64 [T], first row of each row's document
 
+    def __getstate__(self) -> tuple[Any, ...]:
+        """Give the indices as one tensor: to another process each tensor goes by a connection of its own."""
+        indices = [self.rows, self.firsts, *self.steps, *self.kept]
+        return torch.cat(indices), [len(part) for part in indices], self.spans, self.documents, self.starts
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        indices, sizes, self.spans, self.documents, self.starts = state
+        self.rows, self.firsts, *others = indices.split(sizes)
+        self.steps, self.kept = others[: len(others) // 2], others[len(others) // 2 :]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> UsefulRows:
+        """Change every index by one call: moved one by one, each would be a transfer of its own."""
+        indices, *others = self.__getstate__()
+        changed = UsefulRows.__new__(UsefulRows)
+        changed.__setstate__((change(indices), *others))
+        return changed
+
     def to(self, device: torch.device) -> UsefulRows:
         """Move the indices to a device."""
-        steps, kept = [step.to(device) for step in self.steps], [step.to(device) for step in self.kept]
-        rows, firsts = self.rows.to(device), self.firsts.to(device)
-        return UsefulRows(rows, steps, kept, self.spans, self.documents, self.starts, firsts)
+        return self.mapped(lambda indices: _to(indices, device))
 
 
 @dataclass
@@ -60,24 +78,39 @@ class PackedBatch:
     loss_mask: Tensor  # bool [T]
     document: Tensor  # int64 [T], number of the document a token belongs to
     position: Tensor  # int64 [T], within the document
-    aux_hidden_states: Tensor  # [T, A*H]
-    last_hidden_state: Tensor  # [T, H]
+    aux_hidden_states: Tensor | None  # [T, A*H]; None where the store holds tokens alone
+    last_hidden_state: Tensor | None  # [T, H]
     lengths: list[int]  # tokens of each document
     sample_ids: list[str]
-    useful: UsefulRows | None = None  # set by `to`
+    useful: UsefulRows | None = None  # set when it is read, or by `to`
 
     def to(self, device: torch.device, dtype: torch.dtype, ttt_steps: int) -> PackedBatch:
         """Move to a device, states in `dtype`; the useful rows of K steps are found before, while the mask is here."""
+        useful = self.useful_rows(ttt_steps)
+        moved = self._mapped(lambda tensor: _to(tensor, device))
+        return dataclasses.replace(
+            moved,
+            aux_hidden_states=None if moved.aux_hidden_states is None else moved.aux_hidden_states.to(dtype),
+            last_hidden_state=None if moved.last_hidden_state is None else moved.last_hidden_state.to(dtype),
+            useful=useful.to(device),
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        """Copy into pinned memory, from where a GPU fetches while it computes (called by torch's DataLoader)."""
+        useful = self.useful and self.useful.mapped(Tensor.pin_memory)
+        return dataclasses.replace(self._mapped(Tensor.pin_memory), useful=useful)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Change every tensor; useful rows are left out."""
         return PackedBatch(
-            self.input_ids.to(device),
-            self.loss_mask.to(device),
-            self.document.to(device),
-            self.position.to(device),
-            self.aux_hidden_states.to(device, dtype),
-            self.last_hidden_state.to(device, dtype),
+            change(self.input_ids),
+            change(self.loss_mask),
+            change(self.document),
+            change(self.position),
+            None if self.aux_hidden_states is None else change(self.aux_hidden_states),
+            None if self.last_hidden_state is None else change(self.last_hidden_state),
             self.lengths,
             self.sample_ids,
-            self.useful_rows(ttt_steps).to(device),
         )
 
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
@@ -85,6 +118,10 @@ class PackedBatch:
         if self.useful is not None and len(self.useful.steps) == ttt_steps:
             return self.useful
         return find_useful_rows(self.loss_mask, self.lengths, ttt_steps).to(self.loss_mask.device)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=device.type == "cuda")  # waits for nothing where the memory is pinned
 
 
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
