@@ -172,7 +172,7 @@ class Split:
                 else:
                     split.num_dropped += 1
             if not train:
-                raise _nothing_to_train(store, split.num_dropped - dropped, batch_tokens)
+                raise _nothing_to_train(store, split.num_dropped - dropped, batch_tokens, max(shares))
             split.train.append(train)
         return split
 
@@ -186,19 +186,19 @@ class Split:
         )
 
 
-def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: int) -> ValueError:
+def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: int, share: float) -> ValueError:
     if num_dropped:
         return ValueError(
             f"train.batch_tokens={batch_tokens} holds no training sample of {store.folder}, whose longest has "
             f"{max(store.lengths)} tokens: raise it"
         )
     return ValueError(
-        f"{store.folder} holds no training sample, its {len(store)} are held out (data.heldout_share="
-        f"{store.manifest['settings']['heldout_share']}): make it of more conversations or with a smaller share"
+        f"{store.folder} holds no training sample, its {len(store)} are held out (data.heldout_share={share}, the "
+        "largest of all stores): make it of more conversations or with a smaller share"
     )
 
 
-class Batches(Dataset[Any]):
+class Batches(Dataset[PackedBatch | ValueError]):
     """Packed batches by the numbers of their samples; goes to the processes that read.
 
     Args:
@@ -280,24 +280,27 @@ def _serve_the_trainer(_number: int) -> None:
 class TrainingData:
     """What a run trains on: the samples of `train.stores`, or of its own store, and the draft vocabulary.
 
-    A context: at its end the processes that read are gone, also when training fails. It leaves torch's random numbers
-    as they are.
+    A context: at its end the processes that read are gone, also when training fails. Reading leaves torch's random
+    numbers as they are.
 
     Args:
+        rank, ranks: whose share of the packs is read, and of the shards whose checksums are compared first.
         pin: read into pinned memory, for a GPU.
 
     Raises:
-        ValueError: a store is incomplete, of another verifier, or of other aux layers; its vocabulary map does not
-            follow from it; there is nothing to train on.
+        ValueError: a store is incomplete, altered, of another verifier, or of other aux layers; its vocabulary map does
+            not follow from it; there is nothing to train on.
     """
 
-    def __init__(self, config: Config, head: DraftHeadConfig, pin: bool = False) -> None:
+    def __init__(self, config: Config, head: DraftHeadConfig, rank: int = 0, ranks: int = 1, pin: bool = False) -> None:
         options = config.train
         sources = options.stores or [StoreConfig(str(config.hidden_states_folder))]
         weights = [source.weight for source in sources]
         self.stores = [HiddenStateStore(Path(source.folder)) for source in sources]
         for store in self.stores:
             _check_store(store, config, head)
+            if options.verify_checksums:
+                store.verify(rank, ranks)
         self.settings = [
             {"digest": store.manifest["digest"], "weight": weight}
             for store, weight in zip(self.stores, weights, strict=True)
@@ -316,44 +319,43 @@ class TrainingData:
         self._packs = PackStream(self.split.lengths, parts, options.batch_tokens, options.seed)
         self.packs_per_epoch = len(self._packs.epoch(0))
         self._options = options
-        self._pin = pin
+        self._rank, self._ranks, self._pin = rank, ranks, pin
         self._reading: weakref.WeakSet[Generator[PackedBatch, None, None]] = weakref.WeakSet()
 
     def __enter__(self) -> TrainingData:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         for reading in list(self._reading):
             reading.close()
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised wherever training was
+            raise ValueError(
+                f"a process of train.data_workers={self._options.data_workers} ended ({error}): see whether memory "
+                "ran out, and start the same command again; it goes on from the newest checkpoint"
+            ) from error
 
-    def verify(self, rank: int, ranks: int) -> None:
-        """Compare the checksums of this rank's share of the shards."""
-        for store in self.stores:
-            store.verify(rank, ranks)
-
-    def batches(self, first_pack: int, rank: int, ranks: int) -> Iterator[PackedBatch]:
-        """Yield the batches of a rank for ever, from pack `first_pack` of the whole sequence on."""
-        packs = itertools.islice(self._packs.start_at(first_pack), rank, None, ranks)
-        return self._read(packs, self.split.lengths, self._options.ttt_steps)
+    def batches(self, first_pack: int) -> Iterator[PackedBatch]:
+        """Yield the batches of this rank for ever, from pack `first_pack` of the whole sequence on."""
+        packs = itertools.islice(self._packs.start_at(first_pack), self._rank, None, self._ranks)
+        return self._read(packs, self._options.ttt_steps)
 
     def heldout_batches(self, ttt_steps: int) -> Iterator[PackedBatch]:
         """Yield the held-out samples, whole, in batches with the useful rows of K steps."""
         longest = max((self.split.lengths[sample] for sample in self.split.heldout), default=0)
         packs = pack(self.split.lengths, self.split.heldout, max(self._options.batch_tokens, longest))
-        return self._read(packs, self.split.lengths, ttt_steps)
+        return self._read(packs, ttt_steps)
 
-    def _read(
-        self, packs: Iterable[list[int]], lengths: list[int], ttt_steps: int
-    ) -> Generator[PackedBatch, None, None]:
-        reading = _read(Batches(self.stores, lengths, ttt_steps), packs, self._options.data_workers, self._pin)
+    def _read(self, packs: Iterable[list[int]], ttt_steps: int) -> Generator[PackedBatch, None, None]:
+        batches = Batches(self.stores, self.split.lengths, ttt_steps)
+        reading = read(batches, packs, self._options.data_workers, self._pin)
         self._reading.add(reading)
         return reading
 
 
-def _read(
+def read(
     batches: Batches, packs: Iterable[list[int]], num_workers: int, pin: bool
 ) -> Generator[PackedBatch, None, None]:
-    """Read packs in order. The processes end with the generator, which alone holds the loader's iterator."""
+    """Yield the batches of packs, in order, read by processes that end with the generator."""
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -363,10 +365,15 @@ def _read(
         worker_init_fn=_serve_the_trainer,
         generator=torch.Generator(),  # or it would draw from the training's own
     )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    reading: Any = iter(loader)
+    try:
+        for batch in reading:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    finally:
+        if num_workers:
+            reading._shutdown_workers()  # else left to the last reference, which a traceback may hold
 
 
 def _check_store(store: HiddenStateStore, config: Config, head: DraftHeadConfig) -> None:

@@ -43,9 +43,8 @@ def train(config: Config) -> None:
     device = start_processes()
     head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
     with ExitStack() as stack:
-        data = stack.enter_context(TrainingData(config, head, pin=device.type == "cuda"))
-        if config.train.verify_checksums:
-            data.verify(dist.get_rank(), dist.get_world_size())
+        ranks = dist.get_rank(), dist.get_world_size()
+        data = stack.enter_context(TrainingData(config, head, *ranks, pin=device.type == "cuda"))
         target = None
         if dist.get_rank() == 0:
             opened = artifact(config.training_folder, "training", _settings(config, data), config.overwrite)
@@ -193,7 +192,7 @@ class Trainer:
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
-        for batch in self.data.batches(step * self.packs_per_step, self.rank, self.world):
+        for batch in self.data.batches(step * self.packs_per_step):
             yield batch.to(self.device, self.dtype, self.config.train.ttt_steps)
 
     @torch.no_grad()
