@@ -215,7 +215,8 @@ class Batches(Dataset[PackedBatch | ValueError]):
     def __getitem__(self, pack: list[int]) -> PackedBatch | ValueError:
         """Lay samples end to end; what is wrong with a store is given back, since raised it would lose its type."""
         try:
-            return self._collate(pack)
+            batch = self._collate(pack)
+            return batch if get_worker_info() is None else batch.mapped(_shared)
         except ValueError as error:
             return error
 
@@ -247,7 +248,10 @@ class Batches(Dataset[PackedBatch | ValueError]):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Give torch.cat(parts); in a reading process laid where the training process sees it, without another copy."""
+    """Give torch.cat(parts); in a reading process laid where the training process sees it, without another copy.
+
+    (Left to the queue between the two, a lack of shared memory would lose the batch and training would wait for ever.)
+    """
     if get_worker_info() is None:
         return torch.cat(parts)
     dtype = reduce(torch.promote_types, [part.dtype for part in parts])
@@ -261,6 +265,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
         ) from None
     joined = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
     return torch.cat(parts, out=joined)
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_shared() else _joined([tensor])
 
 
 def _serve_the_trainer(_number: int) -> None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,30 +40,26 @@ from ..models.ttt_attention import Span
 class UsefulRows:
     """The rows that counted targets need, for K steps; indices on the device, spans on the host."""
 
-    rows: Tensor  # int64 [n_0], ascending: the useful rows of the batch
-    steps: list[Tensor]  # per step int64 [n_k], ascending: which of `rows` go as far as that step
-    kept: list[Tensor]  # per step int64 [n_k]: where they stand among the rows of the step before
-    spans: list[list[Span]]  # per step: the same rows as spans
+    indices: Tensor  # int64: the four kinds below end to end, of which they are views
+    sizes: list[int]
+    spans: list[list[Span]]  # per step: the rows it has, as spans
     documents: list[Span]  # every row
     starts: list[list[int]]  # per step [n_0 + 1]: how many of its rows come before useful row j
-    firsts: Tensor  # int64 [T], first row of each row's document
+    rows: Tensor = field(init=False)  # [n_0], ascending: the useful rows of the batch
+    firsts: Tensor = field(init=False)  # [T], first row of each row's document
+    steps: list[Tensor] = field(init=False)  # per step [n_k], ascending: which of `rows` go as far as that step
+    kept: list[Tensor] = field(init=False)  # per step [n_k]: where they stand among the rows of the step before
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        """Give the indices as one tensor: to another process each tensor goes by a connection of its own."""
-        indices = [self.rows, self.firsts, *self.steps, *self.kept]
-        return torch.cat(indices), [len(part) for part in indices], self.spans, self.documents, self.starts
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        indices, sizes, self.spans, self.documents, self.starts = state
-        self.rows, self.firsts, *others = indices.split(sizes)
+    def __post_init__(self) -> None:
+        self.rows, self.firsts, *others = self.indices.split(self.sizes)
         self.steps, self.kept = others[: len(others) // 2], others[len(others) // 2 :]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UsefulRows, (self.indices, self.sizes, self.spans, self.documents, self.starts)
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> UsefulRows:
-        """Change every index by one call: moved one by one, each would be a transfer of its own."""
-        indices, *others = self.__getstate__()
-        changed = UsefulRows.__new__(UsefulRows)
-        changed.__setstate__((change(indices), *others))
-        return changed
+        """Change all indices by one call: one by one, each would be a transfer of its own."""
+        return dataclasses.replace(self, indices=change(self.indices))
 
     def to(self, device: torch.device) -> UsefulRows:
         """Move the indices to a device."""
@@ -86,22 +82,21 @@ class PackedBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype, ttt_steps: int) -> PackedBatch:
         """Move to a device, states in `dtype`; the useful rows of K steps are found before, while the mask is here."""
-        useful = self.useful_rows(ttt_steps)
-        moved = self._mapped(lambda tensor: _to(tensor, device))
+        found = dataclasses.replace(self, useful=self.useful_rows(ttt_steps))
+        moved = found.mapped(lambda tensor: _to(tensor, device))
+        aux, last = moved.aux_hidden_states, moved.last_hidden_state
         return dataclasses.replace(
             moved,
-            aux_hidden_states=None if moved.aux_hidden_states is None else moved.aux_hidden_states.to(dtype),
-            last_hidden_state=None if moved.last_hidden_state is None else moved.last_hidden_state.to(dtype),
-            useful=useful.to(device),
+            aux_hidden_states=None if aux is None else aux.to(dtype),
+            last_hidden_state=None if last is None else last.to(dtype),
         )
 
     def pin_memory(self) -> PackedBatch:
         """Copy into pinned memory, from where a GPU fetches while it computes (called by torch's DataLoader)."""
-        useful = self.useful and self.useful.mapped(Tensor.pin_memory)
-        return dataclasses.replace(self._mapped(Tensor.pin_memory), useful=useful)
+        return self.mapped(Tensor.pin_memory)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """Change every tensor; useful rows are left out."""
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Change every tensor."""
         return PackedBatch(
             change(self.input_ids),
             change(self.loss_mask),
@@ -111,6 +106,7 @@ class PackedBatch:
             None if self.last_hidden_state is None else change(self.last_hidden_state),
             self.lengths,
             self.sample_ids,
+            None if self.useful is None else self.useful.mapped(change),
         )
 
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
@@ -155,12 +151,12 @@ def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> U
         kept.append((steps_left[before] > step).nonzero().squeeze(1))
         before = before[kept[-1]]
         steps.append(before)
+    firsts = torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths))
+    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *kept]
     return UsefulRows(
-        rows=torch.tensor(rows, dtype=torch.int64),
-        steps=steps,
-        kept=kept,
+        indices=torch.cat(indices),
+        sizes=[len(part) for part in indices],
         spans=[[span._replace(rows=span.rows - k) for span in spans if span.rows > k] for k in range(ttt_steps)],
         documents=documents,
         starts=[[0, *(steps_left > step).cumsum(0).tolist()] for step in range(ttt_steps)],
-        firsts=torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths)),
     )
