@@ -113,7 +113,6 @@ def test_processes_that_read_a_mix_change_nothing_and_end_with_a_killed_trainer(
     first, second = (r.path / "training" / "checkpoints" / "step-24" for r in (run, killed))
     weights, again = (load_file(checkpoint / "model.safetensors") for checkpoint in (first, second))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert torch.equal(torch.load(first / "rng-0.pt"), torch.load(second / "rng-0.pt"))
     records = [read_metrics(r.path / "training") for r in (run, killed)]
     for ours, theirs in zip(*records, strict=True):
         assert {k: v for k, v in ours.items() if "_per_s" not in k} == {
