@@ -124,6 +124,13 @@ class Artifact:
         self.save(complete=True, digest=digest(content))
 
 
+def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether an artifact was finished with these settings."""
+    path = folder / MANIFEST
+    manifest = _load_manifest(path) if path.is_file() else {}
+    return bool(manifest.get("complete")) and manifest.get("settings") == json.loads(json.dumps(settings))
+
+
 @contextmanager
 def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool = False) -> Iterator[Artifact]:
     """Open an artifact folder for writing, alone; what an earlier start with the same settings left is kept.

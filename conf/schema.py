@@ -5,6 +5,7 @@ Values of type `Optional[...] = None` are derived (from the verifier, mostly) an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -61,6 +62,13 @@ class TTTLoss(Enum):
     lk_alpha = "lk_alpha"  # - log probability of acceptance
     lk_lambda = "lk_lambda"  # KL, and 1 - probability of acceptance the more of it there is
     acceptance_length = "acceptance_length"  # KL, and - expected number of accepted tokens
+
+
+class TooLong(Enum):
+    """What becomes of a training sample longer than `train.batch_tokens`."""
+
+    cut = "cut"  # it ends after its last answer that ends within; without one it is dropped
+    drop = "drop"
 
 
 @dataclass
@@ -133,6 +141,14 @@ class DumpConfig:
 
 
 @dataclass
+class StoreConfig:
+    """One of several hidden-state stores that are trained on together."""
+
+    folder: str = MISSING
+    weight: float = 1.0  # times each of its training samples is seen in an epoch: 0.5 takes a half, then the other
+
+
+@dataclass
 class TrainConfig:
     """Optimisation of the draft head."""
 
@@ -142,6 +158,8 @@ class TrainConfig:
     blend_rate: float = 3.0  # lk_lambda, acceptance_length: KL has the share exp(-blend_rate * running acceptance)
     triton: bool = False  # attention by the Triton kernels, on a GPU; tested in Triton's interpreter, not yet on one
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
+    stores: list[StoreConfig] = field(default_factory=list)  # all that are trained on; none: the run's own
+    too_long: TooLong = TooLong.cut  # training samples longer than batch_tokens
     epochs: int = 10
     max_steps: int | None = None  # optimizer steps; overrides epochs
     batch_tokens: int = 4096  # tokens of a pack, the micro-batch of one rank
@@ -160,6 +178,7 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest that stay, beside the best
     max_skipped_steps: int = 5  # in a row, for gradients that are not finite; then training stops
+    data_workers: int = 2  # processes a rank reads packed batches with; 0: it reads them itself
     num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere the launcher decides
     collective_timeout_s: int = 1800  # a rank that lets the others wait longer ends the run
     verify_checksums: bool = True  # read every shard once before the first step
@@ -293,6 +312,11 @@ def validate(config: Config) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.train.data_workers < 0:
+        raise ValueError(f"train.data_workers must be at least 0, got {config.train.data_workers}")
+    for number, store in enumerate(config.train.stores):
+        if not 0 < store.weight < math.inf:
+            raise ValueError(f"train.stores[{number}].weight must be above 0 and finite, got {store.weight}")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     for name in sizes:
         value = getattr(config.draft, name)

@@ -8,13 +8,16 @@
 | `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                    |
 | `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)         |
 
-The ids of a shard's samples are in its safetensors metadata (`sample_ids`, JSON).
+The ids of a shard's samples are in its safetensors metadata (`sample_ids`, JSON). A store of tokens alone lacks the
+two tensors of states.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from torch import Tensor
 from ..conf.artifact import commit, file_digest, read_manifest, sync
 
 VOCABULARY_FILE = "vocab_map.safetensors"
+_STATES = ("aux_hidden_states", "last_hidden_state")
 _CURE = "delete the file and run `fledge dump` again"
 
 
@@ -37,8 +41,8 @@ class Sample:
     id: str
     input_ids: Tensor  # int32 [T]
     loss_mask: Tensor  # uint8 [T]
-    aux_hidden_states: Tensor  # [T, A*H]
-    last_hidden_state: Tensor  # [T, H]
+    aux_hidden_states: Tensor | None  # [T, A*H]; None in a store of tokens alone
+    last_hidden_state: Tensor | None  # [T, H]
 
 
 def shard_name(number: int) -> str:
@@ -53,9 +57,10 @@ def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, A
         "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
         "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
         "sample_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        "aux_hidden_states": torch.cat([sample.aux_hidden_states for sample in samples]).contiguous(),
-        "last_hidden_state": torch.cat([sample.last_hidden_state for sample in samples]).contiguous(),
     }
+    for name in _STATES:
+        if states := [state for sample in samples if (state := getattr(sample, name)) is not None]:
+            tensors[name] = torch.cat(states).contiguous()
     path = folder / shard_name(number)
     temporary = folder / f".{path.name}.tmp"
     save_file(tensors, temporary, metadata={"sample_ids": json.dumps([sample.id for sample in samples])})
@@ -75,6 +80,8 @@ def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, A
 class HiddenStateStore:
     """A complete store, read by sample; shards are mapped, and only what is asked for is copied.
 
+    Another process can be given one: a fork reads the same mappings, a pickled one maps each shard at its first use.
+
     Raises:
         ValueError: the store is missing or incomplete, or a shard is missing, truncated or altered (named).
     """
@@ -82,12 +89,20 @@ class HiddenStateStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder, "hidden_states")
-        self._shards: list[Any] = []
+        self._shards: list[Any] = [None] * len(self.manifest["shards"])
         self.ids: list[str] = []
         self.lengths: list[int] = []
-        self._places: list[tuple[int, int]] = []  # shard, first token
-        for entry in self.manifest["shards"]:
-            self._open(entry)
+        self._starts = array("q")  # first token of each sample, in its shard
+        self._first_samples: list[int] = []  # of each shard
+        for number in range(len(self._shards)):
+            offsets, ids = self._read_index(number)
+            self._first_samples.append(len(self.ids))
+            self._starts.extend(offsets[:-1])
+            self.ids.extend(ids)
+            self.lengths.extend(end - start for start, end in itertools.pairwise(offsets))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": [None] * len(self._shards)}
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Read every shard (or this share of them, among several readers) and compare its checksum."""
@@ -96,34 +111,48 @@ class HiddenStateStore:
             if file_digest(path) != entry["sha256"]:
                 raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {_CURE}")
 
-    def _open(self, entry: dict[str, Any]) -> None:
-        path = self.folder / entry["file"]
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: run `fledge dump` again")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {_CURE}")
+    def _shard(self, number: int) -> Any:
+        """Give a shard, mapped."""
+        if self._shards[number] is None:
+            entry = self.manifest["shards"][number]
+            path = self.folder / entry["file"]
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: run `fledge dump` again")
+            if path.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {_CURE}")
+            try:
+                shard = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} cannot be read as safetensors ({error}): {_CURE}") from None
+            self._shards[number] = shard.__enter__()
+        return self._shards[number]
+
+    def _read_index(self, number: int) -> tuple[list[int], list[str]]:
+        """Give a shard's sample offsets and sample ids."""
+        shard = self._shard(number)
         try:
-            shard = safe_open(path, framework="pt")
-            shard.__enter__()
-            offsets = shard.get_tensor("sample_offsets").tolist()
-            ids = json.loads(shard.metadata()["sample_ids"])
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}): {_CURE}") from None
-        self._places.extend((len(self._shards), start) for start in offsets[:-1])
-        self._shards.append(shard)
-        self.ids.extend(ids)
-        self.lengths.extend(end - start for start, end in itertools.pairwise(offsets))
+            return shard.get_tensor("sample_offsets").tolist(), json.loads(shard.metadata()["sample_ids"])
+        except (SafetensorError, KeyError, TypeError) as error:
+            path = self.folder / self.manifest["shards"][number]["file"]
+            raise ValueError(f"{path} is not a shard of hidden states ({error}): {_CURE}") from None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _place(self, index: int) -> tuple[Any, slice]:
+        """Give the shard of a sample and where it lies there."""
+        start = self._starts[index]
+        shard = self._shard(bisect.bisect_right(self._first_samples, index) - 1)
+        return shard, slice(start, start + self.lengths[index])
+
+    def loss_mask(self, index: int) -> Tensor:
+        """Read the loss mask of a sample (uint8 [T]) and nothing else of it."""
+        shard, place = self._place(index)
+        return shard.get_slice("loss_mask")[place]
+
     def __getitem__(self, index: int) -> Sample:
-        shard_number, start = self._places[index]
-        shard, end = self._shards[shard_number], start + self.lengths[index]
-
-        def cut(name: str) -> Tensor:
-            return shard.get_slice(name)[start:end]
-
-        return Sample(
-            self.ids[index], cut("input_ids"), cut("loss_mask"), cut("aux_hidden_states"), cut("last_hidden_state")
-        )
+        shard, place = self._place(index)
+        names = set(shard.keys())
+        aux, last = (shard.get_slice(name)[place] if name in names else None for name in _STATES)
+        ids, mask = (shard.get_slice(name)[place] for name in ("input_ids", "loss_mask"))
+        return Sample(self.ids[index], ids, mask, aux, last)

@@ -30,7 +30,7 @@ def build_vocabulary(token_counts: Tensor, size: int | None, always: Iterable[in
     """Choose the `size` most frequent tokens, ties to the lower id.
 
     Args:
-        token_counts: int64 [V], occurrences among counted positions.
+        token_counts: int64 [V], occurrences among counted positions; float64 where they are weighed.
         size: Vd; None or V for the full vocabulary.
         always: ids that are inside whatever their count (special and end-of-turn tokens).
     """

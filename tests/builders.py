@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fledge.conf.artifact import artifact, read_manifest
+from fledge.data_synthesis.dump import COUNTS_FILE
+from fledge.data_synthesis.prompts import is_heldout
+from fledge.data_synthesis.store import Sample, write_shard
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
+from safetensors.torch import save_file
 
 SMALL_DECODER = {  # of verifiers made on the spot
     "hidden_size": 64,
@@ -98,6 +103,30 @@ def make_head(
             if parameter.dim() == 1:
                 parameter += noise * torch.randn(parameter.shape, generator=generator)
     return head
+
+
+def write_store(
+    folder: Path, like: Path, masks: dict[str, str], share: float = 0.0, seed: int = 0, states: bool = True
+) -> Path:
+    """A whole store of random tokens and states, of the verifier of another: a sample's mask by its id, as "00110"."""
+    settings = {**read_manifest(like, "hidden_states")["settings"], "heldout_share": share}
+    hidden, vocab = (settings["verifier"][name] for name in ("hidden_size", "vocab_size"))
+    aux = hidden * len(settings["aux_layers"])
+    generator = torch.Generator().manual_seed(seed)
+    counts, samples = torch.zeros(vocab, dtype=torch.int64), []
+    for name, text in masks.items():
+        mask = torch.tensor([int(digit) for digit in text], dtype=torch.uint8)
+        ids = torch.randint(0, vocab, (len(mask),), generator=generator, dtype=torch.int32)
+        made = (torch.randn(len(mask), width, generator=generator) if states else None for width in (aux, hidden))
+        samples.append(Sample(name, ids, mask, *made))
+        if not is_heldout(name, share):
+            counts += torch.bincount(ids[mask.bool()], minlength=vocab)
+    with artifact(folder, "hidden_states", settings) as target:
+        half = max(1, len(samples) // 2)
+        shards = [write_shard(folder, number, part) for number, part in enumerate([samples[:half], samples[half:]])]
+        save_file({"token_counts": counts}, folder / COUNTS_FILE)
+        target.finish(shards=shards)
+    return folder
 
 
 @dataclass

@@ -1,10 +1,15 @@
 """Training: resumed equals uninterrupted; many processes equal one; curves are told truly."""
 
 import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from builders import Run, copy_until_dump
+from builders import Run, copy_until_dump, write_store
 from fledge.models.draft_head import of_width
 from fledge.models.formats import load_head
 from fledge.models.verifier import VerifierWeights
@@ -63,6 +68,51 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, t
 
     assert without_speed(run.path) == without_speed(resumed.path), "same steps, none lost or doubled"
     assert [r["step"] for r in without_speed(run.path)] == [6, 9, 9, 12, 12, 18, 18, 24, 24]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
+def test_processes_that_read_a_mix_change_nothing_and_end_with_a_killed_trainer(finished, run, tmp_path):
+    folder = finished.path / "hidden_states"
+    masks = {f"other/{n}": "0" * 9 + "1" * (5 + n) for n in range(31)}
+    other = write_store(tmp_path / "other", folder, masks, share=0.2)
+    mix = f"train.stores=[{{folder:{folder},weight:0.5}},{{folder:{other},weight:2}}]"
+    options = [mix, "train.batch_tokens=128", "train.save_every=12"]
+    run("train", *options, "train.data_workers=0")
+    killed = Run(tmp_path / "killed", run.verifier)
+    training = subprocess.Popen(
+        killed.command("train", *options, "train.data_workers=2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    readers: list[int] = []
+    while training.poll() is None and not (killed.path / "training" / "checkpoints" / "step-12").exists():
+        readers = children(training.pid) or readers
+        time.sleep(0.002)
+    training.kill()
+    assert training.wait() == -signal.SIGKILL
+    assert len(readers) >= 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{reader}").exists() for reader in readers):
+        assert time.monotonic() < deadline, "processes that read stay behind"
+        time.sleep(0.02)
+    assert "going on from step 12" in killed("train", *options, "train.data_workers=2").stdout
+
+    first, second = (r.path / "training" / "checkpoints" / "step-24" for r in (run, killed))
+    weights, again = (load_file(checkpoint / "model.safetensors") for checkpoint in (first, second))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    records = [read_metrics(r.path / "training") for r in (run, killed)]
+    for ours, theirs in zip(*records, strict=True):
+        assert {k: v for k, v in ours.items() if "_per_s" not in k} == {
+            k: v for k, v in theirs.items() if "_per_s" not in k
+        }
+    refused = run("train", mix.replace("0.5", "1.5"), *options[1:], code=2).stderr
+    assert refused.count("\n") == 1
+    assert "hidden_states: [" in refused
+    assert "1.5" in refused
 
 
 @pytest.fixture(scope="module")

@@ -8,28 +8,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conf.artifact import Artifact, artifact, digest, file_digest, write_atomic
+from ..conf.artifact import Artifact, artifact, digest, file_digest, is_complete, write_atomic
 from ..conf.progress import Progress
 from ..conf.schema import Config, TTTLoss
-from ..data_synthesis.prompts import is_heldout
-from ..data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
-from ..models.verifier import VerifierWeights, check_identity, load_config, logit_transform
-from ..models.vocabulary import VocabularyMap
-from .batches import PackStream, collate, pack
+from ..models.verifier import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
+from .data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
@@ -43,50 +37,43 @@ from .warm_start import trained_head
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
     *("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums"),
-    *("checkpoint_activations", "triton", "collective_timeout_s", "max_skipped_steps"),
-    "init_from",  # the head there counts by content
+    *("checkpoint_activations", "triton", "collective_timeout_s", "max_skipped_steps", "data_workers"),
+    *("stores", "init_from"),  # what is there counts by content
 )
 
 
 def train(config: Config) -> None:
-    """Train the draft head on runs/<name>/hidden_states/ into runs/<name>/training/; goes on where it was killed."""
+    """Train the draft head on hidden-state stores into runs/<name>/training/; goes on where it was killed."""
     with joined(config) as ranks:
         _train(config, ranks)
 
 
 def _train(config: Config, ranks: Ranks) -> None:
-    store = HiddenStateStore(config.hidden_states_folder)
-    ranks.agree({"hidden_states": store.manifest["digest"]})
-    if config.train.verify_checksums:
-        store.verify(ranks.rank, ranks.world)
-    if config.train.init_from:
-        head = trained_head(config)
-    else:
-        shape = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
-        head = DraftHead(shape, load_vocabulary(store, shape))
+    given = trained_head(config) if config.train.init_from else None
+    shape = given.config if given else DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
     with ExitStack() as stack:
+        data = stack.enter_context(TrainingData(config, shape, ranks.rank, ranks.world, ranks.device.type == "cuda"))
+        head = given or DraftHead(shape, data.vocabulary)
+        settings = _settings(config, data, head)
+        ranks.agree(settings)
+        if is_complete(config.training_folder, settings) and checkpoint_steps(config.training_folder / "checkpoints"):
+            if ranks.rank == 0:
+                print(f"training: {config.training_folder} is complete")
+            return
+        if config.train.verify_checksums:
+            data.verify()
         target = None
         if ranks.rank == 0:
-            opened = artifact(config.training_folder, "training", _settings(config, store, head), config.overwrite)
+            opened = artifact(config.training_folder, "training", settings, config.overwrite)
             target = stack.enter_context(opened)
-        done = bool(target and target.complete and checkpoint_steps(target.folder / "checkpoints"))
-        if ranks.any_rank(done):
-            if target:
-                print(f"training: {target.folder} is complete")
-        else:
-            Trainer(config, store, head, ranks, target).run()
+        Trainer(config, data, head, ranks, target).run()
 
 
-def _settings(config: Config, store: HiddenStateStore, head: DraftHead) -> dict[str, Any]:
-    """Give everything that determines the weights; refuse a store that contradicts the configuration."""
-    recorded = store.manifest["settings"]
-    check_identity(recorded["verifier"], config.verifier, str(store.folder), "set the same verifier or dump anew")
-    aux_layers = list(head.config.aux_layers)
-    if aux_layers != recorded["aux_layers"]:
-        raise ValueError(f"draft.aux_layers is {aux_layers}, {store.folder} holds layers {recorded['aux_layers']}")
+def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
+    """Give everything that determines the weights."""
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
     return {
-        "hidden_states": store.manifest["digest"],
+        "hidden_states": data.settings,
         "draft_vocabulary": digest(head.target_ids.tolist()),
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
@@ -94,48 +81,13 @@ def _settings(config: Config, store: HiddenStateStore, head: DraftHead) -> dict[
     }
 
 
-def load_vocabulary(store: HiddenStateStore, head: DraftHeadConfig) -> VocabularyMap:
-    """Read the draft vocabulary that was chosen when the store was dumped."""
-    path = store.folder / VOCABULARY_FILE
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): run `fledge dump` again") from None
-    if len(tensors["d2t"]) != head.draft_vocab_size:
-        raise ValueError(
-            f"draft.vocab_size is {head.draft_vocab_size}, the map in {store.folder} has {len(tensors['d2t'])}: "
-            "run `fledge dump` with this option again, only the map is written anew"
-        )
-    return VocabularyMap(tensors["d2t"], tensors["t2d"])
-
-
-@dataclass
-class Split:
-    """Sample numbers of the store by use."""
-
-    train: list[int]
-    heldout: list[int]
-    too_long: int  # training samples longer than a micro-batch
-
-    @classmethod
-    def of(cls, store: HiddenStateStore, batch_tokens: int) -> Split:
-        """Split a store by the ids that were held out when it was made."""
-        share = store.manifest["settings"]["heldout_share"]
-        heldout = [i for i, sample_id in enumerate(store.ids) if is_heldout(sample_id, share)]
-        others = sorted(set(range(len(store))) - set(heldout))
-        fitting = [i for i in others if store.lengths[i] <= batch_tokens]
-        if not fitting:
-            raise ValueError(f"no training sample of {store.folder} fits train.batch_tokens={batch_tokens}: raise it")
-        return cls(fitting, heldout, len(others) - len(fitting))
-
-
 class Trainer:
     """One training run: its head, its data, its records."""
 
     def __init__(
-        self, config: Config, store: HiddenStateStore, head: DraftHead, ranks: Ranks, target: Artifact | None
+        self, config: Config, data: TrainingData, head: DraftHead, ranks: Ranks, target: Artifact | None
     ) -> None:
-        self.config, self.store, self.ranks = config, store, ranks
+        self.config, self.data, self.ranks = config, data, ranks
         self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
         device = ranks.device
         self.target = target  # on rank 0
@@ -171,14 +123,10 @@ class Trainer:
         self.state = TrainerState()
         self.walks: Walks = {}  # the latest
 
-        self.split = Split.of(store, config.train.batch_tokens)
-        self.packs = PackStream(store.lengths, self.split.train, config.train.batch_tokens, config.train.seed)
         self.micro_batches = micro_batches(config)
         self.packs_per_step = options.packs_per_step
-        self.packs_per_epoch = len(self.packs.epoch(0))
-        self.num_steps = options.max_steps or max(1, options.epochs * self.packs_per_epoch // self.packs_per_step)
+        self.num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // self.packs_per_step)
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
-        self.heldout_packs = pack(store.lengths, self.split.heldout, max([config.train.batch_tokens, *store.lengths]))
 
     def run(self) -> None:
         """Train from the newest checkpoint, or the start, to the last step.
@@ -208,7 +156,7 @@ class Trainer:
                     progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 sums.zero_()
                 tokens, since = 0, time.monotonic()
-            walked = bool(self.heldout_packs) and (save or state.step % options.heldout_every == 0)
+            walked = bool(self.data.split.heldout) and (save or state.step % options.heldout_every == 0)
             if walked:
                 self._walk_heldout()
                 if tracker:
@@ -316,15 +264,14 @@ class Trainer:
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
-        packs = self.packs.start_at(step * self.packs_per_step)
-        for samples in itertools.islice(packs, self.rank, None, self.world):
-            yield collate(self.store, samples).to(self.device, self.dtype, self.config.train.ttt_steps)
+        for batch in self.data.batches(step * self.packs_per_step):
+            yield batch.to(self.device, self.dtype, self.config.train.ttt_steps)
 
     @torch.no_grad()
     def _walk_heldout(self) -> None:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
         steps = max(self.draft_lengths)
-        batches = (collate(self.store, samples).to(self.device, self.dtype, steps) for samples in self.heldout_packs)
+        batches = (batch.to(self.device, self.dtype, steps) for batch in self.data.heldout_batches(steps))
         self.walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
 
     def _acceptance(self) -> dict[str, float]:
@@ -347,7 +294,7 @@ class Trainer:
         if norm is not None:  # None at stage 0 in float32
             metrics["train/grad_norm"] = float(norm)
         metrics["train/tokens_per_s"] = tokens_per_s * self.world
-        metrics["train/epoch"] = step * self.packs_per_step / self.packs_per_epoch
+        metrics["train/epoch"] = step * self.packs_per_step / self.data.packs_per_epoch
         return metrics
 
     def _postfix(self, metrics: dict[str, float]) -> str:
@@ -356,9 +303,9 @@ class Trainer:
 
     def _record(self, step: int, walked: bool) -> dict[str, Any]:
         return {
-            "verifier": self.store.manifest["settings"]["verifier"],
+            "verifier": self.data.stores[0].manifest["settings"]["verifier"],
             "verifier_path": self.config.verifier.path,
-            "hidden_states": self.store.manifest["digest"],
+            "hidden_states": self.data.settings,
             "step": step,
             "ttt_steps": self.config.train.ttt_steps,
             "heldout": self._acceptance() if walked else {},
@@ -374,9 +321,8 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.engine.module.parameters())
         print(
             f"train: {parameters / 1e6:.1f} M parameters, {self.num_steps} steps of {self.packs_per_step} x "
-            f"{self.config.train.batch_tokens} tokens ({self.packs_per_epoch} packs an epoch), "
-            f"{self.world} process(es), ZeRO {self.config.deepspeed.zero_stage}; {len(self.split.train)} training "
-            f"and {len(self.split.heldout)} held-out samples, {self.split.too_long} longer than a pack left out"
+            f"{self.config.train.batch_tokens} tokens ({self.data.packs_per_epoch} packs an epoch), "
+            f"{self.world} process(es), ZeRO {self.config.deepspeed.zero_stage}; {self.data.split}"
             + (f"; going on from step {step}" if step else ""),
             flush=True,
         )

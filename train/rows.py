@@ -24,8 +24,11 @@ through over all answers of the batch, useful row j has at step k the target j+k
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,19 +40,30 @@ from ..models.ttt_attention import Span
 class UsefulRows:
     """The rows that counted targets need, for K steps; indices on the device, spans on the host."""
 
-    rows: Tensor  # int64 [n_0], ascending: the useful rows of the batch
-    steps: list[Tensor]  # per step int64 [n_k], ascending: which of `rows` go as far as that step
-    kept: list[Tensor]  # per step int64 [n_k]: where they stand among the rows of the step before
-    spans: list[list[Span]]  # per step: the same rows as spans
+    indices: Tensor  # int64: the four kinds below end to end, of which they are views
+    sizes: list[int]
+    spans: list[list[Span]]  # per step: the rows it has, as spans
     documents: list[Span]  # every row
     starts: list[list[int]]  # per step [n_0 + 1]: how many of its rows come before useful row j
-    firsts: Tensor  # int64 [T], first row of each row's document
+    rows: Tensor = field(init=False)  # [n_0], ascending: the useful rows of the batch
+    firsts: Tensor = field(init=False)  # [T], first row of each row's document
+    steps: list[Tensor] = field(init=False)  # per step [n_k], ascending: which of `rows` go as far as that step
+    kept: list[Tensor] = field(init=False)  # per step [n_k]: where they stand among the rows of the step before
+
+    def __post_init__(self) -> None:
+        self.rows, self.firsts, *others = self.indices.split(self.sizes)
+        self.steps, self.kept = others[: len(others) // 2], others[len(others) // 2 :]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UsefulRows, (self.indices, self.sizes, self.spans, self.documents, self.starts)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> UsefulRows:
+        """Change all indices by one call: one by one, each would be a transfer of its own."""
+        return dataclasses.replace(self, indices=change(self.indices))
 
     def to(self, device: torch.device) -> UsefulRows:
         """Move the indices to a device."""
-        steps, kept = [step.to(device) for step in self.steps], [step.to(device) for step in self.kept]
-        rows, firsts = self.rows.to(device), self.firsts.to(device)
-        return UsefulRows(rows, steps, kept, self.spans, self.documents, self.starts, firsts)
+        return self.mapped(lambda indices: _to(indices, device))
 
 
 @dataclass
@@ -60,28 +74,45 @@ class PackedBatch:
     loss_mask: Tensor  # bool [T]
     document: Tensor  # int64 [T], number of the document a token belongs to
     position: Tensor  # int64 [T], within the document
-    aux_hidden_states: Tensor  # [T, A*H]
-    last_hidden_state: Tensor  # [T, H]
+    aux_hidden_states: Tensor | None  # [T, A*H]; None where the store holds tokens alone
+    last_hidden_state: Tensor | None  # [T, H]
     lengths: list[int]  # tokens of each document
     sample_ids: list[str]
-    useful: UsefulRows | None = None  # set by `to`
+    useful: UsefulRows | None = None  # set when it is read, or by `to`
 
     def to(self, device: torch.device, dtype: torch.dtype, ttt_steps: int) -> PackedBatch:
         """Move to a device, states in `dtype`; the useful rows of K steps are found before, while the mask is here."""
+        found = dataclasses.replace(self, useful=self.useful_rows(ttt_steps))
+        moved = found.mapped(lambda tensor: _to(tensor, device))
+        aux, last = moved.aux_hidden_states, moved.last_hidden_state
+        return dataclasses.replace(
+            moved,
+            aux_hidden_states=None if aux is None else aux.to(dtype),
+            last_hidden_state=None if last is None else last.to(dtype),
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        """Copy into pinned memory, from where a GPU fetches while it computes (called by torch's DataLoader)."""
+        return self.mapped(Tensor.pin_memory)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Change every tensor."""
         return PackedBatch(
-            self.input_ids.to(device),
-            self.loss_mask.to(device),
-            self.document.to(device),
-            self.position.to(device),
-            self.aux_hidden_states.to(device, dtype),
-            self.last_hidden_state.to(device, dtype),
+            change(self.input_ids),
+            change(self.loss_mask),
+            change(self.document),
+            change(self.position),
+            None if self.aux_hidden_states is None else change(self.aux_hidden_states),
+            None if self.last_hidden_state is None else change(self.last_hidden_state),
             self.lengths,
             self.sample_ids,
-            self.useful_rows(ttt_steps).to(device),
+            None if self.useful is None else self.useful.mapped(change),
         )
 
     def suspects(self) -> list[str]:
         """Give the ids of the documents with states that are not finite, or of all where every state is finite."""
+        assert self.aux_hidden_states is not None
+        assert self.last_hidden_state is not None
         finite = (self.aux_hidden_states.isfinite().all(-1) & self.last_hidden_state.isfinite().all(-1)).cpu()
         parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
         return [name for name, part in parts if not part.all()] or self.sample_ids
@@ -91,6 +122,10 @@ class PackedBatch:
         if self.useful is not None and len(self.useful.steps) == ttt_steps:
             return self.useful
         return find_useful_rows(self.loss_mask, self.lengths, ttt_steps).to(self.loss_mask.device)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=device.type == "cuda")  # waits for nothing where the memory is pinned
 
 
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
@@ -124,12 +159,12 @@ def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> U
         kept.append((steps_left[before] > step).nonzero().squeeze(1))
         before = before[kept[-1]]
         steps.append(before)
+    firsts = torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths))
+    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *kept]
     return UsefulRows(
-        rows=torch.tensor(rows, dtype=torch.int64),
-        steps=steps,
-        kept=kept,
+        indices=torch.cat(indices),
+        sizes=[len(part) for part in indices],
         spans=[[span._replace(rows=span.rows - k) for span in spans if span.rows > k] for k in range(ttt_steps)],
         documents=documents,
         starts=[[0, *(steps_left > step).cumsum(0).tolist()] for step in range(ttt_steps)],
-        firsts=torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths)),
     )

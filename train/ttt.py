@@ -44,6 +44,7 @@ def unroll(
     # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
     projected = head.project_embedding(head.embed(batch.input_ids, embedding))
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)
+    assert batch.aux_hidden_states is not None
     state = head.fuse(batch.aux_hidden_states)
     states: list[Tensor] = []
     for step, (places, kept) in enumerate(zip(rows.steps, rows.kept, strict=True)):
@@ -71,6 +72,7 @@ def find_targets(
     vocab_size, device = len(verifier_lm_head), verifier_lm_head.device
     if len(head.d2t) == vocab_size:
         return Targets(torch.ones(len(rows.rows), dtype=torch.bool, device=device))
+    assert batch.last_hidden_state is not None
     states = batch.last_hidden_state.index_select(0, rows.rows + 1)
     wide = wide_dtype(states.dtype)
     top = torch.empty(len(states), dtype=torch.int64, device=device)
@@ -151,6 +153,7 @@ class TTTModule(nn.Module):
         Returns:
             The loss, and float32 [K, 8]: the columns of `SUMS`.
         """
+        assert batch.last_hidden_state is not None
         rows = batch.useful_rows(self.ttt_steps)
         if targets is None:
             targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
