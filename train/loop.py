@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,8 +31,9 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .engine import learning_rate, start_engine, start_processes, stop_processes, sum_over_ranks
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .meter import Meter
 from .rows import PackedBatch
-from .tracking import Tracker
+from .tracking import Tracker, run_description
 from .ttt import TTTModule, count_rows, find_targets
 
 # Options that change how a run is watched or kept, not what it computes.
@@ -168,6 +168,7 @@ class Trainer:
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
         self.heldout_packs = pack(store.lengths, self.split.heldout, max([config.train.batch_tokens, *store.lengths]))
         self.walks: Walks = {}
+        self.meter = Meter(self.head.config, config.draft.train_lm_head, device, self.dtype)
 
     def run(self) -> None:
         """Train from the newest checkpoint, or the start, to the last step."""
@@ -183,31 +184,36 @@ class Trainer:
             values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
             write_atomic(self.target.folder / "config.yaml", values)
         tracker = self._tracker(step) if self.rank == 0 else None
-        progress = Progress("train", self.num_steps, "step", done=step) if self.rank == 0 else None
+        progress = None
+        if self.rank == 0:
+            progress = Progress("train", self.num_steps, "step", done=step)
+            progress.set_postfix_str(self._postfix({}), refresh=False)
         batches = self._batches(step)
         sums = torch.zeros(self.config.train.ttt_steps, len(SUMS), device=self.device)
-        tokens, since = 0, time.monotonic()
+        self.meter.restart()
         while step < self.num_steps:
-            micro_batches = list(itertools.islice(batches, self.config.train.micro_batches))
+            with self.meter.waiting():
+                micro_batches = list(itertools.islice(batches, self.config.train.micro_batches))
+            self.meter.add(micro_batches)
             sums += self._optimizer_step(step, micro_batches)
-            tokens += sum(len(batch.input_ids) for batch in micro_batches)
             step += 1
             save = step % self.config.train.save_every == 0 or step == self.num_steps
             if step % self.config.train.log_every == 0 or save:
-                metrics = self._metrics(step, sums, tokens / (time.monotonic() - since))
+                metrics = self._metrics(step, sums)
                 if tracker and progress is not None:
                     tracker.log(step, metrics)
                     progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 sums.zero_()
-                tokens, since = 0, time.monotonic()
             if self.heldout_packs and (save or step % self.config.train.heldout_every == 0):
-                self._walk_heldout()
+                with self.meter.paused():
+                    self._walk_heldout()
                 if tracker:
                     tracker.log(step, {f"heldout/{name}": value for name, value in self._acceptance().items()})
             if save:
                 state = {"step": step, "walks": self.walks, "acceptance": self.acceptance.tolist()}
                 keep = self.config.train.keep_checkpoints
-                save_checkpoint(self.engine, self.head, folder, state, self._record(step), keep)
+                with self.meter.paused():
+                    save_checkpoint(self.engine, self.head, folder, state, self._record(step), keep)
             if progress is not None:
                 progress.update()
         if tracker and progress is not None and self.target:
@@ -257,14 +263,15 @@ class Trainer:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
         steps = max(self.draft_lengths)
         batches = (collate(self.store, samples).to(self.device, self.dtype, steps) for samples in self.heldout_packs)
-        self.walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
+        self.walks = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
 
     def _acceptance(self) -> dict[str, float]:
-        return {
-            f"acceptance_length_{num}": total(walks.values()).acceptance_length for num, walks in self.walks.items()
-        }
+        totals = {num: total(walks.values()) for num, walks in self.walks.items()}
+        greedy = {f"acceptance_length_{num}": walked.acceptance_length for num, walked in totals.items()}
+        return greedy | {f"acceptance_length_t1_{num}": walked.acceptance_length_t1 for num, walked in totals.items()}
 
-    def _metrics(self, step: int, sums: Tensor, tokens_per_s: float) -> dict[str, float]:
+    def _metrics(self, step: int, sums: Tensor) -> dict[str, float]:
+        cost = self.meter.read(sums[:, SUMS.index("counted")].tolist())
         sum_of = dict(zip(SUMS, sum_over_ranks(sums.clone()).T.tolist(), strict=True))
         counted = [max(1.0, number) for number in sum_of["counted"]]
         metrics: dict[str, float] = {}
@@ -278,13 +285,13 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         if norm is not None:  # None at stage 0 in float32
             metrics["train/grad_norm"] = float(norm)
-        metrics["train/tokens_per_s"] = tokens_per_s * self.world
         metrics["train/epoch"] = step * self.packs_per_step / self.packs_per_epoch
-        return metrics
+        return metrics | cost
 
     def _postfix(self, metrics: dict[str, float]) -> str:
-        loss = f"loss {metrics['train/loss']:.3f} " if metrics else ""
-        return loss + " ".join(f"τ@{name.rpartition('_')[2]} {value:.2f}" for name, value in self._acceptance().items())
+        now = [f"loss {metrics['train/loss']:.3f}", f"{metrics['train/tokens_per_s']:,.0f} tokens/s"] if metrics else []
+        acceptance = {num: total(walks.values()).acceptance_length for num, walks in self.walks.items()}
+        return " ".join([*now, *(f"τ@{num} {value:.2f}" for num, value in acceptance.items())])
 
     def _record(self, step: int) -> dict[str, Any]:
         return {
@@ -298,9 +305,12 @@ class Trainer:
 
     def _tracker(self, step: int) -> Tracker:
         assert self.target is not None
-        run = digest([self.target.manifest["settings"], self.config.name, str(self.config.training_folder.resolve())])
-        values = self.target.manifest["settings"]
-        return Tracker(self.config.tracking, self.config.training_folder, step, run, self.config.name, values)
+        settings = self.target.manifest["settings"]
+        run = digest([settings, self.config.name, str(self.config.training_folder.resolve())])
+        store = self.store.manifest
+        inputs = {"hidden_states": store["digest"], "conversations": store["settings"]["conversations"]}
+        about = run_description(self.config, inputs)
+        return Tracker(self.config.tracking, self.config.training_folder, step, run, self.config.name, about)
 
     def _announce(self, step: int) -> None:
         parameters = sum(parameter.numel() for parameter in self.engine.module.parameters())
