@@ -13,6 +13,8 @@ from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
 
+OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
+
 SMALL_DECODER = {  # of verifiers made on the spot
     "hidden_size": 64,
     "num_hidden_layers": 8,

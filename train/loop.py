@@ -190,6 +190,7 @@ class Trainer:
             progress.set_postfix_str(self._postfix({}), refresh=False)
         batches = self._batches(step)
         sums = torch.zeros(self.config.train.ttt_steps, len(SUMS), device=self.device)
+        metrics: dict[str, float] = {}
         self.meter.restart()
         while step < self.num_steps:
             with self.meter.waiting():
@@ -198,13 +199,14 @@ class Trainer:
             sums += self._optimizer_step(step, micro_batches)
             step += 1
             save = step % self.config.train.save_every == 0 or step == self.num_steps
-            if step % self.config.train.log_every == 0 or save:
+            log = step % self.config.train.log_every == 0 or save
+            walk = bool(self.heldout_packs) and (step % self.config.train.heldout_every == 0 or save)
+            if log:
                 metrics = self._metrics(step, sums)
-                if tracker and progress is not None:
+                if tracker:
                     tracker.log(step, metrics)
-                    progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 sums.zero_()
-            if self.heldout_packs and (save or step % self.config.train.heldout_every == 0):
+            if walk:
                 with self.meter.paused():
                     self._walk_heldout()
                 if tracker:
@@ -215,6 +217,8 @@ class Trainer:
                 with self.meter.paused():
                     save_checkpoint(self.engine, self.head, folder, state, self._record(step), keep)
             if progress is not None:
+                if log or walk:
+                    progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 progress.update()
         if tracker and progress is not None and self.target:
             progress.close()
