@@ -81,7 +81,8 @@ def _heldout(results: dict[str, Any]) -> list[str]:
         return []
     decoded = f"{heldout['decoded']['acceptance_length']:.2f}"
     if results["temperature"]:
-        both = f"{told:.2f} estimated in training for temperature 1, {decoded} sampled at {results['temperature']:g}"
+        estimate = f"{told:.2f} estimated in training (temperature 1, over greedy answers)"
+        both = f"{estimate}, {decoded} sampled at temperature {results['temperature']:g}"
     else:
         both = f"{told:.2f} walked in training, {decoded} decoded"
     return [f"Held-out conversations: acceptance length {both} ({heldout['num_conversations']} conversations)."]

@@ -24,7 +24,7 @@ from .vocabulary import VocabularyMap
 LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
 _CURE = "`fledge import` reads the heads of other projects and formats"
-HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: rounds and accepted by draft tokens and conversation
+HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `Walk` by draft tokens and conversation
 
 
 def layer_fields(config: DraftHeadConfig) -> dict[str, Any]:

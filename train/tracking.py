@@ -143,7 +143,10 @@ def _warn(name: str, error: Exception) -> None:
 
 
 class _Wandb:
-    """W&B. Online a resumed run goes on under its id; offline every start makes a directory of its own."""
+    """W&B. Online a resumed run goes on under its id, and steps that are there already are not recorded twice.
+
+    Offline every start makes a directory of its own.
+    """
 
     def __init__(self, options: TrackingConfig, folder: Path, run: str, name: str, about: dict[str, Any]) -> None:
         import wandb
