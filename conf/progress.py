@@ -23,9 +23,9 @@ class Progress(tqdm):
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
         self.disable = False
-        layout: dict[str, Any] = {}
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {elapsed} < {remaining}{postfix}"
         if not self._terminal:
-            layout = {"bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {elapsed} < {remaining}{postfix}"}
+            layout = layout.replace("{l_bar}{bar}| ", "{desc}: ")
         super().__init__(
             total=total,
             initial=done,
@@ -35,7 +35,7 @@ class Progress(tqdm):
             mininterval=0.5 if self._terminal else LINE_EVERY_S,
             maxinterval=6 * LINE_EVERY_S,
             dynamic_ncols=self._terminal,
-            **layout,
+            bar_format=layout,
         )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,8 @@ class EvaluateConfig:
     questions_split: str = "train"
     num_draft_tokens: int = 3  # tokens proposed a round
     max_tokens: int = 1024  # tokens an answer
+    temperature: float = 0.0  # 0 is greedy; above, tokens are sampled and drafts accepted by rejection sampling
+    seed: int = 0  # of the samples, with the question and the turn
     questions_per_category: int | None = None  # None: all
     heldout_prompts: int = 64  # held-out conversations decoded too, to compare with what training walked; 0: none
     baselines: bool = True  # measure an untrained head and prompt-lookup drafting beside
@@ -234,11 +237,12 @@ class DoctorConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases; metrics.jsonl is always written."""
+    """Where metrics go besides metrics.jsonl, which is always written; train/tracking.py has their table."""
 
     wandb: WandbMode = WandbMode.offline
     project: str = "fledge"
     entity: str | None = None
+    tensorboard: bool = False  # event files in training/tensorboard, by the package of the extra [tensorboard]
 
 
 @dataclass
@@ -329,6 +333,7 @@ def validate(config: Config) -> None:
         "data.heldout_share": (config.data.heldout_share, 0.0, 0.9),
         "synthesize.top_p": (config.synthesize.top_p, 0.0, 1.0),
         "synthesize.temperature": (config.synthesize.temperature, 0.0, 10.0),
+        "evaluate.temperature": (config.evaluate.temperature, 0.0, 10.0),
         "train.gamma": (config.train.gamma, 0.0, 1.0),
         "train.blend_rate": (config.train.blend_rate, 0.0, 100.0),
         "train.warmup_share": (config.train.warmup_share, 0.0, 1.0),
@@ -344,6 +349,11 @@ def validate(config: Config) -> None:
         raise ValueError(f"train.max_steps must be at least 1, got {config.train.max_steps}")
     if config.draft.aux_layers is not None and not config.draft.aux_layers:
         raise ValueError("draft.aux_layers must name at least one layer, got []; null takes the default ones")
+    if config.tracking.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError(
+            "tracking.tensorboard needs the package tensorboard, which is not installed: "
+            "pip install 'fledge[tensorboard]', or set it to false"
+        )
     if config.train.lr <= 0:
         raise ValueError(f"train.lr must be above 0, got {config.train.lr}")
     if "/" in config.name or config.name in ("", ".", ".."):

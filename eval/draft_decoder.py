@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.draft_head import DraftHead
+from .acceptance import GREEDY, AcceptanceRule, Proposal
 
 
 class DraftDecoder:
@@ -75,11 +76,20 @@ class DraftDecoder:
         self._run(tokens, self._state, self.num_rows - 1 + step)
 
     @torch.no_grad()
-    def propose(self, num_draft_tokens: int) -> list[int]:
-        """Give a chain of draft tokens, each the head's most likely one."""
+    def propose(self, num_draft_tokens: int, rule: AcceptanceRule = GREEDY) -> Proposal:
+        """Give a chain of draft tokens, each chosen by the rule from the head's logits."""
         tokens: list[int] = []
+        drawn_from: list[Tensor] = []
         for step in range(num_draft_tokens):
             if step:
                 self.feed(tokens[-1], step)
-            tokens.append(int(self._target_ids[self.logits().argmax()]))
-        return tokens
+            token, probabilities = rule.choose(self.logits())
+            tokens.append(int(self._target_ids[token]))
+            if probabilities is not None:
+                drawn_from.append(probabilities)
+        return Proposal(tokens, self._of_verifiers_vocabulary(torch.stack(drawn_from)) if drawn_from else None)
+
+    def _of_verifiers_vocabulary(self, probabilities: Tensor) -> Tensor:
+        """Spread probabilities [n, Vd] over the verifier's tokens [n, V]."""
+        spread = probabilities.new_zeros(len(probabilities), len(self.head.t2d))
+        return spread.index_copy_(1, self._target_ids, probabilities)

@@ -12,18 +12,19 @@ import torch
 from ..conf.artifact import artifact, digest, file_digest, read_manifest, write_json
 from ..conf.journal import Journal, read_journal
 from ..conf.progress import Progress
-from ..conf.schema import Config
+from ..conf.schema import Config, EvaluateConfig
 from ..data_synthesis.chat import prompt_tokens
 from ..models.draft_head import DraftHead, initialise
 from ..models.formats import HELDOUT_WALKS, WEIGHTS, head_folder, load_head
 from ..models.verifier import Verifier, VerifierWeights, check_identity
 from ..models.vocabulary import VocabularyMap
+from .acceptance import GREEDY, AcceptanceRule, Sampled
 from .draft_decoder import DraftDecoder
 from .metrics import count, macro_acceptance_length
 from .prompt_lookup import NoDraft, PromptLookup
 from .questions import HELDOUT, Question, load_heldout, load_questions
 from .report import ACCEPTANCE, print_table, write_report
-from .speculative import Drafter, speculate
+from .speculative import Decoded, Drafter, speculate
 
 RECORDS = "questions.jsonl"
 TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
@@ -44,6 +45,8 @@ def evaluate(config: Config) -> None:
         "num_draft_tokens": options.num_draft_tokens,
         "max_tokens": options.max_tokens,
         "baselines": options.baselines,
+        "temperature": options.temperature,
+        "seed": options.seed if options.temperature else None,
     }
     with artifact(config.run_folder / "evaluation", "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):
@@ -64,13 +67,21 @@ def _heldout(config: Config) -> list[Question]:
     return load_heldout(folder, read_manifest(folder, "conversations")["settings"], config.evaluate.heldout_prompts)
 
 
-def _walked(source: Path, ids: list[str], num_draft_tokens: int) -> float | None:
-    """Give the acceptance length that training walked on these conversations, None where it did not walk them."""
+def _told_in_training(source: Path, ids: list[str], options: EvaluateConfig) -> dict[str, float | None]:
+    """Give the acceptance length that training told of these conversations; None where it did not measure them.
+
+    Greedy decoding is compared with the walk, which makes the same rounds, sampling with the estimate.
+    """
     path = source / HELDOUT_WALKS
-    walks = json.loads(path.read_text()).get(str(num_draft_tokens), {}) if path.is_file() else {}
+    walks = json.loads(path.read_text()).get(str(options.num_draft_tokens), {}) if path.is_file() else {}
+    name, gained, of = (
+        ("estimated_acceptance_length_t1", "expected", "rows")
+        if options.temperature
+        else ("walked_acceptance_length", "accepted", "rounds")
+    )
     known = [walks[sample_id] for sample_id in ids if sample_id in walks]
-    rounds = sum(walked["rounds"] for walked in known)
-    return 1 + sum(walked["accepted"] for walked in known) / rounds if rounds else None
+    number = sum(walked.get(of, 0) for walked in known)
+    return {name: 1 + sum(walked[gained] for walked in known) / number if number else None}
 
 
 def _decode_all(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
@@ -106,22 +117,28 @@ def decode_question(
     verifier: Verifier, drafters: dict[str, Drafter], question: Question, config: Config
 ) -> dict[str, Any]:
     """Answer a question's turns with the verifier alone and with each drafter; give its record."""
-    num_draft_tokens = config.evaluate.num_draft_tokens
-    max_tokens = question.max_tokens or config.evaluate.max_tokens
+    options = config.evaluate
+    max_tokens = question.max_tokens or options.max_tokens
     answers: list[dict[str, Any]] = []
     texts: list[str] = []
-    for _ in question.turns:
+    for turn in range(len(question.turns)):
         prompt = prompt_tokens(verifier.tokenizer, question.history(texts))
-        alone = speculate(verifier, NoDraft(), prompt, num_draft_tokens, max_tokens)
+
+        def answer(drafter: Drafter, prompt: list[int] = prompt, turn: int = turn) -> Decoded:
+            rule = _rule(options, verifier.device, question, turn)
+            return speculate(verifier, drafter, prompt, options.num_draft_tokens, max_tokens, rule)
+
+        alone = answer(NoDraft())
         texts.append(str(verifier.tokenizer.decode(alone.tokens, skip_special_tokens=True)))
         by_drafter = {}
         for name, drafter in drafters.items():
-            decoded = speculate(verifier, drafter, prompt, num_draft_tokens, max_tokens)
+            decoded = answer(drafter)
             by_drafter[name] = {
                 "drafted": decoded.drafted,
                 "accepted": decoded.accepted,
+                "output_tokens": len(decoded.tokens),
                 "seconds": decoded.seconds,
-                "equals_verifier": decoded.tokens == alone.tokens,
+                **({} if options.temperature else {"equals_verifier": decoded.tokens == alone.tokens}),
             }
         answers.append(
             {
@@ -135,6 +152,13 @@ def decode_question(
     return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
 
 
+def _rule(options: EvaluateConfig, device: torch.device, question: Question, turn: int) -> AcceptanceRule:
+    """Give the rule of an answer; its draws depend on nothing but the seed, the question and the turn."""
+    if not options.temperature:
+        return GREEDY
+    return Sampled(options.temperature, device, f"{options.seed}/{turn}/{question.id}")
+
+
 def _summarise(
     config: Config, source: Path, record: dict[str, Any], questions: list[Question], folder: Path
 ) -> dict[str, Any]:
@@ -142,25 +166,27 @@ def _summarise(
     records = list(read_journal(folder / RECORDS))
     asked = [r for r in records if r["category"] != HELDOUT]
     heldout = [r for r in records if r["category"] == HELDOUT]
-    num = config.evaluate.num_draft_tokens
+    options = config.evaluate
+    num = options.num_draft_tokens
     names = list(asked[0]["answers"][0]["drafters"])
     categories = list(dict.fromkeys(question.category for question in questions if question.category != HELDOUT))
     alone = [answer for r in asked for answer in r["answers"]]
-    equal = [d["equals_verifier"] for r in records for a in r["answers"] for d in a["drafters"].values()]
+    drafted = [decoded for r in records for answer in r["answers"] for decoded in answer["drafters"].values()]
+    lossless = {"decoded_answers": len(drafted), "equal_to_verifier": sum(d.get("equals_verifier", 0) for d in drafted)}
     return {
         **count(asked, TRAINED, num).as_dict(),
         "macro_acceptance_length": macro_acceptance_length(asked, TRAINED, num),
         "num_draft_tokens_per_round": num,
-        "temperature": 0.0,
+        "temperature": options.temperature,
         "drafting": "chain",
         "dtype": config.verifier.dtype.value,
-        "questions": config.evaluate.questions,
+        "questions": options.questions,
         "num_questions": len(asked),
-        "max_tokens": config.evaluate.max_tokens,
+        "max_tokens": options.max_tokens,
         "definition": "acceptance_length = 1 + num_accepted_tokens / num_drafts, bonus token included, over all rounds",
         "verifier": record["verifier"],
         "head": os.path.relpath(source, config.run_folder),
-        "lossless": {"decoded_answers": len(equal), "equal_to_verifier": sum(equal)},
+        **({"seed": options.seed} if options.temperature else {"lossless": lossless}),
         "verifier_alone_tokens_per_s": sum(a["output_tokens"] for a in alone) / sum(a["seconds_alone"] for a in alone),
         "by_category": {
             category: {
@@ -172,6 +198,6 @@ def _summarise(
         "heldout": {
             "num_conversations": len(heldout),
             "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
-            "walked_acceptance_length": _walked(source, [r["id"] for r in heldout], num),
+            **_told_in_training(source, [r["id"] for r in heldout], options),
         },
     }

@@ -68,7 +68,7 @@ def count(records: Iterable[dict[str, Any]], drafter: str, num_draft_tokens: int
     for record in records:
         for answer in record["answers"]:
             rounds = answer["drafters"][drafter]
-            counts.add(rounds["drafted"], rounds["accepted"], answer["output_tokens"], rounds["seconds"])
+            counts.add(rounds["drafted"], rounds["accepted"], rounds["output_tokens"], rounds["seconds"])
     return counts
 
 

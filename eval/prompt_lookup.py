@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import LongTensor, Tensor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from .acceptance import GREEDY, AcceptanceRule, Proposal
+
 
 class PromptLookup:
     """Proposes what followed the first occurrence of the last tokens in the text so far."""
@@ -23,13 +25,13 @@ class PromptLookup:
         """Add tokens of the text; the states are not used."""
         self._tokens += fed
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
+    def propose(self, num_draft_tokens: int, rule: AcceptanceRule = GREEDY) -> Proposal:
         """Give at most `num_draft_tokens` tokens; none where nothing matches."""
         finder = PromptLookupCandidateGenerator(
             num_output_tokens=num_draft_tokens, max_matching_ngram_size=self._ngram, max_length=1 << 30
         )
         candidates, _ = finder.get_candidates(LongTensor([self._tokens]))
-        return candidates[0, len(self._tokens) :].tolist()
+        return Proposal(candidates[0, len(self._tokens) :].tolist())
 
 
 class NoDraft:
@@ -43,6 +45,6 @@ class NoDraft:
     def extend(self, fed: list[int], aux_hidden_states: Tensor) -> None:
         """Ignore the text."""
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
+    def propose(self, num_draft_tokens: int, rule: AcceptanceRule = GREEDY) -> Proposal:
         """Give no token."""
-        return []
+        return Proposal([])

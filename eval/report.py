@@ -56,18 +56,36 @@ def _tables(results: dict[str, Any]) -> list[str]:
         [category, *(f"{counts[name]['acceptance_length']:.2f}" for name in drafters)]
         for category, counts in results["by_category"].items()
     ]
+    facts = [_faithfulness(results), *_heldout(results)]
+    return [_table(head, rows), _table(["category", *drafters], categories), "\n".join(facts)]
+
+
+def _faithfulness(results: dict[str, Any]) -> str:
+    if results["temperature"]:
+        return (
+            f"Answers are sampled at temperature {results['temperature']:g} (seed {results['seed']}), with and without "
+            "drafts; rejection sampling keeps the verifier's distribution, and no two need be equal."
+        )
     lossless = results["lossless"]
-    facts = [
+    return (
         f"{lossless['equal_to_verifier']} of {lossless['decoded_answers']} answers equal the verifier's own, "
         "token for token."
-    ]
+    )
+
+
+def _heldout(results: dict[str, Any]) -> list[str]:
+    """Lay what training told of held-out conversations beside what decoding them gave, where both are known."""
     heldout = results["heldout"]
-    if heldout["decoded"] and heldout["walked_acceptance_length"]:
-        facts.append(
-            f"Held-out conversations: acceptance length {heldout['walked_acceptance_length']:.2f} walked in training, "
-            f"{heldout['decoded']['acceptance_length']:.2f} decoded ({heldout['num_conversations']} conversations)."
-        )
-    return [_table(head, rows), _table(["category", *drafters], categories), "\n".join(facts)]
+    told = heldout.get("estimated_acceptance_length_t1" if results["temperature"] else "walked_acceptance_length")
+    if not heldout["decoded"] or not told:
+        return []
+    decoded = f"{heldout['decoded']['acceptance_length']:.2f}"
+    if results["temperature"]:
+        estimate = f"{told:.2f} estimated in training (temperature 1, over greedy answers)"
+        both = f"{estimate}, {decoded} sampled at temperature {results['temperature']:g}"
+    else:
+        both = f"{told:.2f} walked in training, {decoded} decoded"
+    return [f"Held-out conversations: acceptance length {both} ({heldout['num_conversations']} conversations)."]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -117,10 +135,12 @@ def _training(plt: Any, metrics: list[dict[str, Any]]) -> Any:
     middle.legend(frameon=False, loc="lower right")
     for name in sorted({name for record in heldout for name in record if name.startswith("heldout/")}):
         values = [(r["step"], r[name]) for r in heldout if name in r]
+        estimated = "_t1_" in name
+        label = f"{name.rpartition('_')[2]} draft tokens" + (", temperature 1, estimated" if estimated else ", greedy")
         right.plot(
-            *zip(*values, strict=True), marker="o", markersize=3, label=f"{name.rpartition('_')[2]} draft tokens"
+            *zip(*values, strict=True), linestyle=":" if estimated else "-", marker="o", markersize=3, label=label
         )
-    right.set(xlabel="optimizer step", title="Held-out acceptance length, walked", ylim=(1, None))
+    right.set(xlabel="optimizer step", title="Held-out acceptance length", ylim=(1, None))
     right.legend(frameon=False, loc="lower right")
     return figure
 

@@ -1,9 +1,9 @@
-"""Greedy speculative decoding with a chain of draft tokens, one sequence at a time.
+"""Speculative decoding with a chain of draft tokens, one sequence at a time.
 
 prefill        the verifier reads the prompt and gives the first token
 every round    draft:  K tokens
                verify: the verifier reads [last token, K drafts] in one forward
-               accept: the drafts that equal its own choices, and its choice after them (the bonus token)
+               accept: drafts as the rule has it (eval/acceptance.py), and its own token after them (the bonus token)
                commit: both caches keep what was accepted, and nothing of what was not
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..models.verifier import Verifier
+from .acceptance import GREEDY, AcceptanceRule, Proposal
 
 
 class Drafter(Protocol):
@@ -31,8 +32,8 @@ class Drafter(Protocol):
     def extend(self, fed: list[int], aux_hidden_states: Tensor) -> None:
         """Learn that position by position the verifier had these aux states [n, A*H] and that `fed` [n] came next."""
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
-        """Propose at most `num_draft_tokens` tokens."""
+    def propose(self, num_draft_tokens: int, rule: AcceptanceRule) -> Proposal:
+        """Propose at most `num_draft_tokens` tokens; a drafter that has distributions lets the rule choose."""
 
 
 @dataclass
@@ -47,9 +48,14 @@ class Decoded:
 
 @torch.no_grad()
 def speculate(
-    verifier: Verifier, drafter: Drafter, prompt: list[int], num_draft_tokens: int, max_tokens: int
+    verifier: Verifier,
+    drafter: Drafter,
+    prompt: list[int],
+    num_draft_tokens: int,
+    max_tokens: int,
+    rule: AcceptanceRule = GREEDY,
 ) -> Decoded:
-    """Answer a prompt greedily; the tokens are the verifier's own whatever the drafter proposes.
+    """Answer a prompt; whatever the drafter proposes, the tokens are the verifier's own, or distributed as its own.
 
     Raises:
         ValueError: the prompt leaves no room in the verifier's context.
@@ -60,25 +66,22 @@ def speculate(
     max_tokens = min(max_tokens, room)
     cache = DynamicCache()  # whole layers also where attention slides: a rejected draft must be removable
     output = verifier.forward(torch.tensor([prompt], device=verifier.device), past_key_values=cache, logits_to_keep=1)
-    new = [int(output.logits[0, -1].argmax())]
+    new = [rule.choose(output.logits[0, -1])[0]]
     decoded = Decoded(tokens=list(new))
     drafter.start(prompt)
     drafter.extend(prompt[1:] + new, output.aux_hidden_states[0])
     started = time.perf_counter()
     while not _ended(decoded.tokens, new, verifier.end_token_ids, max_tokens):
-        drafts = drafter.propose(num_draft_tokens)
-        fed = torch.tensor([[new[-1], *drafts]], device=verifier.device)
+        proposal = drafter.propose(num_draft_tokens, rule)
+        fed = torch.tensor([[new[-1], *proposal.tokens]], device=verifier.device)
         output = verifier.forward(fed, past_key_values=cache)
-        choices = output.logits[0].argmax(-1).tolist()
-        accepted = 0
-        while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
-            accepted += 1
-        if accepted < len(drafts):
-            cache.crop(accepted - len(drafts))
-        new = choices[: accepted + 1]
-        drafter.extend(new, output.aux_hidden_states[0, : accepted + 1])
+        new = rule.accept(proposal, output.logits[0])
+        drafted, accepted = len(proposal.tokens), len(new) - 1
+        if accepted < drafted:
+            cache.crop(accepted - drafted)
+        drafter.extend(new, output.aux_hidden_states[0, : len(new)])
         decoded.tokens += new
-        decoded.drafted.append(len(drafts))
+        decoded.drafted.append(drafted)
         decoded.accepted.append(accepted)
     decoded.seconds = time.perf_counter() - started
     decoded.tokens = _cut(decoded.tokens, verifier.end_token_ids)[:max_tokens]

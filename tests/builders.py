@@ -20,6 +20,8 @@ from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
 from safetensors.torch import save_file
 
+OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
+
 SMALL_DECODER = {  # of verifiers made on the spot
     "hidden_size": 64,
     "num_hidden_layers": 8,
@@ -199,9 +201,6 @@ def copy_until_dump(source: Run, target: Run) -> Run:
     return target
 
 
-_OF_THE_MACHINE = ("train/tokens_per_s",)
-
-
 def metrics_of(run: Run) -> list[dict[str, float]]:
     """Give the records of a training, without what depends on the machine."""
-    return [{k: v for k, v in r.items() if k not in _OF_THE_MACHINE} for r in read_metrics(run.path / "training")]
+    return [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in read_metrics(run.path / "training")]

@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
-from fledge.train.benchmark import Options, main, parse, plain_flops
+from builders import make_head
+from fledge.train.benchmark import main, parse
+from fledge.train.cost import plain_flops
 
 TINY = ["hidden_size=32", "intermediate_size=48", "vocab_size=200", "draft_vocab_size=120", "seq_len=60", "repeats=1"]
 
@@ -56,9 +59,10 @@ def test_a_preset_is_changed_by_what_follows_it():
 
 
 def test_operations_of_the_plain_algorithm_are_those_written_out():
-    options = Options(hidden_size=8, intermediate_size=5, num_attention_heads=2, num_key_value_heads=1, vocab_size=11)
-    options.draft_vocab_size, options.seq_len, options.ttt_steps, options.documents = 7, 6, 2, 1
+    head = make_head(hidden_size=8, intermediate_size=5, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    config = replace(head.config, verifier_hidden_size=10, vocab_size=11, draft_vocab_size=7)
     weights = 16 * 8 + 2 * 16 * 4 + 8 * 8 + 3 * 8 * 5  # q, k and v, o, gate up down
-    layer = 2 * 6 * weights + 2 * 2 * 8 * 6 * 6 / 2  # and q k^T, w v, half of it causal
-    expected = 2 * 2 * 6 * 24 * 8 + 2 * 6 * 8 * 11 + 2 * 3 * layer + 3 * 2 * (4 + 3) * 8 * 7
-    assert plain_flops(options, [4, 3]) == expected
+    layer = 2 * 6 * weights + 2 * 2 * 8 * (4 * 4 + 2 * 2) / 2  # and q k^T, w v, half of it causal
+    expected = 2 * 2 * 6 * 30 * 8 + 2 * 6 * 10 * 11 + 2 * 3 * layer + 3 * 2 * (4 + 3) * 8 * 7
+    assert plain_flops(config, True, [4, 2], [4, 3]) == expected
+    assert plain_flops(config, False, [4, 2], [4, 3]) == expected - 2 * (4 + 3) * 8 * 7

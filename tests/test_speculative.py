@@ -5,6 +5,7 @@ import torch
 from builders import make_head
 from fledge.conf.schema import DraftConfig
 from fledge.data_synthesis.chat import prompt_tokens
+from fledge.eval.acceptance import AcceptanceRule, Proposal
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.metrics import Counts
 from fledge.eval.prompt_lookup import NoDraft, PromptLookup
@@ -31,12 +32,12 @@ class Oracle:
         assert len(fed) == len(aux_hidden_states)
         self.known += len(fed)
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
+    def propose(self, num_draft_tokens: int, rule: AcceptanceRule) -> Proposal:
         tokens = []
         for token in self.answer[self.known : self.known + num_draft_tokens]:
             self.proposed += 1
             tokens.append((token + 1) % 100 if self.proposed % self.wrong_every == 0 else token)
-        return tokens
+        return Proposal(tokens)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from builders import make_batch, make_head, matrices
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.models.verifier import LogitTransform
 from fledge.train.fused_loss import SUMS
-from fledge.train.heldout import leading_hits, walk
 from fledge.train.plain import counted_rows
 from fledge.train.rows import PackedBatch
 from fledge.train.ttt import TTTModule, count_rows, find_targets, unroll
@@ -208,36 +207,3 @@ def test_prefix_agreement_ends_at_a_target_outside_the_draft_vocabulary():
         hits = [[bool(proposed[k][r] == top[r + 1 + k]) for r in range(40 - 2 - k)] for k in range(3)]
     expected = [sum(all(hits[j][r] for j in range(k + 1)) for r in range(len(hits[k]))) for k in range(3)]
     assert sums[:, SUMS.index("prefix_agreement")].tolist() == expected
-
-
-def test_walk_counts_the_rounds_of_greedy_decoding():
-    #            u  A  B  C  D  e
-    mask = [0, 1, 1, 1, 1, 1]
-    hits = [2, 9, 0, 1, 9, 9]
-    walked = walk(hits, mask, num_draft_tokens=3)
-    # From row 0 (A is known) two drafts B, C and the bonus D; row 3 then drafts e.
-    assert (walked.rounds, walked.accepted) == (2, 3)
-    assert walk(hits, mask, num_draft_tokens=1).rounds == 3
-
-
-def test_walk_starts_every_answer_at_its_last_prompt_token():
-    mask = [0, 1, 1, 0, 0, 1, 1, 1]
-    walked = walk([0] * 8, mask, 3)
-    assert (walked.rounds, walked.accepted, walked.acceptance_length) == (1 + 2, 0, 1.0)
-
-
-def test_leading_hits_stop_at_the_first_miss_and_at_the_answers_end():
-    head = make_head(draft_vocab_size=None)
-    batch = make_batch([10], seed=8)
-    batch.loss_mask[:] = True
-    embedding, _ = matrices()
-    with torch.no_grad():
-        proposed = [head.lm_head(n).argmax(-1) for n in states_of(head, batch, embedding, 4)]
-    hits = leading_hits(head, batch, embedding, 4).tolist()
-    for row in range(10):
-        expected = 0
-        while (
-            expected < 4 and row + 2 + expected < 10 and proposed[expected][row] == batch.input_ids[row + 2 + expected]
-        ):
-            expected += 1
-        assert hits[row] == expected

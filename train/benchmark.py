@@ -12,7 +12,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from torch import Tensor
 from ..conf.schema import TTTLoss
 from ..models.draft_head import DraftHead, DraftHeadConfig
 from ..models.vocabulary import build_vocabulary
+from .cost import Clock, machine_flops, plain_flops
+from .fused_loss import SUMS
 from .plain import PlainTTTModule
 from .rows import PackedBatch
 from .ttt import TTTModule
@@ -184,60 +185,6 @@ def _shares(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def plain_flops(options: Options, num_counted: list[int]) -> float:
-    """Give the operations of the matrix products of the plain algorithm, forward and backward.
-
-    Every row runs at every step, with causal attention (half of a square); the draft's lm_head runs on counted rows,
-    the verifier's once on every row. A product with a trained weight is done three times, where its input needs no
-    gradient (fc) twice, the verifier's once.
-    """
-    width, rows, steps = options.hidden_size, options.seq_len, options.ttt_steps
-    head_dim = options.head_dim or width // options.num_attention_heads
-    heads = options.num_attention_heads * head_dim
-    keys = 2 * options.num_key_value_heads * head_dim
-    layers = 0
-    for layer in range(options.num_layers):
-        layers += (
-            (2 if layer == 0 else 1) * width * (heads + keys) + heads * width + 3 * width * options.intermediate_size
-        )
-    attention = options.num_layers * heads * sum(length**2 for length in _shares(rows, options.documents))
-    return (
-        2 * rows * options.num_aux * width * width * 2
-        + 2 * rows * width * options.vocab_size
-        + steps * 3 * (2 * rows * layers + 2 * attention)
-        + (3 if options.train_lm_head else 2) * 2 * sum(num_counted) * width * options.draft_vocab_size
-    )
-
-
-def machine_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Give the operations a second of square products; CPU seconds on the CPU."""
-    size, times = (2048, 4) if device.type == "cpu" else (8192, 8)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.mm(a, b)
-    clock = Clock(device)
-    for _ in range(times):
-        torch.mm(a, b, out=out)
-    return times * 2 * size**3 / clock.read()[device.type != "cpu"]
-
-
-class Clock:
-    """CPU and wall seconds since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._wait()
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def read(self) -> tuple[float, float]:
-        """Give CPU and wall seconds."""
-        self._wait()
-        return time.process_time() - self._cpu, time.perf_counter() - self._wall
-
-
 class PeakMemory:
     """The most memory in use since it was made, above what was in use then.
 
@@ -287,7 +234,7 @@ def _status(name: str) -> int:
 
 def measure(options: Options) -> dict[str, Any]:
     """Measure one implementation."""
-    head, *inputs = make_inputs(options)
+    head, batch, embedding, lm_head = make_inputs(options)
     module = IMPLEMENTATIONS[options.implementation](
         head,
         options.ttt_steps,
@@ -297,22 +244,24 @@ def measure(options: Options) -> dict[str, Any]:
         kernels=options.triton,
         loss_kernel=options.loss_kernel,
     )
-    device = torch.device(options.device)
+    device, on_cpu = torch.device(options.device), options.device == "cpu"
     cpu_s, wall_s, peaks, rates = [], [], [], []
     for _ in range(options.repeats + 1):
         module.zero_grad()
         _give_back_memory()
         memory, clock = PeakMemory(device), Clock(device)
-        loss, sums = module(*inputs)
+        loss, sums = module(batch, embedding, lm_head)
         loss.backward()
         cpu, wall = clock.read()
         cpu_s.append(cpu)
         wall_s.append(wall)
         peaks.append(memory.read_mb())
-        rates.append(machine_flops(device, getattr(torch, options.dtype)))  # in turn: the machine's pace varies
+        # In turn: the machine's pace varies.
+        rates.append(machine_flops(device, getattr(torch, options.dtype), 2048 if on_cpu else 8192)[not on_cpu])
     # The first time is a warm-up.
     cpu_median, wall_median = statistics.median(cpu_s[1:]), statistics.median(wall_s[1:])
-    flops = plain_flops(options, sums[:, 2].long().tolist())
+    num_counted = sums[:, SUMS.index("counted")].tolist()
+    flops = plain_flops(head.config, options.train_lm_head, batch.lengths, num_counted)
     rate = statistics.median(rates[1:])
     return {
         "implementation": options.implementation,
@@ -320,7 +269,7 @@ def measure(options: Options) -> dict[str, Any]:
         "wall_s": round(wall_median, 4),
         "peak_memory_mb": peaks[-1],
         "tokens_per_s": round(options.seq_len / wall_median, 1),
-        "utilisation": round(flops / rate / (cpu_median if device.type == "cpu" else wall_median), 3),
+        "utilisation": round(flops / rate / (cpu_median if on_cpu else wall_median), 3),
         "plain_tflop": round(flops / 1e12, 4),
         "machine_gflops": round(rate / 1e9, 1),
         "loss": float(loss.detach()),

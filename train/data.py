@@ -337,6 +337,12 @@ class TrainingData:
                 "ran out, and start the same command again; it goes on from the newest checkpoint"
             ) from error
 
+    def inputs(self) -> dict[str, str]:
+        """Give the digest of every store and of the conversations it was made of, by folder."""
+        manifests = {str(store.folder): store.manifest for store in self.stores}
+        conversations = {f"{name}: conversations": m["settings"]["conversations"] for name, m in manifests.items()}
+        return {name: manifest["digest"] for name, manifest in manifests.items()} | conversations
+
     def verify(self) -> None:
         """Compare the checksums of this rank's share of the shards; refuse what was altered."""
         for store in self.stores:

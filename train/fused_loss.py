@@ -122,6 +122,25 @@ class _FusedLoss(torch.autograd.Function):
         return None, weight_grad, *(grad.mul_(grad_loss) for grad in state_grads or [])
 
 
+@torch.no_grad()
+def draft_tokens(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Give the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) at each step.
+
+    Args:
+        states, weight: as `fused_loss`'s.
+    """
+    assert not job.kernel, "logits in the weights' type would make other tokens equally likely"
+    tokens = [torch.empty(len(state), dtype=torch.int64, device=state.device) for state in states]
+    overlaps = [torch.empty(len(state), dtype=wide_dtype(weight.dtype), device=state.device) for state in states]
+    for chunk, logits in chunks(job, weight):
+        h = torch.cat([state[rows] for state, rows in zip(states, chunk.rows, strict=True)])
+        z = product(h, weight.T, logits[: len(h)]).split([rows.stop - rows.start for rows in chunk.rows])
+        for step, (rows, at) in enumerate(zip(chunk.rows, chunk.at, strict=True)):
+            tokens[step][rows] = z[step].argmax(-1)
+            _, overlaps[step][rows], _ = chunk.compare(z[step], at)
+    return tokens, overlaps
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write the matrix product a b into `out`, which may be wider than the two."""
     if a.dtype == out.dtype:
@@ -237,7 +256,7 @@ class Chunk:
         reach = torch.ones(self.num_rows, dtype=sums.dtype, device=sums.device)
         overlaps, reaches = [], []
         for step, (z, place, at) in enumerate(zip(logits, self.places, self.at, strict=True)):
-            kl, overlap, hits = self._compare(z, at)
+            kl, overlap, hits = self.compare(z, at)
             prefix[place] = prefix[place] & hits & counted[step]
             reach[place] = reach[place] * overlap
             overlaps.append(overlap)
@@ -260,7 +279,7 @@ class Chunk:
                 self._gradient(q, at, *self._coefficients(step, overlaps[step]))
         return [rows * weight for rows, weight in zip(counted, weights, strict=True)]
 
-    def _compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
         """Turn logits into q, in place; give KL(p || q), alpha, and whether the greedy tokens are the same."""
         window = self.window
         if self.job.kernel:
@@ -275,7 +294,7 @@ class Chunk:
         return log_normaliser - cross - window.entropy[at], overlap.clamp(min=tiny), best == window.top[at]
 
     def _compare_in_kernel(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
-        """Do as `_compare`, but turn the logits into q - p at once."""
+        """Do as `compare`, but turn the logits into q - p at once."""
         from ..models.kernels.kl_loss import kl_rows
 
         window = self.window

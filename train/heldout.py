@@ -1,58 +1,70 @@
 """Acceptance length on held-out conversations, without decoding.
 
-Under teacher forcing the leading hits of row r are the draft tokens a decoder would have accepted from row r. The
-verifier answered held-out prompts greedily, so walking r -> r + hits(r) + 1 from the last prompt token of each answer
-makes the rounds that greedy decoding makes; only the last round of an answer can differ (drafts beyond its end).
+Greedy: under teacher forcing the leading hits of row r are the draft tokens a decoder would have accepted from row r.
+The verifier answered held-out prompts greedily, so walking r -> r + hits(r) + 1 from the last prompt token of each
+answer makes the rounds that greedy decoding makes; only the last round of an answer can differ (drafts beyond its end).
+
+At temperature 1 draft token k of row r is accepted with probability alpha_k = sum_v min(P, q), so that a round from
+there is expected to accept sum_k alpha_0 ... alpha_k. The mean over rows is an estimate of what decoding gains, and a
+high one: rounds begin more often where drafts are rejected, and the text is the verifier's greedy one, not a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..models.draft_head import DraftHead
-from ..models.ttt_attention import wide_dtype
-from .fused_loss import product, rows_in_chunk
+from .fused_loss import draft_tokens
 from .rows import PackedBatch
-from .ttt import unroll
+from .ttt import TTTModule, unroll
 
 
 @dataclass
 class Walk:
-    """Rounds of greedy chain decoding, counted."""
+    """What one conversation tells for a number of draft tokens: rounds of greedy chain decoding, and rows as rounds."""
 
     rounds: int = 0
     accepted: int = 0
+    rows: int = 0  # from which decoding could start
+    expected: float = 0.0  # tokens accepted from them at temperature 1, one round each
 
     @property
     def acceptance_length(self) -> float:
         """Give 1 + accepted / rounds; 1 where there was no round."""
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
 
+    @property
+    def acceptance_length_t1(self) -> float:
+        """Give 1 + expected / rows, the estimate at temperature 1; 1 where there is no row."""
+        return 1 + self.expected / self.rows if self.rows else 1.0
+
 
 @torch.no_grad()
-def leading_hits(head: DraftHead, batch: PackedBatch, embedding: Tensor, num_draft_tokens: int) -> Tensor:
-    """Give how many draft tokens in a row equal the text after each row (int64 [T])."""
-    rows = batch.useful_rows(num_draft_tokens)
-    proposed = head.lm_head(unroll(head, batch, rows, embedding), greedy_tokens)
+def acceptance(
+    module: TTTModule, batch: PackedBatch, embedding: Tensor, verifier_lm_head: Tensor, num_draft_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Give what would be accepted from each row of a batch.
+
+    Returns:
+        How many draft tokens in a row equal the text after it (int64 [T]), and the probability that at temperature 1
+        a draft token and all before it are accepted (float32 [T, num_draft_tokens]). Both are 0 for rows from which no
+        decoding starts, and for draft tokens beyond the answer's end.
+    """
+    head, rows = module.head, batch.useful_rows(num_draft_tokens)
+    job = module.job(batch, rows, verifier_lm_head)
+    proposed, overlaps = head.lm_head(unroll(head, batch, rows, embedding), partial(draft_tokens, job))
     hits = torch.zeros_like(batch.input_ids)
+    reach = torch.zeros(len(hits), num_draft_tokens, device=hits.device)
     for step, places in enumerate(rows.steps):
         at = rows.rows[places]
         running = hits[at] == step
         hits[at] += running & (head.target_ids[proposed[step]] == batch.input_ids[at + step + 2])
-    return hits
-
-
-def greedy_tokens(states: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Give the most likely draft ids (int64 [n]) after each of several tensors of states [n, H], chunk by chunk."""
-    size = rows_in_chunk(1, len(weight), weight.dtype, weight.device)
-    logits = weight.new_empty(size, len(weight), dtype=wide_dtype(weight.dtype))
-    every = torch.cat(states)
-    tokens = [product(part, weight.T, logits[: len(part)]).argmax(-1) for part in every.split(size)]
-    return list(torch.cat(tokens).split([len(part) for part in states]))
+        reach[at, step] = overlaps[step].float() * (reach[at, step - 1] if step else 1)
+    return hits, reach
 
 
 def walk(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> Walk:
@@ -82,19 +94,30 @@ def _answers(loss_mask: list[bool]) -> list[tuple[int, int]]:
 Walks = dict[int, dict[str, Walk]]  # by number of draft tokens, then by sample id
 
 
-def walk_batches(head: DraftHead, batches: Iterable[PackedBatch], embedding: Tensor, lengths: list[int]) -> Walks:
+def walk_batches(
+    module: TTTModule,
+    batches: Iterable[PackedBatch],
+    embedding: Tensor,
+    verifier_lm_head: Tensor,
+    lengths: list[int],
+) -> Walks:
     """Walk every conversation of held-out batches for several numbers of draft tokens."""
     walks: Walks = {length: {} for length in lengths}
     for batch in batches:
-        hits = leading_hits(head, batch, embedding, max(lengths)).split(batch.lengths)
-        masks = batch.loss_mask.split(batch.lengths)
-        for sample_id, row_hits, mask in zip(batch.sample_ids, hits, masks, strict=True):
+        hits, reach = acceptance(module, batch, embedding, verifier_lm_head, max(lengths))
+        useful = torch.zeros_like(batch.loss_mask)
+        useful[batch.useful_rows(max(lengths)).rows] = True
+        by_row = hits, batch.loss_mask, useful, reach.double().cumsum(-1)
+        by_sample = zip(*(values.split(batch.lengths) for values in by_row), strict=True)
+        for sample_id, (row_hits, mask, rows, expected) in zip(batch.sample_ids, by_sample, strict=True):
+            num_rows, sums = int(rows.sum()), expected.sum(0).tolist()
             for length in lengths:
-                walks[length][sample_id] = walk(row_hits.tolist(), mask.tolist(), length)
+                walked = walk(row_hits.tolist(), mask.tolist(), length)
+                walks[length][sample_id] = replace(walked, rows=num_rows, expected=sums[length - 1])
     return walks
 
 
 def total(walks: Iterable[Walk]) -> Walk:
-    """Add up rounds over conversations."""
+    """Add up rounds and rows over conversations."""
     listed = list(walks)
-    return Walk(sum(walked.rounds for walked in listed), sum(walked.accepted for walked in listed))
+    return Walk(*(sum(getattr(walked, part.name) for walked in listed) for part in fields(Walk)))

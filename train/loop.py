@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import Enum
@@ -27,10 +26,11 @@ from .data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .meter import Meter
 from .processes import Ranks, joined, sum_over_ranks
 from .rows import PackedBatch
 from .signals import StopSignals
-from .tracking import Tracker
+from .tracking import Tracker, run_description
 from .ttt import TTTModule, count_rows, find_targets
 from .warm_start import trained_head
 
@@ -127,6 +127,7 @@ class Trainer:
         self.packs_per_step = options.packs_per_step
         self.num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // self.packs_per_step)
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
+        self.meter = Meter(self.head.config, config.draft.train_lm_head, device, self.dtype)
 
     def run(self) -> None:
         """Train from the newest checkpoint, or the start, to the last step.
@@ -135,35 +136,40 @@ class Trainer:
             SystemExit: a signal asked to stop; everything is saved.
         """
         signals = StopSignals()
-        state = self._resume()
+        state, options = self._resume(), self.config.train
         tracker = self._tracker(state.step) if self.rank == 0 else None
         progress = Progress("train", self.num_steps, "step", done=state.step) if self.rank == 0 else None
+        if progress is not None:
+            progress.set_postfix_str(self._postfix({}), refresh=False)
         batches = self._batches(state.step)
-        options = self.config.train
         sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
-        tokens, since = 0, time.monotonic()
+        metrics: dict[str, float] = {}
         stop = False
+        self.meter.restart()
         while state.step < self.num_steps and not stop:
-            packed = list(itertools.islice(batches, self.micro_batches))
+            with self.meter.waiting():
+                packed = list(itertools.islice(batches, self.micro_batches))
+            self.meter.add(packed)
             sums += self._optimizer_step(packed)
-            tokens += sum(len(batch.input_ids) for batch in packed)
             stop = self.ranks.any_rank(signals.received is not None)
             save = state.step % options.save_every == 0 or state.step == self.num_steps
-            if state.step % options.log_every == 0 or save:
-                metrics = self._metrics(state.step, sums, tokens / (time.monotonic() - since))
-                if tracker and progress is not None:
-                    tracker.log(state.step, metrics)
-                    progress.set_postfix_str(self._postfix(metrics), refresh=False)
-                sums.zero_()
-                tokens, since = 0, time.monotonic()
-            walked = bool(self.data.split.heldout) and (save or state.step % options.heldout_every == 0)
-            if walked:
-                self._walk_heldout()
+            log = state.step % options.log_every == 0 or save or stop
+            walk = bool(self.data.split.heldout) and (state.step % options.heldout_every == 0 or save)
+            if log:
+                metrics = self._metrics(sums)
                 if tracker:
-                    tracker.log(state.step, {f"heldout/{name}": value for name, value in self._acceptance().items()})
-            if save or stop:
-                self._save(walked)
+                    tracker.log(state.step, metrics)
+                sums.zero_()
+            with self.meter.paused():
+                if walk:
+                    self._walk_heldout()
+                    if tracker:
+                        tracker.log(state.step, {f"heldout/{name}": tau for name, tau in self._acceptance().items()})
+                if save or stop:
+                    self._save(walk)
             if progress is not None:
+                if log or walk:
+                    progress.set_postfix_str(self._postfix(metrics), refresh=False)
                 progress.update()
         if tracker and progress is not None:
             progress.close()
@@ -272,14 +278,15 @@ class Trainer:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
         steps = max(self.draft_lengths)
         batches = (batch.to(self.device, self.dtype, steps) for batch in self.data.heldout_batches(steps))
-        self.walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
+        self.walks = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
 
     def _acceptance(self) -> dict[str, float]:
-        return {
-            f"acceptance_length_{num}": total(walks.values()).acceptance_length for num, walks in self.walks.items()
-        }
+        totals = {num: total(walks.values()) for num, walks in self.walks.items()}
+        greedy = {f"acceptance_length_{num}": walked.acceptance_length for num, walked in totals.items()}
+        return greedy | {f"acceptance_length_t1_{num}": walked.acceptance_length_t1 for num, walked in totals.items()}
 
-    def _metrics(self, step: int, sums: Tensor, tokens_per_s: float) -> dict[str, float]:
+    def _metrics(self, sums: Tensor) -> dict[str, float]:
+        cost = self.meter.read(sums[:, SUMS.index("counted")].tolist())
         sum_of = dict(zip(SUMS, sum_over_ranks(sums.clone()).T.tolist(), strict=True))
         counted = [max(1.0, number) for number in sum_of["counted"]]
         metrics: dict[str, float] = {}
@@ -293,13 +300,14 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         if norm is not None:  # None at stage 0 in float32
             metrics["train/grad_norm"] = float(norm)
-        metrics["train/tokens_per_s"] = tokens_per_s * self.world
-        metrics["train/epoch"] = step * self.packs_per_step / self.data.packs_per_epoch
-        return metrics
+        metrics["train/skipped_steps"] = self.state.skipped_steps
+        metrics["train/epoch"] = self.state.step * self.packs_per_step / self.data.packs_per_epoch
+        return metrics | cost
 
     def _postfix(self, metrics: dict[str, float]) -> str:
-        loss = f"loss {metrics['train/loss']:.3f} " if metrics else ""
-        return loss + " ".join(f"τ@{name.rpartition('_')[2]} {value:.2f}" for name, value in self._acceptance().items())
+        now = [f"loss {metrics['train/loss']:.3f}", f"{metrics['train/tokens_per_s']:,.0f} tokens/s"] if metrics else []
+        acceptance = {num: total(walks.values()).acceptance_length for num, walks in self.walks.items()}
+        return " ".join([*now, *(f"τ@{num} {value:.2f}" for num, value in acceptance.items())])
 
     def _record(self, step: int, walked: bool) -> dict[str, Any]:
         return {
@@ -313,9 +321,10 @@ class Trainer:
 
     def _tracker(self, step: int) -> Tracker:
         assert self.target is not None
-        run = digest([self.target.manifest["settings"], self.config.name, str(self.config.training_folder.resolve())])
-        values = self.target.manifest["settings"]
-        return Tracker(self.config.tracking, self.config.training_folder, step, run, self.config.name, values)
+        settings = self.target.manifest["settings"]
+        run = digest([settings, self.config.name, str(self.config.training_folder.resolve())])
+        about = run_description(self.config, self.data.inputs())
+        return Tracker(self.config.tracking, self.config.training_folder, step, run, self.config.name, about)
 
     def _announce(self, step: int) -> None:
         parameters = sum(parameter.numel() for parameter in self.engine.module.parameters())

@@ -155,24 +155,36 @@ class TTTModule(nn.Module):
         """
         assert batch.last_hidden_state is not None
         rows = batch.useful_rows(self.ttt_steps)
+        job = self.job(batch, rows, verifier_lm_head, targets, num_counted, acceptance)
+        states = unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
+        return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))
+
+    def job(
+        self,
+        batch: PackedBatch,
+        rows: UsefulRows,
+        verifier_lm_head: Tensor,
+        targets: Targets | None = None,
+        num_counted: Tensor | None = None,
+        acceptance: Tensor | None = None,
+    ) -> LossJob:
+        """Give what the pass over the logits needs of a batch besides the draft's states; arguments as `forward`'s."""
         if targets is None:
             targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
-        wide, device = wide_dtype(embedding.dtype), embedding.device
+        ttt_steps, device = len(rows.steps), verifier_lm_head.device
         if acceptance is None:
-            acceptance = torch.zeros(self.ttt_steps, device=device)
+            acceptance = torch.zeros(ttt_steps, device=device)
         num_counted = count_rows(targets, rows) if num_counted is None else num_counted
-        full = len(self.head.d2t) == len(verifier_lm_head)
-        job = LossJob(
+        wide, full = wide_dtype(verifier_lm_head.dtype), len(self.head.d2t) == len(verifier_lm_head)
+        return LossJob(
             self.loss,
             rows,
             targets,
             states=batch.last_hidden_state.index_select(0, rows.rows + 1),
             weight=verifier_lm_head if full else verifier_lm_head.index_select(0, self.head.target_ids),
             transform=self.transform,
-            gammas=self.gamma ** torch.arange(self.ttt_steps, device=device, dtype=wide),
+            gammas=self.gamma ** torch.arange(ttt_steps, device=device, dtype=wide),
             num_counted=num_counted.to(wide),
             blend=(-self.blend_rate * acceptance).exp().to(wide),
             kernel=self.loss_kernel,
         )
-        states = unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
-        return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))

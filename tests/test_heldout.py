@@ -1,0 +1,88 @@
+"""Held-out acceptance without decoding: what decoding would accept, row by row."""
+
+import pytest
+import torch
+from builders import make_batch, make_head, matrices
+from fledge.eval.draft_decoder import DraftDecoder
+from fledge.models.verifier import LogitTransform
+from fledge.train import fused_loss
+from fledge.train.heldout import Walk, acceptance, total, walk, walk_batches
+from fledge.train.ttt import TTTModule
+
+
+def decoded_row(head, ids, aux, last, row, num, transform):
+    """Feed a decoder the text; give where its greedy tokens equal it, and sum_v min(P, q), at each draft token."""
+    embedding, lm_head = matrices()
+    decoder = DraftDecoder(head, embedding)
+    decoder.extend(ids[1 : row + 2].tolist(), aux[: row + 1])
+    hits, overlaps = [], []
+    for step in range(num):
+        if step:
+            decoder.feed(int(ids[row + 1 + step]), step)
+        logits = decoder.logits()
+        q = torch.zeros(120).index_copy(0, head.target_ids, logits.softmax(-1))
+        p = transform.apply_(last[row + 1 + step] @ lm_head.T).softmax(-1)
+        hits.append(bool(head.target_ids[logits.argmax()] == ids[row + 2 + step]))
+        overlaps.append(float(torch.minimum(p, q).sum()))
+    return hits, overlaps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vocabulary", [None, 60])
+@pytest.mark.parametrize("chunk_bytes", [128 << 20, 40_000])
+def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, chunk_bytes, monkeypatch):
+    monkeypatch.setitem(fused_loss.CHUNK_BYTES, "cpu", chunk_bytes)
+    head = make_head(draft_vocab_size=vocabulary)
+    transform = LogitTransform(scale=0.5, softcap=4.0)
+    batch, num = make_batch([13, 1, 9], seed=8), 3
+    module = TTTModule(head, 2, 0.8, transform=transform)  # trained on another number of steps
+    hits, reach = acceptance(module, batch, *matrices(), num)
+    assert hits.shape == (23,)
+    assert reach.shape == (23, num)
+    seen = start = 0
+    for length in batch.lengths:
+        part = slice(start, start + length)
+        ids, mask = batch.input_ids[part], batch.loss_mask[part]
+        aux, last = batch.aux_hidden_states[part], batch.last_hidden_state[part]
+        for row in range(length):
+            steps = 0
+            while steps < num and row + 2 + steps < length and mask[row + 1 : row + 3 + steps].all():
+                steps += 1
+            equal, overlaps = decoded_row(head, ids, aux, last, row, steps, transform) if steps else ([], [])
+            assert hits[start + row] == [*equal, False].index(False)
+            expected = torch.tensor(overlaps + [0.0] * (num - steps)).cumprod(0)
+            torch.testing.assert_close(reach[start + row], expected, rtol=1e-4, atol=1e-6)
+            seen += steps
+        start += length
+    assert seen > 20
+
+
+@torch.no_grad()
+def test_the_estimate_is_the_mean_over_rows_of_what_they_are_expected_to_accept():
+    head, batch = make_head(), make_batch([13, 1, 9], seed=8)
+    module = TTTModule(head, 4, 0.8)
+    walks = walk_batches(module, [batch], *matrices(), [2, 4])
+    _, reach = acceptance(module, batch, *matrices(), 4)
+    rows = batch.useful_rows(4).rows
+    for num in (2, 4):
+        whole = total(walks[num].values())
+        assert walks[num].keys() == set(batch.sample_ids)
+        assert whole.rows == len(rows)
+        assert whole.acceptance_length_t1 == pytest.approx(1 + float(reach[rows, :num].sum(-1).mean()), rel=1e-5)
+    assert (Walk().acceptance_length, Walk().acceptance_length_t1) == (1.0, 1.0)
+
+
+def test_walk_counts_the_rounds_of_greedy_decoding():
+    #            u  A  B  C  D  e
+    mask = [0, 1, 1, 1, 1, 1]
+    hits = [2, 9, 0, 1, 9, 9]
+    walked = walk(hits, mask, num_draft_tokens=3)
+    # From row 0 (A is known) two drafts B, C and the bonus D; row 3 then drafts e.
+    assert (walked.rounds, walked.accepted) == (2, 3)
+    assert walk(hits, mask, num_draft_tokens=1).rounds == 3
+
+
+def test_walk_starts_every_answer_at_its_last_prompt_token():
+    mask = [0, 1, 1, 0, 0, 1, 1, 1]
+    walked = walk([0] * 8, mask, 3)
+    assert (walked.rounds, walked.accepted, walked.acceptance_length) == (1 + 2, 0, 1.0)

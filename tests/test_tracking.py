@@ -1,0 +1,175 @@
+"""Metrics arrive where they are wanted, once, and no tracker ever stops or delays a run for long."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fledge.conf.cli import main
+from fledge.conf.schema import Config, TrackingConfig, WandbMode
+from fledge.train import tracking
+from fledge.train.tracking import Tracker, git_state, read_metrics, run_description
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NO_KEY = {"WANDB_API_KEY": None, "WANDB_MODE": None, "WANDB_BASE_URL": None}
+UNREACHABLE = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
+
+
+def environment(home: Path, changes: dict[str, str | None]) -> dict[str, str]:
+    """Give this process's environment, with no settings of W&B but those given (None: without)."""
+    values = {**os.environ, "HOME": str(home), "NETRC": str(home / "none"), "OMP_NUM_THREADS": "1", **changes}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read TensorBoard's event files as TensorBoard does."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_the_table_names_every_metric_that_is_recorded(finished):
+    table = set(re.findall(r"`((?:train|heldout)/[^`]*)`", tracking.__doc__))
+    recorded = {name for record in read_metrics(finished.path / "training") for name in record if name != "step"}
+    assert {re.sub(r"_step_\d+$", "_step_<k>", re.sub(r"(length|t1)_\d+$", r"\1_<n>", name)) for name in recorded} == (
+        table - {"train/skipped_steps"} | {"train/skipped_steps"} & recorded
+    )
+
+
+def test_a_run_without_network_is_trained_with_one_warning_and_tensorboard_shows_it(finished, run, tmp_path):
+    run.path.mkdir(parents=True)
+    (run.path / "hidden_states").symlink_to(finished.path / "hidden_states")
+    options = ["tracking.wandb=online", "tracking.tensorboard=true", "train.max_steps=3", "train.log_every=1"]
+    done = subprocess.run(
+        run.command("train", *options),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(tmp_path, {**NO_KEY, **UNREACHABLE}),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B is left out") == 1
+    records = read_metrics(run.path / "training")
+    assert [r["step"] for r in records] == [1, 2, 3, 3]
+    shown = curves(run.path / "training")
+    assert shown.keys() == {name for record in records for name in record if name != "step"}
+    for name, points in shown.items():
+        assert points == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
+    assert "τ@3" in done.stderr.splitlines()[-1]
+    assert " tokens/s " in done.stderr.splitlines()[-1]
+
+
+TRACK = """
+import json, logging, sys, time
+from pathlib import Path
+from fledge.conf.schema import TrackingConfig, WandbMode
+from fledge.train.tracking import Tracker
+logging.basicConfig(level=logging.WARNING)
+started = time.monotonic()
+options = TrackingConfig(wandb=WandbMode(sys.argv[2]), project="p")
+tracker = Tracker(options, Path(sys.argv[1]), 0, "id", "name", {"train": {"lr": 1e-3}})
+for step in range(1, 6):
+    if step == 3 and sys.argv[3] == "kill":
+        import psutil
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+            child.wait()
+    tracker.log(step, {"train/loss": 1 / step})
+tracker.close()
+print(time.monotonic() - started)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "kill"),
+    [
+        ("online", NO_KEY, ""),
+        ("online", UNREACHABLE, ""),
+        ("offline", NO_KEY, "kill"),
+        ("offline", NO_KEY, ""),
+    ],
+    ids=["no key", "unreachable", "its process dies", "offline"],
+)
+def test_wandb_never_stops_training_and_warns_once(tmp_path, mode, changes, kill):
+    done = subprocess.run(
+        [sys.executable, "-c", TRACK, str(tmp_path), mode, kill],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment(tmp_path, {**NO_KEY, **changes}),
+    )
+    assert done.returncode == 0, done.stderr
+    works = mode == "offline" and not kill
+    assert done.stderr.count("W&B is left out") == (0 if works else 1), done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 30
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert bool(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == (mode == "offline")
+
+
+def test_resumed_records_show_every_step_once(tmp_path):
+    options = TrackingConfig(wandb=WandbMode.disabled, tensorboard=True)
+    for start, value in ((0, 1.0), (3, 2.0)):  # killed after step 5, its last checkpoint at step 3
+        tracker = Tracker(options, tmp_path, start, "run", "name", {})
+        for step in range(start + 1, start + 6):
+            tracker.log(step, {"train/loss": value})
+        tracker.close()
+        time.sleep(1.1)  # event files are ordered by their second
+    expected = [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 9)]
+    assert [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path)] == expected
+    assert curves(tmp_path) == {"train/loss": expected}
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_is_done(capfd, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "experiment=demo", "name=x", f"runs_dir={tmp_path}", "tracking.tensorboard=true"])
+    assert exit_.value.code == 2
+    assert "tracking.tensorboard needs the package tensorboard" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def git(folder: Path, *arguments: str) -> str:
+    names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(["git", "-C", str(folder), *names, *arguments], capture_output=True, check=True, env=clean)
+    return done.stdout.decode().strip()
+
+
+def test_the_git_state_is_that_of_the_folder_itself(tmp_path, monkeypatch):
+    assert git_state(tmp_path) is None
+    git(tmp_path, "init", "-q")
+    assert git_state(tmp_path) is None, "no commit yet"
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    clean = {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    assert git_state(tmp_path) == clean
+    assert git_state(tmp_path / "inside") is None, "installed into an environment within another project"
+    (tmp_path / "file").write_text("2")
+    assert git_state(tmp_path) == {**clean, "dirty": True}
+    monkeypatch.setenv("PATH", "")
+    assert git_state(tmp_path) is None
+
+
+def test_what_is_logged_of_a_run_holds_every_option_and_no_secret(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    monkeypatch.setenv("HF_TOKEN", "another-secret")
+    config = Config(name="x")
+    config.verifier.path = "somewhere"
+    config.train.lr = 3e-4
+    about = run_description(config, {"hidden_states": "abc"})
+    text = json.dumps(about)
+    assert "secret" not in text
+    assert about["train"]["lr"] == 3e-4
+    assert about["train"]["dtype"] == "bfloat16"
+    assert about["evaluate"].keys() == vars(config.evaluate).keys()
+    assert about["inputs"] == {"hidden_states": "abc"}
+    assert {"git", "fledge"} <= about.keys()
