@@ -8,6 +8,7 @@
 | `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                    |
 | `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)         |
 
+A store for online training has the first three only, and `"states": false` in the settings of its manifest.
 The ids of a shard's samples are in its safetensors metadata (`sample_ids`, JSON).
 """
 
@@ -32,13 +33,13 @@ _CURE = "delete the file and run `fledge dump` again"
 
 @dataclass
 class Sample:
-    """One conversation of T tokens with what the verifier saw."""
+    """One conversation of T tokens, with what the verifier saw or before it has read them."""
 
     id: str
     input_ids: Tensor  # int32 [T]
     loss_mask: Tensor  # uint8 [T]
-    aux_hidden_states: Tensor  # [T, A*H]
-    last_hidden_state: Tensor  # [T, H]
+    aux_hidden_states: Tensor | None = None  # [T, A*H]
+    last_hidden_state: Tensor | None = None  # [T, H]
 
 
 def shard_name(number: int) -> str:
@@ -47,14 +48,13 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, Any]:
-    """Write samples as one shard, durably, and give its entry for the manifest."""
+    """Write samples, all with states or all without, as one shard, durably, and give its entry for the manifest."""
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     tensors = {
         "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
         "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
         "sample_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        "aux_hidden_states": torch.cat([sample.aux_hidden_states for sample in samples]).contiguous(),
-        "last_hidden_state": torch.cat([sample.last_hidden_state for sample in samples]).contiguous(),
+        **_states(samples),
     }
     path = folder / shard_name(number)
     temporary = folder / f".{path.name}.tmp"
@@ -72,16 +72,34 @@ def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, A
     }
 
 
+def _states(samples: list[Sample]) -> dict[str, Tensor]:
+    aux = [sample.aux_hidden_states for sample in samples if sample.aux_hidden_states is not None]
+    last = [sample.last_hidden_state for sample in samples if sample.last_hidden_state is not None]
+    assert len(aux) == len(last)
+    assert len(aux) in (0, len(samples))
+    return {"aux_hidden_states": torch.cat(aux), "last_hidden_state": torch.cat(last)} if aux else {}
+
+
 class HiddenStateStore:
     """A complete store, read by sample; shards are mapped, and only what is asked for is copied.
 
+    Args:
+        with_states: false gives samples without states, whether the shards hold them or not.
+
     Raises:
-        ValueError: the store is missing or incomplete, or a shard is missing, truncated or altered (named).
+        ValueError: the store is missing or incomplete, has no states and is asked for them, or a shard is missing,
+            truncated or altered (named).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_states: bool = True) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder, "hidden_states")
+        self.with_states = with_states
+        if with_states and not self.manifest["settings"].get("states", True):
+            raise ValueError(
+                f"{folder} holds tokens without hidden states: train with train.hidden_states=online, or run "
+                "`fledge dump` with train.hidden_states=offline into another folder (dump.folder)"
+            )
         self._shards: list[Any] = []
         self.ids: list[str] = []
         self.lengths: list[int] = []
@@ -124,6 +142,7 @@ class HiddenStateStore:
         def cut(name: str) -> Tensor:
             return shard.get_slice(name)[start:end]
 
-        return Sample(
-            self.ids[index], cut("input_ids"), cut("loss_mask"), cut("aux_hidden_states"), cut("last_hidden_state")
-        )
+        sample = Sample(self.ids[index], cut("input_ids"), cut("loss_mask"))
+        if self.with_states:
+            sample.aux_hidden_states, sample.last_hidden_state = cut("aux_hidden_states"), cut("last_hidden_state")
+        return sample

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ..data_synthesis.store import HiddenStateStore
 from .rows import PackedBatch
@@ -72,8 +73,13 @@ def collate(store: HiddenStateStore, samples: list[int]) -> PackedBatch:
         loss_mask=torch.cat([part.loss_mask for part in parts]).bool(),
         document=torch.repeat_interleave(torch.arange(len(parts)), lengths),
         position=torch.cat([torch.arange(int(length)) for length in lengths]),
-        aux_hidden_states=torch.cat([part.aux_hidden_states for part in parts]),
-        last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
+        aux_hidden_states=_end_to_end([part.aux_hidden_states for part in parts]),
+        last_hidden_state=_end_to_end([part.last_hidden_state for part in parts]),
         lengths=lengths.tolist(),
         sample_ids=[part.id for part in parts],
     )
+
+
+def _end_to_end(parts: list[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None

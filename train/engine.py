@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..conf.schema import Config, Dtype, TrainConfig
+from .online import own_gpus
 
 
 def start_processes() -> torch.device:
@@ -21,6 +22,7 @@ def start_processes() -> torch.device:
     on_gpu = torch.cuda.is_available()
     for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_PORT", "0")
     if not on_gpu:
         # Its extension would be compiled at first use, and a build killed half-way blocks every later process.
@@ -29,7 +31,7 @@ def start_processes() -> torch.device:
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     if not on_gpu:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", own_gpus()[0])
     torch.cuda.set_device(device)
     return device
 

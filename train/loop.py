@@ -1,4 +1,4 @@
-"""The train stage: a draft head trained by DeepSpeed from the hidden-state store."""
+"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or beside the verifier."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..conf.artifact import Artifact, artifact, digest, write_atomic
 from ..conf.progress import Progress
-from ..conf.schema import Config, TTTLoss
+from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..data_synthesis.prompts import is_heldout
 from ..data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
@@ -32,6 +32,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .engine import learning_rate, start_engine, start_processes, stop_processes, sum_over_ranks
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .online import OnlineStates
 from .rows import PackedBatch
 from .tracking import Tracker
 from .ttt import TTTModule, count_rows, find_targets
@@ -46,7 +47,8 @@ _NOT_DETERMINING = (
 def train(config: Config) -> None:
     """Train the draft head on runs/<name>/hidden_states/ into runs/<name>/training/; goes on where it was killed."""
     device = start_processes()
-    store = HiddenStateStore(config.hidden_states_folder)
+    online = config.train.hidden_states is HiddenStates.online
+    store = HiddenStateStore(config.hidden_states_folder, with_states=not online)
     if config.train.verify_checksums:
         store.verify(dist.get_rank(), dist.get_world_size())
     head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
@@ -74,13 +76,15 @@ def _settings(
     """Give everything that determines the weights; refuse a store that contradicts the configuration."""
     recorded = store.manifest["settings"]
     check_identity(recorded["verifier"], config.verifier, str(store.folder), "set the same verifier or dump anew")
-    if list(head.aux_layers) != recorded["aux_layers"]:
+    if store.with_states and list(head.aux_layers) != recorded["aux_layers"]:
         raise ValueError(
             f"draft.aux_layers is {list(head.aux_layers)}, {store.folder} holds layers {recorded['aux_layers']}"
         )
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
+    online = {} if store.with_states else {"verifier_dtype": config.verifier.dtype.value}
     return {
         "hidden_states": store.manifest["digest"],
+        **online,
         "draft_vocabulary": digest(vocabulary.target_ids.tolist()),
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
@@ -142,6 +146,7 @@ class Trainer:
         transform = logit_transform(load_config(config.verifier))
         initialise(self.head, embedding, verifier_lm_head * transform.scale, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
+        self.online = None if store.with_states else OnlineStates.load(config, head.config.aux_layers)
         options = config.train
         self.module = TTTModule(
             self.head,
@@ -250,13 +255,17 @@ class Trainer:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
         packs = self.packs.start_at(step * self.packs_per_step)
         for samples in itertools.islice(packs, self.rank, None, self.world):
-            yield collate(self.store, samples).to(self.device, self.dtype, self.config.train.ttt_steps)
+            yield self._batch(samples, self.config.train.ttt_steps)
+
+    def _batch(self, samples: list[int], ttt_steps: int) -> PackedBatch:
+        batch = collate(self.store, samples).to(self.device, self.dtype, ttt_steps)
+        return self.online.fill(batch) if self.online else batch
 
     @torch.no_grad()
     def _walk_heldout(self) -> None:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
         steps = max(self.draft_lengths)
-        batches = (collate(self.store, samples).to(self.device, self.dtype, steps) for samples in self.heldout_packs)
+        batches = (self._batch(samples, steps) for samples in self.heldout_packs)
         self.walks = walk_batches(self.head, batches, self.embedding, self.draft_lengths)
 
     def _acceptance(self) -> dict[str, float]:

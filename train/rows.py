@@ -60,8 +60,8 @@ class PackedBatch:
     loss_mask: Tensor  # bool [T]
     document: Tensor  # int64 [T], number of the document a token belongs to
     position: Tensor  # int64 [T], within the document
-    aux_hidden_states: Tensor  # [T, A*H]
-    last_hidden_state: Tensor  # [T, H]
+    aux_hidden_states: Tensor | None  # [T, A*H]; None until the verifier of an online run has read the batch
+    last_hidden_state: Tensor | None  # [T, H]
     lengths: list[int]  # tokens of each document
     sample_ids: list[str]
     useful: UsefulRows | None = None  # set by `to`
@@ -73,12 +73,19 @@ class PackedBatch:
             self.loss_mask.to(device),
             self.document.to(device),
             self.position.to(device),
-            self.aux_hidden_states.to(device, dtype),
-            self.last_hidden_state.to(device, dtype),
+            None if self.aux_hidden_states is None else self.aux_hidden_states.to(device, dtype),
+            None if self.last_hidden_state is None else self.last_hidden_state.to(device, dtype),
             self.lengths,
             self.sample_ids,
             self.useful_rows(ttt_steps).to(device),
         )
+
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Aux [T, A*H] and last hidden states [T, H] of a batch that has them."""
+        assert self.aux_hidden_states is not None, "the verifier has not read this batch"
+        assert self.last_hidden_state is not None
+        return self.aux_hidden_states, self.last_hidden_state
 
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
         """Give the useful rows of K steps; those found by `to` if they are for as many."""
