@@ -25,8 +25,8 @@ def read_documents(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield each document's number, aux [T, A*H] and last hidden states [T, H], longest documents first.
 
-    Documents of similar length share a forward pass, padded on the right: causal attention keeps the padding out of
-    every state that is given.
+    Documents of similar length (no less than half of the longest) share a forward pass, padded on the right: causal
+    attention keeps the padding out of every state that is given.
 
     Args:
         documents: token ids [T] of each.
@@ -37,7 +37,7 @@ def read_documents(
     while by_length:
         batch = [by_length.pop()]  # the longest left sets the width
         width = len(documents[batch[0]])
-        while by_length and (len(batch) + 1) * width <= batch_tokens:
+        while by_length and (len(batch) + 1) * width <= batch_tokens and 2 * len(documents[by_length[-1]]) >= width:
             batch.append(by_length.pop())
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].long() for i in batch], batch_first=True)
         output = verifier.forward(padded.to(verifier.device), logits_to_keep=1, use_cache=False)
