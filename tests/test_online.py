@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from builders import Run
-from fledge.conf.schema import Config, DraftConfig
+from fledge.conf.schema import Config, DraftConfig, DumpConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store import HiddenStateStore
 from fledge.models.formats import checkpoint_steps
@@ -79,16 +79,31 @@ def test_a_head_trained_online_is_evaluated_and_exported(online):
     assert torch.equal(exported["fc.weight"], trained["fc.weight"].bfloat16())
 
 
-def test_two_processes_at_zero_3_give_the_curve_of_offline_and_leave_a_stores_states_unread(finished, tmp_path):
+def test_two_processes_at_zero_3_give_the_curve_of_offline_and_leave_a_stores_states_unread(
+    finished, tmp_path, verifier_config, capsys
+):
     options = ["deepspeed.zero_stage=3", "train.verify_checksums=false"]
     offline = with_parts(finished, tmp_path / "offline", "conversations", "hidden_states")
     offline("train", *options, "train.micro_batches=2")  # as many packs a step as two processes take
     online = with_parts(finished, tmp_path / "online", "conversations", "hidden_states")
     for shard in (online.path / "hidden_states").glob("shard-*.safetensors"):
         spoil_states(shard)
-    assert "is complete, and holds the states too" in online("dump", ONLINE).stdout
+    dump(dump_config(online, verifier_config, HiddenStates.online))
+    assert "is complete, and holds the states too" in capsys.readouterr().out
     online("train", ONLINE, *options, processes=2)
     assert_same_curve(online, offline)
+
+
+def dump_config(run: Run, verifier: VerifierConfig, states: HiddenStates) -> Config:
+    """What `Run.arguments` says to the dump stage."""
+    return Config(
+        run.name,
+        str(run.folder),
+        verifier=verifier,
+        draft=DraftConfig(vocab_size=300),
+        dump=DumpConfig(max_length=1024, shard_tokens=500),
+        train=TrainConfig(hidden_states=states),
+    )
 
 
 def spoil_states(shard) -> None:
@@ -135,13 +150,8 @@ def test_a_store_of_tokens_is_refused_where_states_are_needed(online, tmp_path, 
         HiddenStateStore(online.path / "hidden_states")
     run = with_parts(online, tmp_path, "conversations", "hidden_states")
     assert "fledge: error: " + str(run.path / "hidden_states") + " holds tokens" in run("train", code=2).stderr
-    config = Config(
-        name=run.name, runs_dir=str(run.folder), verifier=verifier_config, draft=DraftConfig(vocab_size=300)
-    )
-    with pytest.raises(
-        ValueError, match=r"was made with other settings \(aux_layers: None -> \[1, 3, 4\].*states: False"
-    ):
-        dump(config)
+    with pytest.raises(ValueError, match=r"made with other settings \(aux_layers: None -> \[1, 3, 4\].*states: False"):
+        dump(dump_config(run, verifier_config, HiddenStates.offline))
 
 
 def test_the_gpus_of_a_node_are_dealt_out_whole_and_to_one_rank_each():
