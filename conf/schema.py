@@ -54,6 +54,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class HiddenStates(Enum):
+    """Where training takes the verifier's hidden states from."""
+
+    offline = "offline"  # the store that `fledge dump` wrote
+    online = "online"  # the verifier, run beside the trainer on every batch; the store holds tokens only
+
+
 class TTTLoss(Enum):
     """What training minimises; train/fused_loss.py defines each."""
 
@@ -137,7 +144,7 @@ class DumpConfig:
 
     folder: str | None = None  # where the store goes; None: hidden_states in the run folder
     max_length: int = 4096  # tokens; longer conversations are left out and counted
-    batch_tokens: int = 8192  # tokens (padding included) of one verifier forward
+    batch_tokens: int = 8192  # tokens (padding included) of one verifier forward, in online training too
     shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; it is held in memory
 
 
@@ -153,6 +160,7 @@ class StoreConfig:
 class TrainConfig:
     """Optimisation of the draft head."""
 
+    hidden_states: HiddenStates = HiddenStates.offline  # online: no disk, a verifier forward a batch; for `dump` too
     ttt_steps: int = 7  # draft steps unrolled (training-time test)
     gamma: float = 0.8  # step k weighs gamma^k in the loss
     loss: TTTLoss = TTTLoss.kl

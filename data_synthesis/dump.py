@@ -1,10 +1,9 @@
-"""The dump stage: the verifier reads every conversation once, and its hidden states are recorded."""
+"""The dump stage: conversations become tokens, and the verifier reads them once to record its hidden states."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,31 @@ from safetensors.torch import load_file, save_file
 
 from ..conf.artifact import Artifact, artifact, commit, read_manifest, sync
 from ..conf.progress import Progress
-from ..conf.schema import Config
+from ..conf.schema import Config, HiddenStates
 from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import Verifier, check_identity, load_config, logit_transform, special_token_ids
+from ..models.verifier import (
+    Verifier,
+    check_identity,
+    load_config,
+    load_end_token_ids,
+    load_tokenizer,
+    special_token_ids,
+)
 from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
 from .chat import conversation_tokens
 from .conversations import FILE, content_digest, read_conversations
 from .prompts import is_heldout
+from .record import record
 from .store import VOCABULARY_FILE, Sample, shard_name, write_shard
 
 COUNTS_FILE = "token_counts.safetensors"
 
 
-@dataclass
-class TokenisedConversation:
-    """A conversation before the verifier has read it."""
-
-    id: str
-    input_ids: torch.Tensor  # int32 [T]
-    loss_mask: torch.Tensor  # uint8 [T]
+_STATES = ("verifier_dtype", "aux_layers")  # settings that only a store with states has
 
 
 def dump(config: Config) -> None:
-    """Record aux and last hidden states of runs/<name>/conversations/ into the store, and the draft vocabulary."""
+    """Record runs/<name>/conversations/ into the store: tokens, the states offline training needs, draft vocabulary."""
     source = read_manifest(config.conversations_folder, "conversations")
     check_identity(
         source["settings"]["verifier"],
@@ -55,18 +56,33 @@ def dump(config: Config) -> None:
         "max_length": config.dump.max_length,
         "shard_tokens": config.dump.shard_tokens,
     }
-    with artifact(config.hidden_states_folder, "hidden_states", settings, config.overwrite) as target:
+    folder, note = config.hidden_states_folder, ""
+    if config.train.hidden_states is HiddenStates.online:
+        tokens_only = {name: value for name, value in settings.items() if name not in _STATES}
+        full = _store_with_states(folder, tokens_only)
+        settings, note = (full, ", and holds the states too") if full else ({**tokens_only, "states": False}, "")
+    with artifact(folder, "hidden_states", settings, config.overwrite) as target:
         present = all(_is_there(target.folder, entry) for entry in target.manifest.get("shards", []))
         if target.complete and present and (target.folder / COUNTS_FILE).is_file():
-            print(f"hidden states: {target.folder} is complete")
+            print(f"hidden states: {target.folder} is complete{note}")
             _write_vocabulary(config, target, always)
         else:
             _dump_shards(config, target, always)
 
 
+def _store_with_states(folder: Path, tokens_only: dict[str, Any]) -> dict[str, Any] | None:
+    """Give the settings of a finished store with states that agrees with the settings of one without; None: none."""
+    try:
+        manifest = read_manifest(folder, "hidden_states")
+    except ValueError:
+        return None
+    settings: dict[str, Any] = manifest["settings"]
+    same = settings.get("states", True) and {n: v for n, v in settings.items() if n not in _STATES} == tokens_only
+    return settings if same and all(_is_there(folder, entry) for entry in manifest["shards"]) else None
+
+
 def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
-    verifier = Verifier.load(config.verifier, target.manifest["settings"]["aux_layers"])
-    samples, left_out = _tokenise(config, verifier)
+    samples, left_out = _tokenise(config)
     if not samples:
         raise ValueError(
             f"no conversation in {config.conversations_folder} can be used: {left_out['truncated']} have a truncated "
@@ -75,12 +91,15 @@ def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
         )
     plan = list(_plan_shards(samples, config.dump.shard_tokens))
     written = {entry["file"]: entry for entry in target.manifest.get("shards", []) if _is_there(target.folder, entry)}
-    _announce_cost(config, verifier, samples, sum(entry["bytes"] for entry in written.values()), target.folder)
+    _announce_cost(config, target, samples, sum(entry["bytes"] for entry in written.values()))
+    with_states = target.manifest["settings"].get("states", True) and len(written) < len(plan)
+    verifier = Verifier.load(config.verifier, target.manifest["settings"]["aux_layers"]) if with_states else None
     progress = Progress("dump", sum(len(sample.input_ids) for sample in samples), "token")
-    for number, conversations in enumerate(plan):
+    for number, shard in enumerate(plan):
         entry = written.get(shard_name(number))
         if entry is None:
-            entry = write_shard(target.folder, number, record(verifier, conversations, config.dump.batch_tokens))
+            recorded = record(verifier, shard, config.dump.batch_tokens) if verifier else shard
+            entry = write_shard(target.folder, number, recorded)
             written[entry["file"]] = entry
             target.save(
                 complete=False, verifier_path=config.verifier.path, shards=[written[name] for name in sorted(written)]
@@ -88,7 +107,7 @@ def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
         progress.update(entry["tokens"])
     progress.close()
     shards = [written[shard_name(number)] for number in range(len(plan))]
-    _write_token_counts(samples, verifier.model.config.get_text_config().vocab_size, target)
+    _write_token_counts(samples, target)
     _write_vocabulary(config, target, always)
     totals = {key: sum(entry[key] for entry in shards) for key in ("samples", "tokens", "counted_tokens", "bytes")}
     target.finish(shards=shards, counts={**totals, **left_out})
@@ -99,15 +118,17 @@ def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
     )
 
 
-def _tokenise(config: Config, verifier: Verifier) -> tuple[list[TokenisedConversation], dict[str, int]]:
+def _tokenise(config: Config) -> tuple[list[Sample], dict[str, int]]:
     """Give the usable conversations, ordered by id (the journal's order is that of completion), and those left out."""
+    tokenizer = load_tokenizer(config.verifier)
+    ends = load_end_token_ids(config.verifier, tokenizer)
     samples, left_out = [], {"truncated": 0, "too_long": 0, "template": 0}
     for conversation in read_conversations(config.conversations_folder):
         if "length" in conversation["finish_reasons"]:
             left_out["truncated"] += 1
             continue
         try:
-            tokens, mask = conversation_tokens(verifier.tokenizer, conversation["messages"], verifier.end_token_ids)
+            tokens, mask = conversation_tokens(tokenizer, conversation["messages"], ends)
         except ValueError:  # an answer that merges with the template around it; the template itself was checked
             left_out["template"] += 1
             continue
@@ -115,7 +136,7 @@ def _tokenise(config: Config, verifier: Verifier) -> tuple[list[TokenisedConvers
             left_out["too_long"] += 1
             continue
         ids, loss_mask = torch.tensor(tokens, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)
-        samples.append(TokenisedConversation(conversation["id"], ids, loss_mask))
+        samples.append(Sample(conversation["id"], ids, loss_mask))
     recorded = read_manifest(config.conversations_folder, "conversations")["content"]
     if recorded != content_digest(config.conversations_folder):
         raise ValueError(
@@ -129,16 +150,15 @@ def _is_there(folder: Path, entry: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
-def _announce_cost(
-    config: Config, verifier: Verifier, samples: list[TokenisedConversation], written: int, folder: Path
-) -> None:
+def _announce_cost(config: Config, target: Artifact, samples: list[Sample], written: int) -> None:
     """Print what the store needs, and refuse what the disk cannot hold beside the `written` bytes."""
+    settings, folder = target.manifest["settings"], target.folder
     tokens = sum(len(sample.input_ids) for sample in samples)
-    values = (len(verifier.aux_layers) + 1) * verifier.model.config.get_text_config().hidden_size
+    values = (len(settings["aux_layers"]) + 1) * settings["verifier"]["hidden_size"] if "aux_layers" in settings else 0
     per_token = values * getattr(torch, config.verifier.dtype.value).itemsize + 5
     needed, free = max(0, tokens * per_token - written), shutil.disk_usage(folder).free
     print(
-        f"dump: {tokens} tokens, {per_token / 1000:.1f} kB each: {needed / 2**30:.2f} GiB to write, "
+        f"dump: {tokens} tokens, {per_token / 1000:.3g} kB each: {needed / 2**30:.2f} GiB to write, "
         f"{free / 2**30:.0f} GiB are free"
     )
     if needed > free:
@@ -148,8 +168,8 @@ def _announce_cost(
         )
 
 
-def _plan_shards(samples: list[TokenisedConversation], shard_tokens: int) -> Iterator[list[TokenisedConversation]]:
-    shard: list[TokenisedConversation] = []
+def _plan_shards(samples: list[Sample], shard_tokens: int) -> Iterator[list[Sample]]:
+    shard: list[Sample] = []
     size = 0
     for sample in samples:
         shard.append(sample)
@@ -161,50 +181,12 @@ def _plan_shards(samples: list[TokenisedConversation], shard_tokens: int) -> Ite
         yield shard
 
 
-def record(verifier: Verifier, conversations: list[TokenisedConversation], batch_tokens: int) -> list[Sample]:
-    """Run the verifier over conversations, batched by length, and give their samples in the order given."""
-    by_length = sorted(range(len(conversations)), key=lambda i: len(conversations[i].input_ids))
-    samples: dict[int, Sample] = {}
-    while by_length:
-        batch = [by_length.pop()]  # the longest left sets the width
-        width = len(conversations[batch[0]].input_ids)
-        while by_length and (len(batch) + 1) * width <= batch_tokens:
-            batch.append(by_length.pop())
-        for index, sample in zip(batch, _forward(verifier, [conversations[i] for i in batch]), strict=True):
-            samples[index] = sample
-    return [samples[i] for i in range(len(conversations))]
-
-
-def _forward(verifier: Verifier, batch: list[TokenisedConversation]) -> list[Sample]:
-    """Run one forward pass, padded on the right: causal attention keeps the padding out of every kept state."""
-    lengths = [len(conversation.input_ids) for conversation in batch]
-    padded = torch.nn.utils.rnn.pad_sequence([c.input_ids.long() for c in batch], batch_first=True)
-    output = verifier.forward(padded.to(verifier.device), logits_to_keep=1, use_cache=False)
-    _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
-    aux, last = output.aux_hidden_states.cpu(), output.last_hidden_state.cpu()
-    return [
-        Sample(c.id, c.input_ids, c.loss_mask, aux[row, :n], last[row, :n])
-        for row, (c, n) in enumerate(zip(batch, lengths, strict=True))
-    ]
-
-
-def _check_last_hidden_state(verifier: Verifier, last: torch.Tensor, logits: torch.Tensor) -> None:
-    """Check that lm_head on the recorded state gives the model's logits: training builds its targets so."""
-    weight = verifier.model.get_output_embeddings().weight.to(last.device).float()
-    again = logit_transform(verifier.model.config.get_text_config()).apply_(last.float() @ weight.T)
-    if not logits.isfinite().all() or (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
-        raise ValueError(
-            "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "
-            "fledge knows it: it cannot train from this verifier"
-        )
-
-
-def _write_token_counts(samples: list[TokenisedConversation], vocab_size: int, target: Artifact) -> None:
+def _write_token_counts(samples: list[Sample], target: Artifact) -> None:
     """Count the tokens the verifier produced in the training split: what the draft vocabulary is chosen by."""
-    share = target.manifest["settings"]["heldout_share"]
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    settings = target.manifest["settings"]
+    counts = torch.zeros(settings["verifier"]["vocab_size"], dtype=torch.int64)
     for sample in samples:
-        if not is_heldout(sample.id, share):
+        if not is_heldout(sample.id, settings["heldout_share"]):
             produced = sample.input_ids[sample.loss_mask.bool()].long()
             counts.index_add_(0, produced, torch.ones_like(produced))
     _save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)

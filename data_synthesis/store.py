@@ -8,8 +8,8 @@
 | `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                    |
 | `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)         |
 
-The ids of a shard's samples are in its safetensors metadata (`sample_ids`, JSON). A store of tokens alone lacks the
-two tensors of states.
+A store for online training has the first three only, and `"states": false` in the settings of its manifest.
+The ids of a shard's samples are in its safetensors metadata (`sample_ids`, JSON).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _CURE = "delete the file and run `fledge dump` again"
 
 @dataclass
 class Sample:
-    """One conversation of T tokens with what the verifier saw."""
+    """One conversation of T tokens, with what the verifier saw or before it has read them."""
 
     id: str
     input_ids: Tensor  # int32 [T]
     loss_mask: Tensor  # uint8 [T]
-    aux_hidden_states: Tensor | None  # [T, A*H]; None in a store of tokens alone
-    last_hidden_state: Tensor | None  # [T, H]
+    aux_hidden_states: Tensor | None = None  # [T, A*H]
+    last_hidden_state: Tensor | None = None  # [T, H]
 
 
 def shard_name(number: int) -> str:
@@ -51,16 +51,14 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, Any]:
-    """Write samples as one shard, durably, and give its entry for the manifest."""
+    """Write samples, all with states or all without, as one shard, durably, and give its entry for the manifest."""
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     tensors = {
         "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
         "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
         "sample_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        **_states(samples),
     }
-    for name in _STATES:
-        if states := [state for sample in samples if (state := getattr(sample, name)) is not None]:
-            tensors[name] = torch.cat(states).contiguous()
     path = folder / shard_name(number)
     temporary = folder / f".{path.name}.tmp"
     save_file(tensors, temporary, metadata={"sample_ids": json.dumps([sample.id for sample in samples])})
@@ -77,19 +75,39 @@ def write_shard(folder: Path, number: int, samples: list[Sample]) -> dict[str, A
     }
 
 
+def _states(samples: list[Sample]) -> dict[str, Tensor]:
+    tensors = {}
+    for name in _STATES:
+        states = [state for sample in samples if (state := getattr(sample, name)) is not None]
+        assert len(states) in (0, len(samples))
+        if states:
+            tensors[name] = torch.cat(states)
+    return tensors
+
+
 class HiddenStateStore:
     """A complete store, read by sample; shards are mapped, and only what is asked for is copied.
 
     Another process can be given one: a fork reads the same mappings, a pickled one maps each shard at its first use.
 
+    Args:
+        with_states: false gives samples without states, whether the shards hold them or not.
+
     Raises:
-        ValueError: the store is missing or incomplete, or a shard is missing, truncated or altered (named).
+        ValueError: the store is missing or incomplete, has no states and is asked for them, or a shard is missing,
+            truncated or altered (named).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_states: bool = True) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder, "hidden_states")
         self._shards: list[Any] = [None] * len(self.manifest["shards"])
+        self.with_states = with_states
+        if with_states and not self.manifest["settings"].get("states", True):
+            raise ValueError(
+                f"{folder} holds tokens without hidden states: train with train.hidden_states=online, or run "
+                "`fledge dump` with train.hidden_states=offline into another folder (dump.folder)"
+            )
         self.ids: list[str] = []
         self.lengths: list[int] = []
         self._starts = array("q")  # first token of each sample, in its shard
@@ -152,7 +170,5 @@ class HiddenStateStore:
 
     def __getitem__(self, index: int) -> Sample:
         shard, place = self._place(index)
-        names = set(shard.keys())
-        aux, last = (shard.get_slice(name)[place] if name in names else None for name in _STATES)
-        ids, mask = (shard.get_slice(name)[place] for name in ("input_ids", "loss_mask"))
-        return Sample(self.ids[index], ids, mask, aux, last)
+        names = ("input_ids", "loss_mask", *(_STATES if self.with_states else ()))
+        return Sample(self.ids[index], *(shard.get_slice(name)[place] for name in names))

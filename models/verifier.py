@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,20 +85,27 @@ def _not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
     return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason}")
 
 
-def end_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Give the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
-    eos = None if generation is None else generation.eos_token_id
+    eos = generation.eos_token_id
     ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     return sorted(int(token) for token in ids)
+
+
+def load_end_token_ids(config: VerifierConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the `end_token_ids` of a verifier without loading its weights."""
+    location, revision = verifier_location(config), config.revision or "main"
+    try:
+        generation = GenerationConfig.from_pretrained(location, revision=revision)
+    except OSError:  # a verifier without a generation_config.json
+        generation = GenerationConfig.from_pretrained(location, "config.json", revision=revision)
+    return end_token_ids(generation, tokenizer)
 
 
 def special_token_ids(config: VerifierConfig) -> list[int]:
     """Give the ids of the tokenizer's special tokens and of those that end an answer, ascending."""
     tokenizer = load_tokenizer(config)
-    generation = None
-    with contextlib.suppress(OSError):  # a verifier without a generation_config.json
-        generation = GenerationConfig.from_pretrained(verifier_location(config), revision=config.revision or "main")
-    return sorted({*tokenizer.all_special_ids, *end_token_ids(generation, tokenizer)})
+    return sorted({*tokenizer.all_special_ids, *load_end_token_ids(config, tokenizer)})
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
@@ -183,11 +190,20 @@ class Verifier:
         return hook
 
     @classmethod
-    def load(cls, config: VerifierConfig, aux_layers: list[int] | None = None) -> Verifier:
-        """Load model and tokenizer; `aux_layers` None takes the default ones."""
+    def load(
+        cls, config: VerifierConfig, aux_layers: list[int] | None = None, gpus: Sequence[int] | None = None
+    ) -> Verifier:
+        """Load model and tokenizer.
+
+        Args:
+            aux_layers: None takes the default ones.
+            gpus: those that verifier.device=auto may use; None: all, and the host's memory beyond. Accelerate spreads
+                the layers over several; a single one must be the current one.
+        """
         tokenizer = load_tokenizer(config)
         device = torch_device(config.device)
-        spread = config.device is Device.auto and torch.cuda.device_count() > 1  # accelerate places the layers
+        num_gpus = torch.cuda.device_count() if gpus is None else len(gpus)
+        spread = config.device is Device.auto and num_gpus > 1
         model: Any
         try:
             model = _auto_class(_load_whole_config(config)).from_pretrained(
@@ -195,11 +211,17 @@ class Verifier:
                 revision=config.revision,
                 dtype=getattr(torch, config.dtype.value),
                 device_map="auto" if spread else None,
+                max_memory={gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} if spread and gpus else None,
             )
         except OSError as error:
             raise _not_loadable(config, error) from None
         if not spread:
             model = model.to(device)
+        elif gpus and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise ValueError(
+                f"verifier.path {config.path!r} does not fit into the free memory of {num_gpus} GPUs: "
+                "start fewer ranks a node, each then has more of them"
+            )
         layers = (
             aux_layers
             if aux_layers is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from builders import Run
 from fledge.models.formats import checkpoint_steps
-from fledge.train.place import Place, device_index, find_place, first_host
+from fledge.train.place import Place, find_place, first_host, own_gpus
 from fledge.train.tracking import read_metrics
 
 TORCHRUN = {
@@ -96,11 +96,17 @@ def test_impossible_ranks_are_refused(name, value):
         find_place({**TORCHRUN, name: value})
 
 
-def test_a_rank_takes_the_gpu_of_its_local_rank_or_the_only_one_it_sees():
-    assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert device_index(3, 1) == 0, "Slurm shows each task its own"
-    with pytest.raises(ValueError, match="local rank 2 has no GPU, 2 are visible"):
-        device_index(2, 2)
+def test_the_gpus_of_a_node_are_dealt_out_whole_and_to_one_rank_each():
+    assert [list(own_gpus(rank, 4, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [list(own_gpus(rank, 8, 8)) for rank in range(8)] == [[gpu] for gpu in range(8)]
+    assert list(own_gpus(0, 1, 8)) == list(range(8))
+    assert list(own_gpus(3, 4, 1)) == [0], "Slurm shows each task its own"
+    for ranks, gpus in ((3, 8), (2, 3), (5, 5)):
+        owned = [gpu for rank in range(ranks) for gpu in own_gpus(rank, ranks, gpus)]
+        assert owned == list(range(gpus))
+        assert all(own_gpus(rank, ranks, gpus) for rank in range(ranks))
+    with pytest.raises(ValueError, match="4 ranks were started on a node with 2 GPUs"):
+        own_gpus(0, 4, 2)
 
 
 def free_port() -> int:

@@ -4,17 +4,16 @@ import shutil
 
 import pytest
 import torch
-from fledge.data_synthesis.dump import TokenisedConversation, record
+from fledge.data_synthesis.record import record
 from fledge.data_synthesis.store import HiddenStateStore, Sample, write_shard
 from fledge.models.verifier import VerifierWeights
 
 
-def conversations(verifier) -> list[TokenisedConversation]:
+def conversations(verifier) -> list[Sample]:
     generator = torch.Generator().manual_seed(0)
     vocab = verifier.model.config.vocab_size
     return [
-        TokenisedConversation(str(n), torch.randint(0, vocab, (n,), generator=generator), torch.ones(n))
-        for n in (9, 30, 1, 17, 30, 4)
+        Sample(str(n), torch.randint(0, vocab, (n,), generator=generator), torch.ones(n)) for n in (9, 30, 1, 17, 30, 4)
     ]
 
 

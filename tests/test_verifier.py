@@ -1,5 +1,8 @@
 """Verifiers of other architectures: states are captured as transformers defines them, and decoding stays lossless."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -9,7 +12,7 @@ from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.prompt_lookup import NoDraft
 from fledge.eval.speculative import speculate
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
-from fledge.models.verifier import Verifier, VerifierWeights, load_config, logit_transform
+from fledge.models.verifier import Verifier, VerifierWeights, load_config, load_end_token_ids, logit_transform
 from fledge.models.vocabulary import build_vocabulary
 
 SIZES = {
@@ -81,6 +84,17 @@ def test_captured_states_equal_output_hidden_states(config):
     assert torch.equal(output.last_hidden_state, states[-1])
     again = output.last_hidden_state @ VerifierWeights(config).lm_head().T
     torch.testing.assert_close(again, output.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_end_tokens_are_known_without_the_weights(config):
+    generation, whole = (Path(config.path) / name for name in ("generation_config.json", "config.json"))
+    whole.write_text(json.dumps({**json.loads(whole.read_text()), "eos_token_id": [7, 11]}))
+    generation.write_text(json.dumps({"eos_token_id": 5}))
+    for expected in ({5}, {7, 11}):
+        verifier = Verifier.load(config)
+        assert load_end_token_ids(config, verifier.tokenizer) == verifier.end_token_ids
+        assert expected <= set(verifier.end_token_ids)
+        generation.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)

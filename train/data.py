@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..conf.schema import Config, StoreConfig, TooLong
+from ..conf.schema import Config, HiddenStates, StoreConfig, TooLong
 from ..data_synthesis.dump import COUNTS_FILE
 from ..data_synthesis.prompts import is_heldout
 from ..data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
@@ -303,7 +303,8 @@ class TrainingData:
         options = config.train
         sources = options.stores or [StoreConfig(str(config.hidden_states_folder))]
         weights = [source.weight for source in sources]
-        self.stores = [HiddenStateStore(Path(source.folder)) for source in sources]
+        offline = options.hidden_states is HiddenStates.offline
+        self.stores = [HiddenStateStore(Path(source.folder), with_states=offline) for source in sources]
         for store in self.stores:
             _check_store(store, config, head)
         self.settings = [
@@ -399,7 +400,7 @@ def read(
 def _check_store(store: HiddenStateStore, config: Config, head: DraftHeadConfig) -> None:
     recorded = store.manifest["settings"]
     check_identity(recorded["verifier"], config.verifier, str(store.folder), "set the same verifier or dump anew")
-    if list(head.aux_layers) != recorded["aux_layers"]:
+    if store.with_states and list(head.aux_layers) != recorded["aux_layers"]:
         raise ValueError(
             f"draft.aux_layers is {list(head.aux_layers)}, {store.folder} holds layers {recorded['aux_layers']}: "
             "set the same layers or dump anew"

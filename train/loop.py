@@ -1,4 +1,4 @@
-"""The train stage: a draft head trained by DeepSpeed from the hidden-state store."""
+"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or beside the verifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..conf.artifact import Artifact, artifact, digest, file_digest, is_complete, write_atomic
 from ..conf.progress import Progress
-from ..conf.schema import Config, TTTLoss
+from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
 from ..models.verifier import VerifierWeights, load_config, logit_transform
@@ -27,6 +27,7 @@ from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
 from .meter import Meter
+from .online import OnlineStates
 from .processes import Ranks, joined, sum_over_ranks
 from .rows import PackedBatch
 from .signals import StopSignals
@@ -72,8 +73,11 @@ def _train(config: Config, ranks: Ranks) -> None:
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
     """Give everything that determines the weights."""
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
+    is_online = config.train.hidden_states is HiddenStates.online
+    online = {"verifier_dtype": config.verifier.dtype.value} if is_online else {}
     return {
         "hidden_states": data.settings,
+        **online,
         "draft_vocabulary": digest(head.target_ids.tolist()),
         "draft": dataclasses.asdict(config.draft),
         "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
@@ -101,6 +105,8 @@ class Trainer:
         if not config.train.init_from:
             initialise(self.head, embedding, verifier_lm_head * transform.scale, config.train.seed)
         self.head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
+        is_online = config.train.hidden_states is HiddenStates.online
+        self.online = OnlineStates.load(config, head.config.aux_layers, ranks.gpus) if is_online else None
         options = config.train
         micro_batches(config)  # refused before anything is read
         self.module = TTTModule(
@@ -271,13 +277,18 @@ class Trainer:
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
         for batch in self.data.batches(step * self.packs_per_step):
-            yield batch.to(self.device, self.dtype, self.config.train.ttt_steps)
+            yield self._here(batch, self.config.train.ttt_steps)
+
+    def _here(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
+        """Give a batch on this rank's device, with its states."""
+        batch = batch.to(self.device, self.dtype, ttt_steps)
+        return self.online.fill(batch) if self.online else batch
 
     @torch.no_grad()
     def _walk_heldout(self) -> None:
         """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
         steps = max(self.draft_lengths)
-        batches = (batch.to(self.device, self.dtype, steps) for batch in self.data.heldout_batches(steps))
+        batches = (self._here(batch, steps) for batch in self.data.heldout_batches(steps))
         self.walks = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
 
     def _acceptance(self) -> dict[str, float]:

@@ -115,16 +115,17 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def device_index(local_rank: int, num_devices: int) -> int:
-    """Give the GPU of a rank: that of its local rank, or the only one that its launcher lets it see.
+def own_gpus(local_rank: int, local_world: int, num_gpus: int) -> range:
+    """Give the GPUs that a rank has to itself: a node's are dealt out to its ranks in equal, consecutive parts.
+
+    Four ranks on eight GPUs own 0-1, 2-3, 4-5, 6-7. Each trains on its first and spreads an online verifier over all.
+    A launcher that shows each rank a single GPU has dealt them out already.
 
     Raises:
         ValueError: the node has fewer GPUs than ranks.
     """
-    if num_devices == 1:
-        return 0
-    if local_rank >= num_devices:
-        raise ValueError(
-            f"local rank {local_rank} has no GPU, {num_devices} are visible: start one process a GPU on each node"
-        )
-    return local_rank
+    if num_gpus == 1:
+        return range(1)
+    if num_gpus < local_world:
+        raise ValueError(f"{local_world} ranks were started on a node with {num_gpus} GPUs: start at most one a GPU")
+    return range(local_rank * num_gpus // local_world, (local_rank + 1) * num_gpus // local_world)

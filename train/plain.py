@@ -45,8 +45,7 @@ def counted_rows(loss_mask: Tensor, document: Tensor, ttt_steps: int) -> Tensor:
 def plain_unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_steps: int) -> Iterator[Tensor]:
     """Run K draft steps on every row and yield each step's normed states [T, H]."""
     attention = TTTAttention(batch.lengths, head.config.num_layers)
-    assert batch.aux_hidden_states is not None
-    state = head.fuse(batch.aux_hidden_states)
+    state = head.fuse(batch.states[0])
     for step in range(ttt_steps):
         fed = head.embed(ahead(batch.input_ids, step + 1), embedding)
         state, normed = head.step(fed, state, head.rotary(batch.position + step, state), attention)
@@ -88,8 +87,7 @@ class PlainTTTModule(TTTModule):
         acceptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Give the loss of a packed batch and the sums its metrics are made of, as `TTTModule` does; no `targets`."""
-        assert batch.last_hidden_state is not None
-        verifier = verifier_distributions(self.head, batch.last_hidden_state, verifier_lm_head, self.transform)
+        verifier = verifier_distributions(self.head, batch.states[1], verifier_lm_head, self.transform)
         in_answer = counted_rows(batch.loss_mask, batch.document, self.ttt_steps)
         prefix = torch.ones_like(batch.loss_mask)
         reach = torch.ones_like(verifier.mass)

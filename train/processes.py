@@ -45,7 +45,7 @@ from .. import __version__
 from ..conf.artifact import differences
 from ..conf.cli import USER_ERRORS, explain
 from ..conf.schema import Config
-from .place import Place, device_index, find_place
+from .place import Place, find_place, own_gpus
 
 _MEETING_S = 300.0  # for all ranks to start; a rank that ends before says nothing to the others
 _GRACE_S = 5.0  # for a rank to end by its own error, which tells more, before it ends because another has
@@ -60,11 +60,13 @@ class Ranks:
 
     Attributes:
         place: of this process.
+        gpus: that it has to itself, None without any.
         device: where it trains.
     """
 
-    def __init__(self, place: Place, device: torch.device, timeout_s: int) -> None:
-        self.place, self.device = place, device
+    def __init__(self, place: Place, gpus: range | None, timeout_s: int) -> None:
+        self.place, self.gpus = place, gpus
+        self.device = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
         self.rank, self.world = place.rank, place.world
         self._timeout = timedelta(seconds=timeout_s)
         self._words = dist.new_group(backend="gloo", timeout=self._timeout) if self.world > 1 else None
@@ -166,10 +168,9 @@ def _meet(place: Place, timeout_s: int) -> Ranks:
     """Make the group that trains, and give this rank its device."""
     os.environ.update(place.environment())  # DeepSpeed reads them
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if on_gpu:
-        device = torch.device("cuda", device_index(place.local_rank, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
+    gpus = own_gpus(place.local_rank, place.local_world, torch.cuda.device_count()) if on_gpu else None
+    if gpus:
+        torch.cuda.set_device(gpus[0])
     else:
         # Its extension would be compiled at first use, and a build killed half-way blocks every later process.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -183,7 +184,7 @@ def _meet(place: Place, timeout_s: int) -> Ranks:
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the group that is there
-    return Ranks(place, device, timeout_s)
+    return Ranks(place, gpus, timeout_s)
 
 
 def _shared(config: Config) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class PackedBatch:
     loss_mask: Tensor  # bool [T]
     document: Tensor  # int64 [T], number of the document a token belongs to
     position: Tensor  # int64 [T], within the document
-    aux_hidden_states: Tensor | None  # [T, A*H]; None where the store holds tokens alone
+    aux_hidden_states: Tensor | None  # [T, A*H]; None until the verifier of an online run has read the batch
     last_hidden_state: Tensor | None  # [T, H]
     lengths: list[int]  # tokens of each document
     sample_ids: list[str]
@@ -109,11 +109,17 @@ class PackedBatch:
             None if self.useful is None else self.useful.mapped(change),
         )
 
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Aux [T, A*H] and last hidden states [T, H] of a batch that has them."""
+        assert self.aux_hidden_states is not None, "the verifier has not read this batch"
+        assert self.last_hidden_state is not None
+        return self.aux_hidden_states, self.last_hidden_state
+
     def suspects(self) -> list[str]:
         """Give the ids of the documents with states that are not finite, or of all where every state is finite."""
-        assert self.aux_hidden_states is not None
-        assert self.last_hidden_state is not None
-        finite = (self.aux_hidden_states.isfinite().all(-1) & self.last_hidden_state.isfinite().all(-1)).cpu()
+        aux, last = self.states
+        finite = (aux.isfinite().all(-1) & last.isfinite().all(-1)).cpu()
         parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
         return [name for name, part in parts if not part.all()] or self.sample_ids
 

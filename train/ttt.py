@@ -44,8 +44,7 @@ def unroll(
     # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
     projected = head.project_embedding(head.embed(batch.input_ids, embedding))
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)
-    assert batch.aux_hidden_states is not None
-    state = head.fuse(batch.aux_hidden_states)
+    state = head.fuse(batch.states[0])
     states: list[Tensor] = []
     for step, (places, kept) in enumerate(zip(rows.steps, rows.kept, strict=True)):
         at = rows.rows[places] if step else every_row
@@ -72,8 +71,7 @@ def find_targets(
     vocab_size, device = len(verifier_lm_head), verifier_lm_head.device
     if len(head.d2t) == vocab_size:
         return Targets(torch.ones(len(rows.rows), dtype=torch.bool, device=device))
-    assert batch.last_hidden_state is not None
-    states = batch.last_hidden_state.index_select(0, rows.rows + 1)
+    states = batch.states[1].index_select(0, rows.rows + 1)
     wide = wide_dtype(states.dtype)
     top = torch.empty(len(states), dtype=torch.int64, device=device)
     log_normaliser = torch.empty(len(states), dtype=wide, device=device)
@@ -180,7 +178,7 @@ class TTTModule(nn.Module):
             self.loss,
             rows,
             targets,
-            states=batch.last_hidden_state.index_select(0, rows.rows + 1),
+            states=batch.states[1].index_select(0, rows.rows + 1),
             weight=verifier_lm_head if full else verifier_lm_head.index_select(0, self.head.target_ids),
             transform=self.transform,
             gammas=self.gamma ** torch.arange(ttt_steps, device=device, dtype=wide),

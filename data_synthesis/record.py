@@ -1,0 +1,59 @@
+"""What the verifier sees inside while it reads documents, many of them in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..models.verifier import Verifier, logit_transform
+from .store import Sample
+
+
+def record(verifier: Verifier, samples: list[Sample], batch_tokens: int) -> list[Sample]:
+    """Give the samples with their hidden states, on the host."""
+    recorded = list(samples)
+    for number, aux, last in read_documents(verifier, [sample.input_ids for sample in samples], batch_tokens):
+        recorded[number] = replace(samples[number], aux_hidden_states=aux.cpu(), last_hidden_state=last.cpu())
+    return recorded
+
+
+def read_documents(
+    verifier: Verifier, documents: Sequence[Tensor], batch_tokens: int, check: bool = True
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield each document's number, aux [T, A*H] and last hidden states [T, H], longest documents first.
+
+    Documents of similar length (no less than half of the longest) share a forward pass, padded on the right: causal
+    attention keeps the padding out of every state that is given.
+
+    Args:
+        documents: token ids [T] of each.
+        batch_tokens: tokens of one forward, padding included; a longer document is read alone.
+        check: make sure that `lm_head` times the last state is the model's logits.
+    """
+    by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    while by_length:
+        batch = [by_length.pop()]  # the longest left sets the width
+        width = len(documents[batch[0]])
+        while by_length and (len(batch) + 1) * width <= batch_tokens and 2 * len(documents[by_length[-1]]) >= width:
+            batch.append(by_length.pop())
+        padded = torch.nn.utils.rnn.pad_sequence([documents[i].long() for i in batch], batch_first=True)
+        output = verifier.forward(padded.to(verifier.device), logits_to_keep=1, use_cache=False)
+        if check:
+            _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
+        for row, number in enumerate(batch):
+            end = len(documents[number])
+            yield number, output.aux_hidden_states[row, :end], output.last_hidden_state[row, :end]
+
+
+def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -> None:
+    """Check that lm_head on the recorded state gives the model's logits: training builds its targets so."""
+    weight = verifier.model.get_output_embeddings().weight.to(last.device).float()
+    again = logit_transform(verifier.model.config.get_text_config()).apply_(last.float() @ weight.T)
+    if not logits.isfinite().all() or (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
+        raise ValueError(
+            "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "
+            "fledge knows it: it cannot train from this verifier"
+        )

@@ -1,0 +1,45 @@
+"""Online training: the frozen verifier reads every packed batch beside the trainer, and nothing touches the disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..conf.schema import Config
+from ..data_synthesis.record import read_documents
+from ..models.verifier import Verifier
+from .rows import PackedBatch
+
+
+class OnlineStates:
+    """The verifier of an online run, which fills batches with its hidden states."""
+
+    def __init__(self, verifier: Verifier, batch_tokens: int, dtype: torch.dtype) -> None:
+        self.verifier = verifier
+        self.batch_tokens = batch_tokens  # of one forward, padding included
+        self.dtype = dtype  # of the states that training sees; they are rounded to the verifier's first, as in a store
+        self._checked = False
+
+    @classmethod
+    def load(cls, config: Config, aux_layers: Sequence[int], gpus: range | None) -> OnlineStates:
+        """Load the verifier onto this rank's own GPUs, or into this process where there are none."""
+        verifier = Verifier.load(config.verifier, list(aux_layers), gpus)
+        return cls(verifier, config.dump.batch_tokens, getattr(torch, config.train.dtype.value))
+
+    @torch.no_grad()
+    def fill(self, batch: PackedBatch) -> PackedBatch:
+        """Give the batch with its states, on its device, document by document in its order."""
+        num_tokens, device = len(batch.input_ids), batch.input_ids.device
+        width = self.verifier.model.config.get_text_config().hidden_size
+        aux = torch.empty(num_tokens, len(self.verifier.aux_layers) * width, dtype=self.dtype, device=device)
+        last = torch.empty(num_tokens, width, dtype=self.dtype, device=device)
+        starts = [0, *itertools.accumulate(batch.lengths)]
+        documents = batch.input_ids.split(batch.lengths)
+        for number, *states in read_documents(self.verifier, documents, self.batch_tokens, check=not self._checked):
+            here = slice(starts[number], starts[number + 1])
+            aux[here], last[here] = states
+            self._checked = True
+        return replace(batch, aux_hidden_states=aux, last_hidden_state=last)
