@@ -184,6 +184,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10  # steps
     heldout_every: int = 200  # steps between measurements of held-out acceptance length
+    heldout_samples: int = 256  # held-out conversations it is measured on, at most
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest that stay, beside the best
     max_skipped_steps: int = 5  # in a row, for gradients that are not finite; then training stops
@@ -313,6 +314,7 @@ def validate(config: Config) -> None:
         "train.packs_per_step": config.train.packs_per_step,
         "train.log_every": config.train.log_every,
         "train.heldout_every": config.train.heldout_every,
+        "train.heldout_samples": config.train.heldout_samples,
         "train.save_every": config.train.save_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
         "train.max_skipped_steps": config.train.max_skipped_steps,

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..conf.artifact import digest
 from ..conf.schema import Config, HiddenStates, StoreConfig, TooLong
 from ..data_synthesis.dump import COUNTS_FILE
 from ..data_synthesis.prompts import is_heldout
@@ -313,6 +314,9 @@ class TrainingData:
         ]
         self._weights, self._head, self._verifier = weights, head, config.verifier
         self.split = Split.of(self.stores, options.batch_tokens, options.too_long)
+        # Those that evaluation decodes first, which depends on their ids alone.
+        ids = list(itertools.chain.from_iterable(store.ids for store in self.stores))
+        self.heldout = sorted(self.split.heldout, key=lambda sample: digest(ids[sample]))[: options.heldout_samples]
         parts = [Passes(samples, weight) for samples, weight in zip(self.split.train, weights, strict=True)]
         for store, part in zip(self.stores, parts, strict=True):
             if part.weight * len(part.samples) < 1:
@@ -361,10 +365,14 @@ class TrainingData:
         return self._read(packs, self._options.ttt_steps)
 
     def heldout_batches(self, ttt_steps: int) -> Iterator[PackedBatch]:
-        """Yield the held-out samples, whole, in batches with the useful rows of K steps."""
-        longest = max((self.split.lengths[sample] for sample in self.split.heldout), default=0)
-        packs = pack(self.split.lengths, self.split.heldout, max(self._options.batch_tokens, longest))
-        return self._read(packs, ttt_steps)
+        """Yield this rank's share of the held-out samples, whole, in batches with the useful rows of K steps.
+
+        Every rank gets as many batches, as ZeRO-3 asks for: at the end some may get one that another has.
+        """
+        longest = max((self.split.lengths[sample] for sample in self.heldout), default=0)
+        packs = pack(self.split.lengths, self.heldout, max(self._options.batch_tokens, longest))
+        turns = range(self._rank, math.ceil(len(packs) / self._ranks) * self._ranks, self._ranks)
+        return self._read([packs[turn % len(packs)] for turn in turns], ttt_steps)
 
     def _read(self, packs: Iterable[list[int]], ttt_steps: int) -> Generator[PackedBatch, None, None]:
         batches = Batches(self.stores, self.split.lengths, ttt_steps)

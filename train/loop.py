@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -37,7 +36,15 @@ from .warm_start import trained_head
 
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
-    *("log_every", "heldout_every", "save_every", "keep_checkpoints", "num_processes", "verify_checksums"),
+    *(
+        "log_every",
+        "heldout_every",
+        "heldout_samples",
+        "save_every",
+        "keep_checkpoints",
+        "num_processes",
+        "verify_checksums",
+    ),
     *("checkpoint_activations", "triton", "collective_timeout_s", "max_skipped_steps", "data_workers"),
     *("stores", "init_from"),  # what is there counts by content
 )
@@ -50,6 +57,7 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, ranks: Ranks) -> None:
+    micro_batches(config)  # refused before anything is read
     given = trained_head(config) if config.train.init_from else None
     shape = given.config if given else DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
     with ExitStack() as stack:
@@ -108,7 +116,6 @@ class Trainer:
         is_online = config.train.hidden_states is HiddenStates.online
         self.online = OnlineStates.load(config, head.config.aux_layers, ranks.gpus) if is_online else None
         options = config.train
-        micro_batches(config)  # refused before anything is read
         self.module = TTTModule(
             self.head,
             options.ttt_steps,
@@ -147,16 +154,16 @@ class Trainer:
         progress = Progress("train", self.num_steps, "step", done=state.step) if self.rank == 0 else None
         if progress is not None:
             progress.set_postfix_str(self._postfix({}), refresh=False)
-        batches = self._batches(state.step)
+        batches = self.data.batches(state.step * self.packs_per_step)
         sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
         metrics: dict[str, float] = {}
         stop = False
         self.meter.restart()
         while state.step < self.num_steps and not stop:
             with self.meter.waiting():
-                packed = list(itertools.islice(batches, self.micro_batches))
-            self.meter.add(packed)
-            sums += self._optimizer_step(packed)
+                read = list(itertools.islice(batches, self.micro_batches))
+            self.meter.add(read)
+            sums += self._optimizer_step([self._here(batch, options.ttt_steps) for batch in read])
             stop = self.ranks.any_rank(signals.received is not None)
             save = state.step % options.save_every == 0 or state.step == self.num_steps
             log = state.step % options.log_every == 0 or save or stop
@@ -274,11 +281,6 @@ class Trainer:
                 "at these samples, or lower train.lr; the same command goes on from the newest checkpoint"
             )
 
-    def _batches(self, step: int) -> Iterator[PackedBatch]:
-        """Yield this rank's packed batches from a step on: pack i of a step goes to rank i mod ranks."""
-        for batch in self.data.batches(step * self.packs_per_step):
-            yield self._here(batch, self.config.train.ttt_steps)
-
     def _here(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
         """Give a batch on this rank's device, with its states."""
         batch = batch.to(self.device, self.dtype, ttt_steps)
@@ -286,10 +288,12 @@ class Trainer:
 
     @torch.no_grad()
     def _walk_heldout(self) -> None:
-        """Walk the held-out answers; every rank walks them all, since ZeRO-3 needs each in every forward."""
+        """Walk the held-out answers, of which every rank takes its share."""
         steps = max(self.draft_lengths)
         batches = (self._here(batch, steps) for batch in self.data.heldout_batches(steps))
-        self.walks = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
+        mine = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
+        of_ranks = self.ranks.gather(mine)
+        self.walks = {num: {k: v for walks in of_ranks for k, v in walks[num].items()} for num in self.draft_lengths}
 
     def _acceptance(self) -> dict[str, float]:
         totals = {num: total(walks.values()) for num, walks in self.walks.items()}
