@@ -196,14 +196,14 @@ def test_a_vocabulary_map_that_does_not_follow_from_the_store_is_refused(copied)
         with pytest.raises(
             ValueError, match=r"vocab_map\.safetensors does not follow from the token counts .*delete it"
         ):
-            opened(copied)
+            _ = opened(copied).vocabulary
     save_file(right, path)
     assert torch.equal(opened(copied).vocabulary.d2t, right["d2t"])
     with pytest.raises(ValueError, match=r"draft\.vocab_size is 200, the map .* has 300: run `fledge dump`"):
-        opened(dataclasses.replace(copied, draft=DraftConfig(vocab_size=200)))
+        _ = opened(dataclasses.replace(copied, draft=DraftConfig(vocab_size=200))).vocabulary
     save_file({"token_counts": counted[:-1].clone()}, counts)
     with pytest.raises(ValueError, match=r"token_counts\.safetensors does not count the verifier's \d+ tokens"):
-        opened(copied)
+        _ = opened(copied).vocabulary
 
 
 def test_stores_that_cannot_be_trained_on_together_are_named_with_the_difference(config, copied):
@@ -283,7 +283,8 @@ def test_a_pickled_store_maps_its_shards_anew_and_what_is_wrong_is_said_by_the_t
 
 def test_batches_of_tokens_alone_have_no_states(finished, tmp_path):
     masks = {"a": "0011", "b": "01101", "c": "011"}
-    store = HiddenStateStore(write_store(tmp_path / "s", finished.path / "hidden_states", masks, states=False))
+    folder = write_store(tmp_path / "s", finished.path / "hidden_states", masks, states=False)
+    store = HiddenStateStore(folder, with_states=False)
     batch = Batches([store], store.lengths, 3)[[0, 2]].to(torch.device("cpu"), torch.bfloat16, 3)
     assert batch.aux_hidden_states is None
     assert batch.last_hidden_state is None

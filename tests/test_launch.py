@@ -133,7 +133,7 @@ class Pair:
     def __init__(self, run: Run, environments: list[dict[str, str]], *own: str, common: tuple[str, ...] = ()) -> None:
         self.processes = [
             subprocess.Popen(
-                run.command("train", *common, *([option] if option else [])),
+                run.command("train", "train.packs_per_step=2", *common, *([option] if option else [])),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -183,9 +183,16 @@ def older_store(store: Path, folder: Path) -> Path:
 
 def test_the_deepspeed_launcher_trains_to_the_end(dumped):
     world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    options = dumped.arguments("train.max_steps=2", "train.packs_per_step=2")
     launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={free_port()}"]
     done = subprocess.run(
-        [sys.executable, *launcher, "--module", "fledge.train", *dumped.arguments("train.max_steps=2")],
+        [
+            sys.executable,
+            *launcher,
+            "--module",
+            "fledge.train",
+            *dumped.arguments("train.max_steps=2", "train.packs_per_step=2"),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import OF_THE_MACHINE, Run, copy_until_dump, write_store
+from builders import OF_THE_MACHINE, Run, copy_until_dump, metrics_of, write_store
 from fledge.models.draft_head import of_width
 from fledge.models.formats import load_head
 from fledge.models.verifier import VerifierWeights
@@ -206,3 +207,20 @@ def test_bfloat16_trains_at_zero_2(finished, run):
     run("train", "train.dtype=bfloat16", "deepspeed=zero2")
     losses = [r["train/loss"] for r in read_metrics(run.path / "training") if "train/loss" in r]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_loss_does_not_depend_on_how_samples_are_packed(finished, run, tmp_path):
+    """Every optimizer step takes the whole store, once in few packs and once with a sample or two in each."""
+    curves = []
+    for tokens, here in ((1024, run), (160, Run(tmp_path / "one by one", run.verifier))):
+        copy_until_dump(finished, here)
+        options = [f"train.batch_tokens={tokens}", "train.max_steps=3", "train.log_every=1", "train.save_every=3"]
+        announced = here("train", *options, "train.packs_per_step=1").stdout
+        assert "(0 longer than a pack cut" in announced
+        packs = int(re.search(r"\((\d+) packs an epoch\)", announced)[1])
+        here("train", *options, f"train.packs_per_step={packs}", "overwrite=true")
+        curves.append((packs, [{k: v for k, v in r.items() if k != "train/epoch"} for r in metrics_of(here)]))
+    (few, packed), (many, apart) = curves
+    assert many > 4 * few
+    for ours, theirs in zip(packed, apart, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
