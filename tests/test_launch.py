@@ -186,13 +186,7 @@ def test_the_deepspeed_launcher_trains_to_the_end(dumped):
     options = dumped.arguments("train.max_steps=2", "train.packs_per_step=2")
     launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={free_port()}"]
     done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            "--module",
-            "fledge.train",
-            *dumped.arguments("train.max_steps=2", "train.packs_per_step=2"),
-        ],
+        [sys.executable, *launcher, "--module", "fledge.train", *options],
         capture_output=True,
         text=True,
         check=False,
