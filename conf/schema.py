@@ -353,6 +353,11 @@ def validate(config: Config) -> None:
     for name, (bounded, low, high) in bounds.items():
         if not low <= bounded <= high:
             raise ValueError(f"{name} must lie between {low} and {high}, got {bounded}")
+    if config.train.packs_per_step % config.train.num_processes:
+        raise ValueError(
+            f"train.packs_per_step must be a multiple of train.num_processes={config.train.num_processes}, "
+            f"got {config.train.packs_per_step}"
+        )
     if len(config.train.betas) != 2:
         raise ValueError(f"train.betas must be two numbers, got {config.train.betas}")
     if config.train.max_steps is not None and config.train.max_steps < 1:

@@ -27,10 +27,7 @@ from .chat import conversation_tokens
 from .conversations import FILE, content_digest, read_conversations
 from .prompts import is_heldout
 from .record import record
-from .store import VOCABULARY_FILE, Sample, shard_name, write_shard
-
-COUNTS_FILE = "token_counts.safetensors"
-
+from .store import COUNTS_FILE, VOCABULARY_FILE, Sample, shard_name, write_shard
 
 _STATES = ("verifier_dtype", "aux_layers")  # settings that only a store with states has
 

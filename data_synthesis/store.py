@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..conf.artifact import commit, file_digest, read_manifest, sync
 
-VOCABULARY_FILE = "vocab_map.safetensors"
+VOCABULARY_FILE, COUNTS_FILE = "vocab_map.safetensors", "token_counts.safetensors"
 _STATES = ("aux_hidden_states", "last_hidden_state")
 _CURE = "delete the file and run `fledge dump` again"
 

@@ -74,15 +74,15 @@ class Sampled:
         return self._draw(probabilities), probabilities
 
     def accept(self, proposal: Proposal, logits: Tensor) -> list[int]:
-        p, num_drafts = self._probabilities(logits), len(proposal.tokens)
+        p, num_draft_tokens = self._probabilities(logits), len(proposal.tokens)
         drafts = torch.tensor(proposal.tokens, dtype=torch.int64, device=p.device)[:, None]
         q = torch.zeros_like(p)  # after the last draft token nothing was proposed: what is left of p is all of it
         if proposal.probabilities is None:
-            q[:num_drafts].scatter_(1, drafts, 1.0)
+            q[:num_draft_tokens].scatter_(1, drafts, 1.0)
         else:
-            q[:num_drafts] = proposal.probabilities
-        chances = (p[:num_drafts].gather(1, drafts) / q[:num_drafts].gather(1, drafts)).squeeze(1)
-        passed = torch.rand(num_drafts, generator=self._generator, device=p.device) < chances
+            q[:num_draft_tokens] = proposal.probabilities
+        chances = (p[:num_draft_tokens].gather(1, drafts) / q[:num_draft_tokens].gather(1, drafts)).squeeze(1)
+        passed = torch.rand(num_draft_tokens, generator=self._generator, device=p.device) < chances
         accepted = int(passed.long().cumprod(0).sum())
         return [*proposal.tokens[:accepted], self._draw(self._residual(p[accepted], q[accepted]))]
 

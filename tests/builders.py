@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from fledge.conf.artifact import artifact, read_manifest
-from fledge.data_synthesis.dump import COUNTS_FILE
 from fledge.data_synthesis.prompts import is_heldout
-from fledge.data_synthesis.store import Sample, write_shard
+from fledge.data_synthesis.store import COUNTS_FILE, Sample, write_shard
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch

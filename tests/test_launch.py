@@ -97,16 +97,19 @@ def test_impossible_ranks_are_refused(name, value):
 
 
 def test_the_gpus_of_a_node_are_dealt_out_whole_and_to_one_rank_each():
-    assert [list(own_gpus(rank, 4, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [list(own_gpus(rank, 8, 8)) for rank in range(8)] == [[gpu] for gpu in range(8)]
-    assert list(own_gpus(0, 1, 8)) == list(range(8))
-    assert list(own_gpus(3, 4, 1)) == [0], "Slurm shows each task its own"
+    def dealt(ranks: int, gpus: int) -> list[list[int]]:
+        return [list(own_gpus(Place(rank, ranks, rank, ranks), gpus)) for rank in range(ranks)]
+
+    assert dealt(4, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert dealt(8, 8) == [[gpu] for gpu in range(8)]
+    assert dealt(1, 8) == [list(range(8))]
+    assert dealt(4, 1) == [[0]] * 4, "each is shown one"
     for ranks, gpus in ((3, 8), (2, 3), (5, 5)):
-        owned = [gpu for rank in range(ranks) for gpu in own_gpus(rank, ranks, gpus)]
-        assert owned == list(range(gpus))
-        assert all(own_gpus(rank, ranks, gpus) for rank in range(ranks))
+        assert [gpu for own in dealt(ranks, gpus) for gpu in own] == list(range(gpus))
+        assert all(dealt(ranks, gpus))
     with pytest.raises(ValueError, match="4 ranks were started on a node with 2 GPUs"):
-        own_gpus(0, 4, 2)
+        dealt(4, 2)
+    assert list(own_gpus(Place(1, 4, 1, 4, sees_own_gpus=True), 2)) == [0, 1], "srun --gpus-per-task=2"
 
 
 def free_port() -> int:

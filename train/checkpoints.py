@@ -42,6 +42,7 @@ class TrainerState:
     skipped_in_a_row: int = 0
     best_step: int | None = None
     best_acceptance_length: float = 0.0
+    best_measure: str = ""  # digest of draft tokens and held-out conversations; under another one all begins anew
     walks: Walks = field(default_factory=dict)  # held-out rounds of these weights; empty where they were not walked
 
 
@@ -152,10 +153,12 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
     newest = folder / f"step-{steps[-1]}"
     values = _read_state(newest)
     converts = engine.load_universal_checkpoint()
-    if converts:
-        if dist.get_rank() == 0:
+    if dist.get_rank() == 0:
+        for left in (_SAVING, _UNIVERSAL):  # by a start that was killed
+            shutil.rmtree(folder / left, ignore_errors=True)
+        if converts:
             _convert(newest, folder / _UNIVERSAL)
-        dist.barrier()
+    dist.barrier()
     path, _ = engine.load_checkpoint(str(folder), tag=_UNIVERSAL if converts else newest.name)
     if path is None:
         raise ValueError(f"{newest} cannot be read: delete it, training goes on from the checkpoint before")
@@ -187,8 +190,11 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _convert(checkpoint: Path, target: Path) -> None:
-    """Write a checkpoint in DeepSpeed's universal format, which any number of processes and ZeRO stage can load."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Write a checkpoint in DeepSpeed's universal format, which any number of processes can load.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     options = Namespace(
         input_folder=str(checkpoint),
         output_folder=str(target),
@@ -198,5 +204,13 @@ def _convert(checkpoint: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=False,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(options)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(options)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(target, ignore_errors=True)
+        left = shutil.disk_usage(checkpoint).free / 2**30
+        raise ValueError(
+            f"{checkpoint} cannot be converted for another number of processes ({_first_line(error)}; {left:.1f} GiB "
+            "free): make room there, or start as many processes as wrote it"
+        ) from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import warnings
 from typing import Any
 
 import deepspeed
@@ -25,7 +28,7 @@ def deepspeed_config(config: Config, universal: bool = False) -> dict[str, Any]:
     """Derive DeepSpeed's configuration; the one place where its keys are written.
 
     Args:
-        universal: a checkpoint is loaded in the format that is free of ranks and ZeRO stage.
+        universal: a checkpoint is loaded in the format that is free of the number of ranks.
     """
     offload = {"offload_optimizer": {"device": "cpu"}} if config.deepspeed.offload_optimizer else {}
     return {
@@ -36,6 +39,7 @@ def deepspeed_config(config: Config, universal: bool = False) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.train.dtype is Dtype.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
     }
@@ -47,7 +51,9 @@ def start_engine(module: nn.Module, config: Config, universal: bool = False) -> 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     first, second = options.betas
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, universal))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    with contextlib.redirect_stdout(io.StringIO()):  # lines on memory
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, universal))
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look in bfloat16 only; ZeRO 3 always does
     return engine

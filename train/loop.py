@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import secrets
 import sys
 from contextlib import ExitStack
 from enum import Enum
@@ -52,11 +54,12 @@ _NOT_DETERMINING = (
 
 def train(config: Config) -> None:
     """Train the draft head on hidden-state stores into runs/<name>/training/; goes on where it was killed."""
+    signals = StopSignals()
     with joined(config) as ranks:
-        _train(config, ranks)
+        _train(config, ranks, signals)
 
 
-def _train(config: Config, ranks: Ranks) -> None:
+def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
     micro_batches(config)  # refused before anything is read
     given = trained_head(config) if config.train.init_from else None
     shape = given.config if given else DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
@@ -65,17 +68,20 @@ def _train(config: Config, ranks: Ranks) -> None:
         head = given or DraftHead(shape, data.vocabulary)
         settings = _settings(config, data, head)
         ranks.agree(settings)
-        if is_complete(config.training_folder, settings) and checkpoint_steps(config.training_folder / "checkpoints"):
+        saved = checkpoint_steps(config.training_folder / "checkpoints")
+        if saved and is_complete(config.training_folder, settings):
             if ranks.rank == 0:
                 print(f"training: {config.training_folder} is complete")
             return
-        if config.train.verify_checksums:
+        if config.train.verify_checksums and not saved:
             data.verify()
         target = None
         if ranks.rank == 0:
             opened = artifact(config.training_folder, "training", settings, config.overwrite)
             target = stack.enter_context(opened)
-        Trainer(config, data, head, ranks, target).run()
+        if ranks.any_rank(signals.received is not None):  # and no rank goes on before the folder is cleared
+            sys.exit(signals.exit_code)
+        Trainer(config, data, head, ranks, target).run(signals)
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class Trainer:
             options.checkpoint_activations,
             options.triton,
         )
+        self.num_parameters = sum(parameter.numel() for parameter in head.parameters())
         self.checkpoints = config.training_folder / "checkpoints"
         universal = needs_conversion(self.checkpoints, config.deepspeed.zero_stage)
         self.engine = start_engine(self.module, config, universal)
@@ -142,13 +149,12 @@ class Trainer:
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
         self.meter = Meter(self.head.config, config.draft.train_lm_head, device, self.dtype)
 
-    def run(self) -> None:
+    def run(self, signals: StopSignals) -> None:
         """Train from the newest checkpoint, or the start, to the last step.
 
         Raises:
             SystemExit: a signal asked to stop; everything is saved.
         """
-        signals = StopSignals()
         state, options = self._resume(), self.config.train
         tracker = self._tracker(state.step) if self.rank == 0 else None
         progress = Progress("train", self.num_steps, "step", done=state.step) if self.rank == 0 else None
@@ -206,7 +212,7 @@ class Trainer:
             self.acceptance = torch.tensor(loaded.acceptance, device=self.device)
         if self.target:
             self._announce(self.state.step)
-            self.target.save(complete=False)
+            self.target.save(complete=False, wandb_run=self.target.manifest.get("wandb_run") or secrets.token_hex(8))
             values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
             write_atomic(self.target.folder / "config.yaml", values)
         return self.state
@@ -217,9 +223,10 @@ class Trainer:
         state.acceptance = self.acceptance.tolist()
         state.walks = self.walks if walked else {}
         if walked:
-            found = self._acceptance()[f"acceptance_length_{self.config.evaluate.num_draft_tokens}"]
-            if state.best_step is None or found > state.best_acceptance_length:
-                state.best_step, state.best_acceptance_length = state.step, found
+            num = self.config.evaluate.num_draft_tokens
+            found, measure = total(self.walks[num].values()).acceptance_length, digest([num, sorted(self.walks[num])])
+            if state.best_step is None or measure != state.best_measure or found > state.best_acceptance_length:
+                state.best_step, state.best_acceptance_length, state.best_measure = state.step, found, measure
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.engine, self.head, self.checkpoints, state, self._record(state.step, walked), keep)
 
@@ -278,7 +285,8 @@ class Trainer:
         if self.state.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise ValueError(
                 f"{self.state.skipped_in_a_row} steps in a row were skipped, the last as {cause} is not finite: look "
-                "at these samples, or lower train.lr; the same command goes on from the newest checkpoint"
+                "at these samples; a higher train.max_skipped_steps passes over them, and another run with "
+                "train.init_from=<the newest checkpoint> may have a lower train.lr"
             )
 
     def _here(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
@@ -303,24 +311,28 @@ class Trainer:
     def _metrics(self, sums: Tensor) -> dict[str, float]:
         cost = self.meter.read(sums[:, SUMS.index("counted")].tolist())
         sum_of = dict(zip(SUMS, sum_over_ranks(sums.clone()).T.tolist(), strict=True))
-        counted = [max(1.0, number) for number in sum_of["counted"]]
+        counted = sum_of["counted"]
         metrics: dict[str, float] = {}
         for name in ("kl", "agreement", "prefix_agreement", "overlap", "entropy"):
             for k, (value, number) in enumerate(zip(sum_of[name], counted, strict=True)):
-                metrics[f"train/{name}_step_{k}"] = value / number
-        metrics["train/loss"] = sum(value / number for value, number in zip(sum_of["loss"], counted, strict=True))
-        outside = sum(sum_of["outside_draft_vocab"])
-        metrics["train/outside_draft_vocab"] = outside / max(1.0, outside + sum(sum_of["counted"]))
+                if number:
+                    metrics[f"train/{name}_step_{k}"] = value / number
+        if any(counted):  # not where every step was skipped
+            losses = zip(sum_of["loss"], counted, strict=True)
+            metrics["train/loss"] = sum(value / max(1.0, number) for value, number in losses)
+            outside = sum(sum_of["outside_draft_vocab"])
+            metrics["train/outside_draft_vocab"] = outside / (outside + sum(counted))
         metrics["train/lr"] = self.engine.optimizer.param_groups[0]["lr"]
         norm = self.engine.get_global_grad_norm()
-        if norm is not None:  # None at stage 0 in float32
+        if norm is not None and math.isfinite(norm):  # None at stage 0 in float32
             metrics["train/grad_norm"] = float(norm)
         metrics["train/skipped_steps"] = self.state.skipped_steps
         metrics["train/epoch"] = self.state.step * self.packs_per_step / self.data.packs_per_epoch
         return metrics | cost
 
     def _postfix(self, metrics: dict[str, float]) -> str:
-        now = [f"loss {metrics['train/loss']:.3f}", f"{metrics['train/tokens_per_s']:,.0f} tokens/s"] if metrics else []
+        now = [f"loss {metrics['train/loss']:.3f}"] if "train/loss" in metrics else []
+        now += [f"{metrics['train/tokens_per_s']:,.0f} tokens/s"] if metrics else []
         acceptance = {num: total(walks.values()).acceptance_length for num, walks in self.walks.items()}
         return " ".join([*now, *(f"τ@{num} {value:.2f}" for num, value in acceptance.items())])
 
@@ -336,15 +348,13 @@ class Trainer:
 
     def _tracker(self, step: int) -> Tracker:
         assert self.target is not None
-        settings = self.target.manifest["settings"]
-        run = digest([settings, self.config.name, str(self.config.training_folder.resolve())])
+        run = self.target.manifest["wandb_run"]
         about = run_description(self.config, self.data.inputs())
         return Tracker(self.config.tracking, self.config.training_folder, step, run, self.config.name, about)
 
     def _announce(self, step: int) -> None:
-        parameters = sum(parameter.numel() for parameter in self.engine.module.parameters())
         print(
-            f"train: {parameters / 1e6:.1f} M parameters, {self.num_steps} steps of {self.packs_per_step} x "
+            f"train: {self.num_parameters / 1e6:.1f} M parameters, {self.num_steps} steps of {self.packs_per_step} x "
             f"{self.config.train.batch_tokens} tokens ({self.data.packs_per_epoch} packs an epoch), "
             f"{self.world} process(es), ZeRO {self.config.deepspeed.zero_stage}; {self.data.split}"
             + (f"; going on from step {step}" if step else ""),

@@ -27,6 +27,7 @@ class Place:
     local_world: int = 1  # ranks on this node; by hand, without LOCAL_WORLD_SIZE: all
     address: str = "127.0.0.1"
     port: int = 0
+    sees_own_gpus: bool = False  # and no others: the launcher has dealt them out
 
     def environment(self) -> dict[str, str]:
         """Give the variables that torch and DeepSpeed read."""
@@ -92,6 +93,7 @@ def _slurm_place(environment: Mapping[str, str]) -> Place:
         per_node[min(node, len(per_node) - 1)],
         environment.get("MASTER_ADDR") or first_host(nodes),
         _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else port,
+        any(name in environment for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")),
     )
 
 
@@ -115,17 +117,18 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def own_gpus(local_rank: int, local_world: int, num_gpus: int) -> range:
-    """Give the GPUs that a rank has to itself: a node's are dealt out to its ranks in equal, consecutive parts.
+def own_gpus(place: Place, num_gpus: int) -> range:
+    """Give the GPUs, of those it sees, that a rank has to itself.
 
-    Four ranks on eight GPUs own 0-1, 2-3, 4-5, 6-7. Each trains on its first and spreads an online verifier over all.
-    A launcher that shows each rank a single GPU has dealt them out already.
+    A node's are dealt out to its ranks in equal, consecutive parts: four ranks on eight GPUs own 0-1, 2-3, 4-5, 6-7.
+    Each trains on its first and spreads an online verifier over all.
 
     Raises:
         ValueError: the node has fewer GPUs than ranks.
     """
-    if num_gpus == 1:
-        return range(1)
-    if num_gpus < local_world:
-        raise ValueError(f"{local_world} ranks were started on a node with {num_gpus} GPUs: start at most one a GPU")
-    return range(local_rank * num_gpus // local_world, (local_rank + 1) * num_gpus // local_world)
+    if place.sees_own_gpus or num_gpus == 1:
+        return range(num_gpus)
+    rank, ranks = place.local_rank, place.local_world
+    if num_gpus < ranks:
+        raise ValueError(f"{ranks} ranks were started on a node with {num_gpus} GPUs: start at most one a GPU")
+    return range(rank * num_gpus // ranks, (rank + 1) * num_gpus // ranks)

@@ -168,7 +168,7 @@ def _meet(place: Place, timeout_s: int) -> Ranks:
     """Make the group that trains, and give this rank its device."""
     os.environ.update(place.environment())  # DeepSpeed reads them
     on_gpu = torch.cuda.is_available()
-    gpus = own_gpus(place.local_rank, place.local_world, torch.cuda.device_count()) if on_gpu else None
+    gpus = own_gpus(place, torch.cuda.device_count()) if on_gpu else None
     if gpus:
         torch.cuda.set_device(gpus[0])
     else:
@@ -265,8 +265,7 @@ def _accept(ranks: Ranks) -> dict[int, socket.socket]:
             peer.settimeout(_MEETING_S)
             given, _, rank = _receive(peer).partition(" ")
             if secrets.compare_digest(given.encode(), token.encode()):
-                peers[int(rank)] = peer
-                peer.settimeout(None)
+                peers[int(rank)] = _kept_alive(peer)
             else:
                 peer.close()
     return peers
@@ -275,9 +274,17 @@ def _accept(ranks: Ranks) -> dict[int, socket.socket]:
 def _connect(ranks: Ranks) -> dict[int, socket.socket]:
     (port, token), *_ = ranks.gather(None)
     peer = socket.create_connection((ranks.place.address, port), timeout=_MEETING_S)
-    peer.settimeout(None)
     _send(peer, f"{token} {ranks.rank}")
-    return {0: peer}
+    return {0: _kept_alive(peer)}
+
+
+def _kept_alive(peer: socket.socket) -> socket.socket:
+    """Have the system ask a silent other end whether it is there: a node that lost power does not say that it ends."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6)):
+        peer.setsockopt(socket.IPPROTO_TCP, option, value)
+    return peer
 
 
 def _send(peer: socket.socket, line: str) -> None:

@@ -19,6 +19,8 @@ def trained_head(config: Config) -> DraftHead:
         ValueError: it was trained for another verifier, or options of `draft` contradict it (null never does).
     """
     assert config.train.init_from
+    if Path(config.train.init_from).resolve().is_relative_to(config.training_folder.resolve()):
+        raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
     head, record = load_head(Path(config.train.init_from))
     check_identity(record["verifier"], config.verifier, config.train.init_from, "set the verifier it was trained for")
     has = {**dataclasses.asdict(head.config), "vocab_size": head.config.draft_vocab_size}
