@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import write_store
+from fledge.conf.artifact import digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
 from fledge.data_synthesis.prompts import is_heldout
 from fledge.data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
@@ -260,7 +261,7 @@ def test_processes_read_the_same_batches_in_the_same_order_and_leave_signals_and
             os.kill(reader.pid, name)
         got += [next(ours) for _ in range(6)]
         assert all(equal(batch, alone[6 + 2 * n]) for n, batch in enumerate(got))
-        heldout = [list(d.heldout_batches(4)) for d in (data, opened(config))]
+        heldout = [list(d.heldout_batches(4)) for d in (data, opened(config, 1, 2))]
         assert all(equal(*pair) for pair in zip(*heldout, strict=True))
         assert heldout[0][0].useful_rows(4) is heldout[0][0].useful
         started = time.monotonic()
@@ -268,6 +269,20 @@ def test_processes_read_the_same_batches_in_the_same_order_and_leave_signals_and
     assert time.monotonic() - started < 4, "ended when asked, not when given up"
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize(("ranks", "limit"), [(1, 256), (2, 256), (3, 5)])
+def test_ranks_share_out_the_held_out_samples_that_evaluation_decodes_first(config, ranks, limit):
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, heldout_samples=limit, batch_tokens=200)
+    )
+    shares = [[b.sample_ids for b in opened(config, rank, ranks).heldout_batches(3)] for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1, "ZeRO-3 asks for as many forwards of every rank"
+    [store] = opened(config).stores
+    everything = [name for name in store.ids if is_heldout(name, store.manifest["settings"]["heldout_share"])]
+    expected = set(sorted(everything, key=digest)[:limit])
+    assert {name for share in shares for ids in share for name in ids} == expected
+    assert 1 < len(expected) <= limit
 
 
 def test_a_pickled_store_maps_its_shards_anew_and_what_is_wrong_is_said_by_the_trainer(copied):
