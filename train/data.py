@@ -348,6 +348,9 @@ class TrainingData:
 
     def verify(self) -> None:
         """Compare the checksums of this rank's share of the shards; refuse what was altered."""
+        if self._rank == 0:
+            size = sum(entry["bytes"] for store in self.stores for entry in store.manifest["shards"])
+            print(f"train: reads {size / 2**30:.2f} GiB once to compare checksums", flush=True)
         for store in self.stores:
             store.verify(self._rank, self._ranks)
 
