@@ -124,11 +124,12 @@ class Artifact:
         self.save(complete=True, digest=digest(content))
 
 
-def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether an artifact was finished with these settings."""
+def made_with(folder: Path, settings: dict[str, Any]) -> Artifact | None:
+    """Give the artifact in a folder, for reading, if it was begun or finished with these settings."""
     path = folder / MANIFEST
     manifest = _load_manifest(path) if path.is_file() else {}
-    return bool(manifest.get("complete")) and manifest.get("settings") == json.loads(json.dumps(settings))
+    same = manifest.get("settings") == json.loads(json.dumps(settings))
+    return Artifact(folder, manifest) if same else None
 
 
 @contextmanager

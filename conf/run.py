@@ -52,19 +52,18 @@ def _run_stage(command: list[str], num_processes: int) -> int:
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda _number, _frame: None)
     try:
         processes += [subprocess.Popen(command, env=environment) for environment in _environments(num_processes)]
-        failed: list[int] = []
-        while any(running := [process.poll() is None for process in processes]):
-            if not all(running) and not failed and any(process.returncode for process in processes):
-                deadline = time.monotonic() + _GRACE_S
-                failed = [process.returncode for process in processes if process.returncode]
-            if failed and time.monotonic() > deadline:
+        first: list[int | None] = []  # codes when the first process failed
+        while None in (codes := [process.poll() for process in processes]):
+            if not first and any(codes):
+                first, deadline = codes, time.monotonic() + _GRACE_S
+            if first and time.monotonic() > deadline:
                 pass_on(signal.SIGKILL, None)
             time.sleep(0.05)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    codes = failed + [process.returncode for process in processes if process.returncode]
-    code = next((code for code in codes if code != 1), max(codes, default=0))
+    failed = [code for code in [*first, *codes] if code]
+    code = next((code for code in failed if code != 1), max(failed, default=0))
     return code if code >= 0 else 128 - code
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import digest
 from ..conf.schema import EvaluateConfig
 from ..data_synthesis.chat import Message
 from ..data_synthesis.conversations import read_conversations
-from ..data_synthesis.prompts import is_heldout, load_rows
+from ..data_synthesis.prompts import heldout_order, is_heldout, load_rows
 from ..models.embedded.corpus import questions as embedded_questions
 
 HELDOUT = "heldout"
@@ -89,7 +88,7 @@ def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Que
         for record in read_conversations(folder)
         if is_heldout(record["id"], settings["heldout_share"]) and "length" not in record["finish_reasons"]
     ]
-    records.sort(key=lambda record: digest(record["id"]))
+    records.sort(key=lambda record: heldout_order(record["id"]))
     return [_with_answers(record, settings["synthesize"]["max_tokens"]) for record in records[:limit]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from fledge.conf.artifact import artifact, read_manifest
 from fledge.data_synthesis.prompts import is_heldout
 from fledge.data_synthesis.store import COUNTS_FILE, Sample, write_shard
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.formats import checkpoint_steps
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
@@ -198,6 +200,16 @@ def copy_until_dump(source: Run, target: Run) -> Run:
     for name in ("conversations", "hidden_states"):
         shutil.copytree(source.path / name, target.path / name)
     return target
+
+
+def as_if_killed_after(run: Run, step: int) -> None:
+    """Take a finished training back to one of its checkpoints."""
+    checkpoints = run.path / "training" / "checkpoints"
+    for later in checkpoint_steps(checkpoints):
+        if later > step:
+            shutil.rmtree(checkpoints / f"step-{later}")
+    manifest = run.path / "training" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
 
 
 def metrics_of(run: Run) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from builders import Run, copy_until_dump, metrics_of
+from builders import Run, as_if_killed_after, copy_until_dump, metrics_of
 from fledge.models.formats import checkpoint_steps, head_folder, load_head
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,15 +21,6 @@ def checkpoints(run: Run):
 
 def weights(run: Run, step: int = 24) -> dict[str, torch.Tensor]:
     return load_file(checkpoints(run) / f"step-{step}" / "model.safetensors")
-
-
-def as_if_killed_after(run: Run, step: int) -> None:
-    """Take a finished training back to one of its checkpoints."""
-    for later in checkpoint_steps(checkpoints(run)):
-        if later > step:
-            shutil.rmtree(checkpoints(run) / f"step-{later}")
-    manifest = run.path / "training" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from builders import Run, metrics_of
+from builders import Run, as_if_killed_after, metrics_of
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store import HiddenStateStore
@@ -117,10 +117,7 @@ def spoil_states(shard) -> None:
 
 def test_an_online_run_resumed_equals_the_uninterrupted_one_bit_for_bit(online, tmp_path):
     resumed = with_parts(online, tmp_path, "conversations", "hidden_states", "training")
-    for step in (18, 24):  # as if killed after step 9
-        shutil.rmtree(resumed.path / "training" / "checkpoints" / f"step-{step}")
-    manifest = resumed.path / "training" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    as_if_killed_after(resumed, 9)
     assert "going on from step 9" in resumed("train", ONLINE).stdout
     assert checkpoint_steps(resumed.path / "training" / "checkpoints") == [9, 18, 24]
     weights, again = (

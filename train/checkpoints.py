@@ -68,12 +68,8 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save cannot write
             raise
-        shutil.rmtree(saving, ignore_errors=True)
-        left = shutil.disk_usage(folder).free / 2**30
-        raise ValueError(
-            f"the checkpoint of step {state.step} cannot be written to {folder} ({_first_line(error)}; {left:.1f} GiB "
-            "free): make room there; the same command goes on from the checkpoint before"
-        ) from error
+        what = f"the checkpoint of step {state.step} cannot be written to {folder}"
+        raise _not_written(saving, error, what, "; the same command goes on from the checkpoint before") from error
     dist.barrier()
     if dist.get_rank() == 0:
         for path in saving.rglob("*"):
@@ -107,8 +103,12 @@ def _write(engine: Any, head: DraftHead, saving: Path, state: TrainerState, reco
             write_json(saving / STATE, values | layout)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def _not_written(target: Path, error: Exception, what: str, or_else: str) -> ValueError:
+    """Delete what was written in part, and say why there is not more of it."""
+    shutil.rmtree(target, ignore_errors=True)
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    free = shutil.disk_usage(target.parent).free / 2**30
+    return ValueError(f"{what} ({reason}; {free:.1f} GiB free): make room there{or_else}")
 
 
 def _name(folder: Path, state: TrainerState) -> None:
@@ -208,9 +208,5 @@ def _convert(checkpoint: Path, target: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(options)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(target, ignore_errors=True)
-        left = shutil.disk_usage(checkpoint).free / 2**30
-        raise ValueError(
-            f"{checkpoint} cannot be converted for another number of processes ({_first_line(error)}; {left:.1f} GiB "
-            "free): make room there, or start as many processes as wrote it"
-        ) from error
+        what = f"{checkpoint} cannot be converted for another number of processes"
+        raise _not_written(target, error, what, ", or start as many processes as wrote it") from error

@@ -31,10 +31,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..conf.artifact import digest
 from ..conf.schema import Config, HiddenStates, StoreConfig, TooLong
 from ..data_synthesis.draft_vocabulary import choose_vocabulary
-from ..data_synthesis.prompts import is_heldout
+from ..data_synthesis.prompts import heldout_order, is_heldout
 from ..data_synthesis.store import HiddenStateStore
 from ..models.draft_head import DraftHeadConfig
 from ..models.verifier import check_identity, special_token_ids
@@ -312,9 +311,9 @@ class TrainingData:
         ]
         self._weights, self._head, self._verifier = weights, head, config.verifier
         self.split = Split.of(self.stores, options.batch_tokens, options.too_long)
-        # Those that evaluation decodes first, which depends on their ids alone.
         ids = list(itertools.chain.from_iterable(store.ids for store in self.stores))
-        self.heldout = sorted(self.split.heldout, key=lambda sample: digest(ids[sample]))[: options.heldout_samples]
+        ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
+        self.heldout = ordered[: options.heldout_samples]
         parts = [Passes(samples, weight) for samples, weight in zip(self.split.train, weights, strict=True)]
         for store, part in zip(self.stores, parts, strict=True):
             if part.weight * len(part.samples) < 1:

@@ -111,8 +111,9 @@ def walk_batches(
         by_sample = zip(*(values.split(batch.lengths) for values in by_row), strict=True)
         for sample_id, (row_hits, mask, rows, expected) in zip(batch.sample_ids, by_sample, strict=True):
             num_rows, sums = int(rows.sum()), expected.sum(0).tolist()
+            text = row_hits.tolist(), mask.tolist()
             for length in lengths:
-                walked = walk(row_hits.tolist(), mask.tolist(), length)
+                walked = walk(*text, length)
                 walks[length][sample_id] = replace(walked, rows=num_rows, expected=sums[length - 1])
     return walks
 

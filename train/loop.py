@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..conf.artifact import Artifact, artifact, digest, file_digest, is_complete, write_atomic
+from ..conf.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
 from ..conf.progress import Progress
 from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
@@ -38,16 +38,8 @@ from .warm_start import trained_head
 
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
-    *(
-        "log_every",
-        "heldout_every",
-        "heldout_samples",
-        "save_every",
-        "keep_checkpoints",
-        "num_processes",
-        "verify_checksums",
-    ),
-    *("checkpoint_activations", "triton", "collective_timeout_s", "max_skipped_steps", "data_workers"),
+    *("log_every", "heldout_every", "heldout_samples", "save_every", "keep_checkpoints", "max_skipped_steps"),
+    *("num_processes", "data_workers", "collective_timeout_s", "verify_checksums", "checkpoint_activations", "triton"),
     *("stores", "init_from"),  # what is there counts by content
 )
 
@@ -69,11 +61,12 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
         settings = _settings(config, data, head)
         ranks.agree(settings)
         saved = checkpoint_steps(config.training_folder / "checkpoints")
-        if saved and is_complete(config.training_folder, settings):
+        resumed = made_with(config.training_folder, settings) if saved else None
+        if resumed and resumed.complete:
             if ranks.rank == 0:
                 print(f"training: {config.training_folder} is complete")
             return
-        if config.train.verify_checksums and not saved:
+        if config.train.verify_checksums and not resumed:
             data.verify()
         target = None
         if ranks.rank == 0:
@@ -147,7 +140,7 @@ class Trainer:
         self.packs_per_step = options.packs_per_step
         self.num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // self.packs_per_step)
         self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
-        self.meter = Meter(self.head.config, config.draft.train_lm_head, device, self.dtype)
+        self.meter = Meter(self.head.config, config.draft.train_lm_head, ranks, self.dtype)
 
     def run(self, signals: StopSignals) -> None:
         """Train from the newest checkpoint, or the start, to the last step.
@@ -156,7 +149,7 @@ class Trainer:
             SystemExit: a signal asked to stop; everything is saved.
         """
         state, options = self._resume(), self.config.train
-        tracker = self._tracker(state.step) if self.rank == 0 else None
+        tracker = self._tracker() if self.rank == 0 else None
         progress = Progress("train", self.num_steps, "step", done=state.step) if self.rank == 0 else None
         if progress is not None:
             progress.set_postfix_str(self._postfix({}), refresh=False)
@@ -211,7 +204,7 @@ class Trainer:
             self.state, self.walks = loaded, loaded.walks
             self.acceptance = torch.tensor(loaded.acceptance, device=self.device)
         if self.target:
-            self._announce(self.state.step)
+            self._announce()
             self.target.save(complete=False, wandb_run=self.target.manifest.get("wandb_run") or secrets.token_hex(8))
             values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
             write_atomic(self.target.folder / "config.yaml", values)
@@ -228,7 +221,7 @@ class Trainer:
             if state.best_step is None or measure != state.best_measure or found > state.best_acceptance_length:
                 state.best_step, state.best_acceptance_length, state.best_measure = state.step, found, measure
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.engine, self.head, self.checkpoints, state, self._record(state.step, walked), keep)
+        save_checkpoint(self.engine, self.head, self.checkpoints, state, self._record(walked), keep)
 
     def _optimizer_step(self, packed: list[PackedBatch]) -> Tensor:
         """Run forward, backward and the update of one step; give this rank's metric sums (zeros if it was skipped).
@@ -336,27 +329,27 @@ class Trainer:
         acceptance = {num: total(walks.values()).acceptance_length for num, walks in self.walks.items()}
         return " ".join([*now, *(f"τ@{num} {value:.2f}" for num, value in acceptance.items())])
 
-    def _record(self, step: int, walked: bool) -> dict[str, Any]:
+    def _record(self, walked: bool) -> dict[str, Any]:
         return {
             "verifier": self.data.stores[0].manifest["settings"]["verifier"],
             "verifier_path": self.config.verifier.path,
             "hidden_states": self.data.settings,
-            "step": step,
+            "step": self.state.step,
             "ttt_steps": self.config.train.ttt_steps,
             "heldout": self._acceptance() if walked else {},
         }
 
-    def _tracker(self, step: int) -> Tracker:
+    def _tracker(self) -> Tracker:
         assert self.target is not None
         run = self.target.manifest["wandb_run"]
         about = run_description(self.config, self.data.inputs())
-        return Tracker(self.config.tracking, self.config.training_folder, step, run, self.config.name, about)
+        return Tracker(self.config.tracking, self.config.training_folder, self.state.step, run, self.config.name, about)
 
-    def _announce(self, step: int) -> None:
+    def _announce(self) -> None:
         print(
             f"train: {self.num_parameters / 1e6:.1f} M parameters, {self.num_steps} steps of {self.packs_per_step} x "
             f"{self.config.train.batch_tokens} tokens ({self.data.packs_per_epoch} packs an epoch), "
             f"{self.world} process(es), ZeRO {self.config.deepspeed.zero_stage}; {self.data.split}"
-            + (f"; going on from step {step}" if step else ""),
+            + (f"; going on from step {self.state.step}" if self.state.step else ""),
             flush=True,
         )

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from ..models.draft_head import DraftHeadConfig
 from .cost import machine_flops, plain_flops
+from .processes import Ranks
 from .rows import PackedBatch
 
 
@@ -22,9 +22,9 @@ class Meter:
         dtype: of the matrix products, whose rate is measured here.
     """
 
-    def __init__(self, head: DraftHeadConfig, train_lm_head: bool, device: torch.device, dtype: torch.dtype) -> None:
-        self._head, self._train_lm_head, self._device = head, train_lm_head, device
-        _, self._rate = machine_flops(device, dtype, 1024 if device.type == "cpu" else 8192)
+    def __init__(self, head: DraftHeadConfig, train_lm_head: bool, ranks: Ranks, dtype: torch.dtype) -> None:
+        self._head, self._train_lm_head, self._ranks, self._device = head, train_lm_head, ranks, ranks.device
+        _, self._rate = machine_flops(self._device, dtype, 1024 if self._device.type == "cpu" else 8192)
         self.restart()
 
     def restart(self) -> None:
@@ -62,10 +62,9 @@ class Meter:
         seconds = time.perf_counter() - self._since - self._paused_s
         flops = plain_flops(self._head, self._train_lm_head, self._lengths, num_counted)
         mine = [sum(self._lengths), flops, self._rate, seconds, self._waited_s / seconds, self._memory_gib()]
-        every = [torch.zeros(len(mine), dtype=torch.float64, device=self._device) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=self._device))
-        tokens, flops, rate, _, _, _ = torch.stack(every).sum(0).tolist()
-        _, _, _, seconds, waited_share, memory_gib = torch.stack(every).amax(0).tolist()
+        every = list(zip(*self._ranks.gather(mine), strict=True))
+        tokens, flops, rate = map(sum, every[:3])
+        seconds, waited_share, memory_gib = map(max, every[3:])
         self.restart()
         return {
             "train/tokens_per_s": tokens / seconds,

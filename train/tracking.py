@@ -31,15 +31,13 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
 from .. import __version__
 from ..conf.artifact import write_atomic
 from ..conf.schema import Config, TrackingConfig, WandbMode
-
-T = TypeVar("T")
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

@@ -151,7 +151,6 @@ class TTTModule(nn.Module):
         Returns:
             The loss, and float32 [K, 8]: the columns of `SUMS`.
         """
-        assert batch.last_hidden_state is not None
         rows = batch.useful_rows(self.ttt_steps)
         job = self.job(batch, rows, verifier_lm_head, targets, num_counted, acceptance)
         states = unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
