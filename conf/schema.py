@@ -72,6 +72,13 @@ class TTTLoss(Enum):
     acceptance_length = "acceptance_length"  # KL, and - expected number of accepted tokens
 
 
+class MalformedRows(Enum):
+    """What becomes of a row of a prompt source that is no usable prompt."""
+
+    stop = "stop"  # it is named, and nothing is made
+    skip = "skip"  # it is left out and counted
+
+
 class TooLong(Enum):
     """What becomes of a training sample longer than `train.batch_tokens`."""
 
@@ -87,6 +94,7 @@ class VerifierConfig:
     revision: str | None = None  # hub branch, tag or commit
     dtype: Dtype = Dtype.bfloat16
     device: Device = Device.auto
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
 
 
 @dataclass
@@ -113,9 +121,12 @@ class SourceConfig:
 
     path: str = MISSING  # hub id, local JSON/JSONL/Parquet file or folder, or "embedded"
     name: str | None = None  # first part of each id; None: the last part of path
+    subset: str | None = None  # of a hub dataset that has several ("configuration" there)
     split: str = "train"
     revision: str | None = None
-    limit: int | None = None  # prompts taken, from the start; None: all
+    streaming: bool = False  # read it as it arrives instead of storing it first; a limit then takes what comes first
+    limit: int | None = None  # prompts taken at most, chosen by data.seed; None: all
+    weight: float = 1.0  # share of data.limit, relative to the other sources
 
 
 @dataclass
@@ -123,8 +134,16 @@ class DataConfig:
     """Prompts the verifier answers."""
 
     sources: list[SourceConfig] = field(default_factory=list)
+    limit: int | None = None  # prompts of all sources together, shared out by their weights; None: all
     heldout_share: float = 0.02  # share of conversations, chosen by id, answered greedily and never trained on
-    seed: int = 0  # of the embedded prompts
+    seed: int = 0  # of what limits choose, of the order, and of the embedded prompts
+    exclude: list[str] = field(default_factory=list)  # evaluation questions: prompts like them are left out
+    deduplicate: bool = True  # of prompts that say the same, only one is taken
+    min_chars: int = 1  # characters of the user's side, all turns together
+    max_chars: int | None = None
+    min_turns: int = 1  # user turns
+    max_turns: int | None = None
+    malformed_rows: MalformedRows = MalformedRows.stop
 
 
 @dataclass
@@ -134,8 +153,19 @@ class SynthesizeConfig:
     max_tokens: int = 1024  # tokens an answer
     temperature: float = 0.7  # 0 is greedy; held-out conversations are always greedy
     top_p: float = 1.0
-    batch_size: int = 64  # conversations generated together
-    seed: int = 0
+    batch_size: int = 64  # conversations generated together in this process
+    seed: int = 0  # of answers sampled in this process; servers have their own
+    endpoints: list[str] = field(default_factory=list)  # http://HOST:PORT/v1 of servers; none: the verifier runs here
+    model: str | None = None  # what the servers call the verifier; None: verifier.path
+    request: dict[str, Any] = field(default_factory=dict)  # further fields of every request, in the server's words
+    concurrency: int = 256  # requests in flight at one endpoint, at most: fewer where it pushes back
+    request_timeout_s: float = 600.0
+    retries: int = 8  # of one request that failed in a way that may pass, with growing pauses
+    max_attempts: int = 3  # starts in which a failed conversation is tried
+    server_wait_s: float = 600.0  # how long no endpoint may answer before the stage stops
+    grace_s: float = 60.0  # for what is in flight when a signal asks to stop
+    shard: int = 0  # answer prompts shard, shard + num_shards, ... only: one task of a job array
+    num_shards: int = 1
 
 
 @dataclass
@@ -144,6 +174,7 @@ class DumpConfig:
 
     folder: str | None = None  # where the store goes; None: hidden_states in the run folder
     max_length: int = 4096  # tokens; longer conversations are left out and counted
+    keep_truncated: bool = False  # train on answers cut by synthesize.max_tokens too
     batch_tokens: int = 8192  # tokens (padding included) of one verifier forward, in online training too
     shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; it is held in memory
 
@@ -245,6 +276,13 @@ class DoctorConfig:
 
 
 @dataclass
+class PreviewConfig:
+    """What `fledge preview` shows."""
+
+    id: str | None = None  # of a conversation; None: the first
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl, which is always written; train/tracking.py has their table."""
 
@@ -272,12 +310,18 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
     def run_folder(self) -> Path:
         """Folder that holds every artifact of the run."""
         return Path(self.runs_dir) / self.name
+
+    @property
+    def prompts_folder(self) -> Path:
+        """Folder of the prepared prompts."""
+        return self.run_folder / "prompts"
 
     @property
     def conversations_folder(self) -> Path:
@@ -305,6 +349,9 @@ def validate(config: Config) -> None:
         "draft.num_layers": config.draft.num_layers,
         "synthesize.max_tokens": config.synthesize.max_tokens,
         "synthesize.batch_size": config.synthesize.batch_size,
+        "synthesize.concurrency": config.synthesize.concurrency,
+        "synthesize.max_attempts": config.synthesize.max_attempts,
+        "synthesize.num_shards": config.synthesize.num_shards,
         "dump.max_length": config.dump.max_length,
         "dump.batch_tokens": config.dump.batch_tokens,
         "dump.shard_tokens": config.dump.shard_tokens,
@@ -326,8 +373,28 @@ def validate(config: Config) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if config.train.data_workers < 0:
-        raise ValueError(f"train.data_workers must be at least 0, got {config.train.data_workers}")
+    at_least_zero = {
+        "train.data_workers": config.train.data_workers,
+        "data.min_chars": config.data.min_chars,
+        "data.min_turns": config.data.min_turns,
+        "synthesize.retries": config.synthesize.retries,
+        "synthesize.grace_s": config.synthesize.grace_s,
+        "synthesize.request_timeout_s": config.synthesize.request_timeout_s,
+        "synthesize.server_wait_s": config.synthesize.server_wait_s,
+    }
+    for name, number in at_least_zero.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {number}")
+    if not 0 <= config.synthesize.shard < config.synthesize.num_shards:
+        raise ValueError(
+            f"synthesize.shard must lie between 0 and synthesize.num_shards - 1 = {config.synthesize.num_shards - 1}, "
+            f"got {config.synthesize.shard}"
+        )
+    for number, source in enumerate(config.data.sources):
+        if not 0 < source.weight < math.inf:
+            raise ValueError(f"data.sources[{number}].weight must be above 0 and finite, got {source.weight}")
+    if config.data.limit is None and len({source.weight for source in config.data.sources}) > 1:
+        raise ValueError("data.limit is required where sources have different weights: the weights share it out")
     for number, store in enumerate(config.train.stores):
         if not 0 < store.weight < math.inf:
             raise ValueError(f"train.stores[{number}].weight must be above 0 and finite, got {store.weight}")

@@ -25,8 +25,8 @@ from ..models.verifier import (
 from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
 from .chat import conversation_tokens
 from .conversations import FILE, content_digest, read_conversations
-from .prompts import is_heldout
 from .record import record
+from .split import is_heldout
 from .store import COUNTS_FILE, VOCABULARY_FILE, Sample, shard_name, write_shard
 
 _STATES = ("verifier_dtype", "aux_layers")  # settings that only a store with states has

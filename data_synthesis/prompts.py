@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import digest
 from ..conf.schema import DataConfig, SourceConfig
 from ..models.embedded.corpus import prompts as embedded_prompts
 
@@ -22,17 +20,6 @@ class Prompt:
     source: str
     turns: tuple[str, ...]
     system: str | None = None
-
-
-def is_heldout(sample_id: str, share: float) -> bool:
-    """Say whether a sample belongs to the held-out split: by its id alone, so by nothing that can change."""
-    fraction = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") / 2**64
-    return fraction < share
-
-
-def heldout_order(sample_id: str) -> str:
-    """Give the key by which held-out samples are ordered: where only some are used, everyone takes the same."""
-    return digest(sample_id)
 
 
 def load_prompts(config: DataConfig) -> list[Prompt]:

@@ -16,7 +16,8 @@ from ..conf.schema import Config, SynthesizeConfig
 from ..models.verifier import Verifier, verifier_identity
 from .chat import Message, check_template, prompt_tokens
 from .conversations import content_digest, open_conversations, read_conversations
-from .prompts import Prompt, is_heldout, load_prompts
+from .prompts import Prompt, load_prompts
+from .split import is_heldout
 
 
 def synthesize(config: Config) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from fledge.conf.artifact import artifact, read_manifest
-from fledge.data_synthesis.prompts import is_heldout
+from fledge.data_synthesis.split import is_heldout
 from fledge.data_synthesis.store import COUNTS_FILE, Sample, write_shard
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.formats import checkpoint_steps

@@ -18,7 +18,7 @@ import torch
 from builders import write_store
 from fledge.conf.artifact import digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
-from fledge.data_synthesis.prompts import is_heldout
+from fledge.data_synthesis.split import is_heldout
 from fledge.data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from fledge.models.draft_head import DraftHeadConfig
 from fledge.models.verifier import load_config, special_token_ids

@@ -5,7 +5,7 @@ import json
 import torch
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
-from fledge.data_synthesis.prompts import is_heldout
+from fledge.data_synthesis.split import is_heldout
 from fledge.models.formats import load_head
 
 

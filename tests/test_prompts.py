@@ -4,7 +4,8 @@ import json
 
 import pytest
 from fledge.conf.schema import DataConfig, EvaluateConfig, SourceConfig
-from fledge.data_synthesis.prompts import is_heldout, load_prompts
+from fledge.data_synthesis.prompts import load_prompts
+from fledge.data_synthesis.split import is_heldout
 from fledge.eval.questions import load_questions
 
 ULTRACHAT = {"prompt_id": "f0e3", "messages": [

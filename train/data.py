@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..conf.schema import Config, HiddenStates, StoreConfig, TooLong
 from ..data_synthesis.draft_vocabulary import choose_vocabulary
-from ..data_synthesis.prompts import heldout_order, is_heldout
+from ..data_synthesis.split import heldout_order, is_heldout
 from ..data_synthesis.store import HiddenStateStore
 from ..models.draft_head import DraftHeadConfig
 from ..models.verifier import check_identity, special_token_ids
