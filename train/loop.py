@@ -19,6 +19,7 @@ from torch import Tensor
 from ..conf.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
 from ..conf.progress import Progress
 from ..conf.schema import Config, HiddenStates, TTTLoss
+from ..conf.signals import StopSignals
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
 from ..models.verifier import VerifierWeights, load_config, logit_transform
@@ -31,7 +32,6 @@ from .meter import Meter
 from .online import OnlineStates
 from .processes import Ranks, joined, sum_over_ranks
 from .rows import PackedBatch
-from .signals import StopSignals
 from .tracking import Tracker, run_description
 from .ttt import TTTModule, count_rows, find_targets
 from .warm_start import trained_head

@@ -1,18 +1,18 @@
-"""Signals that end training at the next step, with everything saved."""
+"""Signals that end a stage soon, with everything saved."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-from ..conf.run import EXIT_AGAIN
+from .run import EXIT_AGAIN
 
 # SIGTERM comes from schedulers and launchers, SIGUSR1 from `sbatch --signal=USR1@120`, SIGINT from a keyboard.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Remembers the first signal that asks training to stop; a second SIGINT interrupts at once."""
+    """Remembers the first signal that asks to stop; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
