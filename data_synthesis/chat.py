@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,13 +12,52 @@ from transformers import PreTrainedTokenizerBase
 Message = dict[str, str]
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+@dataclass(frozen=True)
+class Turn:
+    """One answer in tokens."""
+
+    prompt: list[int]  # what the verifier read before it
+    answer: list[int]  # what it produced, end-of-turn included
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens as the verifier read and wrote them, with the spans [start, end) that it wrote."""
+
+    token_ids: list[int]
+    answers: list[tuple[int, int]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the form that records of conversations have."""
+        return {"token_ids": self.token_ids, "answers": [list(span) for span in self.answers]}
+
+
+def join_turns(turns: Iterable[Turn]) -> list[Sequence]:
+    """Lay the turns of a conversation into as few sequences as are exact.
+
+    A sequence grows while the verifier read, before an answer, precisely the tokens so far and more. Where it read
+    something else (a template that rewrites earlier turns, an answer that is tokenised otherwise when it is read back),
+    a new one starts. With the turns `u | A <eot>` and `u A <eot> v | B <eot>`:
+
+        token      u  A  <eot>  v  B  <eot>
+        answers       [1,  3)      [4,  6)
+    """
+    sequences: list[Sequence] = []
+    for turn in turns:
+        grows = bool(sequences) and turn.prompt[: len(sequences[-1].token_ids)] == sequences[-1].token_ids
+        span = (len(turn.prompt), len(turn.prompt) + len(turn.answer))
+        spans = [*sequences.pop().answers, span] if grows else [span]
+        sequences.append(Sequence(turn.prompt + turn.answer, spans))
+    return sequences
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[int]:
     """Give the tokens the verifier reads before it answers `messages`."""
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
 def conversation_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], end_token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], end_token_ids: abc.Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Give the tokens of a conversation and their loss mask: 1 where the verifier produced the token.
 
@@ -50,7 +91,7 @@ def conversation_tokens(
     return tokens, mask
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[int]) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: abc.Sequence[int]) -> None:
     """Refuse a template that cannot give exact loss masks, before anything is generated with it."""
     words = ("Name a colour.", "Blue.", "And a fruit?", "An apple.")
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(words)]
@@ -58,7 +99,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[i
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
 ) -> list[int]:
     rendered: Any = tokenizer.apply_chat_template(
         list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
