@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,7 +134,9 @@ def made_with(folder: Path, settings: dict[str, Any]) -> Artifact | None:
 
 
 @contextmanager
-def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool = False) -> Iterator[Artifact]:
+def artifact(
+    folder: Path, kind: str, settings: dict[str, Any], overwrite: bool = False, wait: bool = False
+) -> Iterator[Artifact]:
     """Open an artifact folder for writing, alone; what an earlier start with the same settings left is kept.
 
     Args:
@@ -141,6 +144,7 @@ def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool 
         kind: what the folder holds.
         settings: everything that determines the content, JSON-able, inputs' digests included.
         overwrite: delete an artifact that was made with other settings instead of refusing.
+        wait: for a process that writes the folder, instead of refusing.
 
     Raises:
         ValueError: another process writes the folder, it was made with other settings, or it is not an artifact.
@@ -150,7 +154,11 @@ def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool 
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{folder} is being written by another process: wait for it or choose another name") from None
+        if not wait:
+            message = f"{folder} is being written by another process: wait for it or choose another name"
+            raise ValueError(message) from None
+        print(f"{kind}: waiting for another process that writes {folder}", file=sys.stderr)
+        lock.acquire(timeout=-1)
     try:
         yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)
     finally:

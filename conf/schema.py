@@ -390,6 +390,18 @@ def validate(config: Config) -> None:
             f"synthesize.shard must lie between 0 and synthesize.num_shards - 1 = {config.synthesize.num_shards - 1}, "
             f"got {config.synthesize.shard}"
         )
+    for url in config.synthesize.endpoints:
+        if not url.startswith(("http://", "https://")) or "@" in url:
+            raise ValueError(
+                "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (it is read from "
+                f"OPENAI_API_KEY), got {url.rpartition('@')[2]}"
+            )
+    ours = {"model", "messages", "max_tokens", "temperature", "top_p", "stream", "n"} & set(config.synthesize.request)
+    if ours:
+        raise ValueError(
+            f"synthesize.request must leave {', '.join(sorted(ours))} to fledge: synthesize.model, max_tokens, "
+            "temperature and top_p are options of their own"
+        )
     for number, source in enumerate(config.data.sources):
         if not 0 < source.weight < math.inf:
             raise ValueError(f"data.sources[{number}].weight must be above 0 and finite, got {source.weight}")

@@ -1,17 +1,117 @@
-"""The file of regenerated conversations: `{id, source, messages, finish_reasons, usage}` a line."""
+"""Conversations: being made, turn by turn, and in a file, `{id, source, messages, finish_reasons, …}` a line."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import digest
 from ..conf.journal import Journal, read_journal
-from .chat import check_messages
+from .chat import Message, Turn, check_messages, join_turns
+from .prompts import Prompt
 
 FILE = "conversations.jsonl"
+_SYNC_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the verifier gave to one user turn."""
+
+    text: str
+    finish_reason: str  # "stop"; "length" where it was cut
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning: str | None = None
+    turn: Turn | None = None  # the tokens, where whoever ran the verifier tells them
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a turn has no answer."""
+
+    reason: str  # few words, the same for all of a kind
+    detail: str = ""
+    attempts: int = 1
+    final: bool = False  # trying again would give the same
+
+
+CONTEXT_FULL = Failure("the prompt fills the verifier's context", final=True)
+EMPTY_ANSWER = Failure("the verifier answered nothing")
+CUT_IN_REASONING = Failure("synthesize.max_tokens ended before the answer began")
+
+
+class Conversation:
+    """A prompt being answered, each turn on the verifier's own earlier answers."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.answers: list[Answer] = []
+        self.ended_by: Failure | None = None  # before its last turn
+
+    @property
+    def question(self) -> list[Message] | None:
+        """Give the messages the verifier answers next (earlier reasoning left out, as chats do); None: no further."""
+        if self.ended_by or self._truncated or len(self.answers) == len(self.prompt.turns):
+            return None
+        return [
+            *({key: message[key] for key in ("role", "content")} for message in self.messages),
+            {"role": "user", "content": self.prompt.turns[len(self.answers)]},
+        ]
+
+    @property
+    def _truncated(self) -> bool:
+        """Whether the last answer was cut: the verifier would not have been asked on from it."""
+        return bool(self.answers) and self.answers[-1].finish_reason == "length"
+
+    def add(self, answer: Answer) -> None:
+        """Take the answer to `question`; one without text ends the conversation before that turn."""
+        if answer.text:
+            self.answers.append(answer)
+        else:
+            self.end(CUT_IN_REASONING if answer.finish_reason == "length" else EMPTY_ANSWER)
+
+    def end(self, failure: Failure) -> None:
+        """Leave the turns that follow unanswered."""
+        self.ended_by = failure
+
+    @property
+    def messages(self) -> list[Message]:
+        """Give the conversation so far."""
+        prompt = self.prompt
+        messages: list[Message] = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        for turn, answer in zip(prompt.turns, self.answers, strict=False):
+            reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+            messages += [
+                {"role": "user", "content": turn},
+                {"role": "assistant", **reasoning, "content": answer.text},
+            ]
+        return messages
+
+    def record(self, temperature: float) -> dict[str, Any]:
+        """Give its line of the file."""
+        turns = [answer.turn for answer in self.answers if answer.turn is not None]
+        tokens_known = len(turns) == len(self.answers)
+        return {
+            "id": self.prompt.id,
+            "source": self.prompt.source,
+            "messages": self.messages,
+            "finish_reasons": [answer.finish_reason for answer in self.answers],
+            "unanswered_turns": len(self.prompt.turns) - len(self.answers),
+            "usage": {
+                "prompt_tokens": sum(answer.prompt_tokens for answer in self.answers),
+                "completion_tokens": sum(answer.completion_tokens for answer in self.answers),
+            },
+            "temperature": temperature,
+            **({"sequences": [sequence.as_json() for sequence in join_turns(turns)]} if tokens_known else {}),
+        }
+
+
+def open_conversations(folder: Path) -> Journal:
+    """Open the conversations of a folder for appending."""
+    return Journal(folder / FILE, _check, _SYNC_EVERY_S)
 
 
 def _check(record: dict[str, Any]) -> str | None:
@@ -20,25 +120,35 @@ def _check(record: dict[str, Any]) -> str | None:
     return check_messages(record.get("messages"))
 
 
-def open_conversations(folder: Path) -> Journal:
-    """Open the conversations of a folder for appending."""
-    return Journal(folder / FILE, _check)
-
-
 def content_digest(folder: Path) -> str:
     """Hash what a folder's conversations say, whatever the order of lines (that of completion); "" where none are."""
-    if not (folder / FILE).is_file():
+    files = [part / FILE for part in _parts(folder)]
+    if not all(file.is_file() for file in files):
         return ""
-    with open(folder / FILE, "rb") as file:
-        return digest(sorted(hashlib.sha256(line).hexdigest() for line in file))
+    return add_digests(hashlib.sha256(line).hexdigest() for path in files for line in open(path, "rb"))
+
+
+def add_digests(digests: Iterable[str]) -> str:
+    """Give one digest of many, whatever their order and grouping: their sum takes no memory."""
+    return f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}"
 
 
 def read_conversations(folder: Path) -> Iterator[dict[str, Any]]:
-    """Read finished conversations.
+    """Read finished conversations, of all parts where a job array made them.
 
     Raises:
         ValueError: a line is malformed, named by file and number.
     """
-    if not (folder / FILE).is_file():
-        raise ValueError(f"{folder / FILE} is missing: run `fledge synthesize` again")
-    return read_journal(folder / FILE, _check)
+    for part in _parts(folder):
+        if not (part / FILE).is_file():
+            raise ValueError(f"{part / FILE} is missing: run `fledge synthesize` again")
+        yield from read_journal(part / FILE, _check)
+
+
+def part_folder(folder: Path, shard: int, num_shards: int) -> Path:
+    """Give the folder in which one task of a job array writes."""
+    return folder / f"part-{shard:05d}-of-{num_shards:05d}"
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*-of-*")) or [folder]

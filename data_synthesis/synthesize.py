@@ -2,172 +2,129 @@
 
 from __future__ import annotations
 
-import dataclasses
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
-from ..conf.artifact import artifact, digest
-from ..conf.journal import Journal
+from ..conf.artifact import Artifact, artifact, read_manifest
 from ..conf.progress import Progress
-from ..conf.schema import Config, SynthesizeConfig
-from ..models.verifier import Verifier, verifier_identity
-from .chat import Message, check_template, prompt_tokens
-from .conversations import content_digest, open_conversations, read_conversations
-from .prompts import Prompt, load_prompts
-from .split import is_heldout
+from ..conf.run import EXIT_AGAIN
+from ..conf.schema import Config
+from ..conf.signals import StopSignals
+from ..models.verifier import verifier_identity
+from .conversations import add_digests, content_digest, part_folder
+from .in_process import answer_here
+from .outcomes import Outcomes
+from .prepare import PreparedPrompts, prepare_prompts
+from .server import answer_by_servers
+from .summary import summarise
 
 
 def synthesize(config: Config) -> None:
     """Answer the prompts of `data` with the verifier and write runs/<name>/conversations/."""
-    prompts = load_prompts(config.data)
+    prompts = prepare_prompts(config)
+    settings = _settings(config, prompts)
+    folder, shard, num_shards = config.conversations_folder, config.synthesize.shard, config.synthesize.num_shards
+    if num_shards == 1:
+        _answer(config, prompts, folder, settings)
+        return
+    whole = {**settings, "num_shards": num_shards}
+    with artifact(folder, "conversations", whole, config.overwrite, wait=True):
+        pass  # the folder is this run's now, and so are the parts in it
+    _answer(config, prompts, part_folder(folder, shard, num_shards), {**settings, "shard": [shard, num_shards]})
+    with artifact(folder, "conversations", whole, wait=True) as target:
+        _join_parts(target, config)
+
+
+def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
+    """Give what determines the conversations."""
     options = config.synthesize
-    settings = {
+    here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
+    return {
         "verifier": verifier_identity(config.verifier),
-        "verifier_dtype": config.verifier.dtype.value,
-        "prompts": digest([digest(dataclasses.astuple(prompt)) for prompt in prompts]),
-        "num_prompts": len(prompts),
+        "prompts": prompts.digest,
         "heldout_share": config.data.heldout_share,
         "synthesize": {
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
-            "batch_size": options.batch_size,
-            "seed": options.seed,
+            **({"request": options.request} if options.endpoints else here),
         },
     }
-    with artifact(config.conversations_folder, "conversations", settings, config.overwrite) as target:
-        if target.complete and target.manifest["content"] == content_digest(target.folder):
-            print(f"conversations: {target.folder} is complete")
+
+
+def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: dict[str, Any]) -> None:
+    """Answer one shard of the prompts; exits with a code that asks for another start where something is left."""
+    options = config.synthesize
+    with artifact(folder, "conversations", settings, config.overwrite) as target:
+        if target.complete and target.manifest["content"] == content_digest(folder):
+            print(f"conversations: {folder} is complete")
             return
         target.save(complete=False, verifier_path=config.verifier.path)
-        journal = open_conversations(target.folder)
-        _answer_all(config, prompts, journal)
-        journal.close()
-        counts, sources = _count(target.folder)
-        counts["left_out"] = len(prompts) - counts["conversations"]
-        target.finish(counts=counts, sources=sources, content=content_digest(target.folder))
+        outcomes, signals = Outcomes(folder, options.max_attempts), StopSignals()
+        num_prompts = len(range(options.shard, prompts.count, options.num_shards))
+        outcomes.show(Progress("synthesize", num_prompts, "conversation", done=outcomes.num_done))
+        answer = answer_by_servers if options.endpoints else answer_here
+        try:
+            answer(config, prompts.read(options.shard, options.num_shards), outcomes, signals)
+        finally:
+            outcomes.close()
+        if signals.received:
+            print(f"synthesize: stopped by {signals.name}; the same command goes on", file=sys.stderr)
+            sys.exit(signals.exit_code)
+        _finish(target, outcomes, num_prompts)
+
+
+def _finish(target: Artifact, outcomes: Outcomes, num_prompts: int) -> None:
+    summary = summarise(target.folder)
+    reasons = dict(Counter(failure.reason for failure in outcomes.failures.values()).most_common())
+    counts = {"prompts": num_prompts, **summary.counts, "failed": len(outcomes.failures), "failed_because": reasons}
+    assert summary.counts["conversations"] + len(outcomes.failures) == num_prompts
+    summary.show()
+    if reasons:
+        why = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
+        print(f"synthesize: {len(outcomes.failures)} of {num_prompts} conversations could not be made: {why}")
+    if again := outcomes.to_try_again:
+        target.save(counts=counts)
         print(
-            f"conversations: {counts['conversations']} in {target.folder}, {counts['truncated']} with a truncated "
-            f"answer, {counts['left_out']} left out because the prompt fills the verifier's context"
+            f"fledge: {len(again)} of them are tried again by the same command, up to synthesize.max_attempts starts "
+            f"in all; the last: {again[-1].reason}: {again[-1].detail}",
+            file=sys.stderr,
         )
+        sys.exit(EXIT_AGAIN)
+    if num_prompts and not summary.counts["conversations"]:
+        raise ValueError(f"no conversation could be made: {', '.join(reasons)}")
+    target.finish(counts=counts, sources=summary.sources, content=content_digest(target.folder))
+    print(f"conversations: {summary.counts['conversations']} in {target.folder}")
 
 
-def _answer_all(config: Config, prompts: list[Prompt], journal: Journal) -> None:
-    """Answer what the journal lacks.
-
-    Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
-    resumed run says what an uninterrupted one would have said.
-    """
-    if journal.done >= {prompt.id for prompt in prompts}:
+def _join_parts(target: Artifact, config: Config) -> None:
+    """Complete the whole when every part is."""
+    num_shards = config.synthesize.num_shards
+    parts = []
+    for shard in range(num_shards):
+        try:
+            parts.append(read_manifest(part_folder(target.folder, shard, num_shards), "conversations"))
+        except ValueError:  # not made yet, or not to its end
+            continue
+    if len(parts) < num_shards:
+        print(f"conversations: {len(parts)} of {num_shards} shards are complete")
         return
-    verifier = Verifier.load(config.verifier, config.draft.aux_layers)
-    check_template(verifier.tokenizer, verifier.end_token_ids)
-    share, options = config.data.heldout_share, config.synthesize
-    fitting = [prompt for prompt in prompts if _room(verifier, first_context(verifier, prompt), options) >= 0]
-    progress = Progress("synthesize", len(fitting), "conversation", done=len(journal.done))
-    for greedy in (True, False):
-        split = [prompt for prompt in fitting if is_heldout(prompt.id, share) == greedy]
-        split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
-        for start in range(0, len(split), options.batch_size):
-            batch = split[start : start + options.batch_size]
-            missing = {prompt.id for prompt in batch} - journal.done
-            if missing:
-                records = answer(verifier, batch, options, greedy)
-                journal.append(record for record in records if record["id"] in missing)
-                progress.update(len(missing))
-    progress.close()
-
-
-def first_context(verifier: Verifier, prompt: Prompt) -> list[int]:
-    """Give the tokens the verifier reads before its first answer."""
-    return prompt_tokens(verifier.tokenizer, [*_system(prompt), {"role": "user", "content": prompt.turns[0]}])
-
-
-def _system(prompt: Prompt) -> list[Message]:
-    return [{"role": "system", "content": prompt.system}] if prompt.system else []
-
-
-def _room(verifier: Verifier, context: list[int], options: SynthesizeConfig) -> int:
-    """Give the tokens of the verifier's context that the longest answer leaves free; negative if it does not fit."""
-    return verifier.model.config.get_text_config().max_position_embeddings - len(context) - options.max_tokens
-
-
-def answer(verifier: Verifier, prompts: list[Prompt], options: SynthesizeConfig, greedy: bool) -> list[dict[str, Any]]:
-    """Answer prompts turn by turn, each on its own history, and give their records.
-
-    A conversation that outgrows the verifier's context ends at the last turn that fits; the first must fit.
-    """
-    histories = [_system(prompt) for prompt in prompts]
-    records: list[dict[str, Any]] = [
-        {
-            "id": p.id,
-            "source": p.source,
-            "messages": h,
-            "finish_reasons": [],
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0},
-        }
-        for p, h in zip(prompts, histories, strict=True)
-    ]
-    for turn in range(max(len(prompt.turns) for prompt in prompts)):
-        contexts: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            if turn < len(prompt.turns) and len(records[i]["finish_reasons"]) == turn:
-                asked = [*histories[i], {"role": "user", "content": prompt.turns[turn]}]
-                context = prompt_tokens(verifier.tokenizer, asked)
-                if _room(verifier, context, options) >= 0:
-                    histories[i][:] = asked
-                    contexts[i] = context
-        if not contexts:
-            break
-        seed = int(digest([options.seed, turn, [prompts[i].id for i in contexts]]), 16) % 2**63
-        answers = generate(verifier, list(contexts.values()), options, greedy, seed)
-        for (i, context), (tokens, ended) in zip(contexts.items(), answers, strict=True):
-            text = str(verifier.tokenizer.decode(tokens, skip_special_tokens=True))
-            histories[i].append({"role": "assistant", "content": text})
-            records[i]["finish_reasons"].append("stop" if ended else "length")
-            records[i]["usage"]["prompt_tokens"] += len(context)
-            records[i]["usage"]["completion_tokens"] += len(tokens)
-    return records
-
-
-def generate(
-    verifier: Verifier, contexts: list[list[int]], options: SynthesizeConfig, greedy: bool, seed: int
-) -> list[tuple[list[int], bool]]:
-    """Generate an answer to each token context; give its tokens and whether it ended by itself."""
-    width = max(map(len, contexts))
-    end = verifier.end_token_ids
-    padding = verifier.tokenizer.pad_token_id if verifier.tokenizer.pad_token_id is not None else end[0]
-    input_ids = torch.tensor([[padding] * (width - len(c)) + c for c in contexts], device=verifier.device)
-    attention_mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=verifier.device)
-    sample = not greedy and options.temperature > 0
-    torch.manual_seed(seed)
-    # A configuration of our own: the verifier's may carry penalties, and greedy must be greedy.
-    generation = GenerationConfig(
-        max_new_tokens=options.max_tokens,
-        do_sample=sample,
-        **({"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if sample else {}),
-        eos_token_id=end,
-        pad_token_id=padding,
+    content = add_digests(part["content"] for part in parts)
+    if target.complete and target.manifest["content"] == content:
+        return
+    counts: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for part in parts:
+        reasons.update(part["counts"].pop("failed_because"))
+        counts.update(part["counts"])
+        sources.update(part["sources"])
+    target.finish(
+        counts={**counts, "failed_because": reasons},
+        sources=sources,
+        content=content,
+        verifier_path=config.verifier.path,
     )
-    verifier.model.generation_config = generation
-    output = verifier.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=generation)
-    answers = []
-    for row in output[:, width:].tolist():
-        stop = next((i for i, token in enumerate(row) if token in end), None)
-        answers.append((row if stop is None else row[: stop + 1], stop is not None))
-    return answers
-
-
-def _count(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Give what the conversations hold, and how many of them each source has."""
-    sources: dict[str, int] = {}
-    counts = {"conversations": 0, "truncated": 0, "completion_tokens": 0}
-    for record in read_conversations(folder):
-        counts["conversations"] += 1
-        sources[record["source"]] = sources.get(record["source"], 0) + 1
-        counts["truncated"] += "length" in record["finish_reasons"]
-        counts["completion_tokens"] += record["usage"]["completion_tokens"]
-    return counts, sources
+    print(f"conversations: all {num_shards} shards are complete, {counts['conversations']} in {target.folder}")

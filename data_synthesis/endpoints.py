@@ -1,0 +1,211 @@
+"""OpenAI-compatible servers of one verifier: which of them takes the next request, and what their errors mean."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from ..conf.schema import SynthesizeConfig
+from .chat import Turn
+from .conversations import Answer
+
+_FIRST_WINDOW = 16
+_CONNECT_S = 10.0
+_STRIKES = 3  # troubles in a row after which an endpoint is asked whether it is there
+_MOST_PAUSE_S = 300.0
+_CONTEXT_WORDS = ("context length", "context window", "context_length", "max_model_len", "maximum sequence length")
+
+
+class Window:
+    """How many requests an endpoint is given at once.
+
+    As TCP's: it doubles in a round trip until the server first pushes back, is halved then, once for all requests
+    that were on their way, and grows by one a round trip from there.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = float(min(_FIRST_WINDOW, most))
+        self._doubles_below = float(most)
+        self._halved_at = 0.0
+
+    @property
+    def size(self) -> int:
+        """Requests allowed."""
+        return int(self._size)
+
+    def grow(self) -> None:
+        """Take note of an answer."""
+        self._size = min(self._most, self._size + (1.0 if self._size < self._doubles_below else 1.0 / self._size))
+
+    def shrink(self, started: float) -> None:
+        """Take note that the server pushed back a request that was sent at `started`."""
+        if started >= self._halved_at:
+            self._size = self._doubles_below = max(1.0, self._size / 2)
+            self._halved_at = time.monotonic()
+
+
+@dataclass(eq=False)
+class RequestError(Exception):
+    """A request that gave no answer."""
+
+    reason: str  # few words, the same for all of a kind
+    detail: str
+    lasting: bool = False  # the same request would fail again
+    busy: bool = False  # the server has too much to do
+    pushed_back: bool = False  # and said so, without having tried
+    pause_s: float = 0.0  # what it asks for
+    context_full: bool = False
+    refuses_us: bool = False  # no request of ours will do
+
+
+class Endpoint:
+    """One server: its client, its window, and whether it is up."""
+
+    def __init__(self, url: str, options: SynthesizeConfig) -> None:
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
+            max_connections=options.concurrency + 1, max_keepalive_connections=options.concurrency + 1
+        )
+        timeout = openai.Timeout(options.request_timeout_s, connect=min(_CONNECT_S, options.request_timeout_s))
+        self.url = url
+        self.window = Window(options.concurrency)
+        self.in_flight = 0
+        self.up = False
+        self.model = ""
+        self.extras: dict[str, Any] = {}  # fields of a request that not every server takes, and this one does
+        self._strikes = 0
+        self._not_before = 0.0
+        self._client = openai.AsyncOpenAI(
+            base_url=url,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=0,  # retries are ours: they may go to another server
+            timeout=timeout,
+            http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout),
+        )
+
+    @property
+    def paused(self) -> bool:
+        """Whether the server wants to be left alone for a while."""
+        return time.monotonic() < self._not_before
+
+    @property
+    def free(self) -> int:
+        """Requests it could be given now."""
+        return self.window.size - self.in_flight if self.up and not self.paused else 0
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it has failed so often in a row that it may be gone."""
+        return self._strikes >= _STRIKES
+
+    async def ask(self, body: dict[str, Any]) -> Answer:
+        """Ask for a chat completion.
+
+        Raises:
+            RequestError: there is no usable one.
+        """
+        started = time.monotonic()
+        try:
+            answer = read_answer(await self._send("POST", "/chat/completions", {"model": self.model, **body}))
+        except RequestError as trouble:
+            if trouble.busy:
+                self.window.shrink(started)
+                self._not_before = max(self._not_before, time.monotonic() + trouble.pause_s)
+            if not trouble.lasting and not trouble.pushed_back:
+                self._strikes += 1
+            raise
+        self._strikes = 0
+        self.window.grow()
+        return answer
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Give what the server says it serves; nothing where it does not tell.
+
+        Raises:
+            RequestError: no server answers, or it refuses our key.
+        """
+        try:
+            listed = await self._send("GET", "/models")
+        except RequestError as trouble:
+            if trouble.refuses_us or not trouble.reason.startswith("HTTP"):
+                raise
+            return []
+        models = listed.get("data") if isinstance(listed, dict) else None
+        return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+
+    async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            if method == "GET":
+                return await self._client.get(path, cast_to=object)
+            return await self._client.post(path, cast_to=object, body=body)  # unparsed: half the time of a typed call
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: no JSON
+            raise request_error(error) from error
+
+    def revive(self) -> None:
+        """Take it into service."""
+        self._strikes, self.up = 0, True
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.close()
+
+
+def read_answer(response: Any) -> Answer:
+    """Read a chat completion; its tokens too, where the server gives them (vLLM's `return_token_ids`)."""
+    try:
+        choice = response["choices"][0]
+        message, usage = choice["message"], response["usage"]
+        text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        prompt, tokens = response.get("prompt_token_ids"), choice.get("token_ids")
+        f"{text}{reasoning}".encode()
+        answer = Answer(
+            text=text,
+            finish_reason=choice["finish_reason"],
+            prompt_tokens=int(usage["prompt_tokens"]),
+            completion_tokens=int(usage["completion_tokens"]),
+            reasoning=reasoning,
+            turn=Turn(prompt, tokens) if prompt and tokens else None,
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise RequestError("no chat completion", f"{error!r} in {str(response)[:200]}") from None
+    if not isinstance(text, str) or answer.finish_reason not in ("stop", "length"):
+        raise RequestError(f"finish_reason {answer.finish_reason}", str(response)[:200])
+    return answer
+
+
+def request_error(error: Exception) -> RequestError:
+    """Say what an error of the client means for the request and its server."""
+    detail = " ".join(str(error).split())[:300]
+    if isinstance(error, openai.APITimeoutError):
+        return RequestError("time-out", detail, busy=True)
+    if isinstance(error, openai.APIConnectionError):
+        return RequestError("connection lost", " ".join(str(error.__cause__ or error).split())[:300])
+    if not isinstance(error, openai.APIStatusError):
+        return RequestError("no JSON", detail)
+    status, reason = error.status_code, f"HTTP {error.status_code}"
+    if status in (429, 503, 529):
+        pause_s = _retry_after(error.response.headers.get("retry-after"))
+        return RequestError(reason, detail, busy=True, pushed_back=True, pause_s=pause_s)
+    if status >= 500 or status in (408, 409, 425):
+        return RequestError(reason, detail)
+    full = any(words in detail.lower() for words in _CONTEXT_WORDS)
+    return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status in (401, 403))
+
+
+def _retry_after(value: str | None) -> float:
+    """Read Retry-After: seconds, or a date (RFC 9110, 10.2.3)."""
+    if value is None:
+        return 0.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(0.0, seconds), _MOST_PAUSE_S)
