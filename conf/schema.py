@@ -393,7 +393,7 @@ def validate(config: Config) -> None:
     for url in config.synthesize.endpoints:
         if not url.startswith(("http://", "https://")) or "@" in url:
             raise ValueError(
-                "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (it is read from "
+                "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (read from "
                 f"OPENAI_API_KEY), got {url.rpartition('@')[2]}"
             )
     ours = {"model", "messages", "max_tokens", "temperature", "top_p", "stream", "n"} & set(config.synthesize.request)

@@ -1,0 +1,142 @@
+"""The synthesize stage above whoever runs the verifier: conversations, outcomes, shards, signals."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from builders import Run
+from fledge.conf.journal import read_journal
+from fledge.data_synthesis.chat import Turn
+from fledge.data_synthesis.conversations import (
+    CONTEXT_FULL,
+    CUT_IN_REASONING,
+    EMPTY_ANSWER,
+    Answer,
+    Conversation,
+    Failure,
+    content_digest,
+    read_conversations,
+)
+from fledge.data_synthesis.outcomes import Outcomes
+from fledge.data_synthesis.prompts import Prompt
+
+
+def answer(text: str, finish_reason: str = "stop", **fields: object) -> Answer:
+    return Answer(text, finish_reason, prompt_tokens=5, completion_tokens=2, **fields)
+
+
+def asked(*turns: str, system: str | None = None) -> Conversation:
+    return Conversation(Prompt("s/train/1", "s/train", turns, system))
+
+
+def test_each_turn_is_asked_on_the_answers_before_it_without_their_reasoning():
+    conversation = asked("a?", "b?", system="Be short.")
+    conversation.add(answer("A", reasoning="hm"))
+    assert conversation.question == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "b?"},
+    ]
+    conversation.add(answer("B"))
+    assert conversation.question is None
+    record = conversation.record(0.7)
+    assert record["messages"][2] == {"role": "assistant", "reasoning_content": "hm", "content": "A"}
+    assert record["usage"] == {"prompt_tokens": 10, "completion_tokens": 4}
+    assert record["unanswered_turns"] == 0
+    assert "sequences" not in record, "nobody told the tokens"
+
+
+def test_a_truncated_answer_ends_a_conversation_and_is_marked():
+    conversation = asked("a?", "b?")
+    conversation.add(answer("A", "length"))
+    assert conversation.question is None
+    assert conversation.record(0.0)["finish_reasons"] == ["length"]
+    assert conversation.record(0.0)["unanswered_turns"] == 1
+
+
+@pytest.mark.parametrize(("reason", "why"), [("stop", EMPTY_ANSWER), ("length", CUT_IN_REASONING)])
+def test_an_empty_answer_ends_a_conversation_before_its_turn(reason, why):
+    conversation = asked("a?", "b?")
+    conversation.add(answer("A"))
+    conversation.add(answer("", reason))
+    assert conversation.question is None
+    assert conversation.ended_by is why
+    assert [message["role"] for message in conversation.record(0.0)["messages"]] == ["user", "assistant"]
+
+
+def test_tokens_are_recorded_where_every_answer_brought_them():
+    conversation = asked("a?", "b?")
+    conversation.add(answer("A", turn=Turn([1, 2], [3, 4])))
+    conversation.add(answer("B", turn=Turn([1, 2, 3, 4, 5], [6])))
+    assert conversation.record(0.0)["sequences"] == [{"token_ids": [1, 2, 3, 4, 5, 6], "answers": [[2, 4], [5, 6]]}]
+
+
+def made(prompt_id: str) -> Conversation:
+    conversation = Conversation(Prompt(prompt_id, "s", ("a?",)))
+    conversation.add(answer("A"))
+    return conversation
+
+
+def test_what_failed_is_tried_again_in_later_starts_up_to_the_limit(tmp_path):
+    for start in range(2):
+        outcomes = Outcomes(tmp_path, max_attempts=2)
+        assert outcomes.wants("bad")
+        assert outcomes.wants("worse") == (start == 0), "what would fail again for certain is not tried"
+        assert outcomes.wants("good") == (start == 0)
+        if start == 0:
+            outcomes.made([made("good")], 0.0)
+            outcomes.failed("worse", CONTEXT_FULL)
+        outcomes.failed("bad", Failure("HTTP 500", "boom"))
+        assert len(outcomes.to_try_again) == (start == 0)
+        outcomes.close()
+    outcomes = Outcomes(tmp_path, max_attempts=2)
+    assert not outcomes.wants("bad")
+    assert outcomes.failures["bad"].attempts == 2
+    outcomes = Outcomes(tmp_path, max_attempts=3)  # the user gives it another
+    assert outcomes.wants("bad")
+    outcomes.made([made("bad")], 0.0)
+    outcomes.close()
+    assert set(Outcomes(tmp_path, max_attempts=3).failures) == {"worse"}
+
+
+def manifest(run: Run) -> dict:
+    return json.loads((run.path / "conversations" / "manifest.json").read_text())
+
+
+def test_shards_of_a_job_array_make_together_what_one_start_makes(finished, run):
+    for shard in (2, 0):
+        out = run("synthesize", "synthesize.num_shards=3", f"synthesize.shard={shard}").stdout
+    assert "2 of 3 shards are complete" in out
+    run("dump", "synthesize.num_shards=3", code=2)
+    out = run("synthesize", "synthesize.num_shards=3", "synthesize.shard=1").stdout
+    assert "all 3 shards are complete, 64" in out
+    whole = manifest(run)
+    assert whole["counts"] == manifest(finished)["counts"]
+    assert whole["content"] == content_digest(run.path / "conversations")
+    ours, theirs = (
+        {record["id"]: record["messages"] for record in read_conversations(r.path / "conversations")}
+        for r in (run, finished)
+    )
+    assert ours.keys() == theirs.keys()
+    assert sum(ours[name] == theirs[name] for name in ours) > 60, "but for what other batches round otherwise"
+    run("dump", "synthesize.num_shards=3")
+    assert "is complete" in run("synthesize", "synthesize.num_shards=3", "synthesize.shard=1").stdout
+    assert "num_shards: 3 -> None" in run("synthesize", code=2).stderr
+
+
+def test_a_signal_ends_the_stage_with_what_is_done_and_the_next_start_goes_on(finished, run):
+    path = run.path / "conversations" / "conversations.jsonl"
+    process = subprocess.Popen(run.command("synthesize"), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (path.exists() and path.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM; the same command goes on" in said
+    number = sum(1 for _ in read_journal(path))
+    assert 0 < number < 64
+    run("synthesize")
+    assert content_digest(path.parent) == content_digest(finished.path / "conversations")
