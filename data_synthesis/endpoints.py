@@ -76,7 +76,8 @@ class Endpoint:
         self.window = Window(options.concurrency)
         self.in_flight = 0
         self.up = False
-        self.model = ""
+        self.model = ""  # its name for the verifier
+        self.max_context = 0  # tokens of prompt and answer
         self.extras: dict[str, Any] = {}  # fields of a request that not every server takes, and this one does
         self._strikes = 0
         self._not_before = 0.0
@@ -112,6 +113,10 @@ class Endpoint:
         started = time.monotonic()
         try:
             answer = read_answer(await self._send("POST", "/chat/completions", {"model": self.model, **body}))
+            if (
+                answer.prompt_tokens + body["max_tokens"] > self.max_context
+            ):  # vLLM cuts the answer, some cut the prompt
+                raise RequestError("context full", "", lasting=True, context_full=True)
         except RequestError as trouble:
             if trouble.busy:
                 self.window.shrink(started)

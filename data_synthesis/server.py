@@ -7,28 +7,24 @@ import random
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
 from ..conf.signals import StopSignals
-from ..models.verifier import load_config, load_tokenizer
-from .chat import Message, prompt_tokens
+from .chat import Message
 from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from .endpoints import Endpoint, RequestError
+from .handshake import Handshake, refusal, request_body
 from .outcomes import Outcomes
+from .pool import Pool, Seat
 from .prompts import Prompt
 from .split import is_heldout
 
 _TICK_S = 0.1
 _HOPELESS = 50  # conversations that fail before any is made: nothing more is tried
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.5, 30.0  # between the tries of a request, doubling
-_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
-_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-_PROBE: list[Message] = [{"role": "user", "content": "Name a colour."}]
 
 
 def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, signals: StopSignals) -> None:
@@ -50,87 +46,19 @@ def _allow_open_files(config: Config) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-class _Pool:
-    """The endpoints, and who waits for one: conversations that go on come before new ones."""
-
-    def __init__(self, endpoints: list[Endpoint]) -> None:
-        self.endpoints = endpoints
-        self.closed = False  # to new conversations
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def take(self, preferred: Endpoint | None = None) -> Endpoint | None:
-        """Wait for a free place at an endpoint, at the preferred one if it has one; None once closed to new ones."""
-        while True:
-            if preferred is None and self.closed:
-                return None
-            best = preferred if preferred and preferred.free > 0 else max(self.endpoints, key=lambda e: e.free)
-            if best.free > 0:
-                best.in_flight += 1
-                return best
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            if preferred:
-                self._waiting.appendleft(place)
-            else:
-                self._waiting.append(place)
-            await place
-
-    def give_back(self, endpoint: Endpoint) -> None:
-        """Leave a place to the next who waits."""
-        endpoint.in_flight -= 1
-        self.wake()
-
-    def wake(self, everyone: bool = False) -> None:
-        """Let as many look again as there are places."""
-        places = sum(max(0, endpoint.free) for endpoint in self.endpoints)
-        while self._waiting and (everyone or places > 0):
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_result(None)
-                places -= 1
-
-    def close(self) -> None:
-        """Take no new conversation."""
-        self.closed = True
-        self.wake(everyone=True)
-
-
-class _Seat:
-    """A conversation's place at an endpoint, kept from turn to turn so that the server's cache serves it."""
-
-    def __init__(self, pool: _Pool, endpoint: Endpoint) -> None:
-        self._pool, self._endpoint, self._seated = pool, endpoint, True
-
-    async def endpoint(self) -> Endpoint:
-        """Give the endpoint to ask next: the same while it is up."""
-        if self._seated and (not self._endpoint.up or self._endpoint.paused):
-            self.leave()
-        if not self._seated:
-            found = await self._pool.take(self._endpoint)
-            assert found is not None
-            self._endpoint, self._seated = found, True
-        return self._endpoint
-
-    def leave(self) -> None:
-        """Give the place back."""
-        if self._seated:
-            self._seated = False
-            self._pool.give_back(self._endpoint)
-
-
 class _Regeneration:
     """One start of the stage against servers."""
 
     def __init__(self, config: Config, outcomes: Outcomes, signals: StopSignals) -> None:
         self._config, self._options = config, config.synthesize
         self._outcomes, self._signals = outcomes, signals
-        self._positions = load_config(config.verifier).max_position_embeddings
-        self._probe_tokens = prompt_tokens(load_tokenizer(config.verifier), _PROBE)
+        self._handshake = Handshake(config)
         self._rows: set[asyncio.Task[None]] = set()
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._error: BaseException | None = None  # that ends the stage
 
     async def run(self, prompts: Iterable[Prompt]) -> None:
-        self._pool = _Pool([Endpoint(url, self._options) for url in self._options.endpoints])
+        self._pool = Pool([Endpoint(url, self._options) for url in self._options.endpoints])
         watch = asyncio.create_task(self._watch())
         try:
             await self._open_endpoints()
@@ -151,8 +79,8 @@ class _Regeneration:
         for prompt in prompts:
             if not self._outcomes.wants(prompt.id):
                 continue
-            while len(self._rows) >= most:  # some of them between two tries, without a place
-                await asyncio.wait(self._rows, return_when=asyncio.FIRST_COMPLETED)
+            while len(self._rows) >= most and not self._pool.closed:  # some are between two tries, without a place
+                await asyncio.wait(self._rows, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
             endpoint = await self._pool.take()
             if endpoint is None:
                 return
@@ -206,12 +134,12 @@ class _Regeneration:
 
     async def _converse(self, prompt: Prompt, endpoint: Endpoint) -> None:
         """Answer one prompt, turn by turn, and write what becomes of it."""
-        conversation, seat = Conversation(prompt), _Seat(self._pool, endpoint)
+        conversation, seat = Conversation(prompt), Seat(self._pool, endpoint)
         greedy = self._options.temperature == 0 or is_heldout(prompt.id, self._config.data.heldout_share)
         try:
             while (question := conversation.question) is not None:
                 answer = await self._answer(seat, question, greedy)
-                if answer is None or answer.prompt_tokens + self._options.max_tokens > self._positions:
+                if answer is None:
                     conversation.end(CONTEXT_FULL)
                 else:
                     conversation.add(answer)
@@ -231,7 +159,7 @@ class _Regeneration:
             failure = conversation.ended_by
             self._outcomes.failed(prompt.id, replace(failure, final=failure.final or greedy))
 
-    async def _answer(self, seat: _Seat, question: list[Message], greedy: bool) -> Answer | None:
+    async def _answer(self, seat: Seat, question: list[Message], greedy: bool) -> Answer | None:
         """Ask until there is an answer, here or elsewhere; None where the context has no room for one.
 
         Raises:
@@ -241,12 +169,12 @@ class _Regeneration:
         while True:
             endpoint = await seat.endpoint()
             try:
-                return await endpoint.ask(self._body(endpoint, question, greedy))
+                return await endpoint.ask(request_body(self._config, endpoint, question, greedy))
             except RequestError as trouble:
                 if trouble.context_full:
                     return None
                 if trouble.refuses_us:
-                    raise ValueError(_refused(endpoint, trouble)) from None
+                    raise ValueError(refusal(endpoint, trouble)) from None
                 tries += not trouble.pushed_back
                 waited = time.monotonic() - began
                 late = trouble.pushed_back and waited > self._options.server_wait_s
@@ -258,20 +186,6 @@ class _Regeneration:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
-    def _body(self, endpoint: Endpoint, question: list[Message], greedy: bool) -> dict[str, Any]:
-        """Give the request; a greedy one is free of whatever makes it less than greedy, the server's defaults too."""
-        options = self._options
-        request, extras = options.request, endpoint.extras
-        if greedy:
-            request = {name: value for name, value in request.items() if name not in (*_OF_SAMPLING, *_PENALTIES)}
-            sampling = {"temperature": 0.0, "top_p": 1.0}
-        else:
-            sampling = {"temperature": options.temperature, "top_p": options.top_p}
-            extras = {name: value for name, value in extras.items() if name not in _PENALTIES}
-        kwargs = self._config.verifier.chat_template_kwargs
-        template = {"chat_template_kwargs": kwargs} if kwargs else {}
-        return {"messages": question, "max_tokens": options.max_tokens, **sampling, **template, **extras, **request}
-
     async def _open_endpoints(self) -> None:
         """Take into service the endpoints that answer, and go on looking for the others.
 
@@ -281,7 +195,7 @@ class _Regeneration:
         troubles = {}
         for endpoint in self._pool.endpoints:
             try:
-                await self._open(endpoint)
+                await self._handshake.open(endpoint)
             except RequestError as trouble:
                 troubles[endpoint.url] = f"{trouble.reason}, {trouble.detail}"
                 self._check(endpoint)
@@ -303,81 +217,10 @@ class _Regeneration:
         pause_s = _FIRST_PAUSE_S
         while not self._error:
             try:
-                await self._open(endpoint)
+                await self._handshake.open(endpoint)
                 return
             except RequestError:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _MOST_PAUSE_S)
             except ValueError as error:
                 self._fail(error)
-
-    async def _open(self, endpoint: Endpoint) -> None:
-        """Make sure that an endpoint serves the verifier, learn what it takes, and put it into service.
-
-        Raises:
-            RequestError: it does not answer.
-            ValueError: it serves another model, or renders the chat template to other tokens.
-        """
-        try:
-            endpoint.model = self._model_name(endpoint, await endpoint.models())
-            answer = await self._probe(endpoint)
-        except RequestError as trouble:
-            if trouble.lasting:
-                raise ValueError(_refused(endpoint, trouble)) from None
-            raise
-        self._compare_tokens(endpoint, answer)
-        endpoint.revive()
-        self._pool.wake()
-
-    def _model_name(self, endpoint: Endpoint, served: list[dict[str, Any]]) -> str:
-        """Give the name under which an endpoint serves the verifier; where it lists none, it will say so itself."""
-        wanted = self._options.model or self._config.verifier.path
-        names = {str(model.get("id")): str(model.get("id")) for model in served}
-        names |= {str(model["root"]): str(model["id"]) for model in served if model.get("root") and model.get("id")}
-        if names and wanted not in names:
-            option = "synthesize.model" if self._options.model else "verifier.path"
-            raise ValueError(
-                f"{endpoint.url} serves {', '.join(sorted({str(model.get('id')) for model in served}))} and not "
-                f"{option}={wanted}: start it with the verifier, or set synthesize.model to the verifier's name there"
-            )
-        return names.get(wanted, wanted)
-
-    async def _probe(self, endpoint: Endpoint) -> Answer:
-        """Send a small request of each kind that will be sent, with as many of the extra fields as the server takes."""
-        neutral, tokens = {"repetition_penalty": 1.0}, {"return_token_ids": True}
-        for extras in ({**neutral, **tokens}, neutral, tokens, {}):
-            endpoint.extras = extras
-            try:
-                for greedy in {True, self._options.temperature == 0}:
-                    body = {**self._body(endpoint, _PROBE, greedy), "max_tokens": 1}
-                    answer = await self._patiently(endpoint, body)
-                return answer
-            except RequestError as trouble:
-                if not trouble.lasting or trouble.refuses_us or not extras:
-                    raise
-        raise AssertionError
-
-    async def _patiently(self, endpoint: Endpoint, body: dict[str, Any]) -> Answer:
-        for tries in range(self._options.retries + 1):
-            try:
-                return await endpoint.ask(body)
-            except RequestError as trouble:
-                if trouble.lasting or trouble.reason == "connection lost" or tries == self._options.retries:
-                    raise
-                await asyncio.sleep(max(trouble.pause_s, _TICK_S))
-        raise AssertionError
-
-    def _compare_tokens(self, endpoint: Endpoint, answer: Answer) -> None:
-        """Refuse a server that reads other tokens than the verifier's own template gives."""
-        ours, theirs = self._probe_tokens, answer.turn.prompt if answer.turn else None
-        if answer.prompt_tokens != len(ours) or (theirs is not None and theirs != ours):
-            raise ValueError(
-                f"{endpoint.url} reads a chat as other tokens than verifier.path={self._config.verifier.path} "
-                f"({theirs or answer.prompt_tokens} for {ours if theirs else len(ours)}): it serves another model, or "
-                "has another chat template; both must be the same, or no loss mask is right"
-            )
-
-
-def _refused(endpoint: Endpoint, trouble: RequestError) -> str:
-    key = ", its key is read from OPENAI_API_KEY" if trouble.refuses_us else ""
-    return f"{endpoint.url} refuses our requests ({trouble.reason}: {trouble.detail}){key}"

@@ -1,0 +1,135 @@
+"""What a server is asked, and the proof that it is the verifier who answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from ..conf.schema import Config
+from ..models.verifier import load_config, load_tokenizer
+from .chat import Message, prompt_tokens
+from .conversations import Answer
+from .endpoints import Endpoint, RequestError
+
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")  # they make greedy less than greedy
+# Sent to servers that take them: engines read defaults from the verifier's generation_config.json, penalties included.
+_EXTRAS = {"return_token_ids": True, "repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0}
+_PROBE: list[Message] = [{"role": "user", "content": "Name a colour."}]
+_PROBE_PAUSE_S, _PATIENCE_S = 0.1, 20.0
+_T = TypeVar("_T")
+
+
+def request_body(config: Config, endpoint: Endpoint, question: list[Message], greedy: bool) -> dict[str, Any]:
+    """Give the request; a greedy one without whatever makes it less than greedy."""
+    options = config.synthesize
+    temperature, top_p, request = options.temperature, options.top_p, options.request
+    if greedy:
+        temperature, top_p = 0.0, 1.0
+        request = {name: value for name, value in request.items() if name not in _PENALTIES}
+    kwargs = config.verifier.chat_template_kwargs
+    return {
+        "messages": question,
+        "max_tokens": options.max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        **({"chat_template_kwargs": kwargs} if kwargs else {}),
+        **endpoint.extras,
+        **request,
+    }
+
+
+class Handshake:
+    """Opens endpoints; a request is sent only to one that serves the verifier and reads chats as its template says."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._options = config, config.synthesize
+        self._positions = load_config(config.verifier).max_position_embeddings
+        self._probe_tokens = prompt_tokens(load_tokenizer(config.verifier), _PROBE)
+
+    async def open(self, endpoint: Endpoint) -> None:
+        """Make sure that an endpoint serves the verifier, learn what it takes, and put it into service.
+
+        Raises:
+            RequestError: it does not answer.
+            ValueError: it serves another model, or renders the chat template to other tokens.
+        """
+        try:
+            self._find_model(endpoint, await self._patiently(endpoint.models))
+            answer = await self._probe(endpoint)
+        except RequestError as trouble:
+            if trouble.lasting:
+                raise ValueError(refusal(endpoint, trouble)) from None
+            raise
+        self._compare_tokens(endpoint, answer)
+        endpoint.revive()
+
+    def _find_model(self, endpoint: Endpoint, served: list[dict[str, Any]]) -> None:
+        """Learn an endpoint's name for the verifier, and its context; one that lists none will refuse a wrong name."""
+        wanted = self._options.model or self._config.verifier.path
+        matching = [model for model in served if wanted in (model.get("id"), model.get("root"))]
+        if served and not matching:
+            option = "synthesize.model" if self._options.model else "verifier.path"
+            raise ValueError(
+                f"{endpoint.url} serves {', '.join(sorted(str(model.get('id')) for model in served))} and not "
+                f"{option}={wanted}: start it with the verifier, or set synthesize.model to the verifier's name there"
+            )
+        model = matching[0] if matching else {}
+        endpoint.model = str(model.get("id") or wanted)
+        endpoint.max_context = min(self._positions, model.get("max_model_len") or self._positions)
+
+    async def _probe(self, endpoint: Endpoint) -> Answer:
+        """Send small requests of each kind that will be sent, and find out which extra fields the server takes."""
+        endpoint.extras = _EXTRAS
+        try:
+            return await self._ask_each_kind(endpoint)
+        except RequestError as trouble:
+            if not trouble.lasting or trouble.refuses_us:
+                raise
+        taken = {}
+        for name, value in _EXTRAS.items():
+            endpoint.extras = {name: value}
+            try:
+                await self._ask_each_kind(endpoint)
+                taken[name] = value
+            except RequestError as trouble:
+                if not trouble.lasting:
+                    raise
+        endpoint.extras = taken
+        return await self._ask_each_kind(endpoint)
+
+    async def _ask_each_kind(self, endpoint: Endpoint) -> Answer:
+        for greedy in (True, self._options.temperature == 0):
+            body = {**request_body(self._config, endpoint, _PROBE, greedy), "max_tokens": 1}
+            answer = await self._patiently(partial(endpoint.ask, body))
+        return answer
+
+    async def _patiently(self, ask: Callable[[], Awaitable[_T]]) -> _T:
+        began, tries = time.monotonic(), 0
+        while True:
+            try:
+                return await ask()
+            except RequestError as trouble:
+                tries += 1
+                late = time.monotonic() - began > _PATIENCE_S
+                if trouble.lasting or late or tries > self._options.retries:
+                    raise
+                await asyncio.sleep(max(trouble.pause_s, _PROBE_PAUSE_S))
+
+    def _compare_tokens(self, endpoint: Endpoint, answer: Answer) -> None:
+        """Refuse a server that reads other tokens than the verifier's own template gives."""
+        ours, theirs = self._probe_tokens, answer.turn.prompt if answer.turn else None
+        if answer.prompt_tokens != len(ours) or (theirs is not None and theirs != ours):
+            raise ValueError(
+                f"{endpoint.url} reads a chat as other tokens than verifier.path={self._config.verifier.path} "
+                f"({theirs or answer.prompt_tokens} for {ours if theirs else len(ours)}): it serves another model, or "
+                "has another chat template; both must be the same, or no loss mask is right"
+            )
+
+
+def refusal(endpoint: Endpoint, trouble: RequestError) -> str:
+    """Say that a server does not want what we ask."""
+    key = ", its key is read from OPENAI_API_KEY" if trouble.refuses_us else ""
+    return f"{endpoint.url} refuses our requests ({trouble.reason}: {trouble.detail}){key}"
