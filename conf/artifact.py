@@ -87,7 +87,9 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _maker(kind: str) -> str:
-    return {"conversations": "synthesize", "hidden_states": "dump", "training": "train"}.get(kind, kind)
+    return {"prompts": "synthesize", "conversations": "synthesize", "hidden_states": "dump", "training": "train"}.get(
+        kind, kind
+    )
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:
@@ -133,7 +135,9 @@ def made_with(folder: Path, settings: dict[str, Any]) -> Artifact | None:
 
 
 @contextmanager
-def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool = False) -> Iterator[Artifact]:
+def artifact(
+    folder: Path, kind: str, settings: dict[str, Any], overwrite: bool = False, wait: bool = False
+) -> Iterator[Artifact]:
     """Open an artifact folder for writing, alone; what an earlier start with the same settings left is kept.
 
     Args:
@@ -141,6 +145,7 @@ def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool 
         kind: what the folder holds.
         settings: everything that determines the content, JSON-able, inputs' digests included.
         overwrite: delete an artifact that was made with other settings instead of refusing.
+        wait: for another process that writes the folder, instead of refusing.
 
     Raises:
         ValueError: another process writes the folder, it was made with other settings, or it is not an artifact.
@@ -150,7 +155,12 @@ def artifact(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool 
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{folder} is being written by another process: wait for it or choose another name") from None
+        if not wait:
+            raise ValueError(
+                f"{folder} is being written by another process: wait for it or choose another name"
+            ) from None
+        print(f"{folder} is being written by another process: waiting for it", flush=True)
+        lock.acquire(timeout=-1)
     try:
         yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)
     finally:
