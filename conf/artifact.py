@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +87,9 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _maker(kind: str) -> str:
-    return {"conversations": "synthesize", "hidden_states": "dump", "training": "train"}.get(kind, kind)
+    return {"prompts": "synthesize", "conversations": "synthesize", "hidden_states": "dump", "training": "train"}.get(
+        kind, kind
+    )
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def artifact(
         kind: what the folder holds.
         settings: everything that determines the content, JSON-able, inputs' digests included.
         overwrite: delete an artifact that was made with other settings instead of refusing.
-        wait: for a process that writes the folder, instead of refusing.
+        wait: for another process that writes the folder, instead of refusing.
 
     Raises:
         ValueError: another process writes the folder, it was made with other settings, or it is not an artifact.
@@ -155,9 +156,10 @@ def artifact(
         lock.acquire()
     except Timeout:
         if not wait:
-            message = f"{folder} is being written by another process: wait for it or choose another name"
-            raise ValueError(message) from None
-        print(f"{kind}: waiting for another process that writes {folder}", file=sys.stderr)
+            raise ValueError(
+                f"{folder} is being written by another process: wait for it or choose another name"
+            ) from None
+        print(f"{folder} is being written by another process: waiting for it", flush=True)
         lock.acquire(timeout=-1)
     try:
         yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)

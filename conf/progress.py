@@ -15,23 +15,25 @@ class Progress(tqdm):
 
     Args:
         what: shown first.
-        total: units of work in all.
+        total: units of work in all; None where nobody knows.
         unit: of the count.
         done: units finished by an earlier start.
     """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
         self.disable = False
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {elapsed} < {remaining}{postfix}"
         if not self._terminal:
             layout = layout.replace("{l_bar}{bar}| ", "{desc}: ")
+        if total is None:
+            layout = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}, {elapsed}{postfix}"
         super().__init__(
             total=total,
             initial=done,
             desc=what,
             unit=f" {unit}",
-            unit_scale=total > 100_000,
+            unit_scale=total is not None and total > 100_000,
             mininterval=0.5 if self._terminal else LINE_EVERY_S,
             maxinterval=6 * LINE_EVERY_S,
             dynamic_ncols=self._terminal,

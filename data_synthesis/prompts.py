@@ -1,15 +1,25 @@
-"""Prompts for the verifier: user turns with stable ids, from chat datasets of the usual forms."""
+"""Prompts for the verifier: the user's side of a row of chat data, in any of the usual forms."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-from ..conf.schema import DataConfig, SourceConfig
-from ..models.embedded.corpus import prompts as embedded_prompts
+from ..conf.artifact import digest
+from ..conf.schema import DataConfig
+
+Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
+
+FIELDS = ("messages", "conversations", "conversation", "turns", "prompt")  # the first of them that a row has is read
+ID_FIELDS = ("prompt_id", "uuid", "id", "question_id", "conversation_id")
+
+_ROLES = {
+    "user": "user",
+    "human": "user",
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
+}
 
 
 @dataclass(frozen=True)
@@ -18,119 +28,135 @@ class Prompt:
 
     id: str  # source/split/original id
     source: str
-    turns: tuple[str, ...]
+    turns: tuple[Content, ...]
     system: str | None = None
 
 
 def load_prompts(config: DataConfig) -> list[Prompt]:
-    """Load the prompts of every source, in order.
+    """Read the prompts of every source into memory, unfiltered: `prepare.prepare_prompts` is to be used instead."""
+    from .sources import read_rows, source_name
 
-    Raises:
-        ValueError: a source cannot be read, has an unknown form, or two prompts share an id.
-    """
-    if not config.sources:
-        raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    prompts = [prompt for source in config.sources for prompt in _load_source(source, config.seed)]
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ValueError(
-                f"data.sources: two prompts have the id {prompt.id!r}: give sources different names, rows different ids"
-            )
-        seen.add(prompt.id)
+    prompts = [
+        prompt_of(row, source_name(source), number)
+        for source in config.sources
+        for number, (_, row) in enumerate(islice(read_rows(source, config.seed), source.limit))
+    ]
     if not prompts:
-        raise ValueError("data.sources yield no prompt")
+        raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
     return prompts
 
 
-def _load_source(source: SourceConfig, seed: int) -> Iterator[Prompt]:
-    name = source.name or Path(source.path).stem
-    rows: Iterable[dict[str, Any]]
-    if source.path == "embedded":
-        rows = embedded_prompts(source.limit or 1000, seed)
-    else:
-        rows = load_rows(source.path, source.split, source.revision)
-    for number, row in enumerate(rows):
-        if source.limit is not None and number >= source.limit:
-            break
-        yield _prompt_of(row, number, f"{name}/{source.split}", source.path)
+def text_of(content: Content) -> str:
+    """Give the text of a message, without its images."""
+    return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
-def load_rows(path: str, split: str = "train", revision: str | None = None) -> Iterator[dict[str, Any]]:
-    """Read rows of a local JSON, JSONL or Parquet file or folder, or of a dataset on the hub.
+def images_of(content: Content) -> list[str]:
+    """Give the addresses of a message's images."""
+    return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
+
+
+def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
+    """Read a row: OpenAI `messages`, ShareGPT `conversations`, `turns` (MT-Bench), or a `prompt`.
+
+    The source's own answers are not looked at, so an empty one does not matter; nor does an answer at the end.
+
+    Args:
+        row: an object, or the ValueError that tells why there is none.
+        source: first part of the id.
+        number: the id of a row that has none, from 0; None where rows come in no fixed order: a hash of what it says.
 
     Raises:
-        ValueError: there is no such file or dataset, or a line is malformed (named by its number).
+        ValueError: what is wrong with the row, to be put after its place: "is no object", "has no user turn".
     """
-    local = Path(path)
-    if local.suffix in (".jsonl", ".json") and local.is_file():
-        yield from _json_lines(local)
-        return
-    if local.suffix and "/" not in path.strip("./") and not local.exists():
-        raise ValueError(f"{path} does not exist")
-    from datasets import load_dataset
-
-    try:
-        if local.suffix == ".parquet":
-            dataset = load_dataset("parquet", data_files=str(local), split="train")
-        else:
-            dataset = load_dataset(path, split=split, revision=revision)
-    except Exception as error:  # datasets raises many types for one cause: it cannot be had
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path!r} is neither a dataset file or folder here nor a reachable hub id: {reason}"
-        ) from None
-    yield from dataset
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".json":
-        rows = _parse_json(path.read_bytes(), str(path))
-        yield from rows if isinstance(rows, list) else [rows]
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parse_json(line, f"{path} line {number}")
-
-
-def _parse_json(content: bytes, place: str) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{place} is malformed: {error}") from None
-
-
-def _prompt_of(row: Any, number: int, prefix: str, path: str) -> Prompt:
-    """Read one row: OpenAI `messages`, ShareGPT `conversations`, `turns` (MT-Bench) or a plain `prompt`."""
-    place = f"{path} row {number + 1}"
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
-        raise ValueError(f"{place} must be an object, got {type(row).__name__}")
-    original = next(
-        (row[key] for key in ("prompt_id", "uuid", "id", "question_id") if row.get(key) is not None), number
-    )
-    system: str | None = None
-    if isinstance(row.get("messages"), list):
-        turns, system = _user_side(row["messages"], "role", "content", place)
-    elif isinstance(row.get("conversations"), list):
-        turns, system = _user_side(row["conversations"], "from", "value", place)
-    elif isinstance(row.get("turns"), list):
-        turns = list(row["turns"])
-    elif isinstance(row.get("prompt"), str):
-        turns = [row["prompt"]]
-    else:
+        raise ValueError(f"must be an object, got {type(row).__name__}")
+    field = next((name for name in FIELDS if row.get(name) is not None), None)
+    if field is None:
         raise ValueError(
-            f"{place} has the fields {', '.join(map(str, row))}; "
-            "one of messages, conversations, turns or prompt is required"
+            f"has the fields {', '.join(map(str, row)) or '(none)'}; one of {', '.join(FIELDS)} is required"
         )
-    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise ValueError(f"{place} has no user turn or an empty one")
-    return Prompt(id=f"{prefix}/{original}", source=prefix, turns=tuple(turns), system=system)
+    value = row[field]
+    if field == "prompt" and isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"must have a list in {field} that is not empty, got {str(value)[:40]!r}")
+    if field in ("turns", "prompt") and not isinstance(value[0], dict):
+        turns, system = [_content(turn, f"turn {n}") for n, turn in enumerate(value, 1)], None
+    else:
+        turns, system = _user_side(value)
+    system = system or _system(row.get("system"))
+    original = next((row[name] for name in ID_FIELDS if row.get(name) is not None), number)
+    if original is None:
+        original = digest([turns, system])
+    return Prompt(f"{source}/{original}", source, tuple(turns), system)
 
 
-def _user_side(messages: list[Any], role: str, content: str, place: str) -> tuple[list[Any], str | None]:
-    """Give the user turns and the system message of a conversation."""
-    if not all(isinstance(message, dict) and role in message and content in message for message in messages):
-        raise ValueError(f"{place}: every message needs {role!r} and {content!r}")
-    turns = [message[content] for message in messages if message[role] in ("user", "human")]
-    return turns, next((message[content] for message in messages if message[role] == "system"), None)
+def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
+    """Give the user turns and the system message of a conversation, whose roles must be in order."""
+    turns: list[Content] = []
+    system, expected = None, "user"
+    for number, message in enumerate(messages, 1):
+        role = _role(message, number)
+        content = message.get("content", message.get("value"))
+        if role == "system" and number == 1:
+            system = _system(content)
+        elif role == "system":
+            raise ValueError(f"has a system message at message {number}: it may only be the first")
+        elif role != expected:
+            if not turns:
+                raise ValueError("starts with the assistant: the first message must be the user's")
+            raise ValueError(f"has roles out of order: message {number} is the {role}'s, as is the one before")
+        else:
+            if role == "user":
+                turns.append(_content(content, f"message {number}"))
+            expected = "assistant" if role == "user" else "user"
+    if not turns:
+        raise ValueError("has no user turn")
+    return turns, system
+
+
+def _role(message: Any, number: int) -> str:
+    name = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"message {number} must have 'role' and 'content', or 'from' and 'value'")
+    if name in ("tool", "function"):
+        raise ValueError(f"message {number} is of a {name}: tool turns are not supported")
+    if name not in _ROLES:
+        raise ValueError(f"message {number} has the role {name!r}; {', '.join(_ROLES)} are known")
+    return _ROLES[name]
+
+
+def _system(content: Any) -> str | None:
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"must have a text as system message, got {type(content).__name__}")
+    return content if content and content.strip() else None
+
+
+def _content(content: Any, place: str) -> Content:
+    """Check what a user says, and give it as it is, but for the empty fields that Parquet adds to parts."""
+    if content is None:
+        raise ValueError(f"{place} has no content")
+    if isinstance(content, list):
+        content = [_part(part, f"{place} part {number}") for number, part in enumerate(content, 1)]
+    elif not isinstance(content, str):
+        raise ValueError(f"{place} must be a text or a list of content parts, got {type(content).__name__}")
+    if not text_of(content).strip() and not images_of(content):
+        raise ValueError(f"{place} is an empty user turn")
+    return content
+
+
+def _part(part: Any, place: str) -> dict[str, Any]:
+    if isinstance(part, dict):
+        part = {key: value for key, value in part.items() if value is not None}
+        kind, image = part.get("type"), part.get("image_url")
+        if kind == "text" and isinstance(part.get("text"), str) and image is None:
+            return part
+        if kind == "image_url" and isinstance(image, dict) and isinstance(image.get("url"), str) and "text" not in part:
+            return part
+    raise ValueError(
+        f'{place} has a form that is not known: {{"type": "text", "text": ...}} or '
+        f'{{"type": "image_url", "image_url": {{"url": ...}}}} is required, got {str(part)[:60]!r}'
+    )

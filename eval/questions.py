@@ -9,7 +9,7 @@ from typing import Any
 from ..conf.schema import EvaluateConfig
 from ..data_synthesis.chat import Message
 from ..data_synthesis.conversations import read_conversations
-from ..data_synthesis.prompts import load_rows
+from ..data_synthesis.sources import load_rows
 from ..data_synthesis.split import heldout_order, is_heldout
 from ..models.embedded.corpus import questions as embedded_questions
 

@@ -1,0 +1,226 @@
+"""Rows of prompt sources: JSON, JSONL and Parquet files, folders of them, datasets of the hub, the embedded corpus."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..conf.schema import SourceConfig
+from ..models.embedded.corpus import prompts as embedded_prompts
+from .prompts import FIELDS, ID_FIELDS
+
+EMBEDDED = "embedded"
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+_EMBEDDED_PROMPTS = 1000  # where the source has no limit
+_BATCH_ROWS = 1000
+_SHUFFLED_ROWS = 10_000  # that a stream draws from; they are in memory
+_CHUNK = 1 << 20  # characters
+_GAP = re.compile(r"[\s,]*")
+
+Row = tuple[str, Any]  # where it stands ("chats.jsonl line 7"), and what: a value, or a ValueError where it has none
+
+
+def source_name(source: SourceConfig) -> str:
+    """Give the first part of the ids of a source: name/split."""
+    return f"{source.name or Path(source.path).stem}/{source.split}"
+
+
+def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
+    """Read the rows of a source one after the other; none is kept.
+
+    A row that cannot be decoded comes as the ValueError that says why, so that a caller may leave it out. With
+    `streaming` rows come in the order of datasets' own shuffle by `seed`. The embedded corpus depends on `seed` too.
+
+    Raises:
+        ValueError: the source does not exist, cannot be reached, or has no such split.
+    """
+    if source.path == EMBEDDED:
+        yield from _placed(EMBEDDED, embedded_prompts(source.limit or _EMBEDDED_PROMPTS, seed))
+        return
+    files = local_files(source)
+    if not any(file.suffix.startswith(".json") for file in files):
+        yield from _dataset_rows(source, files, seed)
+        return
+    if source.streaming:
+        raise ValueError(
+            f"data.sources {source.path}: streaming must be false for JSON files, which are read a row at a time anyway"
+        )
+    for file in files:
+        yield from _json_lines(file) if file.suffix == ".jsonl" else _placed(str(file), _json_values(file))
+
+
+def load_rows(path: str, split: str = "train", revision: str | None = None) -> Iterator[Any]:
+    """Read the rows of a file, folder or dataset of the hub.
+
+    Raises:
+        ValueError: there is no such thing, or a row cannot be decoded (it is named).
+    """
+    for place, row in read_rows(SourceConfig(path=path, split=split, revision=revision)):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{place} {row}") from None
+        yield row
+
+
+def split_names(path: str) -> list[str]:
+    """Name the splits of a folder or a dataset of the hub; a file is all "train"."""
+    if is_local(path) and Path(path).is_file():
+        return ["train"]
+    from datasets import get_dataset_split_names
+
+    with _reading(path):
+        return list(get_dataset_split_names(path))
+
+
+def is_local(path: str) -> bool:
+    """Say whether a path is on this machine; what looks like a file and is not there is refused."""
+    file = Path(path)
+    if file.exists():
+        return True
+    if file.is_absolute() or path.startswith(".") or file.suffix in SUFFIXES:
+        raise ValueError(f"{path} does not exist")
+    return False
+
+
+def local_files(source: SourceConfig) -> list[Path]:
+    """Give the files of a source on this machine, in the order in which they are read; none of one on the hub."""
+    if not is_local(source.path):
+        return []
+    path = Path(source.path)
+    if source.revision or (source.subset and path.is_file()):
+        option = "revision" if source.revision else "subset"
+        raise ValueError(f"data.sources {path}: {option} must be null for what is on this machine, which has none")
+    files = [path] if path.is_file() else _split_files(source)
+    kinds = {file.suffix for file in files}
+    if not kinds <= set(SUFFIXES) or len(kinds) > 1:
+        raise ValueError(
+            f"{path} must be of {', '.join(SUFFIXES)}, one kind in a folder, got {', '.join(sorted(kinds))}"
+        )
+    return files
+
+
+def _split_files(source: SourceConfig) -> list[Path]:
+    """Let `datasets` tell which files of a folder are of a split, by its README.md or by their names."""
+    from datasets import load_dataset_builder
+
+    with _reading(source.path):
+        found = load_dataset_builder(source.path, source.subset).config.data_files or {}
+    splits = {str(name): [Path(file) for file in files] for name, files in found.items()}
+    if source.split not in splits:
+        raise ValueError(f"{source.path} has no split {source.split!r}; it has {', '.join(splits) or 'none'}")
+    folder = Path(source.path).resolve()
+    if not (folder / "README.md").is_file():
+        there = {file for file in folder.rglob("*") if file.suffix in SUFFIXES}
+        left = sorted(there - {file.resolve() for files in splits.values() for file in files})
+        if left:
+            raise ValueError(
+                f"{left[0]} is of none of the splits that the names of the files tell ({', '.join(splits)}): "
+                "put it into another folder, or give the files as sources of their own"
+            )
+    return splits[source.split]
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn what `datasets` raises into one sentence."""
+    try:
+        yield
+    except Exception as error:  # it raises many types for one cause: the data cannot be had
+        reason = " ".join(str(error).split())[:200]
+        what = "cannot be read" if Path(path).exists() else "is not here and not a dataset of the hub that can be had"
+        raise ValueError(f"{path} {what}: {reason}") from None
+
+
+def _dataset_rows(source: SourceConfig, files: list[Path], seed: int) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    with _reading(source.path):
+        if files:
+            names = [str(file) for file in files]
+            dataset = load_dataset("parquet", data_files=names, split="train", streaming=True)
+        else:
+            dataset = load_dataset(
+                source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+            )
+        columns = dataset.column_names or []
+        if any(name in FIELDS for name in columns):
+            dataset = dataset.select_columns([name for name in columns if name in (*FIELDS, *ID_FIELDS, "system")])
+        if source.streaming:
+            rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS))
+        else:
+            rows = (row for table in dataset.with_format("arrow").iter(_BATCH_ROWS) for row in _table_rows(table))
+        yield from _placed(source.path, rows)
+
+
+def _table_rows(table: Any) -> Iterator[Any]:
+    try:
+        yield from table.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(table) == 1:
+            yield ValueError(f"is not valid UTF-8: {error}")
+        else:
+            for number in range(len(table)):
+                yield from _table_rows(table.slice(number, 1))
+
+
+def _placed(path: str, rows: Iterable[Any]) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", row
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path} line {number}", _parse(line)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return ValueError(f"is not valid UTF-8: {error}")
+    except ValueError as error:
+        return ValueError(f"is malformed JSON: {error}")
+
+
+def _json_values(path: Path) -> Iterator[Any]:
+    """Read the items of a JSON list, or the one object or several that a file holds, a chunk at a time."""
+    decode = json.JSONDecoder().raw_decode
+    with open(path, encoding="utf-8-sig") as file:
+        text = _chunk(file, _CHUNK).lstrip()
+        in_list = text.startswith("[")
+        at, number = int(in_list), 0
+        while True:
+            at = _end_of_gap(text, at)
+            if in_list and text.startswith("]", at):
+                return
+            try:
+                value, at = decode(text, at)
+            except json.JSONDecodeError as error:
+                more = _chunk(file, max(_CHUNK, len(text) - at))
+                if not more and at == len(text) and not in_list:
+                    return
+                if not more:
+                    raise ValueError(f"{path} is malformed JSON after item {number}: {error.msg}") from None
+                text, at = text[at:] + more, 0
+                continue
+            number += 1
+            yield value
+
+
+def _end_of_gap(text: str, at: int) -> int:
+    gap = _GAP.match(text, at)
+    assert gap is not None
+    return gap.end()
+
+
+def _chunk(file: TextIO, size: int) -> str:
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not valid UTF-8: {error}") from None
