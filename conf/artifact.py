@@ -69,8 +69,8 @@ def _read_digest(file: Any) -> str:
     return state.hexdigest()
 
 
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """Read the manifest of a complete artifact.
+def read_manifest(folder: Path, kind: str, unfinished: bool = False) -> dict[str, Any]:
+    """Read the manifest of an artifact that is complete, or may be `unfinished`.
 
     Raises:
         ValueError: the folder is missing, holds something else, or is not finished.
@@ -81,7 +81,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     manifest = _load_manifest(path)
     if manifest.get("kind") != kind:
         raise ValueError(f"{folder} holds {manifest.get('kind')}, {kind} is required")
-    if not manifest.get("complete"):
+    if not manifest.get("complete") and not unfinished:
         raise ValueError(f"{folder} is not complete: run `fledge {_maker(kind)}` again, it goes on where it stopped")
     return manifest
 

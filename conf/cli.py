@@ -21,6 +21,7 @@ from .schema import Config, validate
 # command -> (module and function that run it, what it does)
 COMMANDS = {
     "synthesize": ("fledge.data_synthesis.synthesize:synthesize", "the verifier answers every prompt"),
+    "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
     "dump": ("fledge.data_synthesis.dump:dump", "record the verifier's hidden states on those conversations"),
     "train": ("fledge.train.loop:train", "train the draft head on the hidden states"),
     "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
@@ -52,6 +53,7 @@ commands:
   fledge train experiment=llama31_8b name=first train.lr=5e-5
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
   srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
+  fledge preview experiment=llama31_8b name=first preview.id=ID        one conversation, as it is trained on
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 

@@ -12,14 +12,16 @@ from typing import Any
 Check = Callable[[dict[str, Any]], "str | None"]  # says what is wrong with a record, or None
 
 
-def read_journal(path: Path, check: Check | None = None) -> Iterator[dict[str, Any]]:
-    """Read the records of a journal.
+def read_journal(path: Path, check: Check | None = None, unfinished: bool = False) -> Iterator[dict[str, Any]]:
+    """Read the records of a journal; of an `unfinished` one, up to a last line that is still being written.
 
     Raises:
         ValueError: a line is malformed, named by file and number.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if unfinished and not line.endswith(b"\n"):
+                return
             yield _parse(path, number, line, check)
 
 

@@ -1,15 +1,24 @@
-"""From a conversation to tokens and a loss mask, by the verifier's own chat template."""
+"""From a conversation to tokens, and to those of them that the verifier wrote, by its own chat template."""
 
 from __future__ import annotations
 
+import re
 from collections import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content: a text, or OpenAI content parts; an answer's reasoning_content beside
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class NoExactSpanError(ValueError):
+    """What the verifier wrote cannot be told exactly in a conversation's tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,75 +61,180 @@ def join_turns(turns: Iterable[Turn]) -> list[Sequence]:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[int]:
-    """Give the tokens the verifier reads before it answers `messages`."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    """Give the tokens the verifier reads before it answers `messages`; its earlier reasoning it does not read."""
+    return _render(tokenizer, _without_reasoning(messages), add_generation_prompt=True)
 
 
-def conversation_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], end_token_ids: abc.Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Give the tokens of a conversation and their loss mask: 1 where the verifier produced the token.
+def template_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: abc.Sequence[Message],
+    end_token_ids: abc.Collection[int],
+    finish_reasons: abc.Sequence[str] = (),
+) -> list[Turn]:
+    """Give the turns of a conversation whose tokens were not recorded.
 
-    The end-of-turn token is the verifier's; what a template writes after it is not. A worked line, with the
-    prompt `u v` and the answer `A B`:
+    An answer is what the rendering that ends with it adds to what the verifier read before it, up to its end-of-turn
+    token; what a template writes after that is not the verifier's. Where the rendering does not begin with what the
+    verifier read (the generation prompt opens the reasoning, the rendering leaves it out), the template's
+    `{% generation %}` marks decide, and the prompt is what stands before the mark.
 
-        token      u  v  A  B  <eot>
-        loss_mask  0  0  1  1  1
+    Args:
+        finish_reasons: of the answers; one that was cut ("length") has no end-of-turn token.
 
     Raises:
-        ValueError: the template writes earlier turns differently once later ones follow, so that what the
-            verifier produced cannot be told exactly.
+        NoExactSpanError: what the verifier wrote cannot be told; names the answer and where the tokens part.
     """
-    tokens = _render(tokenizer, messages)
-    mask = [0] * len(tokens)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-        answered = _render(tokenizer, messages[: turn + 1])
-        if tokens[: len(prompt)] != prompt or tokens[: len(answered)] != answered:
-            raise ValueError(
-                f"the chat template does not repeat turn {turn + 1} ({message['content'][:40]!r}) as it was when the "
-                "verifier answered it: no exact loss mask exists"
-            )
-        end = len(answered)
-        ends = [i for i in range(len(prompt), end) if tokens[i] in end_token_ids]
-        if ends:
-            end = ends[-1] + 1
-        mask[len(prompt) : end] = [1] * (end - len(prompt))
-    return tokens, mask
+    turns: list[Turn] = []
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            cut = "length" in finish_reasons[len(turns) : len(turns) + 1]
+            try:
+                turns.append(_turn(tokenizer, messages[:place], message, end_token_ids, cut))
+            except NoExactSpanError as error:
+                raise NoExactSpanError(
+                    f"answer {len(turns) + 1} ({message['content'][:40]!r}) has no exact loss mask: {error}"
+                ) from None
+    return turns
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: abc.Sequence[int]) -> None:
-    """Refuse a template that cannot give exact loss masks, before anything is generated with it."""
+def _turn(
+    tokenizer: PreTrainedTokenizerBase,
+    history: abc.Sequence[Message],
+    message: Message,
+    end_token_ids: abc.Collection[int],
+    cut: bool,
+) -> Turn:
+    said = (message.get("reasoning_content") or "") + message["content"]
+    if not set(end_token_ids).isdisjoint(tokenizer.encode(said, add_special_tokens=False)):
+        raise NoExactSpanError("it holds the end-of-turn marker as text, which becomes a token")
+    if cut and not message["content"]:
+        raise NoExactSpanError("it was cut within its reasoning, which the template closes")
+    prompt = prompt_tokens(tokenizer, history)
+    answered = [*_without_reasoning(history), message]
+    tokens = _render(tokenizer, answered)
+    if tokens[: len(prompt)] != prompt:
+        if _MARKS.search(tokenizer.get_chat_template()):
+            return _marked_turn(tokenizer, answered, tokens, end_token_ids, cut)
+        raise NoExactSpanError(_parting(tokenizer, prompt, tokens))
+    answer = tokens[len(prompt) :]
+    end = _first_end(answer, end_token_ids)
+    if end == len(answer):
+        raise NoExactSpanError(f"the template writes none of the end-of-turn tokens {sorted(end_token_ids)} after it")
+    return Turn(prompt, answer[: end if cut else end + 1])
+
+
+def _marked_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tokens: list[int],
+    end_token_ids: abc.Collection[int],
+    cut: bool,
+) -> Turn:
+    """Give the turn that the last mark of a conversation's rendering holds, with the end-of-turn token behind it."""
+    render: Any = render_jinja_template  # it is annotated as giving a text
+    rendered, marks = render(
+        [messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    text, (first, last) = rendered[0], (marks[0] or [(0, 0)])[-1]
+    if messages[-1]["content"].strip() not in text[first:last]:
+        raise NoExactSpanError("the template's generation marks do not hold it")
+    before, through = (tokenizer.encode(text[:border], add_special_tokens=False) for border in (first, last))
+    for part in (before, through):
+        if tokens[: len(part)] != part:
+            raise NoExactSpanError(_parting(tokenizer, part, tokens))
+    answer = tokens[len(before) :]
+    end = min(_first_end(answer, end_token_ids), len(through) - len(before))
+    closing = [] if cut else [token for token in answer[end : end + 1] if token in end_token_ids]
+    return Turn(before, answer[:end] + closing)
+
+
+def _first_end(tokens: list[int], end_token_ids: abc.Collection[int]) -> int:
+    return next((place for place, token in enumerate(tokens) if token in end_token_ids), len(tokens))
+
+
+def _parting(tokenizer: PreTrainedTokenizerBase, read: list[int], rendered: list[int]) -> str:
+    """Say where what the verifier read and what a rendering makes of it part."""
+    common = next((i for i, pair in enumerate(zip(read, rendered, strict=False)) if pair[0] != pair[1]), len(rendered))
+    near = slice(max(0, common - 2), common + 4)
+    was, became = (str(tokenizer.decode(tokens[near])) for tokens in (read, rendered))
+    return f"the verifier read {was!r} where the chat template, once it has answered, writes {became!r}"
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: abc.Collection[int]) -> None:
+    """Refuse a template that gives no exact loss mask, for conversations without reasoning nor for those with it."""
     words = ("Name a colour.", "Blue.", "And a fruit?", "An apple.")
-    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(words)]
-    conversation_tokens(tokenizer, messages, end_token_ids)
+    plain = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(words)]
+    thinking = [m | {"reasoning_content": "Easy."} if m["role"] == "assistant" else m for m in plain]
+    try:
+        template_turns(tokenizer, plain, end_token_ids)
+    except NoExactSpanError as error:
+        try:
+            template_turns(tokenizer, thinking, end_token_ids)
+        except NoExactSpanError:
+            raise ValueError(
+                f"verifier.path has a chat template that does not tell what the verifier wrote: {error}; record the "
+                "tokens that a server gives, or mark the answers in the template with {% generation %}"
+            ) from None
+
+
+def _without_reasoning(messages: abc.Sequence[Message]) -> list[Message]:
+    return [{name: value for name, value in m.items() if name != "reasoning_content"} for m in messages]
 
 
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
 ) -> list[int]:
-    rendered: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
-    )
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    except (TemplateError, TypeError) as error:  # its own refusal, or content parts where it wants a text
+        raise NoExactSpanError(f"the chat template refuses the conversation ({error})") from None
     return list(rendered)
 
 
 def check_messages(messages: Any) -> str | None:
     """Say what is wrong with a finished conversation's messages, or None.
 
-    Required: an optional system message, then user and assistant in turn, ending with an answer; no empty text.
+    Required: an optional system message, then user and assistant in turn, ending with an answer; no empty one. A user's
+    content may be content parts; an answer may have `reasoning_content` beside, or instead where it was cut in it.
     """
     if not isinstance(messages, list) or not messages:
         return "messages must be a list that is not empty"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            return 'every message must be {"role": ..., "content": text}'
+    if not all(isinstance(message, dict) and "role" in message and "content" in message for message in messages):
+        return 'every message must be {"role": ..., "content": ...}'
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        return f"roles must be user and assistant in turn, got {', '.join(map(str, roles))}"
-    if any(not message["content"] for message in messages if message["role"] == "user"):
-        return "a user message is empty"
+        shown = ", ".join(map(str, roles[:6])) + (", ..." if len(roles) > 6 else "")
+        return f"roles must be user and assistant in turn, ending with the assistant's, got {shown}"
+    for number, message in enumerate(messages, 1):
+        if problem := _content_problem(message):
+            return f"message {number} ({message['role']}) {problem}"
     return None
+
+
+def _content_problem(message: Message) -> str | None:
+    content, reasoning = message["content"], message.get("reasoning_content")
+    if message["role"] == "user" and isinstance(content, list):
+        return None if content and all(map(_is_part, content)) else "must be text or a list of content parts"
+    if not isinstance(content, str):
+        return f"must be text, got {type(content).__name__}"
+    if reasoning is not None and (message["role"] != "assistant" or not isinstance(reasoning, str)):
+        return "has reasoning_content, which must be an answer's and text"
+    return "is empty" if not content and not reasoning and message["role"] != "system" else None
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return isinstance(part.get("text"), str) if part["type"] == "text" else True
+
+
+def has_images(messages: Iterable[Message]) -> bool:
+    """Say whether a message has content parts other than text."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return any(part["type"] != "text" for content in contents for part in content)

@@ -40,7 +40,6 @@ class Failure:
 
 CONTEXT_FULL = Failure("the prompt fills the verifier's context", final=True)
 EMPTY_ANSWER = Failure("the verifier answered nothing")
-CUT_IN_REASONING = Failure("synthesize.max_tokens ended before the answer began")
 
 
 class Conversation:
@@ -67,11 +66,11 @@ class Conversation:
         return bool(self.answers) and self.answers[-1].finish_reason == "length"
 
     def add(self, answer: Answer) -> None:
-        """Take the answer to `question`; one without text ends the conversation before that turn."""
-        if answer.text:
+        """Take the answer to `question`; an empty one ends the conversation before that turn."""
+        if answer.text or (answer.reasoning and answer.finish_reason == "length"):
             self.answers.append(answer)
         else:
-            self.end(CUT_IN_REASONING if answer.finish_reason == "length" else EMPTY_ANSWER)
+            self.end(EMPTY_ANSWER)
 
     def end(self, failure: Failure) -> None:
         """Leave the turns that follow unanswered."""

@@ -14,19 +14,13 @@ from ..conf.artifact import Artifact, artifact, commit, read_manifest, sync
 from ..conf.progress import Progress
 from ..conf.schema import Config, HiddenStates
 from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import (
-    Verifier,
-    check_identity,
-    load_config,
-    load_end_token_ids,
-    load_tokenizer,
-    special_token_ids,
-)
+from ..models.verifier import Verifier, check_identity, load_config, special_token_ids
 from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
-from .chat import conversation_tokens
+from .chat import NoExactSpanError, Sequence, has_images
 from .conversations import FILE, content_digest, read_conversations
 from .record import record
-from .split import is_heldout
+from .sequences import SequenceReader, leading_answers, num_whole_answers
+from .split import is_heldout, sequence_id
 from .store import COUNTS_FILE, VOCABULARY_FILE, Sample, shard_name, write_shard
 
 _STATES = ("verifier_dtype", "aux_layers")  # settings that only a store with states has
@@ -51,6 +45,7 @@ def dump(config: Config) -> None:
         "heldout_share": source["settings"]["heldout_share"],
         "aux_layers": list(head.aux_layers),
         "max_length": config.dump.max_length,
+        "keep_truncated": config.dump.keep_truncated,
         "shard_tokens": config.dump.shard_tokens,
     }
     folder, note = config.hidden_states_folder, ""
@@ -79,13 +74,9 @@ def _store_with_states(folder: Path, tokens_only: dict[str, Any]) -> dict[str, A
 
 
 def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
-    samples, left_out = _tokenise(config)
+    samples, counts = _tokenise(config)
     if not samples:
-        raise ValueError(
-            f"no conversation in {config.conversations_folder} can be used: {left_out['truncated']} have a truncated "
-            f"answer, {left_out['too_long']} are longer than dump.max_length={config.dump.max_length}, "
-            f"{left_out['template']} have no exact loss mask"
-        )
+        raise ValueError(f"no conversation in {config.conversations_folder} can be used: {_left_out(config, counts)}")
     plan = list(_plan_shards(samples, config.dump.shard_tokens))
     written = {entry["file"]: entry for entry in target.manifest.get("shards", []) if _is_there(target.folder, entry)}
     _announce_cost(config, target, samples, sum(entry["bytes"] for entry in written.values()))
@@ -107,39 +98,60 @@ def _dump_shards(config: Config, target: Artifact, always: list[int]) -> None:
     _write_token_counts(samples, target)
     _write_vocabulary(config, target, always)
     totals = {key: sum(entry[key] for entry in shards) for key in ("samples", "tokens", "counted_tokens", "bytes")}
-    target.finish(shards=shards, counts={**totals, **left_out})
+    target.finish(shards=shards, counts={**totals, **counts})
     print(
-        f"hidden states: {totals['samples']} samples, {totals['tokens']} tokens, {totals['bytes'] / 2**30:.2f} GiB in "
-        f"{target.folder}; left out: {left_out['truncated']} with a truncated answer, {left_out['too_long']} too long, "
-        f"{left_out['template']} without an exact loss mask"
+        f"hidden states: {counts['conversations']} conversations in {totals['samples']} sequences, {totals['tokens']} "
+        f"tokens, {totals['bytes'] / 2**30:.2f} GiB in {target.folder}; left out: {_left_out(config, counts)}"
+    )
+
+
+def _left_out(config: Config, counts: dict[str, int]) -> str:
+    images = f", {counts['images']} conversations with images, which cannot be dumped yet" if counts["images"] else ""
+    return (
+        f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
+        f"{counts['too_long']} sequences longer than dump.max_length={config.dump.max_length}, "
+        f"{counts['template']} conversations without an exact loss mask{images}"
     )
 
 
 def _tokenise(config: Config) -> tuple[list[Sample], dict[str, int]]:
-    """Give the usable conversations, ordered by id (the journal's order is that of completion), and those left out."""
-    tokenizer = load_tokenizer(config.verifier)
-    ends = load_end_token_ids(config.verifier, tokenizer)
-    samples, left_out = [], {"truncated": 0, "too_long": 0, "template": 0}
+    """Give the usable sequences, ordered by id (the journal's order is that of completion), and the counts of all."""
+    reader = SequenceReader(config.verifier)
+    samples: list[Sample] = []
+    counts = dict.fromkeys(("conversations", "truncated_answers", "truncated", "too_long", "template", "images"), 0)
     for conversation in read_conversations(config.conversations_folder):
-        if "length" in conversation["finish_reasons"]:
-            left_out["truncated"] += 1
+        if has_images(conversation["messages"]):
+            counts["images"] += 1
             continue
         try:
-            tokens, mask = conversation_tokens(tokenizer, conversation["messages"], ends)
-        except ValueError:  # an answer that merges with the template around it; the template itself was checked
-            left_out["template"] += 1
+            sequences = reader.read(conversation)
+        except NoExactSpanError as error:
+            if not counts["template"]:
+                print(f"dump: {conversation['id']} is left out: {error}")
+            counts["template"] += 1
             continue
-        if len(tokens) > config.dump.max_length:
-            left_out["too_long"] += 1
-            continue
-        ids, loss_mask = torch.tensor(tokens, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)
-        samples.append(Sample(conversation["id"], ids, loss_mask))
+        reasons = conversation["finish_reasons"]
+        whole = len(reasons) if config.dump.keep_truncated else num_whole_answers(reasons)
+        sequences = leading_answers(sequences, whole)
+        counts["truncated_answers"] += len(reasons) - whole
+        counts["truncated"] += not sequences
+        fitting = [n for n, sequence in enumerate(sequences) if len(sequence.token_ids) <= config.dump.max_length]
+        counts["too_long"] += len(sequences) - len(fitting)
+        counts["conversations"] += bool(fitting)
+        samples += [_sample(sequence_id(conversation["id"], n), sequences[n]) for n in fitting]
     recorded = read_manifest(config.conversations_folder, "conversations")["content"]
     if recorded != content_digest(config.conversations_folder):
         raise ValueError(
             f"{config.conversations_folder / FILE} was changed after it was finished: run `fledge synthesize` again"
         )
-    return sorted(samples, key=lambda sample: sample.id), left_out
+    return sorted(samples, key=lambda sample: sample.id), counts
+
+
+def _sample(name: str, sequence: Sequence) -> Sample:
+    loss_mask = torch.zeros(len(sequence.token_ids), dtype=torch.uint8)
+    for start, end in sequence.answers:
+        loss_mask[start:end] = 1
+    return Sample(name, torch.tensor(sequence.token_ids, dtype=torch.int32), loss_mask)
 
 
 def _is_there(folder: Path, entry: dict[str, Any]) -> bool:

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..conf.schema import Config
-from ..models.verifier import load_config, load_tokenizer
-from .chat import Message, prompt_tokens
+from ..models.verifier import load_config, load_end_token_ids, load_tokenizer
+from .chat import Message, check_template, prompt_tokens
 from .conversations import Answer
 from .endpoints import Endpoint, RequestError
 
@@ -47,7 +47,8 @@ class Handshake:
     def __init__(self, config: Config) -> None:
         self._config, self._options = config, config.synthesize
         self._positions = load_config(config.verifier).max_position_embeddings
-        self._probe_tokens = prompt_tokens(load_tokenizer(config.verifier), _PROBE)
+        self._tokenizer = load_tokenizer(config.verifier)
+        self._probe_tokens = prompt_tokens(self._tokenizer, _PROBE)
 
     async def open(self, endpoint: Endpoint) -> None:
         """Make sure that an endpoint serves the verifier, learn what it takes, and put it into service.
@@ -64,6 +65,8 @@ class Handshake:
                 raise ValueError(refusal(endpoint, trouble)) from None
             raise
         self._compare_tokens(endpoint, answer)
+        if answer.turn is None:  # then the template must tell what the verifier wrote
+            check_template(self._tokenizer, load_end_token_ids(self._config.verifier, self._tokenizer))
         endpoint.revive()
 
     def _find_model(self, endpoint: Endpoint, served: list[dict[str, Any]]) -> None:

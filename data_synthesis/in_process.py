@@ -14,7 +14,7 @@ from ..conf.artifact import digest
 from ..conf.schema import Config, SynthesizeConfig
 from ..conf.signals import StopSignals
 from ..models.verifier import Verifier
-from .chat import Turn, check_template, prompt_tokens
+from .chat import Turn, prompt_tokens
 from .conversations import CONTEXT_FULL, Answer, Conversation
 from .outcomes import Outcomes
 from .prompts import Prompt
@@ -34,7 +34,6 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, s
         return
     _refuse_images(everything)
     verifier = Verifier.load(config.verifier, config.draft.aux_layers)
-    check_template(verifier.tokenizer, verifier.end_token_ids)
     for heldout in (True, False):
         split = [prompt for prompt in everything if is_heldout(prompt.id, config.data.heldout_share) == heldout]
         split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))

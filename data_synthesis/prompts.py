@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from ..conf.artifact import digest
-from ..conf.schema import DataConfig
 
 Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
 
@@ -30,20 +28,6 @@ class Prompt:
     source: str
     turns: tuple[Content, ...]
     system: str | None = None
-
-
-def load_prompts(config: DataConfig) -> list[Prompt]:
-    """Read the prompts of every source into memory, unfiltered: `prepare.prepare_prompts` is to be used instead."""
-    from .sources import read_rows, source_name
-
-    prompts = [
-        prompt_of(row, source_name(source), number)
-        for source in config.sources
-        for number, (_, row) in enumerate(islice(read_rows(source, config.seed), source.limit))
-    ]
-    if not prompts:
-        raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    return prompts
 
 
 def text_of(content: Content) -> str:

@@ -14,6 +14,7 @@ from ..conf.journal import Journal, read_journal
 from ..conf.progress import Progress
 from ..conf.schema import Config, EvaluateConfig
 from ..data_synthesis.chat import prompt_tokens
+from ..data_synthesis.split import conversation_id
 from ..models.draft_head import DraftHead, initialise
 from ..models.formats import HELDOUT_WALKS, WEIGHTS, head_folder, load_head
 from ..models.verifier import Verifier, VerifierWeights, check_identity
@@ -79,7 +80,7 @@ def _told_in_training(source: Path, ids: list[str], options: EvaluateConfig) -> 
         if options.temperature
         else ("walked_acceptance_length", "accepted", "rounds")
     )
-    known = [walks[sample_id] for sample_id in ids if sample_id in walks]
+    known = [walked for sample_id, walked in walks.items() if conversation_id(sample_id) in ids]
     number = sum(walked.get(of, 0) for walked in known)
     return {name: 1 + sum(walked[gained] for walked in known) / number if number else None}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.schema import EvaluateConfig
-from ..data_synthesis.chat import Message
+from ..data_synthesis.chat import Message, has_images
 from ..data_synthesis.conversations import read_conversations
+from ..data_synthesis.sequences import num_whole_answers
 from ..data_synthesis.sources import load_rows
 from ..data_synthesis.split import heldout_order, is_heldout
 from ..models.embedded.corpus import questions as embedded_questions
@@ -77,7 +78,9 @@ def load_questions(options: EvaluateConfig) -> list[Question]:
 
 
 def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Question]:
-    """Load held-out conversations that the verifier ended by itself, as questions with its recorded answers.
+    """Load held-out conversations, up to the last answer that the verifier ended by itself, as questions with answers.
+
+    Those with images are left out, as they are in training.
 
     Args:
         folder: of the conversations.
@@ -87,7 +90,9 @@ def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Que
     records = [
         record
         for record in read_conversations(folder)
-        if is_heldout(record["id"], settings["heldout_share"]) and "length" not in record["finish_reasons"]
+        if is_heldout(record["id"], settings["heldout_share"])
+        and num_whole_answers(record["finish_reasons"])
+        and not has_images(record["messages"])
     ]
     records.sort(key=lambda record: heldout_order(record["id"]))
     return [_with_answers(record, settings["synthesize"]["max_tokens"]) for record in records[:limit]]
@@ -98,5 +103,6 @@ def _with_answers(record: dict[str, Any], max_tokens: int) -> Question:
         role: tuple(message["content"] for message in record["messages"] if message["role"] == role)
         for role in ("user", "assistant", "system")
     }
+    whole = num_whole_answers(record["finish_reasons"])
     system = said["system"][0] if said["system"] else None
-    return Question(record["id"], HELDOUT, said["user"], system, said["assistant"], max_tokens)
+    return Question(record["id"], HELDOUT, said["user"][:whole], system, said["assistant"][:whole], max_tokens)

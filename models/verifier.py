@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..conf.artifact import differences, digest
 from ..conf.schema import Device, VerifierConfig
 from .embedded.verifier import embedded_verifier
+
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
 
 
 def verifier_location(config: VerifierConfig) -> str:
@@ -73,11 +76,39 @@ def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(verifier_location(config), revision=config.revision)
     except (OSError, KeyError) as error:
         raise _not_loadable(config, error) from None
-    if not tokenizer.chat_template:
+    tokenizer.chat_template = _chat_template(config, tokenizer.chat_template)
+    return tokenizer
+
+
+def _chat_template(config: VerifierConfig, given: str | dict[str, str] | None) -> str:
+    """Give the one template that every user of the tokenizer sees, `verifier.chat_template_kwargs` set in it."""
+    if not given:
         raise ValueError(
             f"verifier.path {config.path} has a tokenizer without a chat template: fledge needs a chat model"
         )
-    return tokenizer
+    if isinstance(given, dict) and "default" not in given:
+        raise ValueError(
+            f"verifier.path {config.path} has the chat templates {', '.join(sorted(given))} and none named default: "
+            "save its tokenizer with the one that it is served with"
+        )
+    template = given["default"] if isinstance(given, dict) else given
+    return "".join(_assignment(name, value) for name, value in config.chat_template_kwargs.items()) + template
+
+
+def _assignment(name: Any, value: Any) -> str:
+    """Write a template's variable in its own language; the line adds nothing to what is rendered.
+
+    (Transformers render with `trim_blocks`, so the line break goes with the block, and the template still begins a
+    line. Python's literals of what JSON can say are Jinja's too.)
+    """
+    option = "verifier.chat_template_kwargs"
+    if not str(name).isidentifier() or keyword.iskeyword(str(name)) or str(name) in _RESERVED:
+        raise ValueError(f"{option} must name variables of the chat template, got {name!r}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option}.{name} must be what JSON can say, got {value!r} ({error})") from None
+    return f"{{% set {name} = {value!r} %}}\n"
 
 
 def _not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
@@ -352,6 +383,13 @@ def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "num_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
+        **tokenizer_identity(tokenizer),
+    }
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Describe the part of a verifier's identity that its tokenizer is."""
+    return {
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "chat_template": digest(tokenizer.chat_template),
     }

@@ -1,0 +1,123 @@
+"""The preview command: one conversation in its tokens, those that the verifier wrote coloured."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..conf.artifact import differences, read_manifest
+from ..conf.journal import read_journal
+from ..conf.schema import Config, VerifierConfig
+from ..models.verifier import tokenizer_identity
+from .chat import Sequence, check_messages
+from .conversations import FILE
+from .sequences import SequenceReader, has_recorded_tokens, leading_answers, num_whole_answers
+from .split import is_heldout
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal might obey
+
+
+def preview(config: Config) -> None:
+    """Print the conversation preview.id of runs/<name>/conversations/, or the first; more may still be written."""
+    folder = config.conversations_folder
+    settings = read_manifest(folder, "conversations", unfinished=True)["settings"]
+    record = find_conversation(folder / FILE, config.preview.id)
+    reader = SequenceReader(config.verifier)
+    _check_tokenizer(folder, settings["verifier"], config.verifier, reader.tokenizer)
+    sequences = reader.read(record)
+    num_whole = num_whole_answers(record["finish_reasons"])
+    for name, value in _facts(record, is_heldout(record["id"], settings["heldout_share"])).items():
+        print(f"{name:<12} {printable(value)}")
+    mark = _coloured if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else _bracketed
+    for number, sequence in enumerate(sequences, 1):
+        print(f"\nsequence {number} of {len(sequences)}: {_sizes([sequence])}\n")
+        print(marked_text(reader.tokenizer, sequence, mark))
+    print(f"\n{len(sequences)} sequences, {_sizes(sequences)}")
+    if num_whole < len(record["finish_reasons"]) and not config.dump.keep_truncated:
+        print(f"trained on without the truncated answer: {_sizes(leading_answers(sequences, num_whole))}")
+
+
+def find_conversation(path: Path, wanted: str | None) -> dict[str, Any]:
+    """Find a conversation by its id, the first for None.
+
+    Raises:
+        ValueError: it is not there, or a line before it is malformed.
+    """
+    records = read_journal(path, _check, unfinished=True) if path.is_file() else iter(())
+    found = next((record for record in records if wanted in (None, record["id"])), None)
+    if found:
+        return found
+    if wanted is None:
+        raise ValueError(f"{path} holds no conversation yet: wait until `fledge synthesize` has written one")
+    raise ValueError(f"preview.id: {path} holds no conversation {wanted!r}: without preview.id the first is shown")
+
+
+def _check(record: dict[str, Any]) -> str | None:
+    if not isinstance(record.get("finish_reasons"), list) or not isinstance(record.get("usage"), dict):
+        return "finish_reasons must be a list and usage an object"
+    return check_messages(record.get("messages"))
+
+
+def _check_tokenizer(
+    folder: Path, recorded: dict[str, Any], config: VerifierConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    own = tokenizer_identity(tokenizer)
+    changes = differences({name: recorded[name] for name in own}, own)
+    if changes:
+        raise ValueError(
+            f"{folder} was made with another tokenizer or chat template than that of verifier.path={config.path} "
+            f"({'; '.join(changes)}): set the verifier it was made with"
+        )
+
+
+def _facts(record: dict[str, Any], heldout: bool) -> dict[str, str]:
+    usage = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in record["usage"].items())
+    return {
+        "conversation": record["id"],
+        "source": record["source"],
+        "answers": ", ".join(record["finish_reasons"]),
+        "usage": usage,
+        **({"temperature": str(record["temperature"])} if "temperature" in record else {}),
+        "split": "held out" if heldout else "training",
+        "tokens from": "the backend" if has_recorded_tokens(record) else "the chat template",
+    }
+
+
+def _sizes(sequences: Iterable[Sequence]) -> str:
+    listed = list(sequences)
+    tokens = sum(len(sequence.token_ids) for sequence in listed)
+    counted = sum(end - start for sequence in listed for start, end in sequence.answers)
+    return f"{tokens} tokens, {counted} of them written by the verifier"
+
+
+def marked_text(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, mark: Callable[[str], str]) -> str:
+    """Decode a sequence with its answers marked; each run of tokens as one, so that no character is torn."""
+    text, place = "", 0
+    for start, end in sequence.answers:
+        text += _decoded(tokenizer, sequence.token_ids[place:start])
+        text += mark(_decoded(tokenizer, sequence.token_ids[start:end]))
+        place = end
+    return text + _decoded(tokenizer, sequence.token_ids[place:])
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return printable(str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)))
+
+
+def printable(text: str) -> str:
+    """Write control characters as escapes, so that a terminal shows a text instead of obeying it."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _coloured(text: str) -> str:
+    return f"\x1b[32m{text}\x1b[0m"
+
+
+def _bracketed(text: str) -> str:
+    return f"⟦{text}⟧"

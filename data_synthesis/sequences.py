@@ -1,0 +1,84 @@
+"""The training sequences of a conversation: those its record brings, or those its chat template gives."""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import Any
+
+from ..conf.schema import VerifierConfig
+from ..models.verifier import load_config, load_end_token_ids, load_tokenizer
+from .chat import Sequence, check_template, join_turns, template_turns
+
+
+class SequenceReader:
+    """Gives conversations in the tokens of one verifier."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        self.tokenizer = load_tokenizer(config)
+        self._end_token_ids = load_end_token_ids(config, self.tokenizer)
+        self._vocab_size = load_config(config).vocab_size
+        self._template_checked = False
+
+    def read(self, record: dict[str, Any]) -> list[Sequence]:
+        """Give a conversation's sequences, every answer in exactly one of them, in order.
+
+        Raises:
+            NoExactSpanError: it has no recorded tokens, and the template does not tell what the verifier wrote.
+            ValueError: its recorded tokens are malformed, or the template as a whole gives no exact spans.
+        """
+        num_answers = sum(message["role"] == "assistant" for message in record["messages"])
+        if has_recorded_tokens(record):
+            problem = sequences_problem(record["sequences"], num_answers, self._vocab_size)
+            if problem:
+                raise ValueError(f"conversation {record['id']}: {problem}; delete its line and run the stage again")
+            return [
+                Sequence(s["token_ids"], [(start, end) for start, end in s["answers"]]) for s in record["sequences"]
+            ]
+        if not self._template_checked:
+            check_template(self.tokenizer, self._end_token_ids)
+            self._template_checked = True
+        turns = template_turns(self.tokenizer, record["messages"], self._end_token_ids, record["finish_reasons"])
+        return join_turns(turns)
+
+
+def has_recorded_tokens(record: dict[str, Any]) -> bool:
+    """Say whether a conversation's tokens came from the backend that answered it."""
+    return record.get("sequences") is not None
+
+
+def sequences_problem(sequences: Any, num_answers: int, vocab_size: int) -> str | None:
+    """Say what is wrong with the recorded sequences of a conversation, or None."""
+    found = 0
+    for sequence in sequences if isinstance(sequences, list) else [None]:
+        if not isinstance(sequence, dict) or not {"token_ids", "answers"} <= sequence.keys():
+            return 'sequences must be a list of {"token_ids": [...], "answers": [[start, end], ...]}'
+        ids, spans = sequence["token_ids"], sequence["answers"]
+        if not isinstance(ids, list) or {*map(type, ids)} != {int} or not 0 <= min(ids) <= max(ids) < vocab_size:
+            return f"token_ids must be ids of the verifier's vocabulary, 0 to {vocab_size - 1}"
+        if not isinstance(spans, list) or not spans or not all(map(_is_span, spans)):
+            return "answers must be a list of spans [start, end]"
+        borders = [border for span in spans for border in span]
+        if borders != sorted(borders) or any(start == end for start, end in spans) or borders[-1] > len(ids):
+            return f"answers must be spans in ascending order, none empty, within {len(ids)} tokens, got {spans}"
+        found += len(spans)
+    return None if found == num_answers else f"sequences hold {found} answers and messages {num_answers}"
+
+
+def _is_span(span: Any) -> bool:
+    return isinstance(span, list) and len(span) == 2 and all(type(border) is int and border >= 0 for border in span)
+
+
+def num_whole_answers(finish_reasons: abc.Sequence[str]) -> int:
+    """Give how many answers there are before the first that was cut at its limit."""
+    return next((n for n, reason in enumerate(finish_reasons) if reason == "length"), len(finish_reasons))
+
+
+def leading_answers(sequences: abc.Iterable[Sequence], number: int) -> list[Sequence]:
+    """Give the sequences up to the end of the n-th answer of their conversation; one without answers is dropped."""
+    kept: list[Sequence] = []
+    for sequence in sequences:
+        spans = sequence.answers[:number]
+        number -= len(spans)
+        if spans:
+            kept.append(Sequence(sequence.token_ids[: spans[-1][1]], spans))
+    return kept
