@@ -61,7 +61,7 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
         if target.complete and target.manifest["content"] == content_digest(folder):
             print(f"conversations: {folder} is complete")
             return
-        target.save(complete=False, verifier_path=config.verifier.path)
+        target.save(complete=False, verifier_path=config.verifier.path, prompts=prompts.counts)
         outcomes, signals = Outcomes(folder, options.max_attempts), StopSignals()
         num_prompts = len(range(options.shard, prompts.count, options.num_shards))
         outcomes.show(Progress("synthesize", num_prompts, "conversation", done=outcomes.num_done))
@@ -114,6 +114,7 @@ def _join_parts(target: Artifact, config: Config) -> None:
     content = add_digests(part["content"] for part in parts)
     if target.complete and target.manifest["content"] == content:
         return
+    target.save(complete=False, verifier_path=config.verifier.path, prompts=parts[0]["prompts"])
     counts: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -125,6 +126,5 @@ def _join_parts(target: Artifact, config: Config) -> None:
         counts={**counts, "failed_because": reasons},
         sources=sources,
         content=content,
-        verifier_path=config.verifier.path,
     )
     print(f"conversations: all {num_shards} shards are complete, {counts['conversations']} in {target.folder}")
