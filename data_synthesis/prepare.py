@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from array import array
 from collections import Counter
@@ -68,7 +67,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     """
     if not config.data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    settings = _settings(config.data)
+    settings = prompt_settings(config.data)
     with artifact(config.prompts_folder, "prompts", settings, config.overwrite, wait=True) as target:
         path = target.folder / FILE
         if target.complete and path.is_file() and file_digest(path) == target.manifest["content"]:
@@ -79,7 +78,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
         return PreparedPrompts(target.folder, counts["taken"], target.manifest["content"], counts)
 
 
-def _settings(data: DataConfig) -> dict[str, Any]:
+def prompt_settings(data: DataConfig) -> dict[str, Any]:
     """Give all that determines the prompts; of what is on this machine the content, not the place."""
     names = [source_name(source) for source in data.sources]
     if len(set(names)) < len(names):
@@ -331,9 +330,9 @@ class _Candidates:
 
     def _lines(self, numbers: Iterable[int]) -> Iterator[bytes]:
         self._file.flush()
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for number in numbers:
-                yield content[self._ends[number - 1] if number else 0 : self._ends[number]]
+        for number in numbers:
+            start = self._ends[number - 1] if number else 0
+            yield os.pread(self._file.fileno(), self._ends[number] - start, start)
 
     def write(self, numbers: NDArray[np.int64], path: Path) -> str:
         """Write the lines of some candidates to a file; give its SHA-256."""

@@ -14,7 +14,7 @@ from ..models.embedded.corpus import prompts as embedded_prompts
 from .prompts import FIELDS, ID_FIELDS
 
 EMBEDDED = "embedded"
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet")  # of files that are read
 
 _EMBEDDED_PROMPTS = 1000  # where the source has no limit
 _BATCH_ROWS = 1000
@@ -43,15 +43,13 @@ def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
         yield from _placed(EMBEDDED, embedded_prompts(source.limit or _EMBEDDED_PROMPTS, seed))
         return
     files = local_files(source)
-    if not any(file.suffix.startswith(".json") for file in files):
-        yield from _dataset_rows(source, files, seed)
+    if not files or (source.streaming and Path(source.path).is_dir() and files[0].suffix == ".parquet"):
+        yield from dataset_rows(source, seed)
         return
     if source.streaming:
-        raise ValueError(
-            f"data.sources {source.path}: streaming must be false for JSON files, which are read a row at a time anyway"
-        )
+        raise ValueError(f"data.sources {source.path}: streaming must be false for files, which are never stored again")
     for file in files:
-        yield from _json_lines(file) if file.suffix == ".jsonl" else _placed(str(file), _json_values(file))
+        yield from _READERS[file.suffix](file)
 
 
 def load_rows(path: str, split: str = "train", revision: str | None = None) -> Iterator[Any]:
@@ -135,25 +133,36 @@ def _reading(path: str) -> Iterator[None]:
         raise ValueError(f"{path} {what}: {reason}") from None
 
 
-def _dataset_rows(source: SourceConfig, files: list[Path], seed: int) -> Iterator[Row]:
+def dataset_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
+    """Read a dataset of the hub, or a folder of the same form, through `datasets`."""
     from datasets import load_dataset
 
     with _reading(source.path):
-        if files:
-            names = [str(file) for file in files]
-            dataset = load_dataset("parquet", data_files=names, split="train", streaming=True)
-        else:
-            dataset = load_dataset(
-                source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
-            )
-        columns = dataset.column_names or []
-        if any(name in FIELDS for name in columns):
-            dataset = dataset.select_columns([name for name in columns if name in (*FIELDS, *ID_FIELDS, "system")])
+        dataset = load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+        if columns := _needed(dataset.column_names or []):
+            dataset = dataset.select_columns(columns)
         if source.streaming:
             rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS))
         else:
             rows = (row for table in dataset.with_format("arrow").iter(_BATCH_ROWS) for row in _table_rows(table))
         yield from _placed(source.path, rows)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow.parquet import ParquetFile
+
+    with _reading(str(path)), ParquetFile(path) as file:
+        columns = _needed(file.schema_arrow.names) or None
+        tables = file.iter_batches(_BATCH_ROWS, columns=columns)
+        yield from _placed(str(path), (row for table in tables for row in _table_rows(table)))
+
+
+def _needed(columns: list[str]) -> list[str]:
+    """Give the columns that a prompt is read from; none where there is nothing to read, so that an error names all."""
+    known = [name for name in columns if name in (*FIELDS, *ID_FIELDS, "system")]
+    return known if set(known) & set(FIELDS) else []
 
 
 def _table_rows(table: Any) -> Iterator[Any]:
@@ -170,6 +179,10 @@ def _table_rows(table: Any) -> Iterator[Any]:
 def _placed(path: str, rows: Iterable[Any]) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", row
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    yield from _placed(str(path), _json_values(path))
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -192,7 +205,9 @@ def _json_values(path: Path) -> Iterator[Any]:
     """Read the items of a JSON list, or the one object or several that a file holds, a chunk at a time."""
     decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8-sig") as file:
-        text = _chunk(file, _CHUNK).lstrip()
+        text = ""
+        while not text and (chunk := _chunk(file, _CHUNK)):
+            text = chunk.lstrip()
         in_list = text.startswith("[")
         at, number = int(in_list), 0
         while True:
@@ -224,3 +239,6 @@ def _chunk(file: TextIO, size: int) -> str:
         return file.read(size)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file.name} is not valid UTF-8: {error}") from None
+
+
+_READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}

@@ -1,17 +1,31 @@
-"""Prompt sources of the usual forms."""
+"""Rows of chat data become prompts, whatever their form and wherever they stand."""
 
 import json
 
+import datasets
+import fledge.data_synthesis.sources as sources
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from fledge.conf.schema import DataConfig, EvaluateConfig, SourceConfig
-from fledge.data_synthesis.prompts import load_prompts
+from fledge.conf.schema import EvaluateConfig, SourceConfig
+from fledge.data_synthesis.prompts import prompt_of
+from fledge.data_synthesis.sources import dataset_rows, load_rows, read_rows, split_names
 from fledge.data_synthesis.split import is_heldout
 from fledge.eval.questions import load_questions
 
-ULTRACHAT = {"prompt_id": "f0e3", "messages": [
-    {"role": "user", "content": "a?"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "b?"},
+ULTRACHAT = {"prompt": "a?", "prompt_id": "f0e3", "messages": [
+    {"content": "a?", "role": "user"}, {"content": "x", "role": "assistant"}, {"content": "b?", "role": "user"},
 ]}  # fmt: skip
-MAGPIE = {"uuid": "77", "conversations": [{"from": "human", "value": "c?"}, {"from": "gpt", "value": "y"}]}
+MAGPIE = {"uuid": "77", "instruction": "c?", "response": "y", "task_category": "Math",
+    "conversations": [{"from": "human", "value": "c?"}, {"from": "gpt", "value": "y"}],
+}  # fmt: skip
+PARTS = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "images/1.png"}}]
+
+
+def said(*messages, **names):
+    """Messages of OpenAI's form, from texts such as "user: hello"."""
+    pairs = (message.split(": ", 1) for message in messages)
+    return {"messages": [{"role": role, "content": content} for role, content in pairs], **names}
 
 
 def written(path, rows):
@@ -19,53 +33,184 @@ def written(path, rows):
     return str(path)
 
 
-def load(path, **changes):
-    return load_prompts(DataConfig(sources=[SourceConfig(path=path, **changes)]))
+def in_hub_form(folder, **splits):
+    """A dataset as the hub has it: Parquet files by split, in parts, and a README.md that names them."""
+    (folder / "data").mkdir(parents=True)
+    names = []
+    for split, rows in splits.items():
+        for part in range(2):
+            table = pa.Table.from_pylist(rows[part * len(rows) // 2 : (part + 1) * len(rows) // 2])
+            pq.write_table(table, folder / f"data/{split}-{part:05d}-of-00002.parquet")
+        names.append(f"  - split: {split}\n    path: data/{split}-*\n")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(names) + "---\n"
+    )
+    return str(folder)
 
 
-def test_the_real_schemas_are_read_with_stable_ids(tmp_path):
-    path = written(tmp_path / "chats.jsonl", [ULTRACHAT, MAGPIE, {"prompt": "d?"}, {"turns": ["e?", "f?"], "id": 5}])
-    prompts = load(path)
-    assert [prompt.id for prompt in prompts] == [f"chats/train/{i}" for i in ("f0e3", "77", 2, 5)]
-    assert [prompt.turns for prompt in prompts] == [("a?", "b?"), ("c?",), ("d?",), ("e?", "f?")]
-
-
-def test_parquet_and_json_files_are_read(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_list([ULTRACHAT, ULTRACHAT | {"prompt_id": "2"}]).to_parquet(tmp_path / "data.parquet")
-    assert [prompt.turns for prompt in load(str(tmp_path / "data.parquet"))] == [("a?", "b?")] * 2
-    (tmp_path / "data.json").write_text(json.dumps([MAGPIE]))
-    assert load(str(tmp_path / "data.json"))[0].turns == ("c?",)
-
-
-def test_limit_takes_the_first_prompts(tmp_path):
-    path = written(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(9)])
-    assert len(load(path, limit=4)) == 4
-    assert len(load("embedded", limit=7)) == 7
+def turns_in(path, **changes):
+    return [prompt_of(row, "s", n).turns for n, (_, row) in enumerate(read_rows(SourceConfig(path=path, **changes)))]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("row", "turns", "name"),
     [
-        (b'{"prompt": "a"}\n{"prompt": \n', "p.jsonl line 2 is malformed"),
-        (b'{"prompt": "\xff"}\n', "p.jsonl line 1 is malformed"),
-        (b'{"text": "a", "label": 1}\n', "has the fields text, label; one of messages, conversations, turns or prompt"),
-        (b'{"messages": [{"text": "hi"}]}\n', "row 1: every message needs 'role' and 'content'"),
-        (b'{"prompt": " "}\n', "row 1 has no user turn or an empty one"),
-        (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', "two prompts have the id 'p/train/1'"),
-        (b"", "yield no prompt"),
+        (ULTRACHAT, ("a?", "b?"), "f0e3"),
+        (MAGPIE, ("c?",), "77"),
+        ({"prompt": "d?"}, ("d?",), 3),
+        ({"turns": ["e?", "f?"], "question_id": 5}, ("e?", "f?"), 5),
+        ({"prompt": ["e?", "f?"]}, ("e?", "f?"), 3),
+        ({"prompt": [{"role": "user", "content": "g?"}]}, ("g?",), 3),
+        (said("user: h?", "assistant: ", id=0), ("h?",), 0),
+        ({"messages": [{"role": "user", "content": PARTS}]}, (PARTS,), 3),
+        ({"conversation": [{"role": "user", "content": "i?"}], "conversation_id": "w"}, ("i?",), "w"),
     ],
 )
-def test_malformed_sources_are_named(tmp_path, content, message):
-    (tmp_path / "p.jsonl").write_bytes(content)
+def test_the_usual_forms_are_read_with_the_ids_they_bring(row, turns, name):
+    prompt = prompt_of(row, "chats/train", 3)
+    assert (prompt.turns, prompt.id, prompt.source) == (turns, f"chats/train/{name}", "chats/train")
+
+
+def test_a_system_message_stands_first_or_in_a_field_of_its_own():
+    assert prompt_of(said("system: Be short.", "user: a?"), "s", 0).system == "Be short."
+    assert prompt_of({"prompt": "a?", "system": "Be short."}, "s", 0).system == "Be short."
+    assert prompt_of(said("system: ", "user: a?"), "s", 0).system is None
+
+
+def test_the_empty_fields_that_parquet_adds_to_content_parts_are_dropped(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": PARTS}]}]), tmp_path / "p.parquet")
+    assert turns_in(str(tmp_path / "p.parquet")) == [(PARTS,)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1], "must be an object, got list"),
+        ({"text": "a", "label": 1}, "has the fields text, label; one of messages, .*, turns, prompt is required"),
+        ({"messages": "hello"}, "must have a list in messages that is not empty, got 'hello'"),
+        ({"messages": [{"text": "hi"}]}, "message 1 must have 'role' and 'content', or 'from' and 'value'"),
+        ({"messages": [{"role": "user"}]}, "message 1 has no content"),
+        (said("user: a?", "assistant: b", "user:  "), "message 3 is an empty user turn"),
+        ({"prompt": " "}, "turn 1 is an empty user turn"),
+        (said("assistant: hi", "user: a?"), "starts with the assistant"),
+        (said("user: a?", "user: b?"), "roles out of order: message 2 is the user's, as is the one before"),
+        (said("user: a?", "assistant: b", "assistant: c"), "roles out of order: message 3 is the assistant's"),
+        (said("user: a?", "system: b"), "a system message at message 2"),
+        (said("system: b"), "has no user turn"),
+        (said("narrator: a"), "message 1 has the role 'narrator'; user, human, .* are known"),
+        (said("user: a?", "tool: 5"), "message 2 is of a tool: tool turns are not supported"),
+        ({"turns": [["a"]]}, "turn 1 part 1 has a form that is not known"),
+        ({"turns": [[{"type": "image", "image": "x.png"}]]}, "turn 1 part 1 has a form that is not known"),
+        ({"turns": [[{"type": "image_url", "image_url": "x.png"}]]}, "turn 1 part 1 has a form that is not known"),
+        ({"turns": [7]}, "turn 1 must be a text or a list of content parts, got int"),
+        ({"prompt": "a?", "system": ["b"]}, "must have a text as system message, got list"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said(row, message):
     with pytest.raises(ValueError, match=message):
-        load(str(tmp_path / "p.jsonl"))
+        prompt_of(row, "s", 0)
+
+
+def test_files_and_folders_of_every_kind_give_the_same_prompts(tmp_path):
+    rows = [ULTRACHAT | {"prompt_id": str(number)} for number in range(7)]
+    (tmp_path / "data.json").write_text(json.dumps(rows, indent=1))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    (tmp_path / "folder").mkdir()
+    written(tmp_path / "folder/1.jsonl", rows[:3])
+    written(tmp_path / "folder/2.jsonl", rows[3:])
+    places = [
+        written(tmp_path / "data.jsonl", rows),
+        *(str(tmp_path / n) for n in ("data.json", "data.parquet", "folder")),
+    ]
+    for place in places:
+        found = [prompt_of(row, "s", None) for _, row in read_rows(SourceConfig(path=place))]
+        assert [prompt.id for prompt in found] == [f"s/{number}" for number in range(7)], place
+        assert {prompt.turns for prompt in found} == {("a?", "b?")}, place
+
+
+def test_json_is_read_rightly_wherever_a_chunk_ends(tmp_path, monkeypatch):
+    rows = [{"prompt": 'a]},\n\\"é€𝄞'}, {"prompt": "", "n": [1.5e3, None, {}]}, {"prompt": "x" * 99}]
+    path = tmp_path / "p.json"
+    for text in (json.dumps(rows), " \n" + json.dumps(rows, indent=3) + "\n", "\n".join(map(json.dumps, rows)) + "\n"):
+        path.write_text(text)
+        for size in (1, 2, 7, 1 << 20):
+            monkeypatch.setattr(sources, "_CHUNK", size)
+            assert list(load_rows(str(path))) == rows
+
+
+def test_a_dataset_of_the_hub_form_is_read_split_by_split_mapped_or_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    rows = [MAGPIE | {"uuid": str(number)} for number in range(40)]
+    path = in_hub_form(tmp_path / "magpie", train=rows, test=rows[:6])
+    assert sorted(split_names(path)) == ["test", "train"]
+    mapped = [row["uuid"] for _, row in dataset_rows(SourceConfig(path=path))]
+    assert mapped == [row["uuid"] for _, row in read_rows(SourceConfig(path=path))] == [row["uuid"] for row in rows]
+    assert len(turns_in(path, split="test")) == 6
+    streamed = [[row["uuid"] for _, row in read_rows(SourceConfig(path=path, streaming=True), s)] for s in (1, 1, 2)]
+    assert streamed[0] == streamed[1] != streamed[2] != mapped
+    assert all(sorted(names) == sorted(mapped) for names in streamed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"p.jsonl line 3 is malformed JSON"),
+        ("p.jsonl", b'{"prompt": "\xff"}\n', r"p.jsonl line 1 is not valid UTF-8"),
+        ("p.json", b'[{"prompt": "a"}, {"prompt": ', r"p.json is malformed JSON after item 1"),
+        ("p.json", b'[{"prompt": "a"}', r"p.json is malformed JSON after item 1"),
+        ("p.json", b'[{"prompt": "\xff"}]', r"p.json is not valid UTF-8"),
+        ("p.parquet", b"PAR1", r"p.parquet cannot be read: "),
+        ("p.csv", b"prompt\na\n", r"p.csv must be of .json, .jsonl, .parquet, one kind in a folder, got .csv"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(load_rows(str(tmp_path / name)))
+
+
+def test_invalid_utf8_in_parquet_costs_its_row_alone(tmp_path):
+    texts = pa.StringArray.from_buffers(3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc"))
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "p.parquet")
+    rows = list(read_rows(SourceConfig(path=str(tmp_path / "p.parquet"))))
+    assert [rows[0][1], rows[2][1]] == [{"prompt": "a"}, {"prompt": "c"}]
+    with pytest.raises(ValueError, match="is not valid UTF-8"):
+        prompt_of(rows[1][1], "s", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "nope"}, r"has no split 'nope'; it has .*train"),
+        ({"revision": "main"}, r"revision must be null for what is on this machine"),
+        ({"subset": "nope"}, r"cannot be read: .*nope"),
+    ],
+)
+def test_options_that_a_folder_does_not_have_are_refused(tmp_path, changes, message):
+    path = in_hub_form(tmp_path / "m", train=[MAGPIE] * 2)
+    with pytest.raises(ValueError, match=message):
+        turns_in(path, **changes)
+
+
+def test_files_that_would_be_left_out_of_a_folder_unnoticed_are_named(tmp_path):
+    for name in ("a.jsonl", "train.jsonl"):
+        written(tmp_path / name, [MAGPIE])
+    with pytest.raises(ValueError, match=r"a\.jsonl is of none of the splits"):
+        turns_in(str(tmp_path))
 
 
 def test_a_source_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing\.jsonl"):
-        load(str(tmp_path / "missing.jsonl"))
+    for path in ("missing.jsonl", str(tmp_path / "missing"), "./missing"):
+        with pytest.raises(ValueError, match=r"missing.* does not exist"):
+            turns_in(path)
+
+
+def test_a_hub_that_cannot_be_had_is_one_sentence(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^nobody/nothing is not here and not a dataset of the hub that can be had: "):
+        turns_in("nobody/nothing")
 
 
 def test_the_held_out_split_depends_on_the_id_alone():

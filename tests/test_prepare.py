@@ -1,0 +1,300 @@
+"""Prepared prompts: filtered, without duplicates and evaluation questions, mixed, the same at every start."""
+
+import json
+import random
+from collections import Counter
+from threading import Thread
+
+import datasets
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fledge.conf.artifact import artifact, file_digest, read_manifest
+from fledge.conf.schema import Config, DataConfig, MalformedRows, SourceConfig
+from fledge.data_synthesis.likeness import RUN, Questions, canonical, fingerprint
+from fledge.data_synthesis.prepare import FILE, REFUSALS, prepare_prompts, prompt_settings
+from fledge.data_synthesis.prompts import Prompt
+
+SKIP = MalformedRows.skip
+
+
+def words(seed, count):
+    drawn = random.Random(seed)
+    return [f"w{drawn.randrange(10**6)}" for _ in range(count)]
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(tmp_path, count, name="chats", **fields):
+    rows = [{"id": number, "prompt": f"{name} {number}", **fields} for number in range(count)]
+    return SourceConfig(path=written(tmp_path / f"{name}.jsonl", rows))
+
+
+def prepare(tmp_path, *sources, name="run", overwrite=False, **data):
+    config = Config(name=name, runs_dir=str(tmp_path / "runs"), overwrite=overwrite)
+    config.data = DataConfig(sources=list(sources), **data)
+    return prepare_prompts(config)
+
+
+def ids(prepared, *shard):
+    return [prompt.id for prompt in prepared.read(*shard)]
+
+
+def test_every_row_is_taken_or_counted_with_its_reason(tmp_path):
+    question = " ".join(words(0, 20))
+    rows = {
+        "good": {"turns": ["How do birds fly?", "And bats?"]},
+        "duplicate": {"turns": ["how do BIRDS fly", "and bats !"]},
+        "too_few_turns": {"turns": ["How do birds fly?"]},
+        "too_many_turns": {"turns": ["a", "b", "c", "d"]},
+        "too_short": {"turns": ["a", "b"]},
+        "too_long": {"turns": ["a" * 200, "b"]},
+        "evaluation": {"turns": ["Tell me.", question.upper()]},
+        "malformed": {"turns": ["", "b"]},
+    }
+    written(tmp_path / "question.jsonl", [{"question_id": 81, "category": "stem", "turns": [question, "Why so?"]}])
+    source = SourceConfig(path=written(tmp_path / "p.jsonl", [{"id": name, **row} for name, row in rows.items()]))
+    exclude = [str(tmp_path / "question.jsonl")]
+    bounds = {"min_turns": 2, "max_turns": 3, "min_chars": 5, "max_chars": 190}
+    prepared = prepare(tmp_path, source, exclude=exclude, malformed_rows=SKIP, **bounds)
+    assert ids(prepared) == ["p/train/good"]
+    assert {name: prepared.counts[name] for name in rows if name != "good"} == dict.fromkeys(list(rows)[1:], 1)
+    for counts in (prepared.counts, prepared.counts["sources"]["p/train"]):
+        assert counts["rows"] == 8 == counts["taken"] + sum(counts[reason] for reason in REFUSALS)
+
+
+def test_shards_are_disjoint_and_together_all(tmp_path):
+    prepared = prepare(tmp_path, prompts(tmp_path, 1000))
+    parts = [ids(prepared, shard, 7) for shard in range(7)]
+    together = [name for part in parts for name in part]
+    assert sorted(together) == sorted(ids(prepared))
+    assert len(set(together)) == prepared.count == 1000
+    assert parts[3] == ids(prepared)[3::7]
+
+
+def test_any_first_part_of_the_file_is_a_fair_sample_of_all_sources(tmp_path):
+    prepared = prepare(tmp_path, prompts(tmp_path, 3000, "many"), prompts(tmp_path, 1000, "few"))
+    first = Counter(name.split("/")[0] for name in ids(prepared)[:1000])
+    assert 200 < first["few"] < 300
+
+
+def test_what_a_limit_takes_depends_on_seed_and_ids_but_not_on_the_order_of_rows(tmp_path):
+    rows = [{"id": number, "prompt": f"say {number}"} for number in range(500)]
+    source = SourceConfig(path=written(tmp_path / "p.jsonl", rows), limit=50)
+    forward = prepare(tmp_path, source, name="forward")
+    written(tmp_path / "p.jsonl", rows[::-1])
+    backward = prepare(tmp_path, source, name="backward")
+    assert ids(backward) == ids(forward)
+    assert backward.digest == forward.digest
+    assert forward.counts["over_limit"] == 450
+    assert set(ids(prepare(tmp_path, source, name="other", seed=1))) != set(ids(forward))
+    more = prepare(tmp_path, SourceConfig(path=source.path, limit=80), name="more")
+    assert ids(more)[:50] == ids(forward)
+
+
+def test_a_limit_is_shared_out_by_weight_and_what_a_source_lacks_is_said(tmp_path, capsys):
+    some, few = prompts(tmp_path, 300, "some"), prompts(tmp_path, 10, "few")
+    few.weight = 0.5
+    prepared = prepare(tmp_path, some, few, limit=100)
+    assert [prepared.counts["sources"][name]["taken"] for name in ("some/train", "few/train")] == [67, 10]
+    assert "few/train gives 10 of the 33 asked of it" in capsys.readouterr().out
+
+
+def test_the_first_of_two_that_say_the_same_stays(tmp_path):
+    one = SourceConfig(
+        path=written(tmp_path / "one.jsonl", [{"id": "b", "prompt": "Hi!"}, {"id": "a", "prompt": "hi"}])
+    )
+    two = SourceConfig(path=written(tmp_path / "two.jsonl", [{"id": "c", "prompt": "HI"}, {"id": "d", "prompt": "Ho"}]))
+    assert sorted(ids(prepare(tmp_path, one, two))) == ["one/train/b", "two/train/d"]
+    assert prepare(tmp_path, one, two, name="all", deduplicate=False).count == 4
+
+
+def test_what_two_prompts_ask_is_told_apart_by_signs_systems_turns_and_images():
+    image = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "1.png"}}]
+    other = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "2.png"}}]
+    different = [
+        ("C",),
+        ("C++",),
+        ("2 + 3",),
+        ("2 - 3",),
+        ("a b",),
+        ("a", "b"),
+        ("What?",),
+        (image,),
+        (other,),
+        ("?",),
+        ("!",),
+    ]
+    prints = [fingerprint(Prompt("", "", turns)) for turns in different]
+    prints.append(fingerprint(Prompt("", "", ("C",), "Be short.")))
+    assert len(set(prints)) == len(different) + 1
+    assert canonical("  “Straße”,\n no. 1…") == canonical("STRASSE no １")
+
+
+def test_two_rows_of_one_id_that_ask_different_things_are_named_or_counted(tmp_path):
+    rows = [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}, {"id": 1, "prompt": "a"}]
+    source = SourceConfig(path=written(tmp_path / "p.jsonl", rows))
+    with pytest.raises(ValueError, match="two rows with different prompts have the id 'p/train/1'"):
+        prepare(tmp_path, source)
+    for deduplicate in (True, False):
+        prepared = prepare(tmp_path, source, name=f"{deduplicate}", malformed_rows=SKIP, deduplicate=deduplicate)
+        assert [prepared.counts[name] for name in ("taken", "malformed", "duplicate")] == [1, 1, 1]
+        assert next(prepared.read()).turns == ("a",)
+
+
+def test_a_text_is_like_a_question_exactly_if_they_share_a_run_of_13_words():
+    drawn = random.Random(3)
+    found = Counter()
+    for _ in range(400):
+        question = [drawn.choice("ab") for _ in range(drawn.randrange(10, 40))]
+        text = [drawn.choice("ab") for _ in range(drawn.randrange(10, 60))]
+        if drawn.random() < 0.5:
+            at, start = drawn.randrange(len(text)), drawn.randrange(len(question))
+            text[at:at] = question[start : start + drawn.choice((12, 13, 14))]
+        runs = [{tuple(side[i : i + RUN]) for i in range(len(side) - RUN + 1)} for side in (question, text)]
+        expected = bool(runs[0] & runs[1]) or question == text
+        assert Questions([" ".join(question)]).like(" ".join(text)) == expected
+        found[expected] += 1
+    assert min(found[True], found[False]) > 50
+
+
+def test_short_questions_are_found_as_whole_turns_alone():
+    questions = Questions(["Name a prime."])
+    assert questions.like("name a prime!")
+    assert not questions.like("Please name a prime.")
+
+
+def test_questions_of_every_split_of_a_folder_are_left_out(tmp_path):
+    (tmp_path / "exam").mkdir()
+    for split in ("train", "test"):
+        table = pa.Table.from_pylist([{"prompt": [f"The {split} one?", "And?"], "prompt_id": 1, "category": "stem"}])
+        pq.write_table(table, tmp_path / f"exam/{split}.parquet")
+    source = SourceConfig(
+        path=written(tmp_path / "p.jsonl", [{"prompt": f"The {n} one"} for n in ("train", "test", "x")])
+    )
+    assert ids(prepare(tmp_path, source, exclude=[str(tmp_path / "exam")])) == ["p/train/2"]
+
+
+def test_a_complete_artifact_is_not_read_again_and_a_changed_file_is_refused_by_name(tmp_path, capsys):
+    source = prompts(tmp_path, 20)
+    first = prepare(tmp_path, source)
+    stamp = (first.folder / FILE).stat().st_mtime_ns
+    again = prepare(tmp_path, source)
+    assert again == first
+    assert (first.folder / FILE).stat().st_mtime_ns == stamp
+    assert "is complete" in capsys.readouterr().out
+    prompts(tmp_path, 21)
+    with pytest.raises(ValueError, match=r"made with other settings \(sources.chats/train.content: "):
+        prepare(tmp_path, source)
+    assert prepare(tmp_path, source, overwrite=True).count == 21
+
+
+def test_a_complete_artifact_needs_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    data = DataConfig(sources=[SourceConfig(path="nobody/chats")], exclude=["nobody/questions"])
+    config = Config(name="run", runs_dir=str(tmp_path), data=data)
+    with pytest.raises(ValueError, match=r"nobody/questions is not here"):
+        prepare_prompts(config)
+    with artifact(config.prompts_folder, "prompts", prompt_settings(data)) as target:
+        written(
+            target.folder / FILE, [{"id": "chats/train/1", "source": "chats/train", "turns": ["a"], "system": None}]
+        )
+        target.finish(counts={"taken": 1}, content=file_digest(target.folder / FILE))
+    assert ids(prepare_prompts(config)) == ["chats/train/1"]
+
+
+def test_the_held_out_share_does_not_change_the_prompts(tmp_path):
+    source = prompts(tmp_path, 20)
+    assert prepare(tmp_path, source, heldout_share=0.5) == prepare(tmp_path, source, heldout_share=0.1)
+
+
+def test_a_file_that_was_damaged_or_half_written_is_made_anew(tmp_path):
+    source = prompts(tmp_path, 20)
+    first = prepare(tmp_path, source)
+    whole = (first.folder / FILE).read_bytes()
+    (first.folder / FILE).write_bytes(whole[:-9])
+    assert prepare(tmp_path, source) == first
+    manifest = first.folder / "manifest.json"
+    manifest.write_text(json.dumps({**read_manifest(first.folder, "prompts"), "complete": False}))
+    (first.folder / FILE).unlink()
+    assert prepare(tmp_path, source) == first
+    assert (first.folder / FILE).read_bytes() == whole
+
+
+def test_data_that_were_refused_may_be_corrected_under_the_same_name(tmp_path):
+    source = SourceConfig(path=written(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}]))
+    with pytest.raises(
+        ValueError, match=r"p.jsonl line 2 has the fields text; .*; correct it, or .*malformed_rows=skip"
+    ):
+        prepare(tmp_path, source)
+    written(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    assert prepare(tmp_path, source).count == 2
+
+
+def test_of_preparations_started_together_one_does_the_work_and_the_others_wait(tmp_path, capsys):
+    source, results = prompts(tmp_path, 3000), []
+    tasks = [Thread(target=lambda: results.append(prepare(tmp_path, source))) for _ in range(4)]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join()
+    said = capsys.readouterr().out
+    assert results == [results[0]] * 4
+    assert said.count("prompts: 3000 in") == 1
+    assert said.count("is complete") == 3
+    assert said.count("waiting for it") <= 3
+
+
+def test_a_stream_is_read_until_it_has_given_its_share_of_different_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    (tmp_path / "stream").mkdir()
+    rows = [{"prompt": f"Say {number % 100}."} for number in range(400)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "stream/train.parquet")
+    stream = SourceConfig(path=str(tmp_path / "stream"), streaming=True, limit=60)
+    before = SourceConfig(path=written(tmp_path / "p.jsonl", [{"prompt": f"say {number}"} for number in range(30)]))
+    prepared = prepare(tmp_path, before, stream)
+    counts = prepared.counts["sources"]["stream/train"]
+    assert counts["taken"] == 60 < counts["rows"] < 400
+    assert counts["duplicate"] == counts["rows"] - 60
+    assert len({canonical(prompt.turns[0]) for prompt in prepared.read()}) == 90
+    assert prepare(tmp_path, before, stream, name="again").digest == prepared.digest
+    assert all(len(name) > len("stream/train/") + 8 for name in ids(prepared) if "stream" in name), (
+        "ids of what they say"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "data", "message"),
+    [
+        ("", {}, r"p.jsonl holds no row"),
+        ('{"prompt": "a"}\n', {"min_chars": 9}, r"yield no prompt: of 1 rows 1 too_short left out"),
+        ('{"prompt": "\\ud800"}\n', {}, r"p.jsonl line 1 is not valid UTF-8: .*malformed_rows=skip"),
+    ],
+)
+def test_sources_without_a_prompt_are_refused(tmp_path, content, data, message):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path, SourceConfig(path=str(tmp_path / "p.jsonl")), **data)
+
+
+def test_configurations_without_sense_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data.sources is required"):
+        prepare(tmp_path)
+    source = prompts(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"two are called 'chats/train'"):
+        prepare(tmp_path, source, source)
+    source.streaming = True
+    with pytest.raises(ValueError, match=r"streaming must be false for files"):
+        prepare(tmp_path, source)
+    written(tmp_path / "q.jsonl", [{"question": "a?"}])
+    with pytest.raises(ValueError, match=r"data.exclude: .*q.jsonl line 1 has the fields question"):
+        prepare(tmp_path, prompts(tmp_path, 2), exclude=[str(tmp_path / "q.jsonl")])
+
+
+def test_embedded_prompts_are_all_different(tmp_path):
+    prepared = prepare(tmp_path, SourceConfig(path="embedded", limit=2000))
+    assert prepared.count == 2000
