@@ -7,15 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from fledge.conf.artifact import artifact, read_manifest
+from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig
+from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.split import is_heldout
 from fledge.data_synthesis.store import COUNTS_FILE, Sample, write_shard
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.formats import checkpoint_steps
+from fledge.models.verifier import verifier_identity
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
@@ -215,3 +220,41 @@ def as_if_killed_after(run: Run, step: int) -> None:
 def metrics_of(run: Run) -> list[dict[str, float]]:
     """Give the records of a training, without what depends on the machine."""
     return [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in read_metrics(run.path / "training")]
+
+
+def conversation_record(
+    name: str, *texts: str, sequences: Iterable[dict[str, Any]] | None = None, last: str = "stop"
+) -> dict[str, Any]:
+    """A line of conversations.jsonl: user and assistant in turn, the last answer finished as said."""
+    return {
+        "id": name,
+        "source": "s",
+        "messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)],
+        "finish_reasons": ["stop"] * (len(texts) // 2 - 1) + [last],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 7},
+        **({} if sequences is None else {"sequences": list(sequences)}),
+    }
+
+
+def recorded_sequence(tokens: list[int], *answers: tuple[int, int]) -> dict[str, Any]:
+    return {"token_ids": tokens, "answers": [list(answer) for answer in answers]}
+
+
+def conversations_run(
+    folder: Path, verifier: VerifierConfig, *records: dict[str, Any], finished: bool = True
+) -> Config:
+    """The configuration of a run (tokens only) with these conversations."""
+    config = Config(
+        name="run",
+        runs_dir=str(folder),
+        verifier=verifier,
+        draft=DraftConfig(vocab_size=300),
+        train=TrainConfig(hidden_states=HiddenStates.online),
+    )
+    settings = {"verifier": verifier_identity(verifier), "heldout_share": 0.0, "synthesize": {"max_tokens": 9}}
+    with artifact(config.conversations_folder, "conversations", settings) as target:
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
+        (target.folder / FILE).write_text(lines)
+        if finished:
+            target.finish(content=content_digest(target.folder))
+    return config

@@ -6,7 +6,11 @@ import torch
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.data_synthesis.split import is_heldout
-from fledge.models.formats import load_head
+from fledge.models.formats import head_folder, load_head
+
+
+def best(run):
+    return head_folder("best", run.path / "training")
 
 
 def test_a_finished_run_is_skipped_stage_by_stage(finished):
@@ -63,7 +67,7 @@ def test_walked_acceptance_equals_decoded_but_for_last_rounds(finished):
 
 
 def test_decoded_rounds_equal_walked_rounds_but_for_each_answers_last(finished):
-    walks = json.loads((finished.path / "training" / "checkpoints" / "step-24" / "heldout_walks.json").read_text())["3"]
+    walks = json.loads((best(finished) / "heldout_walks.json").read_text())["3"]
     records = list(read_journal(finished.path / "evaluation" / "questions.jsonl"))
     heldout = [record for record in records if record["category"] == "heldout"]
     assert len(heldout) >= 4
@@ -85,8 +89,8 @@ def test_report_shows_its_plots(finished):
     assert "| humanities" in report
 
 
-def test_export_is_the_last_checkpoint_in_bfloat16(finished):
-    head, record = load_head(finished.path / "training" / "checkpoints" / "step-24")
+def test_export_is_the_best_checkpoint_in_bfloat16(finished):
+    head, record = load_head(best(finished))
     exported, same = load_head(finished.path / "exports" / "plain")
     assert record == same
     for name, weight in head.state_dict().items():
@@ -104,7 +108,7 @@ def test_an_exported_head_shows_its_acceptance_and_its_data(finished):
 
 
 def test_a_head_that_went_through_export_and_import_accepts_the_same_tokens(finished, run):
-    trained = finished.path / "training" / "checkpoints" / "step-24"
+    trained = best(finished)
     run("export", f"export.checkpoint={trained}", "export.format=speculators", "export.dtype=float32")
     run("import", f"head_import.source={run.path / 'exports' / 'speculators'}")
     run("evaluate", f"evaluate.checkpoint={run.path / 'imports' / 'speculators'}", "evaluate.baselines=false")
