@@ -26,8 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from transformers import PreTrainedTokenizerBase
 
 from ..conf.journal import read_journal
+from ..conf.schema import VerifierConfig
+from ..models.verifier import load_tokenizer
+from .chat import prompt_tokens
 
 MODEL = "benchmark"
 SAMPLE_EVERY_S = 0.25
@@ -67,10 +71,13 @@ def parse(arguments: list[str]) -> Options:
 
 
 class Server(asyncio.Protocol):
-    """One connection of a server that gives every chat completion the same prebuilt answer."""
+    """One connection of a server that gives every chat completion the same prebuilt answer.
 
-    def __init__(self, queue: Queue, answer: bytes, models: bytes) -> None:
-        self._queue, self._answer, self._models = queue, answer, models
+    Only of a short request, such as `fledge synthesize` sends first to see what it talks to, are the tokens told right.
+    """
+
+    def __init__(self, queue: Queue, options: Options, answer: bytes, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._queue, self._options, self._answer, self._tokenizer = queue, options, answer, tokenizer
         self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -85,13 +92,19 @@ class Server(asyncio.Protocol):
                 length = int(self._received[start + 15 : head].split(b"\r\n", 1)[0])
             if len(self._received) < head + 4 + length:
                 return
-            is_chat = self._received.startswith(b"POST")
-            is_stats = self._received.startswith(b"GET /stats")
+            line, body = self._received[:head], self._received[head + 4 : head + 4 + length]
             self._received = self._received[head + 4 + length :]
-            if is_chat:
-                self._queue.put(lambda: self._transport.write(self._answer))
-            else:
-                self._transport.write(_http(self._queue.stats()) if is_stats else self._models)
+            self._answer_one(line, body)
+
+    def _answer_one(self, line: bytes, body: bytes) -> None:
+        if not line.startswith(b"POST"):
+            models = {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
+            self._transport.write(_http(self._queue.stats() if line.startswith(b"GET /stats") else models))
+        elif len(body) < self._options.prompt_chars:
+            tokens = prompt_tokens(self._tokenizer, json.loads(body)["messages"])
+            self._transport.write(_http(_answer(self._options, tokens)))
+        else:
+            self._queue.put(lambda: self._transport.write(self._answer))
 
 
 class Queue:
@@ -146,11 +159,11 @@ def _http(body: dict[str, Any]) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(content) + content
 
 
-def _answer(options: Options) -> dict[str, Any]:
+def _answer(options: Options, prompt: list[int]) -> dict[str, Any]:
     text = _words(random.Random(options.seed), options.answer_chars)
-    num_prompt, num_answer = options.prompt_chars // 4, options.answer_chars // 4
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    answer = {
+    num_prompt, num_answer = len(prompt), options.answer_chars // 4
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    answer: dict[str, Any] = {
         "id": "chatcmpl-0",
         "object": "chat.completion",
         "created": 0,
@@ -164,16 +177,19 @@ def _answer(options: Options) -> dict[str, Any]:
     }
     if options.token_ids:
         choice["token_ids"] = [7] * num_answer
-        answer["prompt_token_ids"] = [5] * num_prompt
+        answer["prompt_token_ids"] = prompt
     return answer
 
 
 def _serve(options: Options, port: Connection) -> None:
     async def serve() -> None:
         queue = Queue(options.latency_s, options.at_once)
-        answer = _http(_answer(options))
-        models = _http({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
-        server = await asyncio.get_running_loop().create_server(lambda: Server(queue, answer, models), "127.0.0.1", 0)
+        answer = _http(_answer(options, [5] * (options.prompt_chars // 4)))
+        tokenizer = load_tokenizer(VerifierConfig("embedded"))
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(
+            lambda: Server(queue, options, answer, tokenizer), "127.0.0.1", 0, backlog=1024
+        )
         port.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
