@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import socket
 import struct
 import subprocess
