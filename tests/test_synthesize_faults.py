@@ -1,0 +1,217 @@
+"""Servers that go wrong and clients that are killed: every row exactly once, and none with another's answer.
+
+FLEDGE_FAULT_ROWS=5000 FLEDGE_FAULT_KILLS=10 makes the first test as large as one likes.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from fledge.conf.artifact import read_manifest
+from fledge.conf.journal import read_journal
+from servers import END, SHARES, answer_to, faulty_server, free_port, stats, tokens_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ROWS = int(os.environ.get("FLEDGE_FAULT_ROWS", "240"))
+KILLS = int(os.environ.get("FLEDGE_FAULT_KILLS", "3"))
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:{{ message.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def byte_characters() -> list[str]:
+    """Give the character by which a byte-level tokenizer writes each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+@pytest.fixture(scope="module")
+def byte_verifier(tmp_path_factory) -> Path:
+    """A random verifier whose tokens are bytes, as the fault server's."""
+    folder = tmp_path_factory.mktemp("verifier")
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=END + 1,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        max_position_embeddings=8192,
+        eos_token_id=END,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+class Regeneration:
+    """`fledge synthesize` on rows of a file, through servers."""
+
+    def __init__(self, folder: Path, verifier: Path, rows: list[dict], *options: str) -> None:
+        self.path = folder / "runs" / "run"
+        self.rows = rows
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.arguments = [
+            *("experiment=demo", "name=run", f"runs_dir={folder / 'runs'}", f"verifier.path={verifier}"),
+            *(
+                f"data.sources=[{{path:{folder / 'rows.jsonl'}}}]",
+                "synthesize.model=faulty",
+                "synthesize.max_tokens=64",
+            ),
+            *options,
+        ]
+
+    def start(self, *endpoints: str, log: int | None = subprocess.PIPE) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "fledge", "synthesize", *self.arguments]
+        command.append(f"synthesize.endpoints=[{','.join(endpoints)}]")
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def finish(self, *endpoints: str, starts: int = 1) -> str:
+        """Start until the exit code is 0; give what was printed."""
+        for _ in range(starts):
+            process = self.start(*endpoints)
+            printed = "".join(process.communicate())
+            if process.returncode == 0:
+                return printed
+            assert process.returncode == 75, printed
+        raise AssertionError(f"not finished after {starts} starts: {printed}")
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "conversations" / "conversations.jsonl"
+
+    def lines(self) -> int:
+        return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
+
+    def check(self) -> dict:
+        """Hold every conversation against its row and the answers it must have; give the manifest's counts."""
+        records = list(read_journal(self.journal))
+        expected = {f"rows/train/{row['id']}": row["turns"] for row in self.rows}
+        failed = Counter(record["id"] for record in read_journal(self.journal.with_name("failures.jsonl")))
+        made = Counter(record["id"] for record in records)
+        assert set(made.values()) <= {1}, "none twice"
+        assert set(made) | set(failed) >= set(expected) >= set(made), "none lost, none from elsewhere"
+        for record in records:
+            check_record(record, expected[record["id"]])
+        counts = read_manifest(self.path / "conversations", "conversations")["counts"]
+        assert counts["prompts"] == len(expected) == counts["conversations"] + counts["failed"]
+        assert counts["conversations"] == len(records)
+        assert counts["truncated"] == sum("length" in record["finish_reasons"] for record in records)
+        assert counts["completion_tokens"] == sum(record["usage"]["completion_tokens"] for record in records)
+        return counts
+
+
+def check_record(record: dict, turns: list[str]) -> None:
+    messages: list[dict] = []
+    for turn, reason in zip(turns, record["finish_reasons"], strict=False):
+        messages.append({"role": "user", "content": turn})
+        text = answer_to(messages)
+        messages.append({"role": "assistant", "content": text[:12] if reason == "length" else text})
+        assert reason == ("length" if "CUT" in turn else "stop")
+    assert record["messages"] == messages
+    if "sequences" in record:
+        (sequence,) = record["sequences"]
+        answers = [bytes(sequence["token_ids"][start:end]) for start, end in without_end(sequence)]
+        assert [answer.decode() for answer in answers] == [m["content"] for m in messages if m["role"] == "assistant"]
+        assert sequence["token_ids"][: sequence["answers"][0][0]] == tokens_of(messages[:1])
+
+
+def without_end(sequence: dict) -> list[tuple[int, int]]:
+    return [(start, end - (sequence["token_ids"][end - 1] == END)) for start, end in sequence["answers"]]
+
+
+def make_rows(number: int) -> list[dict]:
+    """Give rows of one to three turns; some answers are cut, some prompts are too long for the server."""
+    rows = []
+    for n in range(number):
+        turns = [f"row {n} asks {turn}: naïve “ünïcode” — 😀" for turn in range(1 + n % 3)]
+        if n % 40 == 7:
+            turns[-1] += " CUT"
+        if n % 60 == 11:
+            turns[0] += " TOO LONG"
+        rows.append({"id": f"r{n}", "turns": turns})
+    return rows
+
+
+PATIENT = (
+    "synthesize.request_timeout_s=4",
+    "synthesize.concurrency=64",
+    "synthesize.retries=12",
+    "synthesize.max_attempts=20",
+)
+
+
+def test_killed_at_random_moments_with_servers_that_go_wrong_every_row_is_made_once(tmp_path, byte_verifier):
+    rows = make_rows(ROWS)
+    run = Regeneration(tmp_path, byte_verifier, rows, *PATIENT)
+    generator = random.Random(time.time_ns())
+    kills = []
+    with faulty_server(faults=SHARES, latency_s=0.15, seed=3) as endpoint:
+        for number in range(KILLS):
+            goal = run.lines() + generator.randint(0, 2 * ROWS // (3 * KILLS))
+            process = run.start(endpoint, log=subprocess.DEVNULL)
+            while process.poll() is None and run.lines() <= goal:
+                time.sleep(0.002)
+            time.sleep(generator.random() / 5)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills.append((number, run.lines()))
+        run.finish(endpoint, starts=8)
+        counts = run.check()
+        print("rows when killed", kills, "server", stats(endpoint), "counts", counts)
+        assert all(stats(endpoint).get(fault) for fault in SHARES if SHARES[fault] * ROWS > 2), "not much of a test"
+    assert counts["failed"] == sum("TOO LONG" in row["turns"][0] for row in rows)
+    assert counts["truncated"] == sum("CUT" in row["turns"][-1] and "TOO LONG" not in row["turns"][0] for row in rows)
+    assert kills[-1][1] < ROWS, "the last kill came when nothing was left to do"
+
+
+def test_servers_that_die_or_go_away_for_a_while_lose_nothing(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(150), "synthesize.concurrency=16")
+    away = {"pause_after": 100, "pause_s": 2}
+    with faulty_server(latency_s=0.05, die_after=60) as mortal, faulty_server(latency_s=0.05, **away) as other:
+        run.finish(mortal, other)
+        counts = run.check()
+        assert stats(other)["requests"] > 200
+        with pytest.raises(OSError, match="refused"):
+            stats(mortal)
+    assert counts["failed"] == 3
+
+
+def test_requests_in_flight_adapt_to_what_the_server_takes(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(200), "synthesize.concurrency=256")
+    with faulty_server(latency_s=0.05, at_most=12) as endpoint:
+        run.finish(endpoint)
+        run.check()
+        did = stats(endpoint)
+    assert did["rate_limited"] < 0.3 * did["requests"], did
+
+
+def test_no_server_and_another_model_are_said_in_one_sentence(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(3))
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
+    with faulty_server(model="someone/else") as endpoint:
+        for address, words in ((nobody, "no server answers"), (endpoint, "serves someone/else and not")):
+            process = run.start(address)
+            _, said = process.communicate()
+            assert process.returncode == 2, said
+            assert len([line for line in said.splitlines() if line.strip()]) == 1, said
+            assert address in said
+            assert words in said
