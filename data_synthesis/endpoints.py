@@ -5,9 +5,11 @@ from __future__ import annotations
 import email.utils
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import openai
 
 from ..conf.schema import SynthesizeConfig
@@ -185,11 +187,12 @@ def read_answer(response: Any) -> Answer:
 
 def request_error(error: Exception) -> RequestError:
     """Say what an error of the client means for the request and its server."""
-    detail = " ".join(str(error).split())[:300]
-    if isinstance(error, openai.APITimeoutError):
-        return RequestError("time-out", detail, busy=True)
-    if isinstance(error, openai.APIConnectionError):
-        return RequestError("connection lost", " ".join(str(error.__cause__ or error).split())[:300])
+    detail = _shortened(error)
+    if isinstance(error, openai.APIConnectionError):  # time-outs are of that kind too, and what aiohttp cannot reach
+        lost = next((cause for cause in _causes(error) if isinstance(cause, aiohttp.ClientConnectionError)), None)
+        if isinstance(error, openai.APITimeoutError) and (lost is None or isinstance(lost, TimeoutError)):
+            return RequestError("time-out", detail, busy=True)
+        return RequestError("connection lost", _shortened(lost or error.__cause__ or error))
     if not isinstance(error, openai.APIStatusError):
         return RequestError("no JSON", detail)
     status, reason = error.status_code, f"HTTP {error.status_code}"
@@ -200,6 +203,16 @@ def request_error(error: Exception) -> RequestError:
         return RequestError(reason, detail)
     full = any(words in detail.lower() for words in _CONTEXT_WORDS)
     return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status in (401, 403))
+
+
+def _shortened(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _retry_after(value: str | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..conf.progress import Progress
 from .conversations import Conversation, Failure, open_conversations
 
 FILE = "failures.jsonl"
+_TELL_EVERY_S = 0.2
 
 
 class Outcomes:
@@ -33,6 +35,7 @@ class Outcomes:
         self.in_flight: int | None = None  # requests, for the progress line
         self.num_made = self.num_failed = 0  # in this start
         self._num_tokens = 0
+        self._began, self._told_at = time.monotonic(), 0.0
 
     def _remember(self, prompt_id: str, failure: Failure) -> None:
         earlier = self.failures[prompt_id].attempts if prompt_id in self.failures else 0
@@ -79,12 +82,15 @@ class Outcomes:
         self._report(0)
 
     def _report(self, made: int) -> None:
-        if self._progress is not None:
-            seconds = max(self._progress.format_dict["elapsed"], 1e-3)
+        if self._progress is None:
+            return
+        seconds = time.monotonic() - self._began
+        if seconds > self._told_at + _TELL_EVERY_S:
+            self._told_at = seconds
             flying = f"{self.in_flight} in flight, " if self.in_flight is not None else ""
             text = f"{flying}{self._num_tokens / seconds:,.0f} tokens/s, {self.num_failed} failed"
             self._progress.set_postfix_str(text, refresh=False)
-            self._progress.update(made)
+        self._progress.update(made)
 
     def close(self) -> None:
         """Make everything durable."""

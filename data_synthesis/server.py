@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import resource
 import sys
@@ -34,6 +35,7 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outco
         ValueError: no server answers, or one serves something else than the verifier.
     """
     _allow_open_files(config)
+    gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
     asyncio.run(_Regeneration(config, outcomes, signals).run(prompts))
 
 
