@@ -398,6 +398,21 @@ def test_a_template_that_writes_no_end_of_turn_is_refused():
         check_template(tokenizer, [tokenizer.eos_token_id])
 
 
+def test_earlier_reasoning_is_not_read_even_where_the_template_would_write_it():
+    template = headers("<|im_start|>", "\\n", "<|im_end|>\\n", "(m.reasoning_content or '') + m.content")
+    tokenizer = Shape(template, "<|im_end|>", IM).tokenizer()
+    messages = [
+        {"role": "user", "content": "Blue?"},
+        {"role": "assistant", "content": "Yes, no.", "reasoning_content": "Answer: "},
+        {"role": "user", "content": "12?"},
+        {"role": "assistant", "content": "34", "reasoning_content": "skies: "},
+    ]
+    first, second = join_turns(template_turns(tokenizer, messages, [tokenizer.eos_token_id]))
+    assert "Answer: Yes, no.<|im_end|>" in tokenizer.decode(first.token_ids)
+    assert "Answer" not in tokenizer.decode(second.token_ids)
+    assert tokenizer.decode(second.token_ids).endswith("skies: 34<|im_end|>")
+
+
 def test_a_role_that_the_template_refuses_is_named():
     tokenizer = SHAPES["gemma"].tokenizer()
     with pytest.raises(ValueError, match="the chat template refuses the conversation \\(no system role here\\)"):
