@@ -132,16 +132,20 @@ def add_digests(digests: Iterable[str]) -> str:
     return f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}"
 
 
-def read_conversations(folder: Path) -> Iterator[dict[str, Any]]:
+def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[str, Any]]:
     """Read finished conversations, of all parts where a job array made them.
 
+    Args:
+        unfinished: more may still be written.
+
     Raises:
-        ValueError: a line is malformed, named by file and number.
+        ValueError: a line is malformed, named by file and number, or a file is missing.
     """
-    for part in _parts(folder):
-        if not (part / FILE).is_file():
-            raise ValueError(f"{part / FILE} is missing: run `fledge synthesize` again")
-        yield from read_journal(part / FILE, _check)
+    for path in (part / FILE for part in _parts(folder)):
+        if path.is_file():
+            yield from read_journal(path, _check, unfinished)
+        elif not unfinished:
+            raise ValueError(f"{path} is missing: run `fledge synthesize` again")
 
 
 def part_folder(folder: Path, shard: int, num_shards: int) -> Path:

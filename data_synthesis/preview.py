@@ -12,11 +12,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..conf.artifact import differences, read_manifest
-from ..conf.journal import read_journal
 from ..conf.schema import Config, VerifierConfig
 from ..models.verifier import tokenizer_identity
-from .chat import Sequence, check_messages
-from .conversations import FILE
+from .chat import Sequence
+from .conversations import read_conversations
 from .sequences import SequenceReader, has_recorded_tokens, leading_answers, num_whole_answers
 from .split import is_heldout
 
@@ -27,7 +26,7 @@ def preview(config: Config) -> None:
     """Print the conversation preview.id of runs/<name>/conversations/, or the first; more may still be written."""
     folder = config.conversations_folder
     settings = read_manifest(folder, "conversations", unfinished=True)["settings"]
-    record = find_conversation(folder / FILE, config.preview.id)
+    record = find_conversation(folder, config.preview.id)
     reader = SequenceReader(config.verifier)
     _check_tokenizer(folder, settings["verifier"], config.verifier, reader.tokenizer)
     sequences = reader.read(record)
@@ -43,25 +42,19 @@ def preview(config: Config) -> None:
         print(f"trained on without the truncated answer: {_sizes(leading_answers(sequences, num_whole))}")
 
 
-def find_conversation(path: Path, wanted: str | None) -> dict[str, Any]:
+def find_conversation(folder: Path, wanted: str | None) -> dict[str, Any]:
     """Find a conversation by its id, the first for None.
 
     Raises:
         ValueError: it is not there, or a line before it is malformed.
     """
-    records = read_journal(path, _check, unfinished=True) if path.is_file() else iter(())
+    records = read_conversations(folder, unfinished=True)
     found = next((record for record in records if wanted in (None, record["id"])), None)
     if found:
         return found
     if wanted is None:
-        raise ValueError(f"{path} holds no conversation yet: wait until `fledge synthesize` has written one")
-    raise ValueError(f"preview.id: {path} holds no conversation {wanted!r}: without preview.id the first is shown")
-
-
-def _check(record: dict[str, Any]) -> str | None:
-    if not isinstance(record.get("finish_reasons"), list) or not isinstance(record.get("usage"), dict):
-        return "finish_reasons must be a list and usage an object"
-    return check_messages(record.get("messages"))
+        raise ValueError(f"{folder} holds no conversation yet: wait until `fledge synthesize` has written one")
+    raise ValueError(f"preview.id: {folder} holds no conversation {wanted!r}: without preview.id the first is shown")
 
 
 def _check_tokenizer(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversations import read_conversations
+from .preview import printable
 
 _SHOWN, _SHOWN_CHARS = 3, 240
 
@@ -65,5 +66,5 @@ def summarise(folder: Path) -> Summary:
 
 def _shortened(content: Any) -> str:
     text = content if isinstance(content, str) else " ".join(part.get("text", f"<{part['type']}>") for part in content)
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + " …"

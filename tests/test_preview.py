@@ -95,10 +95,10 @@ def test_conversations_that_are_still_written_are_shown_up_to_the_last_whole_lin
         file.write(json.dumps(record("s/train/3", "a", "b"))[:-9])
     assert printed(config, capsys)[0] == "conversation s/train/1"
     with pytest.raises(ValueError, match="holds no conversation 's/train/3'"):
-        find_conversation(path, "s/train/3")
+        find_conversation(path.parent, "s/train/3")
     path.write_text("{")
     with pytest.raises(ValueError, match="holds no conversation yet"):
-        find_conversation(path, None)
+        find_conversation(path.parent, None)
 
 
 def test_what_cannot_be_shown_is_said_in_one_sentence(config, tmp_path):
