@@ -47,7 +47,9 @@ def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
         yield from dataset_rows(source, seed)
         return
     if source.streaming:
-        raise ValueError(f"data.sources {source.path}: streaming must be false for files, which are never stored again")
+        raise ValueError(
+            f"data.sources {source.path}: streaming must be false for files here: they are read row by row anyway"
+        )
     for file in files:
         yield from _READERS[file.suffix](file)
 
@@ -151,9 +153,10 @@ def dataset_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Read the columns that matter; without read-ahead, which would hold those of the whole file."""
     from pyarrow.parquet import ParquetFile
 
-    with _reading(str(path)), ParquetFile(path) as file:
+    with _reading(str(path)), ParquetFile(path, pre_buffer=False) as file:
         columns = _needed(file.schema_arrow.names) or None
         tables = file.iter_batches(_BATCH_ROWS, columns=columns)
         yield from _placed(str(path), (row for table in tables for row in _table_rows(table)))
