@@ -21,13 +21,13 @@ from .schema import Config, validate
 # command -> (module and function that run it, what it does)
 COMMANDS = {
     "synthesize": ("fledge.data_synthesis.synthesize:synthesize", "the verifier answers every prompt"),
-    "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
     "dump": ("fledge.data_synthesis.dump:dump", "record the verifier's hidden states on those conversations"),
     "train": ("fledge.train.loop:train", "train the draft head on the hidden states"),
     "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
     "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
+    "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
     "run": ("fledge.conf.run:run", "all of these in order, skipping what is complete"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
