@@ -54,6 +54,7 @@ class Progress(tqdm):
         if self._terminal or self.disable:
             super().close()
             return
-        self.display()
+        if self.n != self.last_print_n:
+            self.display()
         self.disable = True
         self._decr_instances(self)
