@@ -28,7 +28,7 @@ COMMANDS = {
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
     "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
     "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
-    "run": ("fledge.conf.run:run", "all of these in order, skipping what is complete"),
+    "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
 
