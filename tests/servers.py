@@ -124,7 +124,6 @@ class Faulty:
         if fault == "slow":
             await asyncio.sleep(1)
         if fault == "silent":
-            self.counts[fault] += 1
             await reader.read()  # until the client has had enough
         elif fault in ("reset", "reset_within"):
             if fault == "reset_within":

@@ -139,7 +139,7 @@ def without_end(sequence: dict) -> list[tuple[int, int]]:
 
 
 def make_rows(number: int) -> list[dict]:
-    """Give rows of one to three turns; some answers are cut, some prompts are too long for the server."""
+    """Give rows of one to three turns; some answers are cut or empty, some prompts too long for the server."""
     rows = []
     for n in range(number):
         turns = [f"row {n} asks {turn}: naïve “ünïcode” — 😀" for turn in range(1 + n % 3)]
@@ -147,12 +147,14 @@ def make_rows(number: int) -> list[dict]:
             turns[-1] += " CUT"
         if n % 60 == 11:
             turns[0] += " TOO LONG"
+        if n % 60 == 23:
+            turns[-1] += " EMPTY"
         rows.append({"id": f"r{n}", "turns": turns})
     return rows
 
 
 PATIENT = (
-    "synthesize.request_timeout_s=4",
+    "synthesize.request_timeout_s=2",
     "synthesize.concurrency=64",
     "synthesize.retries=12",
     "synthesize.max_attempts=20",
@@ -164,8 +166,8 @@ def test_killed_at_random_moments_with_servers_that_go_wrong_every_row_is_made_o
     run = Regeneration(tmp_path, byte_verifier, rows, *PATIENT)
     generator = random.Random(time.time_ns())
     kills = []
-    with faulty_server(faults=SHARES, latency_s=0.15, seed=3) as endpoint:
-        for number in range(KILLS):
+    with faulty_server(faults=SHARES, latency_s=0.15, seed=5) as endpoint:
+        for _ in range(KILLS):
             goal = run.lines() + generator.randint(0, 2 * ROWS // (3 * KILLS))
             process = run.start(endpoint, log=subprocess.DEVNULL)
             while process.poll() is None and run.lines() <= goal:
@@ -173,14 +175,15 @@ def test_killed_at_random_moments_with_servers_that_go_wrong_every_row_is_made_o
             time.sleep(generator.random() / 5)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            kills.append((number, run.lines()))
+            kills.append(run.lines())
         run.finish(endpoint, starts=8)
         counts = run.check()
         print("rows when killed", kills, "server", stats(endpoint), "counts", counts)
-        assert all(stats(endpoint).get(fault) for fault in SHARES if SHARES[fault] * ROWS > 2), "not much of a test"
+        assert set(SHARES) <= set(stats(endpoint)), "not everything went wrong"
     assert counts["failed"] == sum("TOO LONG" in row["turns"][0] for row in rows)
     assert counts["truncated"] == sum("CUT" in row["turns"][-1] and "TOO LONG" not in row["turns"][0] for row in rows)
-    assert kills[-1][1] < ROWS, "the last kill came when nothing was left to do"
+    assert counts["cut_short"] == sum("EMPTY" in row["turns"][-1] for row in rows)
+    assert kills[-1] < counts["conversations"], "the last kill came when nothing was left to do"
 
 
 def test_servers_that_die_or_go_away_for_a_while_lose_nothing(tmp_path, byte_verifier):
@@ -212,6 +215,6 @@ def test_no_server_and_another_model_are_said_in_one_sentence(tmp_path, byte_ver
             process = run.start(address)
             _, said = process.communicate()
             assert process.returncode == 2, said
-            assert len([line for line in said.splitlines() if line.strip()]) == 1, said
-            assert address in said
-            assert words in said
+            (sentence,) = [line for line in said.splitlines() if line.startswith("fledge: ")]
+            assert address in sentence
+            assert words in sentence
