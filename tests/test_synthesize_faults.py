@@ -218,3 +218,30 @@ def test_no_server_and_another_model_are_said_in_one_sentence(tmp_path, byte_ver
             (sentence,) = [line for line in said.splitlines() if line.startswith("fledge: ")]
             assert address in sentence
             assert words in sentence
+
+
+def stopped(run: Regeneration, endpoint: str, number: int) -> tuple[int, str]:
+    """Send a signal once some more rows are done; give the exit code and what was printed."""
+    before = run.lines()
+    process = run.start(endpoint)
+    while process.poll() is None and run.lines() < before + 5:
+        time.sleep(0.01)
+    process.send_signal(number)
+    printed = "".join(process.communicate(timeout=30))
+    return process.returncode, printed
+
+
+def test_a_signal_lets_what_is_in_flight_end_within_the_grace(tmp_path, byte_verifier):
+    rows = [{"id": f"r{n}", "turns": [f"first {n}?", "second?"]} for n in range(60)]
+    run = Regeneration(tmp_path, byte_verifier, rows, "synthesize.concurrency=8")
+    with faulty_server(latency_s=0.3) as endpoint:
+        code, printed = stopped(run, endpoint, signal.SIGINT)
+        assert code == 130, printed
+        assert "conversations in flight have 60 s" in printed
+        assert stats(endpoint)["as it should"] - 2 == 2 * run.lines(), "no answer was thrown away"
+        run.arguments.append("synthesize.grace_s=0")
+        code, printed = stopped(run, endpoint, signal.SIGTERM)
+        assert code == 75, printed
+        assert stats(endpoint)["requests"] - 4 > 2 * run.lines(), "nothing was waited for"
+        run.finish(endpoint)
+        run.check()

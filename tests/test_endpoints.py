@@ -1,0 +1,126 @@
+"""What a server is asked, and what its answers and errors mean."""
+
+import email.utils
+import time
+
+import openai
+import pytest
+from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig, validate
+from fledge.data_synthesis.chat import Turn
+from fledge.data_synthesis.endpoints import Endpoint, RequestError, Window, read_answer, request_error
+from fledge.data_synthesis.handshake import request_body
+
+
+def test_a_window_doubles_a_round_trip_until_it_is_pushed_back_and_grows_by_one_from_there():
+    window = Window(256)
+    for expected in (32, 64, 128, 256, 256):
+        for _ in range(window.size):
+            window.grow()
+        assert window.size == expected
+    started = time.monotonic()
+    for _ in range(10):  # all of them were on their way when the first was pushed back
+        window.shrink(started)
+    assert window.size == 128
+    for _ in range(129):
+        window.grow()
+    assert window.size == 129
+    for _ in range(20):
+        window.shrink(time.monotonic())
+    assert window.size == 1, "one is always asked"
+    assert Window(4).size == 4
+
+
+def completion(**changes: object) -> dict:
+    choice = {"message": {"role": "assistant", "content": "Hi."}, "finish_reason": "stop", **changes}
+    return {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+
+
+def test_an_answer_is_read_with_its_reasoning_and_its_tokens():
+    for name in ("reasoning", "reasoning_content"):
+        answer = read_answer(completion(message={"content": "Hi.", name: "hm"}))
+        assert (answer.text, answer.reasoning, answer.turn) == ("Hi.", "hm", None)
+    answer = read_answer({**completion(token_ids=[4, 5]), "prompt_token_ids": [1, 2, 3]})
+    assert answer.turn == Turn([1, 2, 3], [4, 5])
+    assert read_answer(completion(message={"content": None})).text == ""
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        None,
+        "<html>",
+        [],
+        {},
+        {"choices": []},
+        {**completion(), "usage": None},
+        completion(message="Hi."),
+        completion(message={"content": 5}),
+        completion(message={"content": "half a character \ud83d"}),
+        completion(finish_reason="abort"),
+        completion(finish_reason=None),
+    ],
+)
+def test_what_is_no_chat_completion_is_an_error_of_the_request(response):
+    with pytest.raises(RequestError) as caught:
+        read_answer(response)
+    assert not caught.value.lasting, "it may go well elsewhere or later"
+
+
+def refused(status: int, message: str = "no", **headers: str) -> RequestError:
+    import httpx2
+
+    request = httpx2.Request("POST", "http://localhost/v1/chat/completions")
+    response = httpx2.Response(status, request=request, headers=headers)
+    return request_error(openai.APIStatusError(message, response=response, body=None))
+
+
+def test_a_server_that_is_busy_says_for_how_long():
+    assert refused(429, **{"retry-after": "7"}).pause_s == 7
+    date = email.utils.formatdate(time.time() + 20, usegmt=True)
+    assert 17 < refused(503, **{"retry-after": date}).pause_s <= 20
+    assert refused(429, **{"retry-after": "soon"}).pause_s == 0
+    assert refused(429).busy
+    assert refused(429).pushed_back
+    assert not refused(500).busy
+    assert not refused(500).lasting
+
+
+def test_what_would_fail_again_is_told_from_what_may_pass():
+    assert refused(400).lasting
+    assert refused(401).refuses_us
+    assert refused(400, "This model's maximum context length is 2048 tokens.").context_full
+    assert not refused(400, "bad image").context_full
+
+
+def test_greedy_requests_are_free_of_penalties_and_sampled_ones_as_asked():
+    config = Config(
+        name="x",
+        verifier=VerifierConfig("v", chat_template_kwargs={"enable_thinking": False}),
+        synthesize=SynthesizeConfig(temperature=0.7, top_p=0.9, request={"top_k": 20, "presence_penalty": 1.5}),
+    )
+    endpoint = Endpoint("http://localhost:1/v1", config.synthesize)
+    endpoint.extras = {"repetition_penalty": 1.0, "top_k": -1}
+    question = [{"role": "user", "content": "a?"}]
+    sampled, greedy = (request_body(config, endpoint, question, greedy) for greedy in (False, True))
+    assert (sampled["temperature"], sampled["top_p"], sampled["repetition_penalty"]) == (0.7, 0.9, 1.0)
+    assert (sampled["top_k"], sampled["presence_penalty"]) == (20, 1.5)
+    assert (greedy["temperature"], greedy["top_p"], greedy["repetition_penalty"]) == (0.0, 1.0, 1.0)
+    assert "presence_penalty" not in greedy
+    assert greedy["chat_template_kwargs"] == {"enable_thinking": False}
+    assert greedy["messages"] == question
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"endpoints": ["localhost:8000"]}, "must be base URLs such as http://localhost:8000/v1"),
+        ({"endpoints": ["http://me:secret@host/v1"]}, "got host/v1"),
+        ({"request": {"max_tokens": 5}}, "synthesize.request must leave max_tokens to fledge"),
+        ({"shard": 2, "num_shards": 2}, "synthesize.shard must lie between 0 and synthesize.num_shards - 1 = 1, got 2"),
+        ({"grace_s": -1.0}, "synthesize.grace_s must be at least 0"),
+    ],
+)
+def test_options_without_sense_are_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        validate(Config(name="x", synthesize=SynthesizeConfig(**options)))
+    assert "secret" not in str(caught.value)
