@@ -50,6 +50,7 @@ class Options:
     at_once: int = 256  # requests the server works on at a time, where an answer takes time
     concurrency: int = 256  # requests the client has in flight
     seed: int = 0
+    verifier: str = "embedded"  # whose tokens the server claims to read; it runs nowhere
     profile: str = ""  # file for the client's cProfile; it slows the client down
     overrides: str = ""  # further options of `fledge synthesize`, separated by blanks
 
@@ -185,7 +186,7 @@ def _serve(options: Options, port: Connection) -> None:
     async def serve() -> None:
         queue = Queue(options.latency_s, options.at_once)
         answer = _http(_answer(options, [5] * (options.prompt_chars // 4)))
-        tokenizer = load_tokenizer(VerifierConfig("embedded"))
+        tokenizer = load_tokenizer(VerifierConfig(options.verifier))
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
             lambda: Server(queue, options, answer, tokenizer), "127.0.0.1", 0, backlog=1024
@@ -239,21 +240,17 @@ def _command(options: Options, address: str, folder: Path) -> list[str]:
         *(sys.executable, *profiled, "-m", "fledge", "synthesize"),
         *("experiment=demo", "name=benchmark", f"runs_dir={folder}", f"data.sources=[{{path:{folder}/rows.jsonl}}]"),
         *(f"synthesize.endpoints=[{address}/v1]", f"synthesize.model={MODEL}"),
+        f"verifier.path={options.verifier}",
         f"synthesize.concurrency={options.concurrency}",
         *options.overrides.split(),
     ]
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Regenerate made-up rows; give rates, CPU time a request and memory.
-
-    Rate and CPU time are those between a tenth of the requests and the last, so that starting does not count.
-    """
-    total = options.rows * options.turns
+    """Regenerate made-up rows; give rates, CPU time a request and memory."""
     with tempfile.TemporaryDirectory() as temporary, serving(options) as address:
         folder = Path(temporary)
         write_rows(folder / "rows.jsonl", options)
-        begin = time.monotonic()
         with subprocess.Popen(_command(options, address, folder), stdout=sys.stderr) as client:
             samples = [_sample(client.pid, address)]
             while client.poll() is None:
@@ -261,28 +258,35 @@ def measure(options: Options) -> dict[str, Any]:
                 samples.append(_sample(client.pid, address) or samples[-1])
         if client.returncode:
             raise RuntimeError(f"fledge synthesize ended with exit code {client.returncode}")
-        wall_s, served = time.monotonic() - begin, stats(address)
+        served = stats(address)
         ids = {record["id"] for record in read_journal(folder / "benchmark/conversations/conversations.jsonl")}
         assert len(ids) == options.rows, f"{len(ids)} of {options.rows} rows were answered"
+    result = {**dataclasses.asdict(options), **_figures(options, samples, served)}
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
+
+
+def _figures(options: Options, samples: list[dict[str, float]], served: dict[str, float]) -> dict[str, float]:
+    """Give rates and CPU times between a tenth of the answers and the last, when everything has started, and memory."""
+    total = options.rows * options.turns
     early = next(sample for sample in samples if sample["answers"] >= total / 10)
     late = next((sample for sample in samples if sample["answers"] >= total), samples[-1])
-    num, elapsed = late["answers"] - early["answers"], late["at_s"] - early["at_s"]
-    result = {
-        **dataclasses.asdict(options),
+    grown = {name: late[name] - early[name] for name in late}
+    num = grown["answers"]
+    figures = {
         "requests": served["answers"],
-        "requests_per_s": num / elapsed,
-        "client_cpu_ms_per_request": 1e3 * (late["client_cpu_s"] - early["client_cpu_s"]) / num,
-        "server_cpu_ms_per_request": 1e3 * (late["cpu_s"] - early["cpu_s"]) / num,
+        "requests_per_s": num / grown["at_s"],
+        "client_cpu_ms_per_request": 1e3 * grown["client_cpu_s"] / num,
+        "server_cpu_ms_per_request": 1e3 * grown["cpu_s"] / num,
         "rss_mib_at_a_tenth": early["rss_mib"],
         "rss_mib_at_the_last_answer": late["rss_mib"],
         "rss_mib_at_most": max(sample["rss_mib"] for sample in samples),
         "most_in_flight": served["most_in_flight"],
-        "wall_s": wall_s,
     }
     if options.latency_s:
         own = options.at_once / options.latency_s
-        result["share_of_the_servers_throughput"] = served["answers"] / served["elapsed_s"] / own
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
+        figures["share_of_the_servers_throughput"] = figures["requests_per_s"] / own
+        figures["share_with_start_and_end"] = served["answers"] / served["elapsed_s"] / own
+    return figures
 
 
 def _sample(pid: int, address: str) -> dict[str, float]:

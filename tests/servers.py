@@ -46,7 +46,7 @@ FAULTS = (
     "silent",  # no answer ever
     "slow",  # the right answer, a second late
 )
-SHARES = dict.fromkeys(FAULTS, 0.01) | {"rate_limited": 0.05, "silent": 0.003, "slow": 0.01}  # a bad day
+SHARES = dict.fromkeys(FAULTS, 0.01) | {"rate_limited": 0.03, "silent": 0.003}  # a bad day
 
 
 def answer_to(messages: list[dict[str, Any]]) -> str:

@@ -166,7 +166,7 @@ def test_killed_at_random_moments_with_servers_that_go_wrong_every_row_is_made_o
     run = Regeneration(tmp_path, byte_verifier, rows, *PATIENT)
     generator = random.Random(time.time_ns())
     kills = []
-    with faulty_server(faults=SHARES, latency_s=0.15, seed=5) as endpoint:
+    with faulty_server(faults=SHARES, latency_s=0.05, seed=39) as endpoint:
         for _ in range(KILLS):
             goal = run.lines() + generator.randint(0, 2 * ROWS // (3 * KILLS))
             process = run.start(endpoint, log=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from builders import Run
 from fledge.conf.artifact import read_manifest
+from fledge.data_synthesis import benchmark
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.models.embedded.corpus import prompts as embedded_prompts
 from servers import free_port, model_server
@@ -64,6 +65,17 @@ def test_transformers_serve_answers_as_the_verifier_in_this_process(tmp_path, ti
     check_same(ours, theirs, *SAME)
     run("dump")  # the server gives no tokens: the template tells them
     assert read_manifest(run.path / "hidden_states", "hidden_states")["complete"]
+
+
+def test_the_benchmark_measures_the_whole_stage(tiny_verifier_folder):
+    options = benchmark.parse(["rows=300", "latency_s=0.05", "at_once=20", f"verifier={tiny_verifier_folder}"])
+    result = benchmark.measure(options)
+    assert result["requests"] == 600
+    assert 20 < result["most_in_flight"] <= options.concurrency, "more than the server works on at once"
+    assert 0.1 < result["share_with_start_and_end"] <= 1.05
+    assert result["client_cpu_ms_per_request"] > 0
+    with pytest.raises(ValueError, match="unknown option 'row=1'"):
+        benchmark.parse(["row=1"])
 
 
 @pytest.mark.serving
