@@ -17,6 +17,7 @@ from .chat import Turn
 from .conversations import Answer
 
 _FIRST_WINDOW = 16
+_LET_PASS = 0.1
 _CONNECT_S = 10.0
 _STRIKES = 3  # troubles in a row after which an endpoint is asked whether it is there
 _MOST_PAUSE_S = 300.0
@@ -27,7 +28,7 @@ class Window:
     """How many requests an endpoint is given at once.
 
     As TCP's: it doubles in a round trip until the server first pushes back, is halved then, once for all requests
-    that were on their way, and grows by one a round trip from there.
+    that were on their way, and grows by one a round trip from there. Up to one push-back in ten answers is let pass.
     """
 
     def __init__(self, most: int) -> None:
@@ -35,6 +36,7 @@ class Window:
         self._size = float(min(_FIRST_WINDOW, most))
         self._doubles_below = float(most)
         self._halved_at = 0.0
+        self._pushed_back = 0.0  # requests, each answer making up for a tenth of one
 
     @property
     def size(self) -> int:
@@ -44,12 +46,16 @@ class Window:
     def grow(self) -> None:
         """Take note of an answer."""
         self._size = min(self._most, self._size + (1.0 if self._size < self._doubles_below else 1.0 / self._size))
+        self._pushed_back = max(0.0, self._pushed_back - _LET_PASS)
 
     def shrink(self, started: float) -> None:
         """Take note that the server pushed back a request that was sent at `started`."""
-        if started >= self._halved_at:
+        if started < self._halved_at:
+            return
+        self._pushed_back += 1.0
+        if self._pushed_back > _LET_PASS * self._size:
             self._size = self._doubles_below = max(1.0, self._size / 2)
-            self._halved_at = time.monotonic()
+            self._halved_at, self._pushed_back = time.monotonic(), 0.0
 
 
 @dataclass(eq=False)

@@ -18,16 +18,26 @@ def test_a_window_doubles_a_round_trip_until_it_is_pushed_back_and_grows_by_one_
             window.grow()
         assert window.size == expected
     started = time.monotonic()
-    for _ in range(10):  # all of them were on their way when the first was pushed back
+    for _ in range(100):  # all of them were on their way when the first was pushed back
         window.shrink(started)
     assert window.size == 128
     for _ in range(129):
         window.grow()
     assert window.size == 129
-    for _ in range(20):
+    for _ in range(100):
         window.shrink(time.monotonic())
     assert window.size == 1, "one is always asked"
     assert Window(4).size == 4
+
+
+def test_few_push_backs_among_many_answers_do_not_narrow_a_window():
+    window = Window(64)
+    for number in range(2000):
+        window.shrink(time.monotonic()) if number % 16 == 0 else window.grow()
+    assert window.size == 64
+    for number in range(2000):
+        window.shrink(time.monotonic()) if number % 5 == 0 else window.grow()
+    assert window.size < 32
 
 
 def completion(**changes: object) -> dict:
