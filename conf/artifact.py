@@ -191,6 +191,12 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
 
 def _clear(folder: Path) -> None:
     """Delete what a folder holds. A kill in between leaves a manifest without settings: the next start clears on."""
+    for inner in folder.glob("*/.lock"):
+        try:
+            with FileLock(inner, timeout=0):
+                pass
+        except Timeout:
+            raise ValueError(f"{inner.parent} is being written by another process: stop it, or wait for it") from None
     write_json(folder / MANIFEST, {**_load_manifest(folder / MANIFEST), "settings": None, "complete": False})
     entries = [entry for entry in folder.iterdir() if entry.name not in (".lock", MANIFEST)]
     for entry in entries:

@@ -64,7 +64,7 @@ class Journal:
         return ids
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write records, one line each: safe from a kill at once, from a power cut after `sync_every_s` at most."""
+        """Write records, one line each: safe from a kill at once, from a power cut by an append some time later."""
         for record in records:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()

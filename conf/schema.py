@@ -162,7 +162,7 @@ class SynthesizeConfig:
     request_timeout_s: float = 600.0
     retries: int = 8  # of one request that failed in a way that may pass, with growing pauses
     max_attempts: int = 3  # starts in which a failed conversation is tried
-    server_wait_s: float = 600.0  # how long no endpoint may answer before the stage stops
+    server_wait_s: float = 600.0  # how long no endpoint may answer, once one has, before the stage stops
     grace_s: float = 60.0  # for what is in flight when a signal asks to stop
     shard: int = 0  # answer prompts shard, shard + num_shards, ... only: one task of a job array
     num_shards: int = 1
@@ -382,6 +382,10 @@ def validate(config: Config) -> None:
         "synthesize.request_timeout_s": config.synthesize.request_timeout_s,
         "synthesize.server_wait_s": config.synthesize.server_wait_s,
     }
+    if config.synthesize.request_timeout_s == 0:
+        raise ValueError("synthesize.request_timeout_s must be above 0, got 0")
+    if len(set(config.synthesize.endpoints)) < len(config.synthesize.endpoints):
+        raise ValueError("synthesize.endpoints must name each server once")
     for name, number in at_least_zero.items():
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {number}")
@@ -396,7 +400,8 @@ def validate(config: Config) -> None:
                 "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (read from "
                 f"OPENAI_API_KEY), got {url.rpartition('@')[2]}"
             )
-    ours = {"model", "messages", "max_tokens", "temperature", "top_p", "stream", "n"} & set(config.synthesize.request)
+    fixed = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stream", "n"}
+    ours = fixed & set(config.synthesize.request)
     if ours:
         raise ValueError(
             f"synthesize.request must leave {', '.join(sorted(ours))} to fledge: synthesize.model, max_tokens, "

@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> Options:
         if name not in values:
             raise ValueError(f"unknown option {argument!r}: options are name=value of {', '.join(values)}")
         kind = type(values[name])
-        values[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        values[name] = text.lower() == "true" if kind is bool else kind(text)
     return Options(**values)
 
 

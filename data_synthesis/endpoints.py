@@ -21,7 +21,11 @@ _LET_PASS = 0.1
 _CONNECT_S = 10.0
 _STRIKES = 3  # troubles in a row after which an endpoint is asked whether it is there
 _MOST_PAUSE_S = 300.0
-_CONTEXT_WORDS = ("context length", "context window", "context_length", "max_model_len", "maximum sequence length")
+_CONTEXT_WORDS = (
+    *("context length", "context window", "context size", "context_length", "max_model_len"),
+    *("maximum sequence length", "max_seq_len", "max_num_tokens"),
+)
+_OF_THE_REQUEST = (400, 413, 415, 422)  # other refusals are of whoever asks, or of all there is to ask
 
 
 class Window:
@@ -69,7 +73,10 @@ class RequestError(Exception):
     pushed_back: bool = False  # and said so, without having tried
     pause_s: float = 0.0  # what it asks for
     context_full: bool = False
-    refuses_us: bool = False  # no request of ours will do
+    refuses_us: bool = False  # perhaps no request of ours would do
+
+    def __str__(self) -> str:
+        return f"{self.reason}, {self.detail}"
 
 
 class Endpoint:
@@ -86,6 +93,7 @@ class Endpoint:
         self.up = False
         self.model = ""  # its name for the verifier
         self.max_context = 0  # tokens of prompt and answer
+        self.answered_at = 0.0  # by time.monotonic()
         self.extras: dict[str, Any] = {}  # fields of a request that not every server takes, and this one does
         self._strikes = 0
         self._not_before = 0.0
@@ -121,18 +129,17 @@ class Endpoint:
         started = time.monotonic()
         try:
             answer = read_answer(await self._send("POST", "/chat/completions", {"model": self.model, **body}))
-            if (
-                answer.prompt_tokens + body["max_tokens"] > self.max_context
-            ):  # vLLM cuts the answer, some cut the prompt
+            needed = answer.prompt_tokens + body["max_tokens"]
+            if needed > self.max_context:  # vLLM cuts the answer to what is left, others the prompt
                 raise RequestError("context full", "", lasting=True, context_full=True)
         except RequestError as trouble:
             if trouble.busy:
                 self.window.shrink(started)
                 self._not_before = max(self._not_before, time.monotonic() + trouble.pause_s)
-            if not trouble.lasting and not trouble.pushed_back:
+            if not trouble.pushed_back and (trouble.refuses_us or not trouble.lasting):
                 self._strikes += 1
             raise
-        self._strikes = 0
+        self._strikes, self.answered_at = 0, time.monotonic()
         self.window.grow()
         return answer
 
@@ -161,7 +168,7 @@ class Endpoint:
 
     def revive(self) -> None:
         """Take it into service."""
-        self._strikes, self.up = 0, True
+        self._strikes, self.up, self.answered_at = 0, True, time.monotonic()
 
     async def close(self) -> None:
         """Close its connections."""
@@ -186,7 +193,9 @@ def read_answer(response: Any) -> Answer:
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise RequestError("no chat completion", f"{error!r} in {str(response)[:200]}") from None
-    if not isinstance(text, str) or answer.finish_reason not in ("stop", "length"):
+    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        raise RequestError("no chat completion", f"no text in {str(response)[:200]}")
+    if answer.finish_reason not in ("stop", "length"):
         raise RequestError(f"finish_reason {answer.finish_reason}", str(response)[:200])
     return answer
 
@@ -196,7 +205,7 @@ def request_error(error: Exception) -> RequestError:
     detail = _shortened(error)
     if isinstance(error, openai.APIConnectionError):  # time-outs are of that kind too, and what aiohttp cannot reach
         lost = next((cause for cause in _causes(error) if isinstance(cause, aiohttp.ClientConnectionError)), None)
-        if isinstance(error, openai.APITimeoutError) and (lost is None or isinstance(lost, TimeoutError)):
+        if isinstance(error, openai.APITimeoutError) and (lost is None or isinstance(lost, aiohttp.ServerTimeoutError)):
             return RequestError("time-out", detail, busy=True)
         return RequestError("connection lost", _shortened(lost or error.__cause__ or error))
     if not isinstance(error, openai.APIStatusError):
@@ -208,7 +217,7 @@ def request_error(error: Exception) -> RequestError:
     if status >= 500 or status in (408, 409, 425):
         return RequestError(reason, detail)
     full = any(words in detail.lower() for words in _CONTEXT_WORDS)
-    return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status in (401, 403))
+    return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status not in _OF_THE_REQUEST)
 
 
 def _shortened(error: BaseException) -> str:

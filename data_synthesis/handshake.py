@@ -48,7 +48,6 @@ class Handshake:
         self._config, self._options = config, config.synthesize
         self._positions = load_config(config.verifier).max_position_embeddings
         self._tokenizer = load_tokenizer(config.verifier)
-        self._probe_tokens = prompt_tokens(self._tokenizer, _PROBE)
 
     async def open(self, endpoint: Endpoint) -> None:
         """Make sure that an endpoint serves the verifier, learn what it takes, and put it into service.
@@ -58,13 +57,15 @@ class Handshake:
             ValueError: it serves another model, or renders the chat template to other tokens.
         """
         try:
+            ours = prompt_tokens(self._tokenizer, _PROBE)  # anew each time: a template may write the date
             self._find_model(endpoint, await self._patiently(endpoint.models))
+            self._check_room(endpoint, len(ours))
             answer = await self._probe(endpoint)
         except RequestError as trouble:
             if trouble.lasting:
                 raise ValueError(refusal(endpoint, trouble)) from None
             raise
-        self._compare_tokens(endpoint, answer)
+        self._compare_tokens(endpoint, answer, ours)
         if answer.turn is None:  # then the template must tell what the verifier wrote
             check_template(self._tokenizer, load_end_token_ids(self._config.verifier, self._tokenizer))
         endpoint.revive()
@@ -82,6 +83,13 @@ class Handshake:
         model = matching[0] if matching else {}
         endpoint.model = str(model.get("id") or wanted)
         endpoint.max_context = min(self._positions, model.get("max_model_len") or self._positions)
+
+    def _check_room(self, endpoint: Endpoint, prompt_tokens: int) -> None:
+        if prompt_tokens + self._options.max_tokens > endpoint.max_context:
+            raise ValueError(
+                f"synthesize.max_tokens={self._options.max_tokens} leaves no room for a prompt in the "
+                f"{endpoint.max_context} tokens of {endpoint.url}: lower it, or start the server with a longer context"
+            )
 
     async def _probe(self, endpoint: Endpoint) -> Answer:
         """Send small requests of each kind that will be sent, and find out which extra fields the server takes."""
@@ -121,9 +129,9 @@ class Handshake:
                     raise
                 await asyncio.sleep(max(trouble.pause_s, _PROBE_PAUSE_S))
 
-    def _compare_tokens(self, endpoint: Endpoint, answer: Answer) -> None:
+    def _compare_tokens(self, endpoint: Endpoint, answer: Answer, ours: list[int]) -> None:
         """Refuse a server that reads other tokens than the verifier's own template gives."""
-        ours, theirs = self._probe_tokens, answer.turn.prompt if answer.turn else None
+        theirs = answer.turn.prompt if answer.turn else None
         if answer.prompt_tokens != len(ours) or (theirs is not None and theirs != ours):
             raise ValueError(
                 f"{endpoint.url} reads a chat as other tokens than verifier.path={self._config.verifier.path} "
@@ -134,5 +142,5 @@ class Handshake:
 
 def refusal(endpoint: Endpoint, trouble: RequestError) -> str:
     """Say that a server does not want what we ask."""
-    key = ", its key is read from OPENAI_API_KEY" if trouble.refuses_us else ""
-    return f"{endpoint.url} refuses our requests ({trouble.reason}: {trouble.detail}){key}"
+    hints = {"HTTP 401": ": is the key in OPENAI_API_KEY right?", "HTTP 404": ": does the address end with /v1?"}
+    return f"{endpoint.url} refuses our requests ({trouble.reason}, {trouble.detail}){hints.get(trouble.reason, '')}"

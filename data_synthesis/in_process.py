@@ -14,10 +14,10 @@ from ..conf.artifact import digest
 from ..conf.schema import Config, SynthesizeConfig
 from ..conf.signals import StopSignals
 from ..models.verifier import Verifier
-from .chat import Turn, prompt_tokens
-from .conversations import CONTEXT_FULL, Answer, Conversation
+from .chat import NoExactSpanError, Turn, prompt_tokens
+from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from .outcomes import Outcomes
-from .prompts import Prompt
+from .prompts import Prompt, images_of
 from .split import is_heldout
 
 
@@ -34,6 +34,11 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, s
         return
     _refuse_images(everything)
     verifier = Verifier.load(config.verifier, config.draft.aux_layers)
+    if options.max_tokens >= (positions := _positions(verifier)):
+        raise ValueError(
+            f"synthesize.max_tokens must leave room for a prompt in the verifier's {positions} tokens, "
+            f"got {options.max_tokens}"
+        )
     for heldout in (True, False):
         split = [prompt for prompt in everything if is_heldout(prompt.id, config.data.heldout_share) == heldout]
         split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
@@ -47,9 +52,9 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, s
 
 def _refuse_images(prompts: list[Prompt]) -> None:
     for prompt in prompts:
-        if not all(isinstance(turn, str) for turn in prompt.turns):
+        if any(map(images_of, prompt.turns)):
             raise ValueError(
-                f"prompt {prompt.id} has content other than text, which the verifier in this process cannot read: "
+                f"prompt {prompt.id} has images, which the verifier in this process cannot read: "
                 "give synthesize.endpoints of a server that does"
             )
 
@@ -103,12 +108,17 @@ def converse(
     while True:
         contexts: dict[int, list[int]] = {}
         for number, conversation in enumerate(conversations):
-            if (question := conversation.question) is not None:
+            if (question := conversation.question) is None:
+                continue
+            try:
                 context = prompt_tokens(verifier.tokenizer, question)
-                if _fits(verifier, context, options):
-                    contexts[number] = context
-                else:
-                    conversation.end(CONTEXT_FULL)
+            except NoExactSpanError as error:
+                conversation.end(Failure("the chat template refuses it", str(error)))
+                continue
+            if len(context) + options.max_tokens <= _positions(verifier):
+                contexts[number] = context
+            else:
+                conversation.end(CONTEXT_FULL)
         if not contexts:
             return
         asked = [conversations[number] for number in contexts]
@@ -121,10 +131,9 @@ def converse(
             conversation.add(Answer(text, reason, len(context), len(tokens), turn=Turn(context, tokens)))
 
 
-def _fits(verifier: Verifier, context: list[int], options: SynthesizeConfig) -> bool:
-    """Say whether the verifier's context has room for the longest answer."""
-    positions = verifier.model.config.get_text_config().max_position_embeddings
-    return bool(len(context) + options.max_tokens <= positions)
+def _positions(verifier: Verifier) -> int:
+    """Give the tokens of the verifier's context."""
+    return int(verifier.model.config.get_text_config().max_position_embeddings)
 
 
 def generate(

@@ -16,12 +16,17 @@ class Pool:
         self.closed = False  # to new conversations
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def take(self, preferred: Endpoint | None = None) -> Endpoint | None:
-        """Wait for a free place at an endpoint, at the preferred one if it has one; None once closed to new ones."""
+    async def take(self, preferred: Endpoint | None = None, avoided: Endpoint | None = None) -> Endpoint | None:
+        """Wait for a free place at an endpoint; None for a new conversation once closed to those.
+
+        Args:
+            preferred: of a conversation that goes on; taken if it has a place.
+            avoided: taken only if no other has a place.
+        """
         while True:
             if preferred is None and self.closed:
                 return None
-            best = preferred if preferred and preferred.free > 0 else max(self.endpoints, key=lambda e: e.free)
+            best = max(self.endpoints, key=lambda e: (e.free > 0 and e is not avoided, e is preferred, e.free))
             if best.free > 0:
                 best.in_flight += 1
                 return best
@@ -57,19 +62,21 @@ class Seat:
 
     def __init__(self, pool: Pool, endpoint: Endpoint) -> None:
         self._pool, self._endpoint, self._seated = pool, endpoint, True
+        self._avoided: Endpoint | None = None
 
     async def endpoint(self) -> Endpoint:
         """Give the endpoint to ask next: the same while it is up."""
         if self._seated and (not self._endpoint.up or self._endpoint.paused):
             self.leave()
         if not self._seated:
-            found = await self._pool.take(self._endpoint)
+            found = await self._pool.take(self._endpoint, self._avoided)
             assert found is not None
             self._endpoint, self._seated = found, True
         return self._endpoint
 
-    def leave(self) -> None:
-        """Give the place back."""
+    def leave(self, failed: bool = False) -> None:
+        """Give the place back; where the endpoint has `failed`, another is tried next if there is one."""
+        self._avoided = self._endpoint if failed else None
         if self._seated:
             self._seated = False
             self._pool.give_back(self._endpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import random
 import resource
 import sys
@@ -15,9 +16,9 @@ from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
 from ..conf.signals import StopSignals
 from .chat import Message
-from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
+from .conversations import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
 from .endpoints import Endpoint, RequestError
-from .handshake import Handshake, refusal, request_body
+from .handshake import Handshake, request_body
 from .outcomes import Outcomes
 from .pool import Pool, Seat
 from .prompts import Prompt
@@ -34,9 +35,13 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outco
     Raises:
         ValueError: no server answers, or one serves something else than the verifier.
     """
+    wanted = (prompt for prompt in prompts if outcomes.wants(prompt.id))
+    first = next(wanted, None)
+    if first is None:
+        return
     _allow_open_files(config)
     gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
-    asyncio.run(_Regeneration(config, outcomes, signals).run(prompts))
+    asyncio.run(_Regeneration(config, outcomes, signals).run(itertools.chain([first], wanted)))
 
 
 def _allow_open_files(config: Config) -> None:
@@ -58,18 +63,26 @@ class _Regeneration:
         self._rows: set[asyncio.Task[None]] = set()
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._error: BaseException | None = None  # that ends the stage
+        self._answered = False
 
     async def run(self, prompts: Iterable[Prompt]) -> None:
         self._pool = Pool([Endpoint(url, self._options) for url in self._options.endpoints])
-        watch = asyncio.create_task(self._watch())
+        self._changed = asyncio.Event()  # a conversation has ended, or no new one is wanted
+        opening = asyncio.create_task(self._open_endpoints())
+        others = [opening]
         try:
-            await self._open_endpoints()
-            await self._feed(prompts)
-            await self._finish()
+            while not opening.done() and not self._signals.received:
+                await asyncio.wait([opening], timeout=_TICK_S)
+            if opening.done():
+                opening.result()
+                others.append(asyncio.create_task(self._watch()))
+                await self._feed(prompts)
+                await self._finish()
         finally:
-            for task in (watch, *self._checks.values(), *self._rows):
+            tasks = [*others, *self._checks.values(), *self._rows]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(watch, *self._checks.values(), *self._rows, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for endpoint in self._pool.endpoints:
                 await endpoint.close()
         if self._error:
@@ -79,10 +92,9 @@ class _Regeneration:
         """Start a conversation whenever an endpoint has a place free."""
         most = self._options.concurrency * len(self._options.endpoints)
         for prompt in prompts:
-            if not self._outcomes.wants(prompt.id):
-                continue
             while len(self._rows) >= most and not self._pool.closed:  # some are between two tries, without a place
-                await asyncio.wait(self._rows, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+                self._changed.clear()
+                await self._changed.wait()
             endpoint = await self._pool.take()
             if endpoint is None:
                 return
@@ -93,12 +105,19 @@ class _Regeneration:
 
     def _row_ended(self, row: asyncio.Task[None]) -> None:
         self._rows.discard(row)
+        self._outcomes.in_flight = len(self._rows)
+        self._changed.set()
         if not row.cancelled() and (error := row.exception()) is not None:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
+        self._close()
+
+    def _close(self) -> None:
+        """Begin no new conversation."""
         self._pool.close()
+        self._changed.set()
 
     async def _finish(self) -> None:
         """Wait for what is in flight: to its end, for the grace after a signal, not at all after an error."""
@@ -121,7 +140,7 @@ class _Regeneration:
         while True:
             await asyncio.sleep(_TICK_S)
             if self._signals.received:
-                self._pool.close()
+                self._close()
             if any(endpoint.up for endpoint in self._pool.endpoints):
                 last_up = time.monotonic()
             elif time.monotonic() - last_up > self._options.server_wait_s:
@@ -146,20 +165,25 @@ class _Regeneration:
                 else:
                     conversation.add(answer)
         except RequestError as trouble:
-            self._outcomes.failed(prompt.id, Failure(trouble.reason, trouble.detail))
-            if self._outcomes.num_made == 0 and self._outcomes.num_failed >= _HOPELESS:
-                raise ValueError(
-                    f"the first {_HOPELESS} conversations all failed, the last with {trouble.reason} ({trouble.detail})"
-                ) from None
-            return
+            conversation.end(Failure(trouble.reason, trouble.detail))
+            if not trouble.lasting:
+                self._failed(prompt, Failure(trouble.reason, trouble.detail))  # another start may do better
+                return
         finally:
             seat.leave()
         if conversation.answers:
             self._outcomes.made([conversation], 0.0 if greedy else self._options.temperature)
-        else:
-            assert conversation.ended_by is not None
-            failure = conversation.ended_by
-            self._outcomes.failed(prompt.id, replace(failure, final=failure.final or greedy))
+            return
+        failure = conversation.ended_by
+        assert failure is not None
+        self._failed(prompt, replace(failure, final=True) if greedy and failure is EMPTY_ANSWER else failure)
+
+    def _failed(self, prompt: Prompt, failure: Failure) -> None:
+        self._outcomes.failed(prompt.id, failure)
+        if not self._answered and self._outcomes.num_failed >= _HOPELESS:
+            raise ValueError(
+                f"the first {_HOPELESS} conversations all failed, the last with {failure.reason} ({failure.detail})"
+            )
 
     async def _answer(self, seat: Seat, question: list[Message], greedy: bool) -> Answer | None:
         """Ask until there is an answer, here or elsewhere; None where the context has no room for one.
@@ -167,24 +191,24 @@ class _Regeneration:
         Raises:
             RequestError: tried often enough, or no use trying.
         """
-        began, tries, pause_s = time.monotonic(), 0, _FIRST_PAUSE_S
+        tries, pause_s = 0, _FIRST_PAUSE_S
         while True:
             endpoint = await seat.endpoint()
             try:
-                return await endpoint.ask(request_body(self._config, endpoint, question, greedy))
+                answer = await endpoint.ask(request_body(self._config, endpoint, question, greedy))
             except RequestError as trouble:
                 if trouble.context_full:
                     return None
-                if trouble.refuses_us:
-                    raise ValueError(refusal(endpoint, trouble)) from None
                 tries += not trouble.pushed_back
-                waited = time.monotonic() - began
-                late = trouble.pushed_back and waited > self._options.server_wait_s
-                if trouble.lasting or late or tries > self._options.retries:
+                late = trouble.pushed_back and time.monotonic() - endpoint.answered_at > self._options.server_wait_s
+                if (trouble.lasting and not trouble.refuses_us) or late or tries > self._options.retries:
                     raise
-                seat.leave()
+                seat.leave(failed=True)
                 if endpoint.suspect:
                     self._check(endpoint)
+            else:
+                self._answered = True
+                return answer
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
@@ -194,20 +218,21 @@ class _Regeneration:
         Raises:
             ValueError: none answers, or one is not the verifier's.
         """
-        troubles = {}
-        for endpoint in self._pool.endpoints:
-            try:
-                await self._handshake.open(endpoint)
-            except RequestError as trouble:
-                troubles[endpoint.url] = f"{trouble.reason}, {trouble.detail}"
-                self._check(endpoint)
-        if len(troubles) == len(self._pool.endpoints):
+        endpoints = self._pool.endpoints
+        found = await asyncio.gather(*map(self._handshake.open, endpoints), return_exceptions=True)
+        troubles = dict(zip(endpoints, found, strict=True))
+        for trouble in found:
+            if trouble is not None and not isinstance(trouble, RequestError):
+                raise trouble
+        if all(found):
+            why = "; ".join(f"{endpoint.url}: {trouble}" for endpoint, trouble in troubles.items())
             raise ValueError(
-                f"synthesize.endpoints: no server answers ({'; '.join(map(': '.join, troubles.items()))}): "
+                f"synthesize.endpoints: no server answers ({why}): "
                 "start one that serves the verifier, or give none to run it in this process"
             )
-        for url, why in troubles.items():
-            print(f"synthesize: {url} does not answer ({why}); it is used as soon as it does", file=sys.stderr)
+        for endpoint, trouble in troubles.items():
+            if trouble:
+                self._check(endpoint)
 
     def _check(self, endpoint: Endpoint) -> None:
         """Take an endpoint out of service until it answers again."""
@@ -216,13 +241,18 @@ class _Regeneration:
             self._checks[endpoint.url] = asyncio.create_task(self._wait_for(endpoint))
 
     async def _wait_for(self, endpoint: Endpoint) -> None:
-        pause_s = _FIRST_PAUSE_S
-        while not self._error:
+        pause_s, told = _FIRST_PAUSE_S, False
+        while True:
             try:
                 await self._handshake.open(endpoint)
+            except (RequestError, ValueError) as trouble:  # ValueError: what answers there now is not the verifier
+                if not told:
+                    print(f"synthesize: {endpoint.url} is left out until it answers: {trouble}", file=sys.stderr)
+                told = True
+            else:
+                if told:
+                    print(f"synthesize: {endpoint.url} answers again", file=sys.stderr)
+                self._pool.wake()
                 return
-            except RequestError:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _MOST_PAUSE_S)
-            except ValueError as error:
-                self._fail(error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MOST_PAUSE_S)

@@ -163,6 +163,8 @@ class Faulty:
     def completion_or_refusal(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Give the status and body of the right answer."""
         said = " ".join(str(m["content"]) for m in request["messages"] if m["role"] == "user")
+        if self.counts["requests"] == self.options.rename_after:
+            self.options.model = "someone/else"
         if request["model"] != self.options.model:
             return 404, {"error": {"message": f"The model `{request['model']}` does not exist.", "code": 404}}
         if "TOO LONG" in said:
@@ -310,6 +312,7 @@ def main() -> None:
     parser.add_argument("--latency-s", type=float, default=0.0)
     parser.add_argument("--at-most", type=int, default=10**9, help="requests in flight; others are refused with 429")
     parser.add_argument("--die-after", type=int, default=-1, help="requests")
+    parser.add_argument("--rename-after", type=int, default=-1, help="requests; then another model is served")
     parser.add_argument("--pause-after", type=int, default=-1, help="requests; then nobody listens for --pause-s")
     parser.add_argument("--pause-s", type=float, default=2.0)
     parser.add_argument("--no-token-ids", action="store_true")

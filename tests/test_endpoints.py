@@ -1,5 +1,6 @@
 """What a server is asked, and what its answers and errors mean."""
 
+import asyncio
 import email.utils
 import time
 
@@ -9,6 +10,7 @@ from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig, validat
 from fledge.data_synthesis.chat import Turn
 from fledge.data_synthesis.endpoints import Endpoint, RequestError, Window, read_answer, request_error
 from fledge.data_synthesis.handshake import request_body
+from servers import faulty_server
 
 
 def test_a_window_doubles_a_round_trip_until_it_is_pushed_back_and_grows_by_one_from_there():
@@ -134,3 +136,19 @@ def test_options_without_sense_are_refused_by_name(options, words):
     with pytest.raises(ValueError, match=words) as caught:
         validate(Config(name="x", synthesize=SynthesizeConfig(**options)))
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks():
+    async def ask(endpoint: Endpoint) -> None:
+        endpoint.revive()
+        assert endpoint.free == 16
+        with pytest.raises(RequestError, match="HTTP 429"):
+            await endpoint.ask({"messages": [{"role": "user", "content": "a?"}], "max_tokens": 5})
+        assert endpoint.paused
+        assert endpoint.free == 0
+        await asyncio.sleep(1.1)  # it asked for 0.05 s, or for a date a second away
+        assert endpoint.free > 0
+        await endpoint.close()
+
+    with faulty_server(faults={"rate_limited": 1.0}) as url:
+        asyncio.run(ask(Endpoint(url, SynthesizeConfig())))

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import time
 
+import pytest
 from builders import Run
+from fledge.conf.artifact import artifact
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.chat import Turn
 from fledge.data_synthesis.conversations import (
@@ -137,3 +139,17 @@ def test_a_signal_ends_the_stage_with_what_is_done_and_the_next_start_goes_on(fi
     assert 0 < number < 64
     run("synthesize")
     assert content_digest(path.parent) == content_digest(finished.path / "conversations")
+
+
+def test_a_part_that_is_being_written_is_not_cleared_away(tmp_path):
+    whole, part = tmp_path / "conversations", tmp_path / "conversations" / "part-00000-of-00002"
+    with artifact(whole, "conversations", {"seed": 0}):
+        pass
+    with (
+        artifact(part, "conversations", {"seed": 0}),
+        pytest.raises(ValueError, match=r"part-00000-of-00002 is being written by another process"),
+        artifact(whole, "conversations", {"seed": 1}, overwrite=True),
+    ):
+        pass
+    with artifact(whole, "conversations", {"seed": 1}, overwrite=True):
+        assert not part.exists()

@@ -6,6 +6,7 @@ FLEDGE_FAULT_ROWS=5000 FLEDGE_FAULT_KILLS=10 makes the first test as large as on
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ class Regeneration:
     def lines(self) -> int:
         return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
 
-    def check(self) -> dict:
+    def check(self, with_tokens: bool = True) -> dict:
         """Hold every conversation against its row and the answers it must have; give the manifest's counts."""
         records = list(read_journal(self.journal))
         expected = {f"rows/train/{row['id']}": row["turns"] for row in self.rows}
@@ -110,7 +111,7 @@ class Regeneration:
         assert set(made.values()) <= {1}, "none twice"
         assert set(made) | set(failed) >= set(expected) >= set(made), "none lost, none from elsewhere"
         for record in records:
-            check_record(record, expected[record["id"]])
+            check_record(record, expected[record["id"]], with_tokens)
         counts = read_manifest(self.path / "conversations", "conversations")["counts"]
         assert counts["prompts"] == len(expected) == counts["conversations"] + counts["failed"]
         assert counts["conversations"] == len(records)
@@ -119,7 +120,7 @@ class Regeneration:
         return counts
 
 
-def check_record(record: dict, turns: list[str]) -> None:
+def check_record(record: dict, turns: list[str], with_tokens: bool) -> None:
     messages: list[dict] = []
     for turn, reason in zip(turns, record["finish_reasons"], strict=False):
         messages.append({"role": "user", "content": turn})
@@ -127,7 +128,8 @@ def check_record(record: dict, turns: list[str]) -> None:
         messages.append({"role": "assistant", "content": text[:12] if reason == "length" else text})
         assert reason == ("length" if "CUT" in turn else "stop")
     assert record["messages"] == messages
-    if "sequences" in record:
+    assert ("sequences" in record) == with_tokens
+    if with_tokens:
         (sequence,) = record["sequences"]
         answers = [bytes(sequence["token_ids"][start:end]) for start, end in without_end(sequence)]
         assert [answer.decode() for answer in answers] == [m["content"] for m in messages if m["role"] == "assistant"]
@@ -245,3 +247,51 @@ def test_a_signal_lets_what_is_in_flight_end_within_the_grace(tmp_path, byte_ver
         assert stats(endpoint)["requests"] - 4 > 2 * run.lines(), "nothing was waited for"
         run.finish(endpoint)
         run.check()
+
+
+def test_a_server_that_renders_other_tokens_is_refused_before_anything_is_asked(tmp_path, byte_verifier):
+    other = tmp_path / "verifier"
+    shutil.copytree(byte_verifier, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant:", "bot:"))
+    run = Regeneration(tmp_path, other, make_rows(3))
+    with faulty_server() as endpoint:
+        process = run.start(endpoint)
+        _, said = process.communicate()
+        assert process.returncode == 2, said
+        assert "reads a chat as other tokens than verifier.path" in said
+        assert stats(endpoint)["requests"] == 2, "the probe alone"
+
+
+def test_an_answer_longer_than_the_context_leaves_is_refused_at_once(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(3), "synthesize.max_tokens=9000")
+    with faulty_server() as endpoint:
+        process = run.start(endpoint)
+        _, said = process.communicate()
+    assert process.returncode == 2, said
+    assert "synthesize.max_tokens=9000 leaves no room for a prompt in the 8192 tokens of" in said
+
+
+def test_without_token_ids_the_template_tells_what_was_written(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(12))
+    with faulty_server(no_token_ids=True) as endpoint:
+        run.finish(endpoint)
+    run.check(with_tokens=False)
+
+
+def test_when_all_is_answered_a_start_needs_no_server(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(6))
+    with faulty_server() as endpoint:
+        run.finish(endpoint)
+    manifest = run.path / "conversations" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    run.finish(f"http://127.0.0.1:{free_port()}/v1")
+    run.check()
+
+
+def test_an_endpoint_that_turns_into_something_else_is_left_out_and_takes_no_row_along(tmp_path, byte_verifier):
+    run = Regeneration(tmp_path, byte_verifier, make_rows(150), "synthesize.concurrency=8")
+    with faulty_server(latency_s=0.2) as good, faulty_server(rename_after=20) as bad:
+        printed = run.finish(good, bad)
+    assert f"{bad} is left out until it answers" in printed
+    assert run.check()["failed_because"] in ({}, {"the prompt fills the verifier's context": 3})
