@@ -1,5 +1,6 @@
 """The synthesize stage above whoever runs the verifier: conversations, outcomes, shards, signals."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from builders import Run
 from fledge.conf.artifact import artifact
 from fledge.conf.journal import read_journal
+from fledge.conf.schema import SynthesizeConfig
 from fledge.data_synthesis.chat import Turn
 from fledge.data_synthesis.conversations import (
     CONTEXT_FULL,
@@ -19,6 +21,7 @@ from fledge.data_synthesis.conversations import (
     content_digest,
     read_conversations,
 )
+from fledge.data_synthesis.in_process import converse
 from fledge.data_synthesis.outcomes import Outcomes
 from fledge.data_synthesis.prompts import Prompt
 
@@ -153,3 +156,19 @@ def test_a_part_that_is_being_written_is_not_cleared_away(tmp_path):
         pass
     with artifact(whole, "conversations", {"seed": 1}, overwrite=True):
         assert not part.exists()
+
+
+def test_a_prompt_that_the_chat_template_refuses_fails_alone(verifier):
+    strict = copy.copy(verifier)
+    strict.tokenizer = copy.deepcopy(verifier.tokenizer)
+    strict.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        + verifier.tokenizer.chat_template
+    )
+    conversations = [asked("Name a colour.", system="Be short."), asked("Name a colour.")]
+    converse(strict, conversations, 0.0, SynthesizeConfig(max_tokens=8))
+    refused, answered = conversations
+    assert not refused.answers
+    assert refused.ended_by.reason == "the chat template refuses it"
+    assert "no system message" in refused.ended_by.detail
+    assert len(answered.answers) == 1
