@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from ..conf.journal import read_journal
@@ -56,19 +57,8 @@ class Options:
 
 
 def parse(arguments: list[str]) -> Options:
-    """Read `name=value` arguments.
-
-    Raises:
-        ValueError: an unknown option, or a value it cannot have.
-    """
-    values = dataclasses.asdict(Options())
-    for argument in arguments:
-        name, _, text = argument.partition("=")
-        if name not in values:
-            raise ValueError(f"unknown option {argument!r}: options are name=value of {', '.join(values)}")
-        kind = type(values[name])
-        values[name] = text.lower() == "true" if kind is bool else kind(text)
-    return Options(**values)
+    """Read `name=value` arguments."""
+    return cast(Options, OmegaConf.to_object(OmegaConf.merge(Options, OmegaConf.from_dotlist(arguments))))
 
 
 class Server(asyncio.Protocol):
