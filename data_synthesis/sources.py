@@ -27,7 +27,8 @@ Row = tuple[str, Any]  # where it stands ("chats.jsonl line 7"), and what: a val
 
 def source_name(source: SourceConfig) -> str:
     """Give the first part of the ids of a source: name/split."""
-    return f"{source.name or Path(source.path).stem}/{source.split}"
+    path = Path(source.path)
+    return f"{source.name or (path.stem if path.suffix in SUFFIXES else path.name)}/{source.split}"
 
 
 def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
@@ -202,6 +203,8 @@ def _parse(line: bytes) -> Any:
         return ValueError(f"is not valid UTF-8: {error}")
     except ValueError as error:
         return ValueError(f"is malformed JSON: {error}")
+    except RecursionError:
+        return ValueError("is nested too deeply")
 
 
 def _json_values(path: Path) -> Iterator[Any]:
@@ -227,6 +230,8 @@ def _json_values(path: Path) -> Iterator[Any]:
                     raise ValueError(f"{path} is malformed JSON after item {number}: {error.msg}") from None
                 text, at = text[at:] + more, 0
                 continue
+            except RecursionError:
+                raise ValueError(f"{path} is nested too deeply in item {number + 1}") from None
             number += 1
             yield value
 
