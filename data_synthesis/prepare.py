@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..conf.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest
+from ..conf.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest
 from ..conf.progress import Progress
 from ..conf.schema import Config, DataConfig, MalformedRows, SourceConfig
 from .likeness import Questions, fingerprint, hash64
 from .prompts import Prompt, prompt_of, text_of
-from .sources import EMBEDDED, is_local, local_files, read_rows, source_name, split_names
+from .sources import EMBEDDED, is_gone, is_local, local_files, read_rows, source_name, split_names
 
 FILE = "prompts.jsonl"
 REFUSALS = (  # why a row is not taken
@@ -67,8 +67,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     """
     if not config.data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    settings = prompt_settings(config.data)
-    with artifact(config.prompts_folder, "prompts", settings, config.overwrite, wait=True) as target:
+    with artifact(config.prompts_folder, "prompts", _settings(config), config.overwrite, wait=True) as target:
         path = target.folder / FILE
         if target.complete and path.is_file() and file_digest(path) == target.manifest["content"]:
             print(f"prompts: {target.folder} is complete")
@@ -78,35 +77,60 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
         return PreparedPrompts(target.folder, counts["taken"], target.manifest["content"], counts)
 
 
-def prompt_settings(data: DataConfig) -> dict[str, Any]:
-    """Give all that determines the prompts; of what is on this machine the content, not the place."""
+def _settings(config: Config) -> dict[str, Any]:
+    """Give the settings of the prompts; those that are complete may outlive the files that they were made of."""
+    folder = config.prompts_folder
+    manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
+    if manifest.get("complete"):
+        settings = prompt_settings(config.data, manifest["settings"])
+        if settings == manifest["settings"]:
+            return settings
+    return prompt_settings(config.data)
+
+
+def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Give all that determines the prompts; of what is on this machine the content, not the place.
+
+    Args:
+        made: settings of prompts that are complete: a file that is gone counts as what it was then.
+    """
     names = [source_name(source) for source in data.sources]
     if len(set(names)) < len(names):
         twice = max(names, key=names.count)
         raise ValueError(
             f"data.sources: two are called {twice!r}, and their prompts' ids would clash: set the name of one"
         )
+    before = made or {}
     options = asdict(data)
     for unrelated in ("sources", "exclude", "heldout_share"):
         del options[unrelated]
     return {
         **options,
         "malformed_rows": data.malformed_rows.value,
-        "sources": {source_name(s): _source_settings(n, s, data.seed) for n, s in enumerate(data.sources)},
-        "exclude": {path: _exclude_settings(path) for path in data.exclude},
+        "sources": {
+            name: _source_settings(number, source, data.seed, before.get("sources", {}).get(name))
+            for number, (name, source) in enumerate(zip(names, data.sources, strict=True))
+        },
+        "exclude": {path: _exclude_settings(path, before.get("exclude", {}).get(path)) for path in data.exclude},
     }
 
 
-def _source_settings(number: int, source: SourceConfig, seed: int) -> dict[str, Any]:
+def _source_settings(
+    number: int, source: SourceConfig, seed: int, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
     options = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
     if source.path == EMBEDDED:
         return {**options, "content": digest([row for _, row in read_rows(source, seed)])}
+    if before and "content" in before and is_gone(source.path):
+        return {**options, "content": before["content"]}
     if files := local_files(source):
         return {**options, "content": digest([file_digest(file) for file in files])}
     return {**options, "path": source.path, "subset": source.subset, "revision": source.revision}
 
 
-def _exclude_settings(path: str) -> str:
+def _exclude_settings(path: str, before: str | None = None) -> str:
+    if before and is_gone(path):
+        return before
     if not is_local(path):
         return "hub"
     files = [file for source in _splits(path) for file in local_files(source)]

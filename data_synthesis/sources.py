@@ -79,12 +79,15 @@ def split_names(path: str) -> list[str]:
 
 def is_local(path: str) -> bool:
     """Say whether a path is on this machine; what looks like a file and is not there is refused."""
-    file = Path(path)
-    if file.exists():
-        return True
-    if file.is_absolute() or path.startswith(".") or file.suffix in SUFFIXES:
+    if is_gone(path):
         raise ValueError(f"{path} does not exist")
-    return False
+    return Path(path).exists()
+
+
+def is_gone(path: str) -> bool:
+    """Say whether a path looks like one on this machine and is not there."""
+    file = Path(path)
+    return (file.is_absolute() or path.startswith(".") or file.suffix in SUFFIXES) and not file.exists()
 
 
 def local_files(source: SourceConfig) -> list[Path]:

@@ -1,6 +1,7 @@
 """Prepared prompts: filtered, without duplicates and evaluation questions, mixed, the same at every start."""
 
 import json
+import os
 import random
 from collections import Counter
 from threading import Thread
@@ -244,6 +245,24 @@ def test_a_complete_artifact_is_not_read_again_and_a_changed_file_is_refused_by_
     with pytest.raises(ValueError, match=r"made with other settings \(sources.chats/train.content: "):
         prepare(tmp_path, source)
     assert prepare(tmp_path, source, overwrite=True).count == 21
+
+
+def test_a_complete_artifact_needs_its_files_no_more_but_they_must_be_the_same_where_they_are(tmp_path):
+    source, exam = prompts(tmp_path, 20), prompts(tmp_path, 1, "exam").path
+    first = prepare(tmp_path, source, exclude=[exam])
+    for file in (source.path, exam):
+        os.rename(file, f"{file}.moved")
+    assert prepare(tmp_path, source, exclude=[exam]) == first
+    with pytest.raises(ValueError, match=r"chats.jsonl does not exist"):
+        prepare(tmp_path, source, exclude=[exam], seed=1, overwrite=True)
+    assert prepare(tmp_path, source, exclude=[exam]) == first, "what cannot be made again is not cleared"
+    with pytest.raises(ValueError, match=r"chats.jsonl does not exist"):
+        prepare(tmp_path, source, exclude=[exam], name="other")
+    with pytest.raises(ValueError, match=r"other.jsonl does not exist"):
+        prepare(tmp_path, source, exclude=[exam, str(tmp_path / "other.jsonl")])
+    (first.folder / FILE).write_text("")
+    with pytest.raises(ValueError, match=r"does not exist"):
+        prepare(tmp_path, source, exclude=[exam])
 
 
 def test_a_complete_artifact_needs_no_hub(tmp_path, monkeypatch):
