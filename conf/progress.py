@@ -11,7 +11,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress(tqdm):
-    """A tqdm bar that writes whole lines where there is no terminal.
+    """A tqdm bar that writes whole lines where there is no terminal, the first after an interval.
 
     Args:
         what: shown first.
@@ -36,6 +36,7 @@ class Progress(tqdm):
             unit_scale=total is not None and total > 100_000,
             mininterval=0.5 if self._terminal else LINE_EVERY_S,
             maxinterval=6 * LINE_EVERY_S,
+            delay=0 if self._terminal else LINE_EVERY_S,
             dynamic_ncols=self._terminal,
             bar_format=layout,
         )

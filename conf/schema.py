@@ -410,6 +410,14 @@ def validate(config: Config) -> None:
     for number, source in enumerate(config.data.sources):
         if not 0 < source.weight < math.inf:
             raise ValueError(f"data.sources[{number}].weight must be above 0 and finite, got {source.weight}")
+        if source.limit is not None and source.limit < 1:
+            raise ValueError(f"data.sources[{number}].limit must be at least 1, or null for all, got {source.limit}")
+    if config.data.limit is not None and config.data.limit < 1:
+        raise ValueError(f"data.limit must be at least 1, or null for all, got {config.data.limit}")
+    for of in ("chars", "turns"):
+        low, high = (getattr(config.data, f"{bound}_{of}") for bound in ("min", "max"))
+        if high is not None and high < low:
+            raise ValueError(f"data.max_{of} must be at least data.min_{of}={low}, or null for no bound, got {high}")
     if config.data.limit is None and len({source.weight for source in config.data.sources}) > 1:
         raise ValueError("data.limit is required where sources have different weights: the weights share it out")
     for number, store in enumerate(config.train.stores):

@@ -116,6 +116,9 @@ def _turn(
         if _MARKS.search(tokenizer.get_chat_template()):
             return _marked_turn(tokenizer, answered, tokens, end_token_ids, cut)
         raise NoExactSpanError(_parting(tokenizer, prompt, tokens))
+    lost = _left_out(message, _answer_text(tokenizer, history, answered, end_token_ids))
+    if lost:
+        raise NoExactSpanError(f"the chat template leaves out or changes {lost[:40]!r}")
     answer = tokens[len(prompt) :]
     end = _first_end(answer, end_token_ids)
     if end == len(answer):
@@ -139,8 +142,9 @@ def _marked_turn(
         **tokenizer.special_tokens_map,
     )
     text, (first, last) = rendered[0], (marks[0] or [(0, 0)])[-1]
-    if messages[-1]["content"].strip() not in text[first:last]:
-        raise NoExactSpanError("the template's generation marks do not hold it")
+    lost = _left_out(messages[-1], text[first:last])
+    if lost:
+        raise NoExactSpanError(f"the chat template's generation marks do not hold {lost[:40]!r}")
     before, through = (tokenizer.encode(text[:border], add_special_tokens=False) for border in (first, last))
     for part in (before, through):
         if tokens[: len(part)] != part:
@@ -151,13 +155,46 @@ def _marked_turn(
     return Turn(before, answer[:end] + closing)
 
 
+def _answer_text(
+    tokenizer: PreTrainedTokenizerBase,
+    history: abc.Sequence[Message],
+    answered: list[Message],
+    end_token_ids: abc.Collection[int],
+) -> str:
+    """Give what the rendering adds to the prompt, up to the end of turn: as text, which no tokenizer has normalised."""
+    prompt = _render_text(tokenizer, _without_reasoning(history), add_generation_prompt=True)
+    text = _render_text(tokenizer, answered)
+    text = text[_num_common(prompt, text) :]
+    for marker in tokenizer.convert_ids_to_tokens(list(end_token_ids)):
+        text = text.partition(marker)[0]
+    return text
+
+
+def _left_out(message: Message, text: str) -> str | None:
+    """Give what the verifier said and a text does not hold, reasoning first; space around either does not matter."""
+    place = 0
+    for said in (message.get("reasoning_content"), message["content"]):
+        part = (said or "").strip()
+        place = text.find(part, place)
+        if place < 0:
+            return part
+        place += len(part)
+    return None
+
+
 def _first_end(tokens: list[int], end_token_ids: abc.Collection[int]) -> int:
     return next((place for place, token in enumerate(tokens) if token in end_token_ids), len(tokens))
 
 
+def _num_common(one: abc.Sequence[Any], other: abc.Sequence[Any]) -> int:
+    """Give how many items two texts or lists begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _parting(tokenizer: PreTrainedTokenizerBase, read: list[int], rendered: list[int]) -> str:
     """Say where what the verifier read and what a rendering makes of it part."""
-    common = next((i for i, pair in enumerate(zip(read, rendered, strict=False)) if pair[0] != pair[1]), len(rendered))
+    common = _num_common(read, rendered)
     near = slice(max(0, common - 2), common + 4)
     was, became = (str(tokenizer.decode(tokens[near])) for tokens in (read, rendered))
     return f"the verifier read {was!r} where the chat template, once it has answered, writes {became!r}"
@@ -187,13 +224,24 @@ def _without_reasoning(messages: abc.Sequence[Message]) -> list[Message]:
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
 ) -> list[int]:
+    return list(_apply(tokenizer, messages, add_generation_prompt, tokenize=True))
+
+
+def _render_text(
+    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    return str(_apply(tokenizer, messages, add_generation_prompt, tokenize=False))
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool, tokenize: bool
+) -> Any:
     try:
-        rendered: Any = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
         )
     except (TemplateError, TypeError) as error:  # its own refusal, or content parts where it wants a text
         raise NoExactSpanError(f"the chat template refuses the conversation ({error})") from None
-    return list(rendered)
 
 
 def check_messages(messages: Any) -> str | None:

@@ -15,7 +15,12 @@ RUN = 13  # words; GPT-3's measure of contamination (arXiv:2005.14165, appendix 
 _WINDOW = 8  # words that are looked up
 _STRIDE = RUN - _WINDOW + 1  # between look-ups: every run of RUN words holds a whole window at a multiple of it
 _MARKS = str.maketrans(dict.fromkeys(".,;:!?\"'()[]{}`“”‘’«»–—、。「」", " "))
+_UNSPACED = (  # Thai and Lao, Burmese, Khmer; kana; Chinese characters
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 _WORD = re.compile(r"\w+")
+_WORD_OR_CHARACTER = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def canonical(text: str) -> str:
@@ -49,7 +54,7 @@ class Questions:
     def __init__(self, texts: Iterable[str]) -> None:
         plain = {canonical(text) for text in texts}
         self._whole = frozenset(plain)
-        self._words = [_WORD.findall(text) for text in sorted(plain)]
+        self._words = [_words(text) for text in sorted(plain)]
         self._windows: dict[str, list[tuple[int, int]]] = defaultdict(list)  # where it stands: question, word
         for question, words in enumerate(self._words):
             for at in range(len(words) - _WINDOW + 1 if len(words) >= RUN else 0):
@@ -63,12 +68,17 @@ class Questions:
         plain = canonical(text)
         if plain in self._whole:
             return True
-        words = _WORD.findall(plain)
+        words = _words(plain)
         return any(
             _common_run(words, at, self._words[question], there) >= RUN
             for at in range(0, len(words) - _WINDOW + 1, _STRIDE)
             for question, there in self._windows.get(" ".join(words[at : at + _WINDOW]), ())
         )
+
+
+def _words(text: str) -> list[str]:
+    """Split a text; in scripts without spaces between words each character is a word."""
+    return (_WORD if text.isascii() else _WORD_OR_CHARACTER).findall(text)
 
 
 def _common_run(words: list[str], at: int, others: list[str], there: int) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..conf.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest
+from ..conf.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest
 from ..conf.progress import Progress
 from ..conf.schema import Config, DataConfig, MalformedRows, SourceConfig
 from .likeness import Questions, fingerprint, hash64
 from .prompts import Prompt, prompt_of, text_of
-from .sources import EMBEDDED, is_local, local_files, read_rows, source_name, split_names
+from .sources import EMBEDDED, is_gone, is_local, local_files, read_rows, source_name, split_names
 
 FILE = "prompts.jsonl"
 REFUSALS = (  # why a row is not taken
@@ -67,8 +67,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     """
     if not config.data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    settings = prompt_settings(config.data)
-    with artifact(config.prompts_folder, "prompts", settings, config.overwrite, wait=True) as target:
+    with artifact(config.prompts_folder, "prompts", _settings(config), config.overwrite, wait=True) as target:
         path = target.folder / FILE
         if target.complete and path.is_file() and file_digest(path) == target.manifest["content"]:
             print(f"prompts: {target.folder} is complete")
@@ -78,35 +77,60 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
         return PreparedPrompts(target.folder, counts["taken"], target.manifest["content"], counts)
 
 
-def prompt_settings(data: DataConfig) -> dict[str, Any]:
-    """Give all that determines the prompts; of what is on this machine the content, not the place."""
+def _settings(config: Config) -> dict[str, Any]:
+    """Give the settings of the prompts; those that are complete may outlive the files that they were made of."""
+    folder = config.prompts_folder
+    manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
+    if manifest.get("complete"):
+        settings = prompt_settings(config.data, manifest["settings"])
+        if settings == manifest["settings"]:
+            return settings
+    return prompt_settings(config.data)
+
+
+def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Give all that determines the prompts; of what is on this machine the content, not the place.
+
+    Args:
+        made: settings of prompts that are complete: a file that is gone counts as what it was then.
+    """
     names = [source_name(source) for source in data.sources]
     if len(set(names)) < len(names):
         twice = max(names, key=names.count)
         raise ValueError(
             f"data.sources: two are called {twice!r}, and their prompts' ids would clash: set the name of one"
         )
+    before = made or {}
     options = asdict(data)
     for unrelated in ("sources", "exclude", "heldout_share"):
         del options[unrelated]
     return {
         **options,
         "malformed_rows": data.malformed_rows.value,
-        "sources": {source_name(s): _source_settings(n, s, data.seed) for n, s in enumerate(data.sources)},
-        "exclude": {path: _exclude_settings(path) for path in data.exclude},
+        "sources": {
+            name: _source_settings(number, source, data.seed, before.get("sources", {}).get(name))
+            for number, (name, source) in enumerate(zip(names, data.sources, strict=True))
+        },
+        "exclude": {path: _exclude_settings(path, before.get("exclude", {}).get(path)) for path in data.exclude},
     }
 
 
-def _source_settings(number: int, source: SourceConfig, seed: int) -> dict[str, Any]:
+def _source_settings(
+    number: int, source: SourceConfig, seed: int, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
     options = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
     if source.path == EMBEDDED:
         return {**options, "content": digest([row for _, row in read_rows(source, seed)])}
+    if before and "content" in before and is_gone(source.path):
+        return {**options, "content": before["content"]}
     if files := local_files(source):
         return {**options, "content": digest([file_digest(file) for file in files])}
     return {**options, "path": source.path, "subset": source.subset, "revision": source.revision}
 
 
-def _exclude_settings(path: str) -> str:
+def _exclude_settings(path: str, before: str | None = None) -> str:
+    if before and is_gone(path):
+        return before
     if not is_local(path):
         return "hub"
     files = [file for source in _splits(path) for file in local_files(source)]
@@ -138,12 +162,11 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
             for source, share in zip(data.sources, shares, strict=True)
         ]
         progress.close()
-        taken = candidates.select(shares, counts, data)
         names = [source_name(source) for source in data.sources]
         summary = _summary(dict(zip(names, counts, strict=True)))
-        if not len(taken):
+        if not summary["taken"]:
             raise ValueError(f"data.sources yield no prompt: {_refused(summary)}")
-        content = candidates.write(taken, target.folder / FILE)
+        content = candidates.write(target.folder / FILE)
     for name, share, count in zip(names, shares, counts, strict=True):
         if share is not None and count["taken"] < share:
             print(f"prompts: {name} gives {count['taken']} of the {share} asked of it")
@@ -200,22 +223,21 @@ def _read_source(
     candidates: _Candidates,
     progress: Progress,
 ) -> Counter[str]:
-    """Read a source into the candidates, and count its rows and what they are refused for.
+    """Read a source into the candidates, take its share, and count its rows and what they are refused for.
 
     A stream is read until it has given its share; so what it says twice is refused here already.
     """
     counts = Counter[str]()
-    said = set(candidates.texts) if source.streaming and share is not None else None
-    start = candidates.begin_source()
+    taken = candidates.begin_source()
+    said = taken if source.streaming and share is not None else None
     for place, row in read_rows(source, data.seed):
-        if said is not None and len(candidates) - start == share:
+        if said is not None and candidates.num_of_source == share:
             break
         number = None if source.streaming else counts["rows"]
         counts["rows"] += 1
         progress.update()
         try:
-            prompt = prompt_of(row, source_name(source), number)
-            line = _line(prompt)
+            prompt, line = _read_prompt(row, source_name(source), number)
         except ValueError as error:
             if data.malformed_rows is MalformedRows.stop:
                 cure = "correct it, or leave such rows out with data.malformed_rows=skip"
@@ -234,12 +256,20 @@ def _read_source(
         candidates.add(prompt.id, text, line)
     if not counts["rows"] and share != 0:
         raise ValueError(f"data.sources: {source.path} holds no row")
-    return counts
+    return counts + candidates.take(share, data.deduplicate)
 
 
-def _line(prompt: Prompt) -> bytes:
+def _json_line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_prompt(row: Any, source: str, number: int | None) -> tuple[Prompt, bytes]:
+    """Give a row's prompt and its line."""
     try:
-        return json.dumps(vars(prompt), ensure_ascii=False).encode() + b"\n"
+        prompt = prompt_of(row, source, number)
+        return prompt, _json_line(vars(prompt))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     except UnicodeEncodeError as error:  # JSON can spell half a character
         raise ValueError(f"is not valid UTF-8: {error}") from None
 
@@ -259,19 +289,20 @@ def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | No
 
 
 class _Candidates:
-    """Prompts that are good by themselves: their lines in a file without a name, 26 bytes of each in memory.
+    """Prompts that are good by themselves: their lines in a file without a name, some 30 bytes of each in memory.
 
-    Attributes:
-        texts: hashes of what they ask.
+    Of rows with one id that ask different things the later ones get `-` and the hash of what they ask behind it.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115
         self._seed = seed
-        self._sources, self._num_sources = array("H"), 0
+        self._start = 0  # of the present source
+        self._taken = np.empty(0, np.int64)
         self._keys = array("Q")  # hashes of the ids and the seed: the order of answering
         self._ends = array("Q")  # of the lines, in bytes
-        self.texts = array("Q")
+        self._texts = array("Q")  # hashes of what they ask
+        self._renamed = array("B")  # how often the hash was put behind the id
 
     def __enter__(self) -> _Candidates:
         return self
@@ -280,66 +311,72 @@ class _Candidates:
         self._file.close()
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self._texts)
 
-    def begin_source(self) -> int:
-        """Begin the next source; give the candidates before it."""
-        self._num_sources += 1
-        return len(self)
+    def begin_source(self) -> set[int]:
+        """Begin the next source; give the hashes of what those taken before it ask."""
+        self._start = len(self)
+        return set(np.frombuffer(self._texts, np.uint64)[self._taken].tolist())
+
+    @property
+    def num_of_source(self) -> int:
+        """Candidates of the present source."""
+        return len(self) - self._start
 
     def add(self, prompt_id: str, text: int, line: bytes) -> None:
         """Add a prompt of the present source."""
         self._file.write(line)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
-        self._sources.append(self._num_sources - 1)
-        self._keys.append(hash64(f"{self._seed}/{prompt_id}"))
-        self.texts.append(text)
+        self._keys.append(self._key(prompt_id))
+        self._texts.append(text)
+        self._renamed.append(0)
 
-    def select(self, shares: list[int | None], counts: list[Counter[str]], data: DataConfig) -> NDArray[np.int64]:
-        """Give the numbers of those to take, in their order, and complete the counts.
-
-        Raises:
-            ValueError: two rows have one id and ask different things (unless data.malformed_rows=skip).
-        """
-        sources = np.frombuffer(self._sources, np.uint16)
-        keys, texts = np.frombuffer(self._keys, np.uint64), np.frombuffer(self.texts, np.uint64)
-        same_id = _first_equal(keys)
-        clash = texts != texts[same_id]
-        if clash.any() and data.malformed_rows is MalformedRows.stop:
-            raise ValueError(
-                f"data.sources: two rows with different prompts have the id {self._id(int(clash.argmax()))!r}: give "
-                "them ids of their own, or leave the later ones out with data.malformed_rows=skip"
-            )
-        rows = np.flatnonzero(~clash)
-        first = rows[_first_equal(texts[rows])] if data.deduplicate else same_id[rows]
-        repeated = rows[rows != first]
-        rows = rows[rows == first]
-        rows = rows[np.argsort(keys[rows], kind="stable")]
-        for number, (share, count) in enumerate(zip(shares, counts, strict=True)):
-            own = rows[sources[rows] == number]
-            count["malformed"] += int((sources[clash] == number).sum())
-            count["duplicate"] += int((sources[repeated] == number).sum())
-            count["taken"] = len(own[:share])
-            count["over_limit"] = len(own) - count["taken"]
-            if count["over_limit"]:
-                rows = rows[~np.isin(rows, own[share:])]
-        return rows
-
-    def _id(self, number: int) -> str:
-        return str(json.loads(next(self._lines([number])))["id"])
-
-    def _lines(self, numbers: Iterable[int]) -> Iterator[bytes]:
+    def take(self, share: int | None, deduplicate: bool) -> Counter[str]:
+        """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
         self._file.flush()
-        for number in numbers:
-            start = self._ends[number - 1] if number else 0
-            yield os.pread(self._file.fileno(), self._ends[number] - start, start)
+        rows = np.concatenate([self._taken, np.arange(self._start, len(self))])
+        self._rename_later(rows)
+        keys = np.frombuffer(self._keys, np.uint64)
+        said = np.frombuffer(self._texts, np.uint64) if deduplicate else keys
+        own = rows[(_first_equal(said[rows]) == np.arange(len(rows))) & (rows >= self._start)]
+        own = own[np.argsort(keys[own], kind="stable")]
+        taken = own[:share]
+        self._taken = np.concatenate([self._taken, taken])
+        duplicates = self.num_of_source - len(own)
+        return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=duplicates)
 
-    def write(self, numbers: NDArray[np.int64], path: Path) -> str:
-        """Write the lines of some candidates to a file; give its SHA-256."""
+    def taken(self) -> NDArray[np.int64]:
+        """Give the numbers of all that were taken, in the order of answering."""
+        keys = np.frombuffer(self._keys, np.uint64)
+        return self._taken[np.argsort(keys[self._taken], kind="stable")]
+
+    def _rename_later(self, rows: NDArray[np.int64]) -> None:
+        """Lengthen the ids of rows that ask something else than the first of their id, until none does."""
+        texts, keys = np.frombuffer(self._texts, np.uint64)[rows], np.frombuffer(self._keys, np.uint64)
+        while len(later := rows[texts != texts[_first_equal(keys[rows])]]):
+            for number in later.tolist():
+                self._renamed[number] += 1
+                keys[number] = self._key(json.loads(self._line(number))["id"])
+
+    def _key(self, prompt_id: str) -> int:
+        return hash64(f"{self._seed}/{prompt_id}")
+
+    def _line(self, number: int) -> bytes:
+        start = self._ends[number - 1] if number else 0
+        line = os.pread(self._file.fileno(), self._ends[number] - start, start)
+        if not self._renamed[number]:
+            return line
+        row = json.loads(line)
+        row["id"] += f"-{self._texts[number]:016x}" * self._renamed[number]
+        return _json_line(row)
+
+    def write(self, path: Path) -> str:
+        """Write the lines of those taken to a file; give its SHA-256."""
         temporary = path.with_name(f".{path.name}.tmp")
         state = hashlib.sha256()
         with open(temporary, "wb") as file:
-            for line in self._lines(numbers):
+            for number in self.taken().tolist():
+                line = self._line(number)
                 state.update(line)
                 file.write(line)
             file.flush()

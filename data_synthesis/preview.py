@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..conf.artifact import differences, read_manifest
-from ..conf.schema import Config, VerifierConfig
+from ..conf.schema import Config, DumpConfig, VerifierConfig
 from ..models.verifier import tokenizer_identity
-from .chat import Sequence
+from .chat import Sequence, has_images
 from .conversations import read_conversations
 from .sequences import SequenceReader, has_recorded_tokens, leading_answers, num_whole_answers
 from .split import is_heldout
@@ -30,16 +30,15 @@ def preview(config: Config) -> None:
     reader = SequenceReader(config.verifier)
     _check_tokenizer(folder, settings["verifier"], config.verifier, reader.tokenizer)
     sequences = reader.read(record)
-    num_whole = num_whole_answers(record["finish_reasons"])
     for name, value in _facts(record, is_heldout(record["id"], settings["heldout_share"])).items():
         print(f"{name:<12} {printable(value)}")
     mark = _coloured if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else _bracketed
     for number, sequence in enumerate(sequences, 1):
         print(f"\nsequence {number} of {len(sequences)}: {_sizes([sequence])}\n")
         print(marked_text(reader.tokenizer, sequence, mark))
-    print(f"\n{len(sequences)} sequences, {_sizes(sequences)}")
-    if num_whole < len(record["finish_reasons"]) and not config.dump.keep_truncated:
-        print(f"trained on without the truncated answer: {_sizes(leading_answers(sequences, num_whole))}")
+    print(f"\n{len(sequences)} sequence{'s' * (len(sequences) != 1)}, {_sizes(sequences)}")
+    for line in _left_out(record, sequences, config.dump):
+        print(line)
 
 
 def find_conversation(folder: Path, wanted: str | None) -> dict[str, Any]:
@@ -80,6 +79,23 @@ def _facts(record: dict[str, Any], heldout: bool) -> dict[str, str]:
         "split": "held out" if heldout else "training",
         "tokens from": "the backend" if has_recorded_tokens(record) else "the chat template",
     }
+
+
+def _left_out(record: dict[str, Any], sequences: list[Sequence], options: DumpConfig) -> Iterator[str]:
+    """Say what of a conversation `fledge dump` would leave out."""
+    if has_images(record["messages"]):
+        yield "dump leaves it out: it has images, which cannot be dumped yet"
+        return
+    num_whole = num_whole_answers(record["finish_reasons"])
+    if num_whole < len(record["finish_reasons"]) and not options.keep_truncated:
+        sequences = leading_answers(sequences, num_whole)
+        yield f"trained on without the truncated answer: {_sizes(sequences)}"
+    for number, sequence in enumerate(sequences, 1):
+        if len(sequence.token_ids) > options.max_length:
+            yield (
+                f"dump leaves out sequence {number}: its {len(sequence.token_ids)} tokens are more than "
+                f"dump.max_length={options.max_length}"
+            )
 
 
 def _sizes(sequences: Iterable[Sequence]) -> str:

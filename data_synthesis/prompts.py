@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..conf.artifact import digest
+from .split import escaped
 
 Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
 
@@ -75,7 +76,7 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
     original = next((row[name] for name in ID_FIELDS if row.get(name) is not None), number)
     if original is None:
         original = digest([turns, system])
-    return Prompt(f"{source}/{original}", source, tuple(turns), system)
+    return Prompt(escaped(f"{source}/{original}"), source, tuple(turns), system)
 
 
 def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
@@ -84,7 +85,7 @@ def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
     system, expected = None, "user"
     for number, message in enumerate(messages, 1):
         role = _role(message, number)
-        content = message.get("content", message.get("value"))
+        content = _either(message, "content", "value")
         if role == "system" and number == 1:
             system = _system(content)
         elif role == "system":
@@ -102,8 +103,13 @@ def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
     return turns, system
 
 
+def _either(message: dict[str, Any], name: str, other: str) -> Any:
+    """Give the one of two fields that is filled: Parquet gives both to messages of mixed forms."""
+    return message.get(other) if message.get(name) is None else message[name]
+
+
 def _role(message: Any, number: int) -> str:
-    name = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    name = _either(message, "role", "from") if isinstance(message, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"message {number} must have 'role' and 'content', or 'from' and 'value'")
     if name in ("tool", "function"):

@@ -27,7 +27,8 @@ Row = tuple[str, Any]  # where it stands ("chats.jsonl line 7"), and what: a val
 
 def source_name(source: SourceConfig) -> str:
     """Give the first part of the ids of a source: name/split."""
-    return f"{source.name or Path(source.path).stem}/{source.split}"
+    path = Path(source.path)
+    return f"{source.name or (path.stem if path.suffix in SUFFIXES else path.name)}/{source.split}"
 
 
 def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
@@ -78,12 +79,15 @@ def split_names(path: str) -> list[str]:
 
 def is_local(path: str) -> bool:
     """Say whether a path is on this machine; what looks like a file and is not there is refused."""
-    file = Path(path)
-    if file.exists():
-        return True
-    if file.is_absolute() or path.startswith(".") or file.suffix in SUFFIXES:
+    if is_gone(path):
         raise ValueError(f"{path} does not exist")
-    return False
+    return Path(path).exists()
+
+
+def is_gone(path: str) -> bool:
+    """Say whether a path looks like one on this machine and is not there."""
+    file = Path(path)
+    return (file.is_absolute() or path.startswith(".") or file.suffix in SUFFIXES) and not file.exists()
 
 
 def local_files(source: SourceConfig) -> list[Path]:
@@ -202,6 +206,8 @@ def _parse(line: bytes) -> Any:
         return ValueError(f"is not valid UTF-8: {error}")
     except ValueError as error:
         return ValueError(f"is malformed JSON: {error}")
+    except RecursionError:
+        return ValueError("is nested too deeply")
 
 
 def _json_values(path: Path) -> Iterator[Any]:
@@ -227,6 +233,8 @@ def _json_values(path: Path) -> Iterator[Any]:
                     raise ValueError(f"{path} is malformed JSON after item {number}: {error.msg}") from None
                 text, at = text[at:] + more, 0
                 continue
+            except RecursionError:
+                raise ValueError(f"{path} is nested too deeply in item {number + 1}") from None
             number += 1
             yield value
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 from ..conf.artifact import digest
 
 _MARK = "##"  # between a conversation's id and the number of a further sequence
+_LIKE_A_FURTHER_ONE = re.compile(rf"{_MARK}\d+-*\Z")
+
+
+def escaped(name: str) -> str:
+    """Give an id that is that of no further sequence: "x##3" becomes "x##3-", and "x##3-" in turn "x##3--"."""
+    return f"{name}-" if _LIKE_A_FURTHER_ONE.search(name) else name
 
 
 def sequence_id(conversation_id: str, number: int) -> str:
@@ -17,7 +24,7 @@ def sequence_id(conversation_id: str, number: int) -> str:
 def conversation_id(sequence: str) -> str:
     """Give the id of the conversation that a sequence is of."""
     head, mark, number = sequence.rpartition(_MARK)
-    return head if mark and number.isdigit() else sequence
+    return head if mark and number.isdecimal() else sequence
 
 
 def is_heldout(sample_id: str, share: float) -> bool:

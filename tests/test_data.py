@@ -18,7 +18,7 @@ import torch
 from builders import write_store
 from fledge.conf.artifact import digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
-from fledge.data_synthesis.split import is_heldout
+from fledge.data_synthesis.split import conversation_id, is_heldout, sequence_id
 from fledge.data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
 from fledge.models.draft_head import DraftHeadConfig
 from fledge.models.verifier import load_config, special_token_ids
@@ -283,6 +283,23 @@ def test_ranks_share_out_the_held_out_samples_that_evaluation_decodes_first(conf
     expected = set(sorted(everything, key=digest)[:limit])
     assert {name for share in shares for ids in share for name in ids} == expected
     assert 1 < len(expected) <= limit
+
+
+@pytest.mark.parametrize("limit", [1, 3, 256])
+def test_held_out_conversations_are_taken_with_all_their_sequences_and_trained_on_with_none(
+    finished, config, tmp_path, limit
+):
+    names = [f"sample/{n}" for n in range(40)]
+    masks = {sequence_id(name, n): "0" * 5 + "1" * 5 for name in names for n in range(3)}
+    folder = write_store(tmp_path / "store", finished.path / "hidden_states", masks, 0.2)
+    held = sorted(filter(lambda name: is_heldout(name, 0.2), names), key=digest)
+    assert 3 < len(held) < 20
+    data = opened(changed(config, folder, heldout_samples=limit))
+    ids = data.stores[0].ids
+    chosen = [conversation_id(ids[sample]) for sample in data.heldout]
+    assert chosen == [name for name in held[:limit] for _ in range(3)]
+    trained = {conversation_id(ids[sample]) for samples in data.split.train for sample in samples}
+    assert trained == set(names) - set(held)
 
 
 def test_a_pickled_store_maps_its_shards_anew_and_what_is_wrong_is_said_by_the_trainer(copied):

@@ -1,9 +1,13 @@
 """Held-out acceptance without decoding: what decoding would accept, row by row."""
 
+import json
+
 import pytest
 import torch
 from builders import make_batch, make_head, matrices
+from fledge.conf.schema import EvaluateConfig
 from fledge.eval.draft_decoder import DraftDecoder
+from fledge.eval.evaluate import _told_in_training
 from fledge.models.verifier import LogitTransform
 from fledge.train import fused_loss
 from fledge.train.heldout import Walk, acceptance, total, walk, walk_batches
@@ -86,3 +90,17 @@ def test_walk_starts_every_answer_at_its_last_prompt_token():
     mask = [0, 1, 1, 0, 0, 1, 1, 1]
     walked = walk([0] * 8, mask, 3)
     assert (walked.rounds, walked.accepted, walked.acceptance_length) == (1 + 2, 0, 1.0)
+
+
+def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_and_of_no_other(tmp_path):
+    walks = {
+        "s/a": {"rounds": 4, "accepted": 6, "rows": 10, "expected": 5.0},
+        "s/a##2": {"rounds": 2, "accepted": 3, "rows": 5, "expected": 4.0},
+        "s/a##11": {"rounds": 2, "accepted": 1, "rows": 5, "expected": 1.0},
+        "s/b": {"rounds": 90, "accepted": 0, "rows": 90, "expected": 0.0},
+    }
+    (tmp_path / "heldout_walks.json").write_text(json.dumps({"3": walks}))
+    greedy, sampled = (EvaluateConfig(num_draft_tokens=3, temperature=t) for t in (0.0, 1.0))
+    assert _told_in_training(tmp_path, ["s/a", "s/c"], greedy) == {"walked_acceptance_length": 1 + 10 / 8}
+    assert _told_in_training(tmp_path, ["s/a"], sampled) == {"estimated_acceptance_length_t1": 1 + 10 / 20}
+    assert _told_in_training(tmp_path, ["s/c"], greedy) == {"walked_acceptance_length": None}

@@ -1,6 +1,7 @@
 """Prepared prompts: filtered, without duplicates and evaluation questions, mixed, the same at every start."""
 
 import json
+import os
 import random
 from collections import Counter
 from threading import Thread
@@ -135,15 +136,53 @@ def test_what_two_prompts_ask_is_told_apart_by_signs_systems_turns_and_images():
     assert canonical("  “Straße”,\n no. 1…") == canonical("STRASSE no １")
 
 
-def test_two_rows_of_one_id_that_ask_different_things_are_named_or_counted(tmp_path):
-    rows = [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}, {"id": 1, "prompt": "a"}]
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_a_later_row_of_an_id_that_asks_something_else_gets_an_id_of_its_own(tmp_path, deduplicate):
+    rows = [{"id": 1, "prompt": text} for text in ("a", "b", "a", "b", "c")] + [
+        {"prompt": "d"},
+        {"id": 5, "prompt": "e"},
+    ]
     source = SourceConfig(path=written(tmp_path / "p.jsonl", rows))
-    with pytest.raises(ValueError, match="two rows with different prompts have the id 'p/train/1'"):
-        prepare(tmp_path, source)
-    for deduplicate in (True, False):
-        prepared = prepare(tmp_path, source, name=f"{deduplicate}", malformed_rows=SKIP, deduplicate=deduplicate)
-        assert [prepared.counts[name] for name in ("taken", "malformed", "duplicate")] == [1, 1, 1]
-        assert next(prepared.read()).turns == ("a",)
+    prepared = prepare(tmp_path, source, deduplicate=deduplicate)
+    named = {prompt.turns[0]: prompt.id for prompt in prepared.read()}
+    assert [named["a"], named["d"]] == ["p/train/1", "p/train/5"]
+    for text, number in (("b", 1), ("c", 1), ("e", 5)):
+        assert named[text] == f"p/train/{number}-{fingerprint(Prompt('', '', (text,))):016x}"
+    assert [prepared.counts[name] for name in ("taken", "malformed", "duplicate")] == [5, 0, 2]
+    written(tmp_path / "p.jsonl", [*rows, {"id": 6, "prompt": "f"}])
+    more = prepare(tmp_path, source, name="more", deduplicate=deduplicate)
+    assert set(ids(prepared)) < set(ids(more)), "ids do not depend on other rows"
+
+
+def test_an_id_that_a_lengthened_one_equals_is_lengthened_too(tmp_path):
+    b = f"1-{fingerprint(Prompt('', '', ('b',))):016x}"
+    rows = [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}, {"id": b, "prompt": "c"}]
+    prepared = prepare(tmp_path, SourceConfig(path=written(tmp_path / "p.jsonl", rows)))
+    assert len(set(ids(prepared))) == 3
+
+
+def test_what_a_limit_leaves_of_one_source_another_may_give(tmp_path):
+    both = [SourceConfig(path=prompts(tmp_path, 1000).path, name=name) for name in ("a", "b")]
+    both[0].limit = 10
+    prepared = prepare(tmp_path, *both)
+    counts = prepared.counts["sources"]
+    assert [counts[name]["taken"] for name in ("a/train", "b/train")] == [10, 990]
+    assert (counts["a/train"]["over_limit"], counts["b/train"]["duplicate"]) == (990, 10)
+    assert len({prompt.turns for prompt in prepared.read()}) == 1000
+
+
+def test_a_stream_gives_what_a_limit_left_of_the_source_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    (tmp_path / "stream").mkdir()
+    pq.write_table(
+        pa.Table.from_pylist([{"prompt": f"chats {number}"} for number in range(100)]),
+        tmp_path / "stream/train.parquet",
+    )
+    before = prompts(tmp_path, 100)
+    before.limit = 10
+    stream = SourceConfig(path=str(tmp_path / "stream"), streaming=True, limit=95)
+    prepared = prepare(tmp_path, before, stream)
+    assert prepared.counts["sources"]["stream/train"]["taken"] == 90
 
 
 def test_a_text_is_like_a_question_exactly_if_they_share_a_run_of_13_words():
@@ -160,6 +199,21 @@ def test_a_text_is_like_a_question_exactly_if_they_share_a_run_of_13_words():
         assert Questions([" ".join(question)]).like(" ".join(text)) == expected
         found[expected] += 1
     assert min(found[True], found[False]) > 50
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "请写一篇关于人工智能在医疗领域应用的文章",
+        "日本で一番高い山の名前を教えてください",
+        "ประเทศไทยมีกี่จังหวัดและมีประชากรเท่าไร",
+    ],
+)
+def test_scripts_without_spaces_count_characters(question):
+    questions = Questions([f"GPT-4: {question}"])
+    assert questions.like(f"好的 ok {question} 谢谢")
+    assert questions.like(f"go on {question[2 : RUN + 2]} please")
+    assert not questions.like(f"go on {question[2 : RUN + 1]} please")
 
 
 def test_short_questions_are_found_as_whole_turns_alone():
@@ -191,6 +245,24 @@ def test_a_complete_artifact_is_not_read_again_and_a_changed_file_is_refused_by_
     with pytest.raises(ValueError, match=r"made with other settings \(sources.chats/train.content: "):
         prepare(tmp_path, source)
     assert prepare(tmp_path, source, overwrite=True).count == 21
+
+
+def test_a_complete_artifact_needs_its_files_no_more_but_they_must_be_the_same_where_they_are(tmp_path):
+    source, exam = prompts(tmp_path, 20), prompts(tmp_path, 1, "exam").path
+    first = prepare(tmp_path, source, exclude=[exam])
+    for file in (source.path, exam):
+        os.rename(file, f"{file}.moved")
+    assert prepare(tmp_path, source, exclude=[exam]) == first
+    with pytest.raises(ValueError, match=r"chats.jsonl does not exist"):
+        prepare(tmp_path, source, exclude=[exam], seed=1, overwrite=True)
+    assert prepare(tmp_path, source, exclude=[exam]) == first, "what cannot be made again is not cleared"
+    with pytest.raises(ValueError, match=r"chats.jsonl does not exist"):
+        prepare(tmp_path, source, exclude=[exam], name="other")
+    with pytest.raises(ValueError, match=r"other.jsonl does not exist"):
+        prepare(tmp_path, source, exclude=[exam, str(tmp_path / "other.jsonl")])
+    (first.folder / FILE).write_text("")
+    with pytest.raises(ValueError, match=r"does not exist"):
+        prepare(tmp_path, source, exclude=[exam])
 
 
 def test_a_complete_artifact_needs_no_hub(tmp_path, monkeypatch):
@@ -270,6 +342,7 @@ def test_a_stream_is_read_until_it_has_given_its_share_of_different_prompts(tmp_
 @pytest.mark.parametrize(
     ("content", "data", "message"),
     [
+        ("[" * 100_000, {}, r"p.jsonl line 1 is nested too deeply; correct it, or .*malformed_rows=skip"),
         ("", {}, r"p.jsonl holds no row"),
         ('{"prompt": "a"}\n', {"min_chars": 9}, r"yield no prompt: of 1 rows 1 too_short left out"),
         ('{"prompt": "\\ud800"}\n', {}, r"p.jsonl line 1 is not valid UTF-8: .*malformed_rows=skip"),

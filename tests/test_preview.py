@@ -46,7 +46,7 @@ def test_the_first_conversation_is_shown_with_what_the_verifier_wrote_marked(con
         template_turns(tokenizer, FIRST["messages"], load_end_token_ids(config.verifier, tokenizer))
     )
     counted = sum(end - start for start, end in sequence.answers)
-    assert lines[-1] == f"1 sequences, {len(sequence.token_ids)} tokens, {counted} of them written by the verifier"
+    assert lines[-1] == f"1 sequence, {len(sequence.token_ids)} tokens, {counted} of them written by the verifier"
 
 
 def test_recorded_tokens_are_shown_sequence_by_sequence(tmp_path, verifier_config, capsys):
@@ -85,7 +85,20 @@ def test_a_truncated_answer_is_shown_and_said_to_be_left_out(config, capsys):
     assert any(line.endswith("⟦Bye now⟧") for line in lines)
     assert lines[-1] == "trained on without the truncated answer: 0 tokens, 0 of them written by the verifier"
     config.dump.keep_truncated = True
-    assert printed(config, capsys)[-1].startswith("1 sequences, ")
+    assert printed(config, capsys)[-1].startswith("1 sequence, ")
+
+
+def test_what_dump_would_leave_out_is_said_with_the_cause(tmp_path, verifier_config, capsys):
+    sequences = [{"token_ids": [5] * size, "answers": [[size - 2, size]]} for size in (4, 9, 5)]
+    several = record("a", "a", "b", "c", "d", "e", "f", sequences=sequences)
+    picture = record("b", "a", "b", sequences=sequences[:1])
+    picture["messages"][0]["content"] = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    config = conversations_run(tmp_path, verifier_config, several, picture)
+    assert printed(config, capsys)[-1] == "3 sequences, 18 tokens, 6 of them written by the verifier"
+    config.dump.max_length = 8
+    assert printed(config, capsys)[-1] == "dump leaves out sequence 2: its 9 tokens are more than dump.max_length=8"
+    config.preview.id = "b"
+    assert printed(config, capsys)[-1] == "dump leaves it out: it has images, which cannot be dumped yet"
 
 
 def test_conversations_that_are_still_written_are_shown_up_to_the_last_whole_line(tmp_path, verifier_config, capsys):

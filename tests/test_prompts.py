@@ -10,7 +10,7 @@ import pytest
 from fledge.conf.schema import EvaluateConfig, SourceConfig
 from fledge.data_synthesis.prompts import prompt_of
 from fledge.data_synthesis.sources import dataset_rows, load_rows, read_rows, split_names
-from fledge.data_synthesis.split import is_heldout
+from fledge.data_synthesis.split import conversation_id, is_heldout, sequence_id
 from fledge.eval.questions import load_questions
 
 ULTRACHAT = {"prompt": "a?", "prompt_id": "f0e3", "messages": [
@@ -159,6 +159,8 @@ def test_a_dataset_of_the_hub_form_is_read_split_by_split_mapped_or_streamed(tmp
         ("p.json", b'[{"prompt": "a"}, {"prompt": ', r"p.json is malformed JSON after item 1"),
         ("p.json", b'[{"prompt": "a"}', r"p.json is malformed JSON after item 1"),
         ("p.json", b'[{"prompt": "\xff"}]', r"p.json is not valid UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000, r"p.jsonl line 2 is nested too deeply"),
+        ("p.json", b'[{"prompt": "a"}, ' + b"[" * 100_000, r"p.json is nested too deeply in item 2"),
         ("p.parquet", b"PAR1", r"p.parquet cannot be read: "),
         ("p.csv", b"prompt\na\n", r"p.csv must be of .json, .jsonl, .parquet, one kind in a folder, got .csv"),
     ],
@@ -205,12 +207,54 @@ def test_a_source_that_does_not_exist_is_named(tmp_path):
             turns_in(path)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered", "Magpie-Llama-3.1-Pro-300K-Filtered/train"),
+        ("data/v1.2/chats.2024.jsonl", "chats.2024/train"),
+        ("data/chats.2024/", "chats.2024/train"),
+        ("embedded", "embedded/train"),
+    ],
+)
+def test_a_source_is_called_by_the_last_part_of_its_path_without_the_kind_of_file(path, name):
+    assert sources.source_name(SourceConfig(path=path)) == name
+
+
+def test_a_message_of_both_forms_is_read_from_the_fields_that_are_filled():
+    empty = dict.fromkeys(("role", "content", "from", "value"))
+    sharegpt = [empty | {"from": "human", "value": "a?"}, empty | {"from": "gpt", "value": "b"}]
+    openai = [empty | {"role": "user", "content": "a?"}]
+    for messages in (sharegpt, openai):
+        assert prompt_of({"conversations": messages}, "s", 0).turns == ("a?",)
+
+
 def test_a_hub_that_cannot_be_had_is_one_sentence(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^nobody/nothing is not here and not a dataset of the hub that can be had: "):
         turns_in("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["x##2", "x##2-", "x##2--", "x##٢", "x##²", "##7", "x##", "x##a", "a##2/b", "x#2"])
+def test_no_id_of_a_row_is_that_of_a_further_sequence(name):
+    prompt = prompt_of({"id": name, "prompt": "a?"}, "s/train", 0)
+    assert conversation_id(prompt.id) == prompt.id
+    assert conversation_id(sequence_id(prompt.id, 2)) == prompt.id
+    assert prompt.id.startswith(f"s/train/{name}")
+
+
+def test_different_ids_stay_different():
+    names = ["x##2", "x##2-", "x##2--", "x##", "x##-", "x"]
+    assert len({prompt_of({"id": name, "prompt": "a?"}, "s", 0).id for name in names}) == len(names)
+
+
+def test_every_sequence_of_a_held_out_conversation_is_held_out():
+    ids = [f"source/train/{number}" for number in range(500)]
+    for share in (0.02, 0.5):
+        assert all(
+            is_heldout(sequence_id(name, n), share) == is_heldout(name, share) for name in ids for n in range(12)
+        )
 
 
 def test_the_held_out_split_depends_on_the_id_alone():

@@ -377,6 +377,53 @@ def test_a_border_inside_a_token_is_refused(make, mark):
     assert len(template_turns(tokenizer, messages, [tokenizer.eos_token_id])) == 1
 
 
+DROPS_THINKING = headers("<|im_start|>", "\\n", "<|im_end|>\\n", "m.content.split('</think>')[-1]")
+MISPLACED = (
+    "{% for m in messages %}{{ m.role }}{% generation %}: {% endgeneration %}{{ m.content + eos_token }}{% endfor %}"
+)
+OPENS = "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "lost"),
+    [
+        (SHAPES["chatml"].template, {"content": "Yes, no.", "reasoning_content": "Answer: 12"}, "'Answer: 12'"),
+        (SHAPES["chatml"].template, {"content": "Yes.", "reasoning_content": "Yes."}, "'Yes.'"),
+        (SHAPES["chatml"].template, {"content": "no", "reasoning_content": "im_end"}, "'im_end'"),
+        (DROPS_THINKING, {"content": "<think>Answer: 12</think>Yes, no."}, "'<think>Answer: 12</think>Yes, no.'"),
+        (deepseek("{% generation %}", "{% endgeneration %}"), {"content": "no", "reasoning_content": "Blue"}, "'Blue'"),
+        (MISPLACED + OPENS, {"content": "Yes, no."}, "'Yes, no.'"),
+    ],
+)
+def test_an_answer_that_the_template_does_not_write_out_is_refused_with_what_is_missing(template, answer, lost):
+    tokenizer = Shape(template, "<|im_end|>", THINK).tokenizer()
+    messages = [{"role": "user", "content": "Blue 12?"}, {"role": "assistant", **answer}]
+    with pytest.raises(NoExactSpanError, match=rf"(leaves out or changes|marks do not hold) {re.escape(lost)}$"):
+        template_turns(tokenizer, messages, [tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("template", [SHAPES["chatml"].template, DROPS_THINKING])
+def test_a_template_that_drops_reasoning_is_good_for_answers_without_any(template):
+    tokenizer = Shape(template, "<|im_end|>", THINK).tokenizer()
+    check_template(tokenizer, [tokenizer.eos_token_id])
+    messages = [{"role": "user", "content": "Blue?"}, {"role": "assistant", "content": " Yes, no. "}]
+    (turn,) = template_turns(tokenizer, messages, [tokenizer.eos_token_id])
+    assert tokenizer.decode(turn.answer) == " Yes, no. <|im_end|>"
+
+
+def test_an_answer_cut_in_its_reasoning_is_refused_where_the_template_would_close_it():
+    tokenizer = SHAPES["qwen 3, thinking"].tokenizer()
+    messages = [
+        {"role": "user", "content": "Blue?"},
+        {"role": "assistant", "content": "", "reasoning_content": "Answer: 12"},
+    ]
+    with pytest.raises(NoExactSpanError, match=r"answer 1 .* was cut within its reasoning"):
+        template_turns(tokenizer, messages, [tokenizer.eos_token_id], ["length"])
+    messages[1]["content"] = "Yes, no"
+    (turn,) = template_turns(tokenizer, messages, [tokenizer.eos_token_id], ["length"])
+    assert tokenizer.decode(turn.answer) == "<think>\nAnswer: 12\n</think>\n\nYes, no"
+
+
 def test_what_a_template_writes_when_all_is_said_is_not_the_verifiers():
     """Some write the end of the text behind the last end of turn, and both end an answer."""
     shape = Shape(

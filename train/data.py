@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..conf.schema import Config, HiddenStates, StoreConfig, TooLong
 from ..data_synthesis.draft_vocabulary import choose_vocabulary
-from ..data_synthesis.split import heldout_order, is_heldout
+from ..data_synthesis.split import conversation_id, heldout_order, is_heldout
 from ..data_synthesis.store import HiddenStateStore
 from ..models.draft_head import DraftHeadConfig
 from ..models.verifier import check_identity, special_token_ids
@@ -313,7 +313,9 @@ class TrainingData:
         self.split = Split.of(self.stores, options.batch_tokens, options.too_long)
         ids = list(itertools.chain.from_iterable(store.ids for store in self.stores))
         ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
-        self.heldout = ordered[: options.heldout_samples]
+        conversations = itertools.groupby(ordered, key=lambda sample: conversation_id(ids[sample]))
+        chosen = itertools.islice(conversations, options.heldout_samples)
+        self.heldout = [sample for _, sequences in chosen for sample in sequences]
         parts = [Passes(samples, weight) for samples, weight in zip(self.split.train, weights, strict=True)]
         for store, part in zip(self.stores, parts, strict=True):
             if part.weight * len(part.samples) < 1:
