@@ -295,3 +295,28 @@ def test_an_endpoint_that_turns_into_something_else_is_left_out_and_takes_no_row
         printed = run.finish(good, bad)
     assert f"{bad} is left out until it answers" in printed
     assert run.check()["failed_because"] in ({}, {"the prompt fills the verifier's context": 3})
+
+
+def test_images_reach_the_server_as_they_are_and_dump_leaves_them_out(tmp_path, byte_verifier):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    content = [{"type": "text", "text": "What is this?"}, picture]
+    rows = [{"id": "seen", "messages": [{"role": "user", "content": content}]}]
+    run = Regeneration(tmp_path, byte_verifier, rows)
+    with faulty_server() as endpoint:
+        run.finish(endpoint)
+    (record,) = read_journal(run.journal)
+    user, assistant = record["messages"]
+    assert user["content"] == content
+    assert assistant["content"] == answer_to([user]), "which repeats what the server was asked"
+    command = [
+        sys.executable,
+        "-m",
+        "fledge",
+        "dump",
+        *run.arguments,
+        "draft.aux_layers=[1,3,5]",
+        "draft.vocab_size=99",
+    ]
+    dumped = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert dumped.returncode == 2
+    assert "1 conversations with images, which cannot be dumped yet" in dumped.stderr
