@@ -347,11 +347,6 @@ def validate(config: Config) -> None:
     """
     at_least_one = {
         "draft.num_layers": config.draft.num_layers,
-        "synthesize.max_tokens": config.synthesize.max_tokens,
-        "synthesize.batch_size": config.synthesize.batch_size,
-        "synthesize.concurrency": config.synthesize.concurrency,
-        "synthesize.max_attempts": config.synthesize.max_attempts,
-        "synthesize.num_shards": config.synthesize.num_shards,
         "dump.max_length": config.dump.max_length,
         "dump.batch_tokens": config.dump.batch_tokens,
         "dump.shard_tokens": config.dump.shard_tokens,
@@ -373,53 +368,10 @@ def validate(config: Config) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    at_least_zero = {
-        "train.data_workers": config.train.data_workers,
-        "data.min_chars": config.data.min_chars,
-        "data.min_turns": config.data.min_turns,
-        "synthesize.retries": config.synthesize.retries,
-        "synthesize.grace_s": config.synthesize.grace_s,
-        "synthesize.request_timeout_s": config.synthesize.request_timeout_s,
-        "synthesize.server_wait_s": config.synthesize.server_wait_s,
-    }
-    if config.synthesize.request_timeout_s == 0:
-        raise ValueError("synthesize.request_timeout_s must be above 0, got 0")
-    if len(set(config.synthesize.endpoints)) < len(config.synthesize.endpoints):
-        raise ValueError("synthesize.endpoints must name each server once")
-    for name, number in at_least_zero.items():
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {number}")
-    if not 0 <= config.synthesize.shard < config.synthesize.num_shards:
-        raise ValueError(
-            f"synthesize.shard must lie between 0 and synthesize.num_shards - 1 = {config.synthesize.num_shards - 1}, "
-            f"got {config.synthesize.shard}"
-        )
-    for url in config.synthesize.endpoints:
-        if not url.startswith(("http://", "https://")) or "@" in url:
-            raise ValueError(
-                "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (read from "
-                f"OPENAI_API_KEY), got {url.rpartition('@')[2]}"
-            )
-    fixed = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stream", "n"}
-    ours = fixed & set(config.synthesize.request)
-    if ours:
-        raise ValueError(
-            f"synthesize.request must leave {', '.join(sorted(ours))} to fledge: synthesize.model, max_tokens, "
-            "temperature and top_p are options of their own"
-        )
-    for number, source in enumerate(config.data.sources):
-        if not 0 < source.weight < math.inf:
-            raise ValueError(f"data.sources[{number}].weight must be above 0 and finite, got {source.weight}")
-        if source.limit is not None and source.limit < 1:
-            raise ValueError(f"data.sources[{number}].limit must be at least 1, or null for all, got {source.limit}")
-    if config.data.limit is not None and config.data.limit < 1:
-        raise ValueError(f"data.limit must be at least 1, or null for all, got {config.data.limit}")
-    for of in ("chars", "turns"):
-        low, high = (getattr(config.data, f"{bound}_{of}") for bound in ("min", "max"))
-        if high is not None and high < low:
-            raise ValueError(f"data.max_{of} must be at least data.min_{of}={low}, or null for no bound, got {high}")
-    if config.data.limit is None and len({source.weight for source in config.data.sources}) > 1:
-        raise ValueError("data.limit is required where sources have different weights: the weights share it out")
+    _validate_data(config.data)
+    _validate_synthesize(config.synthesize)
+    if config.train.data_workers < 0:
+        raise ValueError(f"train.data_workers must be at least 0, got {config.train.data_workers}")
     for number, store in enumerate(config.train.stores):
         if not 0 < store.weight < math.inf:
             raise ValueError(f"train.stores[{number}].weight must be above 0 and finite, got {store.weight}")
@@ -472,3 +424,51 @@ def validate(config: Config) -> None:
         )
     if config.train.dtype is Dtype.float16:
         raise ValueError("train.dtype must be float32 or bfloat16, got float16: its range is too small for the head")
+
+
+def _validate_data(data: DataConfig) -> None:
+    for number, source in enumerate(data.sources):
+        if not 0 < source.weight < math.inf:
+            raise ValueError(f"data.sources[{number}].weight must be above 0 and finite, got {source.weight}")
+        if source.limit is not None and source.limit < 1:
+            raise ValueError(f"data.sources[{number}].limit must be at least 1, or null for all, got {source.limit}")
+    if data.limit is not None and data.limit < 1:
+        raise ValueError(f"data.limit must be at least 1, or null for all, got {data.limit}")
+    if data.limit is None and len({source.weight for source in data.sources}) > 1:
+        raise ValueError("data.limit is required where sources have different weights: the weights share it out")
+    for of in ("chars", "turns"):
+        low, high = (getattr(data, f"{bound}_{of}") for bound in ("min", "max"))
+        if low < 0:
+            raise ValueError(f"data.min_{of} must be at least 0, got {low}")
+        if high is not None and high < low:
+            raise ValueError(f"data.max_{of} must be at least data.min_{of}={low}, or null for no bound, got {high}")
+
+
+def _validate_synthesize(options: SynthesizeConfig) -> None:
+    for name in ("max_tokens", "batch_size", "concurrency", "max_attempts", "num_shards"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"synthesize.{name} must be at least 1, got {value}")
+    for name in ("retries", "grace_s", "server_wait_s"):
+        if not 0 <= (value := getattr(options, name)) < math.inf:
+            raise ValueError(f"synthesize.{name} must be at least 0 and finite, got {value}")
+    if not 0 < options.request_timeout_s < math.inf:
+        raise ValueError(f"synthesize.request_timeout_s must be above 0 and finite, got {options.request_timeout_s}")
+    if not 0 <= options.shard < options.num_shards:
+        raise ValueError(
+            f"synthesize.shard must lie between 0 and synthesize.num_shards - 1 = {options.num_shards - 1}, "
+            f"got {options.shard}"
+        )
+    for url in options.endpoints:
+        if not url.startswith(("http://", "https://")) or "@" in url:
+            raise ValueError(
+                "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (read from "
+                f"OPENAI_API_KEY), got {url.rpartition('@')[2]}"
+            )
+    if len(set(options.endpoints)) < len(options.endpoints):
+        raise ValueError("synthesize.endpoints must name each server once")
+    fixed = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stream", "n"}
+    if ours := fixed & set(options.request):
+        raise ValueError(
+            f"synthesize.request must leave {', '.join(sorted(ours))} to fledge: synthesize.model, max_tokens, "
+            "temperature and top_p are options of their own"
+        )
