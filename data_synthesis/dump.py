@@ -116,10 +116,13 @@ def _left_out(config: Config, counts: dict[str, int]) -> str:
 
 def _tokenise(config: Config) -> tuple[list[Sample], dict[str, int]]:
     """Give the usable sequences, ordered by id (the journal's order is that of completion), and the counts of all."""
+    manifest = read_manifest(config.conversations_folder, "conversations")
     reader = SequenceReader(config.verifier)
     samples: list[Sample] = []
     counts = dict.fromkeys(("conversations", "truncated_answers", "truncated", "too_long", "template", "images"), 0)
+    progress = Progress("tokens", manifest["counts"]["conversations"], "conversation")
     for conversation in read_conversations(config.conversations_folder):
+        progress.update()
         if has_images(conversation["messages"]):
             counts["images"] += 1
             continue
@@ -139,8 +142,8 @@ def _tokenise(config: Config) -> tuple[list[Sample], dict[str, int]]:
         counts["too_long"] += len(sequences) - len(fitting)
         counts["conversations"] += bool(fitting)
         samples += [_sample(sequence_id(conversation["id"], n), sequences[n]) for n in fitting]
-    recorded = read_manifest(config.conversations_folder, "conversations")["content"]
-    if recorded != content_digest(config.conversations_folder):
+    progress.close()
+    if manifest["content"] != content_digest(config.conversations_folder):
         raise ValueError(
             f"{config.conversations_folder / FILE} was changed after it was finished: run `fledge synthesize` again"
         )

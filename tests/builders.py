@@ -256,5 +256,5 @@ def conversations_run(
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
         (target.folder / FILE).write_text(lines)
         if finished:
-            target.finish(content=content_digest(target.folder))
+            target.finish(counts={"conversations": len(records)}, content=content_digest(target.folder))
     return config
