@@ -136,7 +136,8 @@ def test_a_full_disk_costs_nothing_but_the_steps_since_the_last_checkpoint(finis
 def test_the_best_checkpoint_stays_and_is_the_one_that_is_used(finished, run):
     copy_until_dump(finished, run)
     training = run.path / "training"
-    run("train", "train.save_every=3", "train.keep_checkpoints=1", "train.lr=8e-2", "train.warmup_share=0")
+    wild = ("train.lr=3e-1", "train.min_lr_share=1", "train.warmup_share=0")
+    run("train", "train.save_every=3", "train.keep_checkpoints=1", *wild)
     state = json.loads((checkpoints(run) / "step-24" / "trainer.json").read_text())
     saved = {r["step"]: r["heldout/acceptance_length_3"] for r in metrics_of(run) if "heldout/acceptance_length_3" in r}
     best = max(saved, key=lambda step: (saved[step], -step))

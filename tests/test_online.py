@@ -9,7 +9,7 @@ from builders import Run, as_if_killed_after, metrics_of
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store import HiddenStateStore
-from fledge.models.formats import checkpoint_steps
+from fledge.models.formats import checkpoint_steps, head_folder
 from fledge.train.data import Batches
 from fledge.train.online import OnlineStates
 from safetensors import safe_open
@@ -73,7 +73,7 @@ def test_a_head_trained_online_is_evaluated_and_exported(online):
     assert results["acceptance_length"] > 1.2
     assert results["lossless"]["equal_to_verifier"] == results["lossless"]["decoded_answers"]
     exported = load_file(online.path / "exports" / "plain" / "model.safetensors")
-    trained = load_file(online.path / "training" / "checkpoints" / "step-24" / "model.safetensors")
+    trained = load_file(head_folder("best", online.path / "training") / "model.safetensors")
     assert torch.equal(exported["fc.weight"], trained["fc.weight"].bfloat16())
 
 

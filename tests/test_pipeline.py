@@ -32,7 +32,7 @@ def test_conversations_hold_every_prompt_once_answered_turn_by_turn(finished):
     assert any(is_heldout(i, 0.25) for i in ids)
     assert not all(is_heldout(i, 0.25) for i in ids)
     for record in records:
-        assert record.keys() == {"id", "source", "messages", "finish_reasons", "usage"}
+        assert {"id", "source", "messages", "finish_reasons", "usage", "sequences"} < record.keys()
         assert len(record["finish_reasons"]) == len(record["messages"]) / 2
     assert any(len(record["messages"]) == 4 for record in records)
 
