@@ -13,7 +13,7 @@ from .chat import Message, Turn, check_messages, join_turns
 from .prompts import Prompt
 
 FILE = "conversations.jsonl"
-_SYNC_EVERY_S = 5.0
+SYNC_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Conversation:
 
 def open_conversations(folder: Path) -> Journal:
     """Open the conversations of a folder for appending."""
-    return Journal(folder / FILE, _check, _SYNC_EVERY_S)
+    return Journal(folder / FILE, _check, SYNC_EVERY_S)
 
 
 def _check(record: dict[str, Any]) -> str | None:

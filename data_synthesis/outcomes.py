@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..conf.journal import Journal, read_journal
 from ..conf.progress import Progress
-from .conversations import Conversation, Failure, open_conversations
+from .conversations import SYNC_EVERY_S, Conversation, Failure, open_conversations
 
 FILE = "failures.jsonl"
 _TELL_EVERY_S = 0.2
@@ -24,7 +24,7 @@ class Outcomes:
 
     def __init__(self, folder: Path, max_attempts: int) -> None:
         self._journal = open_conversations(folder)
-        self._failure_journal = Journal(folder / FILE, sync_every_s=5.0)
+        self._failure_journal = Journal(folder / FILE, sync_every_s=SYNC_EVERY_S)
         self._max_attempts = max_attempts
         self.failures: dict[str, Failure] = {}
         for record in read_journal(folder / FILE):
@@ -32,9 +32,8 @@ class Outcomes:
         for made in self._journal.done & self.failures.keys():
             del self.failures[made]
         self._progress: Progress | None = None
-        self.in_flight: int | None = None  # requests, for the progress line
-        self.num_made = self.num_failed = 0  # in this start
-        self._num_tokens = 0
+        self.in_flight: int | None = None  # conversations, for the progress line
+        self.num_failed = self._num_tokens = 0  # in this start
         self._began, self._told_at = time.monotonic(), 0.0
 
     def _remember(self, prompt_id: str, failure: Failure) -> None:
@@ -67,7 +66,6 @@ class Outcomes:
         """Write finished conversations."""
         records = [conversation.record(temperature) for conversation in conversations]
         self._journal.append(records)
-        self.num_made += len(records)
         self._num_tokens += sum(record["usage"]["completion_tokens"] for record in records)
         for record in records:
             self.failures.pop(record["id"], None)

@@ -165,10 +165,11 @@ class _Regeneration:
                 else:
                     conversation.add(answer)
         except RequestError as trouble:
-            conversation.end(Failure(trouble.reason, trouble.detail))
+            failed = Failure(trouble.reason, trouble.detail)
             if not trouble.lasting:
-                self._failed(prompt, Failure(trouble.reason, trouble.detail))  # another start may do better
+                self._failed(prompt, failed)  # another start may do better
                 return
+            conversation.end(failed)
         finally:
             seat.leave()
         if conversation.answers:

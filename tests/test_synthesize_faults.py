@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from builders import SMALL_DECODER
 from fledge.conf.artifact import read_manifest
 from fledge.conf.journal import read_journal
 from servers import END, SHARES, answer_to, faulty_server, free_port, stats, tokens_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROWS = int(os.environ.get("FLEDGE_FAULT_ROWS", "240"))
 KILLS = int(os.environ.get("FLEDGE_FAULT_KILLS", "3"))
@@ -30,18 +32,11 @@ TEMPLATE = (
 )
 
 
-def byte_characters() -> list[str]:
-    """Give the character by which a byte-level tokenizer writes each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
-
-
 @pytest.fixture(scope="module")
 def byte_verifier(tmp_path_factory) -> Path:
     """A random verifier whose tokens are bytes, as the fault server's."""
     folder = tmp_path_factory.mktemp("verifier")
-    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, []))
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
@@ -49,11 +44,9 @@ def byte_verifier(tmp_path_factory) -> Path:
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     config = transformers.LlamaConfig(
+        **SMALL_DECODER,
         vocab_size=END + 1,
-        hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=2,
         max_position_embeddings=8192,
         eos_token_id=END,
         bos_token_id=None,
