@@ -54,6 +54,29 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class DumpEngine(Enum):
+    """What runs the verifier when its hidden states are recorded."""
+
+    transformers = "transformers"  # in this process
+    vllm = "vllm"  # vLLM's hidden-state extraction, in a process of dump.vllm_python
+
+
+class StateDtype(Enum):
+    """A format that hidden states are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float8 = "float8_e4m3fn"  # with a float32 scale for every token and layer
+
+
+class LastStates(Enum):
+    """Which positions' last hidden states are stored."""
+
+    all = "all"
+    counted = "counted"  # those whose distribution training can ask for: inside answers
+
+
 class HiddenStates(Enum):
     """Where training takes the verifier's hidden states from."""
 
@@ -92,8 +115,11 @@ class VerifierConfig:
 
     path: str = MISSING  # local folder, hub id, or "embedded" for the small verifier made on this machine
     revision: str | None = None  # hub branch, tag or commit
-    dtype: Dtype = Dtype.bfloat16
+    dtype: Dtype = Dtype.bfloat16  # of what is computed, and of weights that are not quantised
     device: Device = Device.auto
+    tensor_parallel: bool = (
+        False  # torchrun's ranks hold one verifier together, by the plan that transformers has for it
+    )
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
 
 
@@ -173,10 +199,18 @@ class DumpConfig:
     """How hidden states are recorded."""
 
     folder: str | None = None  # where the store goes; None: hidden_states in the run folder
+    engine: DumpEngine = DumpEngine.transformers
+    dtype: StateDtype | None = None  # that states are stored in; None: verifier.dtype
+    last_states: LastStates = LastStates.all
     max_length: int = 4096  # tokens; longer conversations are left out and counted
     keep_truncated: bool = False  # train on answers cut by synthesize.max_tokens too
     batch_tokens: int = 8192  # tokens (padding included) of one verifier forward, in online training too
-    shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; it is held in memory
+    shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; three of them are held in memory
+    writer: int = 0  # write shards writer, writer + num_writers, ... only: one task of a job array (torchrun: one rank)
+    num_writers: int = 1
+    token_workers: int = 0  # processes that tokenise conversations whose tokens were not recorded; 0: one a core
+    vllm_python: str | None = None  # Python of the environment that has vLLM; None: this one
+    vllm_options: dict[str, Any] = field(default_factory=dict)  # of vLLM's LLM, such as {tensor_parallel_size: 8}
 
 
 @dataclass

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..models.verifier import Verifier, logit_transform
 from .store import Sample
+
+
+class Engine(Protocol):
+    """Whatever runs the verifier over samples."""
+
+    def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for it."""
+        ...
+
+
+class TransformersEngine:
+    """The verifier in this process."""
+
+    def __init__(self, verifier: Verifier, batch_tokens: int) -> None:
+        self._verifier, self._batch_tokens = verifier, batch_tokens
+
+    def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Read samples of similar length together."""
+        yield from read_documents(self._verifier, [sample.input_ids for sample in samples], self._batch_tokens)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def record(verifier: Verifier, samples: list[Sample], batch_tokens: int) -> list[Sample]:

@@ -43,6 +43,7 @@ class Sample:
     loss_mask: Tensor  # uint8 [T]
     aux_hidden_states: Tensor | None = None  # [T, A*H]
     last_hidden_state: Tensor | None = None  # [T, H]
+    images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it, in their order
 
 
 def shard_name(number: int) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from builders import Run
+from fledge.conf.place import Place, find_place, first_host, own_gpus
 from fledge.models.formats import checkpoint_steps
-from fledge.train.place import Place, find_place, first_host, own_gpus
 from fledge.train.tracking import read_metrics
 
 TORCHRUN = {

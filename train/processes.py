@@ -44,8 +44,8 @@ from torch.distributed.rendezvous import rendezvous
 from .. import __version__
 from ..conf.artifact import differences
 from ..conf.cli import USER_ERRORS, explain
+from ..conf.place import Place, find_place, own_gpus
 from ..conf.schema import Config
-from .place import Place, find_place, own_gpus
 
 _MEETING_S = 300.0  # for all ranks to start; a rank that ends before says nothing to the others
 _GRACE_S = 5.0  # for a rank to end by its own error, which tells more, before it ends because another has
