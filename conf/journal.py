@@ -18,11 +18,28 @@ def read_journal(path: Path, check: Check | None = None, unfinished: bool = Fals
     Raises:
         ValueError: a line is malformed, named by file and number.
     """
+    return (record for _, _, record in read_journal_lines(path, check, unfinished))
+
+
+def read_journal_lines(
+    path: Path, check: Check | None = None, unfinished: bool = False
+) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """Read the records of a journal, with the lines and where these begin, in bytes: `read_line` finds one again."""
     with open(path, "rb") as file:
+        offset = 0
         for number, line in enumerate(file, 1):
             if unfinished and not line.endswith(b"\n"):
                 return
-            yield _parse(path, number, line, check)
+            yield offset, line, _parse(path, number, line, check)
+            offset += len(line)
+
+
+def read_line(path: Path, offset: int) -> dict[str, Any]:
+    """Read the record whose line begins at an offset."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        record: dict[str, Any] = json.loads(file.readline())
+    return record
 
 
 def _parse(path: Path, number: int, line: bytes, check: Check | None) -> dict[str, Any]:

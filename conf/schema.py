@@ -208,7 +208,7 @@ class DumpConfig:
     shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; three of them are held in memory
     writer: int = 0  # write shards writer, writer + num_writers, ... only: one task of a job array (torchrun: one rank)
     num_writers: int = 1
-    token_workers: int = 0  # processes that tokenise conversations whose tokens were not recorded; 0: one a core
+    token_workers: int | None = None  # processes that tokenise; 0: this one; None: one a core where there is much to do
     vllm_python: str | None = None  # Python of the environment that has vLLM; None: this one
     vllm_options: dict[str, Any] = field(default_factory=dict)  # of vLLM's LLM, such as {tensor_parallel_size: 8}
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from types import FrameType
 
 from .run import EXIT_AGAIN
@@ -33,3 +37,17 @@ class StopSignals:
     def exit_code(self) -> int:
         """Give the code to end with: 130 after a keyboard's signal, else the one that asks for another start."""
         return 128 + signal.SIGINT if self.received is signal.SIGINT else EXIT_AGAIN
+
+
+def end_with_parent(_worker: int = 0) -> None:
+    """In a helper process: leave signals to the one that started it, and end as soon as that has, however it did."""
+    for name in _SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()

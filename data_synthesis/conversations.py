@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..conf.journal import Journal, read_journal
+from ..conf.journal import Journal, read_journal, read_journal_lines, read_line
 from .chat import Message, Turn, check_messages, join_turns
 from .prompts import Prompt
 
@@ -146,6 +146,48 @@ def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[
             yield from read_journal(path, _check, unfinished)
         elif not unfinished:
             raise ValueError(f"{path} is missing: run `fledge synthesize` again")
+
+
+class Place(NamedTuple):
+    """Where a conversation stands."""
+
+    id: str
+    file: str  # in the folder of conversations
+    offset: int  # of its line, in bytes
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Read it."""
+        return read_line(folder / self.file, self.offset)
+
+
+@dataclass
+class Catalogue:
+    """All conversations of a folder: their places take little memory where they themselves would not."""
+
+    places: list[Place]  # ordered by id: the order of lines is that of completion
+    content: str  # the `content_digest`
+    num_recorded: int  # that have their tokens
+
+    @classmethod
+    def of(cls, folder: Path, progress: Callable[[], object]) -> Catalogue:
+        """Read and check every line once.
+
+        Raises:
+            ValueError: a line is malformed, named by file and number, or a file is missing.
+        """
+        places: list[Place] = []
+        digests: list[bytes] = []
+        num_recorded = 0
+        for path in (part / FILE for part in _parts(folder)):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: run `fledge synthesize` again")
+            name = str(path.relative_to(folder))
+            for offset, line, record in read_journal_lines(path, _check):
+                places.append(Place(record["id"], name, offset))
+                digests.append(hashlib.sha256(line).digest())
+                num_recorded += record.get("sequences") is not None
+                progress()
+        return cls(sorted(places), add_digests(digest.hex() for digest in digests), num_recorded)
 
 
 def part_folder(folder: Path, shard: int, num_shards: int) -> Path:

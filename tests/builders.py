@@ -16,8 +16,9 @@ import torch
 from fledge.conf.artifact import artifact, read_manifest
 from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.conversations import FILE, content_digest
+from fledge.data_synthesis.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.split import is_heldout
-from fledge.data_synthesis.store import COUNTS_FILE, Sample, write_shard
+from fledge.data_synthesis.store import COUNTS_FILE, write_index
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.formats import checkpoint_steps
 from fledge.models.verifier import verifier_identity
@@ -131,9 +132,10 @@ def write_store(
             counts += torch.bincount(ids[mask.bool()], minlength=vocab)
     with artifact(folder, "hidden_states", settings) as target:
         half = max(1, len(samples) // 2)
-        shards = [write_shard(folder, number, part) for number, part in enumerate([samples[:half], samples[half:]])]
+        parts = [samples[:half], samples[half:]]
+        shards = [write_shard(folder, number, Shard.of(part)) for number, part in enumerate(parts)]
         save_file({"token_counts": counts}, folder / COUNTS_FILE)
-        target.finish(shards=shards)
+        target.finish(shards=shards, index=write_index(folder, shards))
     return folder
 
 

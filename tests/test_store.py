@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from fledge.data_synthesis.record import record
-from fledge.data_synthesis.store import HiddenStateStore, Sample, write_shard
+from fledge.data_synthesis.shard import Sample, Shard, write_shard
+from fledge.data_synthesis.store import HiddenStateStore
 from fledge.models.verifier import VerifierWeights
 
 
@@ -55,7 +56,7 @@ def test_samples_read_back_as_they_were_written(finished):
 
 def test_write_shard_leaves_no_temporary_file_and_tells_its_size(tmp_path):
     sample = Sample("a", torch.arange(4), torch.ones(4), torch.randn(4, 6).bfloat16(), torch.randn(4, 2).bfloat16())
-    entry = write_shard(tmp_path, 7, [sample, sample])
+    entry = write_shard(tmp_path, 7, Shard.of([sample, sample]))
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00007.safetensors"]
     assert entry["samples"] == 2
     assert entry["tokens"] == entry["counted_tokens"] == 8
@@ -73,7 +74,7 @@ def test_a_flipped_bit_a_truncated_and_a_missing_shard_are_named(broken):
     shard = broken / "shard-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors does not have the checksum"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: loss_mask does not have its checksum"):
         HiddenStateStore(broken).verify()
     shard.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors has \d+ bytes"):

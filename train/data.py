@@ -14,12 +14,7 @@ import bisect
 import heapq
 import itertools
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
 import random
-import signal
-import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,7 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..conf.schema import Config, HiddenStates, StoreConfig, TooLong
+from ..conf.signals import end_with_parent
 from ..data_synthesis.draft_vocabulary import choose_vocabulary
+from ..data_synthesis.shard import STATES
 from ..data_synthesis.split import conversation_id, heldout_order, is_heldout
 from ..data_synthesis.store import HiddenStateStore
 from ..models.draft_head import DraftHeadConfig
@@ -237,8 +234,7 @@ class Batches(Dataset[PackedBatch | ValueError]):
             loss_mask=mask.bool(),
             document=torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(lengths)),
             position=torch.cat([torch.arange(length) for length in lengths]),
-            aux_hidden_states=join("aux_hidden_states"),
-            last_hidden_state=join("last_hidden_state"),
+            **{name: join(name) for name in STATES},
             lengths=lengths,
             sample_ids=[part.id for part in parts],
             useful=find_useful_rows(mask.bool(), lengths, self._ttt_steps),
@@ -267,20 +263,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _shared(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_shared() else _joined([tensor])
-
-
-def _serve_the_trainer(_number: int) -> None:
-    """Leave signals to the training process, and end as soon as it has, whatever ended it."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-
-    def end_with_it() -> None:
-        multiprocessing.connection.wait([trainer.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 class TrainingData:
@@ -393,7 +375,7 @@ def read(
         sampler=packs,
         num_workers=num_workers,
         pin_memory=pin,
-        worker_init_fn=_serve_the_trainer,
+        worker_init_fn=end_with_parent,
         generator=torch.Generator(),  # or it would draw from the training's own
     )
     reading: Any = iter(loader)

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data_synthesis.state_format import decode
 from ..models.ttt_attention import Span
 
 
@@ -79,16 +80,20 @@ class PackedBatch:
     lengths: list[int]  # tokens of each document
     sample_ids: list[str]
     useful: UsefulRows | None = None  # set when it is read, or by `to`
+    aux_scale: Tensor | None = None  # [T, A], of float8 as it is stored, until `to` decodes it
+    last_scale: Tensor | None = None  # [T, 1]
 
     def to(self, device: torch.device, dtype: torch.dtype, ttt_steps: int) -> PackedBatch:
-        """Move to a device, states in `dtype`; the useful rows of K steps are found before, while the mask is here."""
+        """Move to a device, then bring states into `dtype`; useful rows are found before, while the mask is here."""
         found = dataclasses.replace(self, useful=self.useful_rows(ttt_steps))
         moved = found.mapped(lambda tensor: _to(tensor, device))
         aux, last = moved.aux_hidden_states, moved.last_hidden_state
         return dataclasses.replace(
             moved,
-            aux_hidden_states=None if aux is None else aux.to(dtype),
-            last_hidden_state=None if last is None else last.to(dtype),
+            aux_hidden_states=None if aux is None else decode(aux, moved.aux_scale, dtype),
+            last_hidden_state=None if last is None else decode(last, moved.last_scale, dtype),
+            aux_scale=None,
+            last_scale=None,
         )
 
     def pin_memory(self) -> PackedBatch:
@@ -97,17 +102,10 @@ class PackedBatch:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """Change every tensor."""
-        return PackedBatch(
-            change(self.input_ids),
-            change(self.loss_mask),
-            change(self.document),
-            change(self.position),
-            None if self.aux_hidden_states is None else change(self.aux_hidden_states),
-            None if self.last_hidden_state is None else change(self.last_hidden_state),
-            self.lengths,
-            self.sample_ids,
-            None if self.useful is None else self.useful.mapped(change),
-        )
+        values = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        useful = None if self.useful is None else self.useful.mapped(change)
+        return dataclasses.replace(self, **changed, useful=useful)
 
     @property
     def states(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,251 @@
+"""A shard of the hidden-state store: one safetensors file, the tokens of many samples laid end to end.
+
+| tensor              | shape    | dtype                                                                       |
+|---------------------|----------|-----------------------------------------------------------------------------|
+| `input_ids`         | [N]      | int32                                                                       |
+| `loss_mask`         | [N]      | uint8, 1 where the verifier produced the token (end-of-turn too)            |
+| `sample_offsets`    | [S+1]    | int64                                                                       |
+| `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                            |
+| `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)                 |
+| `aux_scale`         | [N, A]   | float32, where states are float8 (state_format.py)                          |
+| `last_scale`        | [N, 1]   | float32, likewise                                                           |
+| `last_offsets`      | [S+1]    | int64, where the last states of target positions alone are kept: N is theirs |
+
+A shard for online training has the first three only.
+
+The file's metadata hold, as JSON, the ids of its samples (`sample_ids`), where the conversations of those with
+images stand (`image_records`), and a checksum of every tensor (`checksums`, XXH3-128). The store's manifest has a
+checksum of each shard's header, which thereby covers the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..conf.artifact import commit, sync
+from .state_format import FLOAT8, StateFormat, target_positions
+
+TOKENS = ("input_ids", "loss_mask")
+AUX_STATES, LAST_STATES = ("aux_hidden_states", "aux_scale"), ("last_hidden_state", "last_scale")
+STATES = (*AUX_STATES, *LAST_STATES)
+CURE = "delete the file and run `fledge dump` again"
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """Where the images of a sample are: the first `count` of a conversation, by its place in the file."""
+
+    file: str  # in the folder of conversations
+    offset: int  # of its line, in bytes
+    count: int
+
+
+@dataclass
+class Sample:
+    """One conversation of T tokens, with what the verifier saw or before it has read them."""
+
+    id: str
+    input_ids: Tensor  # int32 [T]
+    loss_mask: Tensor  # uint8 [T]
+    aux_hidden_states: Tensor | None = None  # [T, A*H]
+    last_hidden_state: Tensor | None = None  # [T, H]
+    aux_scale: Tensor | None = None  # float32 [T, A], of float8
+    last_scale: Tensor | None = None  # float32 [T, 1]
+    image_record: ImageRecord | None = None
+    images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it, once they are wanted
+
+
+@dataclass
+class Shard:
+    """What one file holds, in memory."""
+
+    ids: list[str]
+    tensors: dict[str, Tensor]
+    image_records: dict[int, ImageRecord] = field(default_factory=dict)  # by sample
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> Shard:
+        """Lay samples end to end, all with states or all without."""
+        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+        tensors = {
+            "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
+            "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
+            "sample_offsets": _offsets(lengths),
+        }
+        for name in STATES:
+            states = [state for sample in samples if (state := getattr(sample, name)) is not None]
+            assert len(states) in (0, len(samples))
+            if states:
+                tensors[name] = torch.cat(states)
+        records = {number: sample.image_record for number, sample in enumerate(samples) if sample.image_record}
+        return cls([sample.id for sample in samples], tensors, records)
+
+    def set_states(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> None:
+        """Put the states of a sample in their place; the first call makes the place for all.
+
+        Args:
+            aux, last: [T, A*H] and [T, H], on any device.
+        """
+        start, end = (int(offset) for offset in self.tensors["sample_offsets"][number : number + 2])
+        self._put("aux", "aux_hidden_states", slice(start, end), aux, aux.shape[-1] // last.shape[-1], form)
+        if form.only_counted:
+            if "last_offsets" not in self.tensors:
+                self.tensors["last_offsets"] = self._last_offsets()
+            last = last[target_positions(self.tensors["loss_mask"][start:end]).to(last.device)]
+            start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
+        self._put("last", "last_hidden_state", slice(start, end), last, 1, form)
+
+    def _put(self, kind: str, name: str, place: slice, states: Tensor, num_layers: int, form: StateFormat) -> None:
+        encoded, scale = form.encode(states, num_layers)
+        rows = int(self.tensors["last_offsets" if kind == "last" and form.only_counted else "sample_offsets"][-1])
+        for key, value in ((name, encoded), (f"{kind}_scale", scale)):
+            if value is not None:
+                if key not in self.tensors:
+                    self.tensors[key] = torch.empty(rows, value.shape[-1], dtype=value.dtype)
+                self.tensors[key][place] = value.cpu()
+
+    def _last_offsets(self) -> Tensor:
+        lengths = self.tensors["sample_offsets"].diff().tolist()
+        return _offsets(torch.stack([target_positions(m).sum() for m in self.tensors["loss_mask"].split(lengths)]))
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def shard_name(number: int) -> str:
+    """Give the file name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = None) -> dict[str, Any]:
+    """Write a shard durably and give its entry for the manifest.
+
+    Args:
+        scratch: folder of the same file system for the unfinished file; None: `folder`.
+    """
+    path = folder / shard_name(number)
+    temporary = (scratch or folder) / f".{path.name}.tmp"
+    metadata = {
+        "sample_ids": json.dumps(shard.ids),
+        "image_records": json.dumps({number: vars(record) for number, record in shard.image_records.items()}),
+        "counted_tokens": str(int(shard.tensors["loss_mask"].sum())),
+        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in shard.tensors.items()}),
+    }
+    save_file(shard.tensors, temporary, metadata)
+    sync(temporary)
+    commit(temporary, path)
+    return shard_entry(path)
+
+
+def shard_entry(path: Path) -> dict[str, Any]:
+    """Read the entry of a shard for the manifest from its header.
+
+    Raises:
+        ValueError: it is no whole shard.
+    """
+    header = _header(path)
+    try:
+        tensors, metadata = json.loads(header[8:]), json.loads(header[8:])["__metadata__"]
+        end = max(entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
+        entry = {
+            "file": path.name,
+            "samples": tensors["sample_offsets"]["shape"][0] - 1,
+            "tokens": tensors["input_ids"]["shape"][0],
+            "counted_tokens": int(metadata["counted_tokens"]),
+            "bytes": len(header) + end,
+            "checksum": xxhash.xxh3_128_hexdigest(header),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a shard of hidden states ({error}): {CURE}") from None
+    check_size(path, entry)
+    return entry
+
+
+def _checksum(tensor: Tensor) -> str:
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _header(path: Path) -> bytes:
+    """Read a safetensors header: its length, 8 bytes, and its JSON."""
+    try:
+        with open(path, "rb") as file:
+            size = file.read(8)
+            length = int.from_bytes(size, "little")
+            header = size + file.read(min(length, 1 << 28))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: run `fledge dump` again") from None
+    if len(header) != 8 + length:
+        raise ValueError(f"{path} is cut off or not a safetensors file: {CURE}")
+    return header
+
+
+def check_size(path: Path, entry: dict[str, Any]) -> None:
+    """Refuse a shard that is missing or has not the size of its entry."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run `fledge dump` again")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise ValueError(f"{path} has {size} bytes and should have {entry['bytes']}: {CURE}")
+
+
+class MappedShard:
+    """One file of a store, mapped; its header is compared with the manifest.
+
+    Attributes:
+        tensors: views of the file, nothing of which is read before it is used; float8 as bytes, which every operation
+            takes.
+    """
+
+    def __init__(self, path: Path, entry: dict[str, Any]) -> None:
+        self._path = path
+        check_size(path, entry)
+        if xxhash.xxh3_128_hexdigest(_header(path)) != entry["checksum"]:
+            raise self._altered("the header")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}): {CURE}") from None
+        self.tensors = {name: t.view(torch.uint8) if t.dtype == FLOAT8 else t for name, t in tensors.items()}
+        self._checksums = json.loads(metadata["checksums"])
+        self._ids: str = metadata["sample_ids"]
+        records = json.loads(metadata["image_records"])
+        self.image_records = {int(number): ImageRecord(**record) for number, record in records.items()}
+
+    @property
+    def ids(self) -> list[str]:
+        """Give the ids of its samples."""
+        return list(json.loads(self._ids))
+
+    def verify(self) -> None:
+        """Compare the checksum of every tensor."""
+        for name, tensor in self.tensors.items():
+            if _checksum(tensor) != self._checksums[name]:
+                raise self._altered(name)
+
+    def _altered(self, what: str) -> ValueError:
+        return ValueError(f"{self._path}: {what} does not have its checksum, the file was altered: {CURE}")
+
+    def states(self, number: int, place: slice) -> dict[str, Any]:
+        """Give the states of a sample; last states that are not kept are zeros."""
+        found: dict[str, Any] = {name: self.tensors[name][place] for name in AUX_STATES if name in self.tensors}
+        stored = {name: self.tensors[name] for name in LAST_STATES if name in self.tensors}
+        if "last_offsets" not in self.tensors:
+            return found | {name: states[place] for name, states in stored.items()}
+        start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
+        kept = target_positions(self.tensors["loss_mask"][place])
+        for name, states in stored.items():
+            found[name] = states.new_zeros(len(kept), states.shape[1])
+            found[name][kept] = states[start:end]
+        return found

@@ -1,0 +1,158 @@
+"""The verifier reads a store of tokens, and one writer of several records what it sees inside, shard by shard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+from ..conf.place import Place, find_place, own_gpus
+from ..conf.progress import Progress
+from ..conf.schema import Config, DumpEngine, LastStates
+from ..models.verifier import Verifier
+from .record import Engine, TransformersEngine
+from .shard import Sample, Shard
+from .state_format import StateFormat
+from .store import HiddenStateStore
+from .writer import BackgroundWriter
+
+
+def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStore, missing: list[int]) -> None:
+    """Record those of this writer's shards that are missing into the store of `config`.
+
+    Writers are tasks of a job array (`dump.writer`), and in each of them the ranks of its launcher, unless these hold
+    one verifier together: then the first writes.
+
+    Args:
+        settings: of the store.
+        plan: the store of tokens, which has the same shards.
+    """
+    options, folder, place = config.dump, config.hidden_states_folder, find_place(os.environ)
+    together = config.verifier.tensor_parallel
+    rank, ranks = (0, 1) if together else (place.rank, place.world)
+    writer, num_writers = options.writer * ranks + rank, options.num_writers * ranks
+    form = state_format(settings)
+    _announce_size(settings, form, plan, missing, folder)
+    mine = [number for number in missing if number % num_writers == writer]
+    if not mine and not together:
+        return
+    with _engine(config, settings["aux_layers"], place) as engine:
+        mine = _as_the_first_rank(mine) if together else mine
+        if not mine:
+            return
+        num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
+        _estimate_time(engine, _samples(plan, mine[0]), options.batch_tokens, num_tokens)
+        if together and place.rank:
+            for number in mine:
+                for _ in engine.read(_samples(plan, number)):
+                    pass
+            return
+        progress = Progress("dump", num_tokens, "token")
+        with _scratch(folder, writer) as scratch, BackgroundWriter(folder, scratch) as out:
+            for number in mine:
+                samples = _samples(plan, number)
+                shard = Shard.of(samples)
+                for sample, aux, last in engine.read(samples):
+                    shard.set_states(sample, aux, last, form)
+                    progress.update(len(aux))
+                out.put(number, shard)
+        progress.close()
+
+
+def state_format(settings: dict[str, Any]) -> StateFormat:
+    """Give the format that the settings of a store name."""
+    return StateFormat(getattr(torch, settings["state_dtype"]), settings["last_states"] == LastStates.counted.value)
+
+
+def _samples(plan: HiddenStateStore, shard: int) -> list[Sample]:
+    return [plan[index] for index in plan.shard_samples(shard)]
+
+
+def _announce_size(
+    settings: dict[str, Any], form: StateFormat, plan: HiddenStateStore, missing: list[int], folder: Path
+) -> None:
+    """Print what the missing shards need, and refuse what the disk cannot hold."""
+    tokens, counted = (sum(plan.entries[number][name] for number in missing) for name in ("tokens", "counted_tokens"))
+    layers, width = len(settings["aux_layers"]), settings["verifier"]["hidden_size"]
+    per_token = form.bytes_per_token(layers, width, counted / max(1, tokens)) + 5  # token and mask
+    needed, free = tokens * per_token, shutil.disk_usage(folder).free
+    print(
+        f"dump: {tokens} tokens to record, {per_token / 1000:.3g} kB each: {needed / 2**30:.2f} GiB to write, "
+        f"{free / 2**30:.0f} GiB are free"
+    )
+    if needed > free:
+        raise ValueError(
+            f"the store needs {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} GiB free: set dump.folder "
+            "to a larger disk, dump.dtype to float8, or train.hidden_states to online"
+        )
+
+
+@contextmanager
+def _engine(config: Config, aux_layers: list[int], place: Place) -> Iterator[Engine]:
+    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
+    engine: Engine
+    if config.dump.engine is DumpEngine.vllm:
+        raise NotImplementedError
+    alone = place.world == 1 or config.verifier.tensor_parallel
+    gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
+    if gpus:
+        torch.cuda.set_device(gpus[0])
+    engine = TransformersEngine(Verifier.load(config.verifier, aux_layers, gpus), config.dump.batch_tokens)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _as_the_first_rank(shards: list[int]) -> list[int]:
+    """Give the shards that rank 0 found missing: ranks that hold one verifier must read the same."""
+    shared = [shards]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _estimate_time(engine: Engine, samples: list[Sample], batch_tokens: int, num_tokens: int) -> None:
+    """Print how long this writer will take, by the second reading of a batch: the first warms up and checks."""
+    batch: list[Sample] = []
+    for sample in samples:
+        if batch and sum(len(other.input_ids) for other in batch) + len(sample.input_ids) > batch_tokens:
+            break
+        batch.append(sample)
+    for _ in range(2):
+        start = time.perf_counter()
+        read = [last[-1:].float().sum().item() for _, _, last in engine.read(batch)]  # waits for the device
+    rate = sum(len(sample.input_ids) for sample in batch) / (time.perf_counter() - start)
+    assert len(read) == len(batch)
+    hours = num_tokens / rate / 3600
+    about = f"{hours:.1f} h" if hours > 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else "less than a minute"
+    print(f"dump: {rate:.0f} tokens/s, {about} for this writer's {num_tokens} tokens", flush=True)
+
+
+@contextmanager
+def _scratch(folder: Path, writer: int) -> Iterator[Path]:
+    """Give this writer's folder of unfinished files, alone; what a kill has left in it is deleted."""
+    scratch = folder / f"writer-{writer:05d}"
+    scratch.mkdir(exist_ok=True)
+    lock = FileLock(scratch / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"writer {writer} of {folder} is at work in another process: wait for it, or give this one another number "
+            "(dump.writer, of dump.num_writers)"
+        ) from None
+    try:
+        for left in scratch.glob(".*.tmp"):
+            left.unlink()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()

@@ -1,0 +1,204 @@
+"""Conversations become tokens and loss masks: a store without states, which is all that online training needs.
+
+The conversations are taken in the order of their ids, whatever the order of their lines, and go into a new shard when
+the last has `dump.shard_tokens`; so the shards are the same at every start, and a store with states has the same ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conf.artifact import Artifact, read_manifest
+from ..conf.progress import Progress
+from ..conf.schema import Config
+from ..conf.signals import end_with_parent
+from .chat import NoExactSpanError, Sequence, has_images
+from .conversations import FILE, Catalogue, Place
+from .sequences import SequenceReader, leading_answers, num_whole_answers
+from .shard import MappedShard, Sample, Shard, write_shard
+from .split import is_heldout, sequence_id
+from .store import COUNTS_FILE, save_tensors, write_index
+
+COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "template", "images")
+_WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
+_CHUNK = 32  # conversations that a process is given at a time
+
+
+@dataclass
+class Tokenised:
+    """What a conversation gives: sequences by their numbers, and what was left out of it and why."""
+
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)  # of COUNTS
+    problem: str = ""
+
+
+class Tokeniser:
+    """Gives the training sequences of conversations by their places."""
+
+    def __init__(self, config: Config) -> None:
+        self._folder, self._options = config.conversations_folder, config.dump
+        self._reader = SequenceReader(config.verifier)
+
+    def __call__(self, place: Place) -> Tokenised:
+        """Read and tokenise a conversation."""
+        record = place.read(self._folder)
+        if has_images(record["messages"]):
+            return Tokenised(counts=Counter(images=1))
+        try:
+            sequences = self._reader.read(record)
+        except NoExactSpanError as error:
+            return Tokenised(counts=Counter(template=1), problem=str(error))
+        reasons = record["finish_reasons"]
+        whole = len(reasons) if self._options.keep_truncated else num_whole_answers(reasons)
+        found = dict(enumerate(leading_answers(sequences, whole)))
+        fitting = {n: s for n, s in found.items() if len(s.token_ids) <= self._options.max_length}
+        counts = Counter(
+            truncated_answers=len(reasons) - whole,
+            truncated=int(not found),
+            too_long=len(found) - len(fitting),
+            conversations=int(bool(fitting)),
+        )
+        return Tokenised(fitting, counts)
+
+
+def write_tokens(config: Config, target: Artifact) -> None:
+    """Make or complete a store of tokens; a killed start goes on after its last shard.
+
+    Raises:
+        ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
+    """
+    manifest = target.manifest
+    if target.complete and all(_is_there(target.folder / entry["file"], entry) for entry in manifest["shards"]):
+        return
+    if target.complete:
+        target.save(complete=False, shards=[], taken=0, counts={})
+    source = config.conversations_folder
+    total = read_manifest(source, "conversations")["counts"]["conversations"]
+    progress = Progress("conversations", total, "conversation")
+    catalogue = Catalogue.of(source, progress.update)
+    progress.close()
+    if read_manifest(source, "conversations")["content"] != catalogue.content:
+        raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
+    target.save(verifier_path=config.verifier.path)
+    _write_shards(config, target, catalogue)
+    counts, shards = manifest["counts"], manifest["shards"]
+    if not shards:
+        raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config)}")
+    index = write_index(target.folder, shards)
+    _write_token_counts(target)
+    target.finish(counts={**counts, **totals(shards)}, index=index)
+
+
+def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> None:
+    manifest = target.manifest
+    entries: list[dict[str, Any]] = list(manifest.get("shards", []))
+    taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(COUNTS, 0) | manifest.get("counts", {}))
+    progress = Progress("tokens", len(catalogue.places), "conversation", done=taken)
+    samples: list[Sample] = []
+    size = 0
+
+    def close_shard() -> None:
+        entries.append(write_shard(target.folder, len(entries), Shard.of(samples)))
+        samples.clear()
+        target.save(shards=entries, taken=taken, counts=counts)
+
+    with _tokenised(config, catalogue, taken) as results:
+        for place, result in zip(catalogue.places[taken:], results, strict=True):
+            if result.problem and not counts["template"]:
+                print(f"dump: {place.id} is left out: {result.problem}")
+            counts.update(result.counts)
+            taken += 1
+            progress.update()
+            samples += [_sample(place, number, sequence) for number, sequence in result.sequences.items()]
+            size += sum(len(sequence.token_ids) for sequence in result.sequences.values())
+            if size >= config.dump.shard_tokens:
+                close_shard()
+                size = 0
+    progress.close()
+    if samples:
+        close_shard()
+    target.save(shards=entries, taken=taken, counts=counts)
+
+
+@contextmanager
+def _tokenised(config: Config, catalogue: Catalogue, first: int) -> Iterator[Iterator[Tokenised]]:
+    """Give the conversations from the `first` on in tokens, in order, made by processes where that is worth it."""
+    tokeniser, places = Tokeniser(config), catalogue.places[first:]
+    workers = config.dump.token_workers
+    if workers is None:
+        to_tokenise = len(catalogue.places) - catalogue.num_recorded
+        workers = len(os.sched_getaffinity(0)) if to_tokenise > _WORTH_PROCESSES else 0
+    if not workers:
+        yield map(tokeniser, places)
+        return
+    with multiprocessing.get_context("fork").Pool(workers, _start_worker, (tokeniser,)) as pool:
+        yield pool.imap(_tokenise_in_worker, places, _CHUNK)
+
+
+def _start_worker(tokeniser: Tokeniser) -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+    global _tokeniser
+    _tokeniser = tokeniser
+
+
+def _tokenise_in_worker(place: Place) -> Tokenised:
+    return _tokeniser(place)
+
+
+_tokeniser: Tokeniser  # of a worker
+
+
+def _sample(place: Place, number: int, sequence: Sequence) -> Sample:
+    loss_mask = torch.zeros(len(sequence.token_ids), dtype=torch.uint8)
+    for start, end in sequence.answers:
+        loss_mask[start:end] = 1
+    tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
+    return Sample(sequence_id(place.id, number), tokens, loss_mask)
+
+
+def _is_there(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"]
+
+
+def _write_token_counts(target: Artifact) -> None:
+    """Count the tokens the verifier produced in the training split: what the draft vocabulary is chosen by."""
+    settings = target.manifest["settings"]
+    counts = torch.zeros(settings["verifier"]["vocab_size"], dtype=torch.int64)
+    for entry in target.manifest["shards"]:
+        shard = MappedShard(target.folder / entry["file"], entry)
+        counts += torch.bincount(_trained_on(shard, settings["heldout_share"]), minlength=len(counts))
+    save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
+
+
+def _trained_on(shard: MappedShard, heldout_share: float) -> Tensor:
+    """Give the tokens of a shard that the verifier produced in conversations that are not held out."""
+    trained = torch.tensor([not is_heldout(name, heldout_share) for name in shard.ids])
+    trained = trained.repeat_interleave(shard.tensors["sample_offsets"].diff())
+    return shard.tensors["input_ids"][trained & shard.tensors["loss_mask"].bool()]
+
+
+def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Add up what the entries of shards say."""
+    return {name: sum(entry[name] for entry in shards) for name in ("samples", "tokens", "counted_tokens", "bytes")}
+
+
+def left_out(counts: dict[str, int], config: Config) -> str:
+    """Say what of the conversations is not in the store, and why."""
+    images = f", {counts['images']} conversations with images, which cannot be dumped yet" if counts["images"] else ""
+    return (
+        f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
+        f"{counts['too_long']} sequences longer than dump.max_length={config.dump.max_length}, "
+        f"{counts['template']} conversations without an exact loss mask{images}"
+    )
