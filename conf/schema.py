@@ -404,6 +404,7 @@ def validate(config: Config) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     _validate_data(config.data)
     _validate_synthesize(config.synthesize)
+    _validate_dump(config)
     if config.train.data_workers < 0:
         raise ValueError(f"train.data_workers must be at least 0, got {config.train.data_workers}")
     for number, store in enumerate(config.train.stores):
@@ -458,6 +459,21 @@ def validate(config: Config) -> None:
         )
     if config.train.dtype is Dtype.float16:
         raise ValueError("train.dtype must be float32 or bfloat16, got float16: its range is too small for the head")
+
+
+def _validate_dump(config: Config) -> None:
+    options = config.dump
+    if not 0 <= options.writer < options.num_writers:
+        raise ValueError(
+            f"dump.writer must lie between 0 and dump.num_writers - 1 = {options.num_writers - 1}, got {options.writer}"
+        )
+    if options.token_workers is not None and options.token_workers < 0:
+        raise ValueError(f"dump.token_workers must be at least 0, got {options.token_workers}")
+    if config.verifier.tensor_parallel and options.engine is DumpEngine.vllm:
+        raise ValueError(
+            "verifier.tensor_parallel must be false with dump.engine=vllm, which has an option of its own: "
+            "dump.vllm_options={tensor_parallel_size: 8}"
+        )
 
 
 def _validate_data(data: DataConfig) -> None:

@@ -13,9 +13,10 @@
 
 A shard for online training has the first three only.
 
-The file's metadata hold, as JSON, the ids of its samples (`sample_ids`), where the conversations of those with
-images stand (`image_records`), and a checksum of every tensor (`checksums`, XXH3-128). The store's manifest has a
-checksum of each shard's header, which thereby covers the whole file.
+The file's metadata hold, as one JSON object (of several, the order would be left to chance), the ids of its samples
+(`sample_ids`), where the conversations of those with images stand (`image_records`), and a checksum of every tensor
+(`checksums`, XXH3-128). The store's manifest has a checksum of each shard's header, which thereby covers the
+whole file.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .state_format import FLOAT8, StateFormat, target_positions
 TOKENS = ("input_ids", "loss_mask")
 AUX_STATES, LAST_STATES = ("aux_hidden_states", "aux_scale"), ("last_hidden_state", "last_scale")
 STATES = (*AUX_STATES, *LAST_STATES)
+_ABOUT = "fledge"  # the one key of the file's metadata
 CURE = "delete the file and run `fledge dump` again"
 
 
@@ -135,13 +137,13 @@ def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = 
     """
     path = folder / shard_name(number)
     temporary = (scratch or folder) / f".{path.name}.tmp"
-    metadata = {
-        "sample_ids": json.dumps(shard.ids),
-        "image_records": json.dumps({number: vars(record) for number, record in shard.image_records.items()}),
-        "counted_tokens": str(int(shard.tensors["loss_mask"].sum())),
-        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in shard.tensors.items()}),
+    about = {
+        "sample_ids": shard.ids,
+        "image_records": {number: vars(record) for number, record in shard.image_records.items()},
+        "counted_tokens": int(shard.tensors["loss_mask"].sum()),
+        "checksums": {name: _checksum(tensor) for name, tensor in shard.tensors.items()},
     }
-    save_file(shard.tensors, temporary, metadata)
+    save_file(shard.tensors, temporary, {_ABOUT: json.dumps(about)})
     sync(temporary)
     commit(temporary, path)
     return shard_entry(path)
@@ -155,13 +157,14 @@ def shard_entry(path: Path) -> dict[str, Any]:
     """
     header = _header(path)
     try:
-        tensors, metadata = json.loads(header[8:]), json.loads(header[8:])["__metadata__"]
-        end = max(entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
+        tensors = json.loads(header[8:])
+        about = json.loads(tensors.pop("__metadata__")[_ABOUT])
+        end = max(tensor["data_offsets"][1] for tensor in tensors.values())
         entry = {
             "file": path.name,
             "samples": tensors["sample_offsets"]["shape"][0] - 1,
             "tokens": tensors["input_ids"]["shape"][0],
-            "counted_tokens": int(metadata["counted_tokens"]),
+            "counted_tokens": about["counted_tokens"],
             "bytes": len(header) + end,
             "checksum": xxhash.xxh3_128_hexdigest(header),
         }
@@ -213,20 +216,18 @@ class MappedShard:
             raise self._altered("the header")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
+                about = json.loads(file.metadata()[_ABOUT])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read as safetensors ({error}): {CURE}") from None
         self.tensors = {name: t.view(torch.uint8) if t.dtype == FLOAT8 else t for name, t in tensors.items()}
-        self._checksums = json.loads(metadata["checksums"])
-        self._ids: str = metadata["sample_ids"]
-        records = json.loads(metadata["image_records"])
-        self.image_records = {int(number): ImageRecord(**record) for number, record in records.items()}
+        self._checksums = about["checksums"]
+        self.image_records = {int(number): ImageRecord(**record) for number, record in about["image_records"].items()}
 
     @property
     def ids(self) -> list[str]:
-        """Give the ids of its samples."""
-        return list(json.loads(self._ids))
+        """Read the ids of its samples, of which a store has its own list."""
+        return list(json.loads(json.loads(_header(self._path)[8:])["__metadata__"][_ABOUT])["sample_ids"])
 
     def verify(self) -> None:
         """Compare the checksum of every tensor."""

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,9 +33,9 @@ def write_index(folder: Path, entries: list[dict[str, Any]]) -> str:
     ids: list[str] = []
     lengths: list[Tensor] = []
     for entry in entries:
-        with safe_open(folder / entry["file"], framework="pt") as shard:
-            ids += json.loads(shard.metadata()["sample_ids"])
-            lengths.append(shard.get_tensor("sample_offsets").diff().to(torch.int32))
+        shard = MappedShard(folder / entry["file"], entry)
+        ids += shard.ids
+        lengths.append(shard.tensors["sample_offsets"].diff().to(torch.int32))
     names = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
     path = folder / INDEX_FILE
     save_tensors({"lengths": torch.cat(lengths), "sample_ids": names}, path)
