@@ -28,6 +28,10 @@ COMMANDS = {
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
     "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
     "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
+    "inspect": (
+        "fledge.data_synthesis.inspect_store:inspect_store",
+        "print what a store holds, and whether it is sound",
+    ),
     "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
@@ -54,6 +58,7 @@ commands:
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
   srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
   fledge preview experiment=llama31_8b name=first preview.id=ID        one conversation, as it is trained on
+  fledge inspect runs/first/hidden_states --verify    what a store holds; every checksum compared
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
@@ -79,7 +84,21 @@ def main(arguments: list[str] | None = None) -> None:
     if command == "demo":
         named = {override.split("=")[0] for override in overrides}
         overrides = [o for o in ("experiment=demo", "name=demo") if o.split("=")[0] not in named] + overrides
+    if command == "inspect":
+        overrides = inspect_overrides(overrides)
     run_command(command, overrides)
+
+
+def inspect_overrides(arguments: list[str]) -> list[str]:
+    """Turn `STORE --verify`, and what else may stand there, into overrides: a store names its verifier by itself."""
+    flags = {"--verify": "inspect.verify=true"}
+    overrides = [flags.get(argument, argument) for argument in arguments]
+    if overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+        overrides[0] = "inspect.store='{}'".format(overrides[0].replace("'", "\\'"))
+    named = {override.split("=")[0] for override in overrides}
+    if "experiment" in named:
+        return overrides
+    return [o for o in ("name=inspect", "verifier.path=recorded") if o.split("=")[0] not in named] + overrides
 
 
 def run_command(command: str, overrides: list[str]) -> None:

@@ -317,6 +317,15 @@ class PreviewConfig:
 
 
 @dataclass
+class InspectConfig:
+    """What `fledge inspect STORE` shows of a hidden-state store."""
+
+    store: str | None = None  # its folder; None: the run's own
+    verify: bool = False  # read everything: compare every checksum, look for states that are not finite
+    sample: str | None = None  # id of the sample that is shown as text; None: the first
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl, which is always written; train/tracking.py has their table."""
 
@@ -345,6 +354,7 @@ class Config:
     head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property

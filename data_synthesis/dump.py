@@ -122,9 +122,10 @@ def _complete(config: Config, target: Artifact, plan: HiddenStateStore, always: 
 
 def _tell(config: Config, target: Artifact) -> None:
     counts = target.manifest["counts"]
+    without = left_out(counts, config.dump.max_length)
     print(
         f"hidden states: {counts['conversations']} conversations in {counts['samples']} sequences, {counts['tokens']} "
-        f"tokens, {counts['bytes'] / 2**30:.2f} GiB in {target.folder}; left out: {left_out(counts, config)}"
+        f"tokens, {counts['bytes'] / 2**30:.2f} GiB in {target.folder}; left out: {without}"
     )
 
 

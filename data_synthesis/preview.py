@@ -32,7 +32,7 @@ def preview(config: Config) -> None:
     sequences = reader.read(record)
     for name, value in _facts(record, is_heldout(record["id"], settings["heldout_share"])).items():
         print(f"{name:<12} {printable(value)}")
-    mark = _coloured if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else _bracketed
+    mark = terminal_mark()
     for number, sequence in enumerate(sequences, 1):
         print(f"\nsequence {number} of {len(sequences)}: {_sizes([sequence])}\n")
         print(marked_text(reader.tokenizer, sequence, mark))
@@ -122,6 +122,11 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 def printable(text: str) -> str:
     """Write control characters as escapes, so that a terminal shows a text instead of obeying it."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def terminal_mark() -> Callable[[str], str]:
+    """Give what marks a text: a colour on a terminal, brackets elsewhere."""
+    return _coloured if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else _bracketed
 
 
 def _coloured(text: str) -> str:

@@ -94,7 +94,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
     _write_shards(config, target, catalogue)
     counts, shards = manifest["counts"], manifest["shards"]
     if not shards:
-        raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config)}")
+        raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config.dump.max_length)}")
     index = write_index(target.folder, shards)
     _write_token_counts(target)
     target.finish(counts={**counts, **totals(shards)}, index=index)
@@ -194,11 +194,11 @@ def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(entry[name] for entry in shards) for name in ("samples", "tokens", "counted_tokens", "bytes")}
 
 
-def left_out(counts: dict[str, int], config: Config) -> str:
+def left_out(counts: dict[str, int], max_length: int) -> str:
     """Say what of the conversations is not in the store, and why."""
     images = f", {counts['images']} conversations with images, which cannot be dumped yet" if counts["images"] else ""
     return (
         f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
-        f"{counts['too_long']} sequences longer than dump.max_length={config.dump.max_length}, "
+        f"{counts['too_long']} sequences longer than dump.max_length={max_length}, "
         f"{counts['template']} conversations without an exact loss mask{images}"
     )
