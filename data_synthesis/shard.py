@@ -73,10 +73,17 @@ class Shard:
     ids: list[str]
     tensors: dict[str, Tensor]
     image_records: dict[int, ImageRecord] = field(default_factory=dict)  # by sample
+    buffers: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # flat, behind the states: another shard may have them then
 
     @classmethod
-    def of(cls, samples: list[Sample]) -> Shard:
-        """Lay samples end to end, all with states or all without."""
+    def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Shard:
+        """Lay samples end to end, all with states or all without.
+
+        Args:
+            buffers: of a shard that is written; fresh memory costs as much as writing it does.
+        """
         lengths = torch.tensor([len(sample.input_ids) for sample in samples])
         tensors = {
             "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
@@ -89,7 +96,7 @@ class Shard:
             if states:
                 tensors[name] = torch.cat(states)
         records = {number: sample.image_record for number, sample in enumerate(samples) if sample.image_record}
-        return cls([sample.id for sample in samples], tensors, records)
+        return cls([sample.id for sample in samples], tensors, records, buffers or {})
 
     def set_states(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> None:
         """Put the states of a sample in their place; the first call makes the place for all.
@@ -112,8 +119,16 @@ class Shard:
         for key, value in ((name, encoded), (f"{kind}_scale", scale)):
             if value is not None:
                 if key not in self.tensors:
-                    self.tensors[key] = torch.empty(rows, value.shape[-1], dtype=value.dtype)
+                    self.tensors[key] = self._memory(key, rows, value)
                 self.tensors[key][place] = value.cpu()
+
+    def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
+        """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""
+        size = rows * like.shape[-1]
+        buffer = self.buffers.get(key)
+        if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
+            buffer = self.buffers[key] = torch.empty(size + size // 16, dtype=like.dtype)  # the next may be larger
+        return buffer[:size].view(rows, -1)
 
     def _last_offsets(self) -> Tensor:
         lengths = self.tensors["sample_offsets"].diff().tolist()

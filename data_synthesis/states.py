@@ -59,7 +59,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
         with _scratch(folder, writer) as scratch, BackgroundWriter(folder, scratch) as out:
             for number in mine:
                 samples = _samples(plan, number)
-                shard = Shard.of(samples)
+                shard = Shard.of(samples, out.spare_buffers())
                 for sample, aux, last in engine.read(samples):
                     shard.set_states(sample, aux, last, form)
                     progress.update(len(aux))

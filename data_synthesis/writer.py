@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .shard import Shard, shard_name, write_shard
 
@@ -26,6 +27,7 @@ class BackgroundWriter:
     def __init__(self, folder: Path, scratch: Path) -> None:
         self._folder, self._scratch = folder, scratch
         self._waiting: queue.Queue[tuple[int, Shard] | None] = queue.Queue(maxsize=1)
+        self._spare: queue.SimpleQueue[dict[str, Tensor]] = queue.SimpleQueue()
         self._error: ValueError | None = None
         self._thread = threading.Thread(target=self._run, name="shard writer")
 
@@ -39,6 +41,10 @@ class BackgroundWriter:
         if kind is None and self._error:
             raise self._error
 
+    def spare_buffers(self) -> dict[str, Tensor]:
+        """Give the buffers of a shard that is written, if there are any."""
+        return {} if self._spare.empty() else self._spare.get()
+
     def put(self, number: int, shard: Shard) -> None:
         """Hand over a shard, which is not to be changed any more; waits while another waits."""
         if self._error:
@@ -50,6 +56,7 @@ class BackgroundWriter:
             if self._error is None:  # else nothing more is written, and nobody is kept waiting
                 try:
                     write_shard(self._folder, *given, self._scratch)
+                    self._spare.put(given[1].buffers)
                 except (OSError, SafetensorError) as error:
                     self._error = ValueError(
                         f"{self._folder / shard_name(given[0])} cannot be written ({error}): see to room and rights "
