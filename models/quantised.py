@@ -52,6 +52,11 @@ def prepare_quantised(config: VerifierConfig, whole: Any, tensors: Iterable[str]
         raise ValueError(f"verifier.path {config.path!r} is quantised by {method}, which {_BY_AN_ENGINE}")
     if method != "compressed-tensors":
         return
+    if config.tensor_parallel:
+        raise ValueError(
+            f"verifier.tensor_parallel must be false for verifier.path {config.path!r}: transformers does not divide "
+            "what compressed-tensors has quantised, but spreads it over the GPUs of one process"
+        )
     if whole.get_text_config().model_type != "llama4_text" and any(map(_MISREAD_IN_EXPERTS.search, tensors)):
         raise ValueError(
             f"verifier.path {config.path!r} has experts in {stated.get('format')} with global scales or zero points, "
@@ -67,8 +72,8 @@ def prepare_quantised(config: VerifierConfig, whole: Any, tensors: Iterable[str]
         if not packed_zero_points and (kind != "nvfp4-pack-quantized" or config.dtype is Dtype.bfloat16):
             return
         print(
-            f"verifier: {config.path} ({kind}) is dequantised, since transformers cannot run it in {config.dtype.value} "
-            "as it is: the inputs of its layers are not rounded as an engine rounds them"
+            f"verifier: {config.path} ({kind}) is dequantised, since transformers cannot run it as it is in "
+            f"{config.dtype.value}: the inputs of its layers are not rounded as an engine rounds them"
         )
     for part in (whole, whole.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:

@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..conf.place import find_place
-from ..conf.schema import Device, VerifierConfig
+from ..conf.schema import Device, Dtype, VerifierConfig
 from .quantised import prepare_quantised
 from .verifier_config import (
     LogitTransform,
@@ -161,6 +161,8 @@ class Verifier:
                 f"verifier.path {config.path!r}: transformers finds no weights for {min(report['missing_keys'])} and "
                 f"{len(report['missing_keys']) - 1} more: fetch it again, or set dump.engine=vllm if it is quantised"
             )
+        if config.dtype is Dtype.float32 and not getattr(model, "is_quantized", False):
+            model = model.float()  # some that are dequantised, are so to bfloat16 whatever is asked for
         if gpus and "disk" in getattr(model, "hf_device_map", {}).values():
             raise ValueError(
                 f"verifier.path {config.path!r} does not fit into the free memory of {len(gpus)} GPUs: "

@@ -116,3 +116,46 @@ def set_quantisation(folder: Path, stated: dict[str, Any]) -> None:
     """Write the quantisation into a checkpoint's config.json."""
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": stated}))
+
+
+def quantise_in_float8_blocks(folder: Path, block: int = 32) -> dict[str, torch.Tensor]:
+    """Quantise a bfloat16 checkpoint as DeepSeek does, and give its weights as they now are."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    rounded = {}
+    for name in [
+        n for n, t in tensors.items() if t.dim() == 2 and not re.search(r"embed_tokens|lm_head|mlp\.gate\.", n)
+    ]:
+        rows, columns = tensors[name].shape
+        blocks = tensors[name].float().view(rows // block, block, columns // block, block)
+        scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+        weight = (blocks / scales).to(torch.float8_e4m3fn)
+        tensors[name] = weight.view(rows, columns)
+        tensors[f"{name}_scale_inv"] = scales[:, 0, :, 0].contiguous()
+        rounded[name] = (weight.float() * scales).view(rows, columns)
+    save_file(tensors, file, {"format": "pt"})
+    set_quantisation(
+        folder, {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
+    )
+    return rounded
+
+
+def quantise_in_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Quantise the experts of a gpt-oss checkpoint as OpenAI does, and give their weights as they now are."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    rounded = {}
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weight = tensors.pop(name).float().transpose(1, 2)  # [E, out, in]
+        blocks = weight.reshape(*weight.shape[:2], -1, 32)
+        exponent = (blocks.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+        codes = (blocks / exponent.exp2()).unsqueeze(-1).sub(values).abs().argmin(-1)
+        tensors[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        tensors[f"{name}_scales"] = (exponent.squeeze(-1) + 127).to(torch.uint8)
+        rounded[name] = (values[codes] * exponent.exp2()).view(weight.shape).transpose(1, 2).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    set_quantisation(folder, {"quant_method": "mxfp4", "modules_to_not_convert": left_out})
+    return rounded

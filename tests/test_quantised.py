@@ -1,11 +1,14 @@
 """Quantised verifiers: loaded, watched and read as transformers computes with them, or refused in one sentence."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import make_model, save_verifier
+from builders import Run
+from fledge.conf.artifact import read_manifest
 from fledge.conf.schema import Dtype
 from fledge.data_synthesis.record import read_documents
 from fledge.models.verifier import (
@@ -15,7 +18,7 @@ from fledge.models.verifier import (
     load_final_norm,
     verifier_identity,
 )
-from quantised import SCHEMES, quantise, set_quantisation
+from quantised import SCHEMES, quantise, quantise_in_float8_blocks, quantise_in_mxfp4, set_quantisation
 from safetensors.torch import load_file, save_file
 
 VOCAB = 600
@@ -129,10 +132,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_nvfp4_in_another_dtype_than_bfloat16_is_dequantised_and_says_so(tmp_path, plain, capsys):
     quantise(tmp_path, "nvfp4")
     Verifier.load(plain)
-    assert (
-        f"verifier: {tmp_path} (nvfp4-pack-quantized) is dequantised, since transformers cannot run it in float32"
-        in capsys.readouterr().out
-    )
+    assert f"verifier: {tmp_path} (nvfp4-pack-quantized) is dequantised, since" in capsys.readouterr().out
     plain.dtype = Dtype.bfloat16
     Verifier.load(plain)
     assert "dequantised" not in capsys.readouterr().out
@@ -175,6 +175,39 @@ def test_weights_in_few_bits_are_what_is_computed_with(tmp_path, verifier, name,
     save_verifier(model, verifier.tokenizer, tmp_path)
     save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
     torch.testing.assert_close(found, Verifier.load(config).forward(IDS).aux_hidden_states, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "quantise_as_published"),
+    [("qwen3 moe", quantise_in_float8_blocks), ("gpt-oss", quantise_in_mxfp4)],
+)
+def test_what_publishers_quantised_is_dequantised_on_the_cpu(tmp_path, verifier, name, quantise_as_published, dtype):
+    model = make_model(name, VOCAB).bfloat16()
+    config = save_verifier(model, verifier.tokenizer, tmp_path, dtype)
+    rounded = load_file(tmp_path / "model.safetensors")
+    rounded |= quantise_as_published(tmp_path)
+    loaded = Verifier.load(config)
+    found = loaded.forward(IDS).aux_hidden_states
+    check_capture(loaded, IDS)
+    save_verifier(model, verifier.tokenizer, tmp_path)
+    save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
+    expected = Verifier.load(config).forward(IDS).aux_hidden_states
+    assert found.dtype is expected.dtype is getattr(torch, dtype.value)
+    assert torch.equal(found, expected)
+
+
+def test_a_w4a16_verifier_writes_its_conversations_and_its_states(tmp_path, tiny_verifier_folder):
+    folder = tmp_path / "verifier"
+    shutil.copytree(tiny_verifier_folder, folder)
+    quantise(folder, "w4a16")
+    run = Run(tmp_path / "runs", folder)
+    few = "data.sources=[{path:embedded,limit:24}]"
+    run("synthesize", few)
+    run("dump", few)
+    manifest = read_manifest(run.path / "hidden_states", "hidden_states")
+    assert manifest["complete"]
+    assert manifest["counts"]["counted_tokens"] > 100
 
 
 @pytest.mark.parametrize(

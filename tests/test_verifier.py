@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import IMAGE_TEXT_MODELS, MODELS, SIZES, make_model, save_verifier
-from fledge.conf.schema import DraftConfig, VerifierConfig
+from fledge.conf.schema import DraftConfig, Dtype, VerifierConfig
 from fledge.data_synthesis.record import read_documents
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.prompt_lookup import NoDraft
@@ -48,7 +48,9 @@ def test_captured_states_equal_output_hidden_states(config):
     assert [number for number, *_ in read_documents(verifier, list(ids), 80)] == [1, 0]
 
 
-def test_the_final_norm_alone_gives_the_last_state_of_the_last_layers_output(config):
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_the_final_norm_alone_gives_the_last_state_of_the_last_layers_output(config, dtype):
+    config.dtype = dtype
     verifier = Verifier.load(config, [SIZES["num_hidden_layers"] - 1])
     output = verifier.forward(torch.arange(1, 41)[None], use_cache=False)
     assert not torch.equal(output.aux_hidden_states, output.last_hidden_state)
