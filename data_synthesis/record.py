@@ -76,10 +76,15 @@ def read_documents(
 
 
 def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -> None:
-    """Check that lm_head on the recorded state gives the model's logits: training builds its targets so."""
-    weight = verifier.model.get_output_embeddings().weight.to(last.device).float()
-    again = logit_transform(verifier.model.config.get_text_config()).apply_(last.float() @ weight.T)
-    if not logits.isfinite().all() or (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax():
+    """Check that lm_head on the recorded state gives the model's logits: training builds its targets so.
+
+    It is the model's own module that is asked: its matrix may be quantised, or spread over ranks.
+    """
+    head = verifier.model.get_output_embeddings()
+    again = logit_transform(verifier.model.config.get_text_config()).apply_(head(last).to(logits.device).float())
+    bias = getattr(head, "bias", None)
+    differs = (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax()
+    if differs or not logits.isfinite().all() or (bias is not None and bias.any()):
         raise ValueError(
             "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "
             "fledge knows it: it cannot train from this verifier"

@@ -1,67 +1,67 @@
-"""The verifier: loading it, capturing its hidden states, and reading the two matrices that training needs."""
+"""The one door for verifiers: a model of any architecture, size and placement, whose hidden states are captured."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import keyword
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..conf.artifact import differences, digest
-from ..conf.schema import Device, VerifierConfig
-from .embedded.verifier import embedded_verifier
+from ..conf.place import find_place
+from ..conf.schema import Device, Dtype, VerifierConfig
+from .quantised import prepare_quantised
+from .verifier_config import (
+    LogitTransform,
+    default_aux_layers,
+    end_token_ids,
+    load_config,
+    load_end_token_ids,
+    load_tokenizer,
+    load_whole_config,
+    logit_transform,
+    not_loadable,
+    special_token_ids,
+    tokenizer_identity,
+    torch_device,
+    verifier_architectures,
+    verifier_location,
+)
+from .verifier_weights import VerifierWeights, check_identity, verifier_identity
 
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
+__all__ = [  # what stands behind the door
+    "LogitTransform",
+    "Verifier",
+    "VerifierOutput",
+    "VerifierWeights",
+    "check_capture",
+    "check_identity",
+    "default_aux_layers",
+    "end_token_ids",
+    "load_config",
+    "load_end_token_ids",
+    "load_final_norm",
+    "load_tokenizer",
+    "logit_transform",
+    "special_token_ids",
+    "tokenizer_identity",
+    "torch_device",
+    "verifier_architectures",
+    "verifier_identity",
+    "verifier_location",
+]
 
-
-def verifier_location(config: VerifierConfig) -> str:
-    """Give the folder or hub id to load from; makes the embedded verifier if it is asked for and not there yet."""
-    return str(embedded_verifier()) if config.path == "embedded" else config.path
-
-
-def torch_device(device: Device) -> torch.device:
-    """Resolve `auto` to the current GPU or the CPU."""
-    if device is Device.auto:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError(
-            "verifier.device is cuda, and this machine has no GPU that torch can use: set it to auto or cpu"
-        )
-    return torch.device(device.value)
-
-
-def _load_whole_config(config: VerifierConfig) -> Any:
-    try:
-        return AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
-    except (OSError, KeyError) as error:
-        raise _not_loadable(config, error) from None
-
-
-def load_config(config: VerifierConfig) -> Any:
-    """Load the verifier's language-model configuration (the nested `text_config` where there is one)."""
-    return _load_whole_config(config).get_text_config()
-
-
-def verifier_architectures(config: VerifierConfig) -> list[str]:
-    """Give the architectures that the verifier's config.json names."""
-    return list(_load_whole_config(config).architectures or [])
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f")
 
 
 def _auto_class(whole: Any) -> Any:
@@ -70,118 +70,24 @@ def _auto_class(whole: Any) -> Any:
     return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
-def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
-    """Load the verifier's tokenizer, which must carry a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(verifier_location(config), revision=config.revision)
-    except (OSError, KeyError) as error:
-        raise _not_loadable(config, error) from None
-    tokenizer.chat_template = _chat_template(config, tokenizer.chat_template)
-    return tokenizer
+class _Decoder(NamedTuple):
+    layers: nn.ModuleList
+    norm: nn.Module  # after the last layer
+    norm_name: str  # in the module that has both
 
 
-def _chat_template(config: VerifierConfig, given: str | dict[str, str] | None) -> str:
-    """Give the one template that every user of the tokenizer sees, `verifier.chat_template_kwargs` set in it."""
-    if not given:
-        raise ValueError(
-            f"verifier.path {config.path} has a tokenizer without a chat template: fledge needs a chat model"
-        )
-    if isinstance(given, dict) and "default" not in given:
-        raise ValueError(
-            f"verifier.path {config.path} has the chat templates {', '.join(sorted(given))} and none named default: "
-            "save its tokenizer with the one that it is served with"
-        )
-    template = given["default"] if isinstance(given, dict) else given
-    return "".join(_assignment(name, value) for name, value in config.chat_template_kwargs.items()) + template
-
-
-def _assignment(name: Any, value: Any) -> str:
-    """Write a template's variable in its own language; the line adds nothing to what is rendered.
-
-    (Transformers render with `trim_blocks`, so the line break goes with the block, and the template still begins a
-    line. Python's literals of what JSON can say are Jinja's too.)
-    """
-    option = "verifier.chat_template_kwargs"
-    if not str(name).isidentifier() or keyword.iskeyword(str(name)) or str(name) in _RESERVED:
-        raise ValueError(f"{option} must name variables of the chat template, got {name!r}")
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{option}.{name} must be what JSON can say, got {value!r} ({error})") from None
-    return f"{{% set {name} = {value!r} %}}\n"
-
-
-def _not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:200]
-    return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason}")
-
-
-def end_token_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
-    eos = generation.eos_token_id
-    ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    return sorted(int(token) for token in ids)
-
-
-def load_end_token_ids(config: VerifierConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the `end_token_ids` of a verifier without loading its weights."""
-    location, revision = verifier_location(config), config.revision or "main"
-    try:
-        generation = GenerationConfig.from_pretrained(location, revision=revision)
-    except OSError:  # a verifier without a generation_config.json
-        generation = GenerationConfig.from_pretrained(location, "config.json", revision=revision)
-    return end_token_ids(generation, tokenizer)
-
-
-def special_token_ids(config: VerifierConfig) -> list[int]:
-    """Give the ids of the tokenizer's special tokens and of those that end an answer, ascending."""
-    tokenizer = load_tokenizer(config)
-    return sorted({*tokenizer.all_special_ids, *load_end_token_ids(config, tokenizer)})
-
-
-def default_aux_layers(num_layers: int) -> list[int]:
-    """Give the decoder layers whose outputs are fed to a head by default: 1, L/2-1, L-4 (0-based)."""
-    layers = [1, num_layers // 2 - 1, num_layers - 4]
-    if len(set(layers)) < 3 or min(layers) < 0:
-        raise ValueError(
-            f"draft.aux_layers must be given for a verifier of {num_layers} layers: the defaults {layers} collide"
-        )
-    return layers
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a verifier does to the product of its states and `lm_head` before that is its logits."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def apply_(self, logits: Tensor) -> Tensor:
-        """Scale and cap in place, and give the same tensor."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-
-def logit_transform(config: Any) -> LogitTransform:
-    """Read it from a language model's configuration: Cohere and Falcon-H1 multiply, Granite divides, Gemma caps."""
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
-
-
-def _decoder(model: PreTrainedModel) -> Any:
-    """Give the module that holds the decoder layers and the final norm."""
-    decoder: Any = model.get_decoder()
-    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-        decoder = decoder.model
-    if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
-        raise ValueError(
-            f"verifier.path: {type(model).__name__} has no decoder layers and final norm that fledge knows"
-        )
-    return decoder
+def _decoder(model: PreTrainedModel) -> _Decoder:
+    """Find a model's decoder layers and final norm."""
+    count = model.config.get_text_config().num_hidden_layers
+    module: Any = model.get_decoder()
+    while module is not None:
+        children = dict(module.named_children())
+        layers = [m for m in children.values() if isinstance(m, nn.ModuleList) and len(m) == count]
+        names = [name for name in _FINAL_NORMS if name in children]
+        if layers and names:
+            return _Decoder(layers[0], children[names[0]], names[0])
+        module = children.get("model")
+    raise ValueError(f"verifier.path: {type(model).__name__} has no decoder layers and final norm that fledge knows")
 
 
 @dataclass
@@ -191,6 +97,7 @@ class VerifierOutput:
     logits: Tensor  # [B, T or logits_to_keep, V]
     aux_hidden_states: Tensor  # [B, T, A*H], ascending layers
     last_hidden_state: Tensor  # [B, T, H], after the final norm: what lm_head multiplies
+    hidden_states: tuple[Tensor, ...] | None  # as the model itself gives them, if it is asked to and does
 
 
 class Verifier:
@@ -224,7 +131,7 @@ class Verifier:
     def load(
         cls, config: VerifierConfig, aux_layers: list[int] | None = None, gpus: Sequence[int] | None = None
     ) -> Verifier:
-        """Load model and tokenizer.
+        """Load model and tokenizer onto one device, over several, or as this rank's part of one.
 
         Args:
             aux_layers: None takes the default ones.
@@ -232,25 +139,33 @@ class Verifier:
                 the layers over several; a single one must be the current one.
         """
         tokenizer = load_tokenizer(config)
-        device = torch_device(config.device)
-        num_gpus = torch.cuda.device_count() if gpus is None else len(gpus)
-        spread = config.device is Device.auto and num_gpus > 1
+        whole = load_whole_config(config)
+        prepare_quantised(config, whole, VerifierWeights(config).names)
         model: Any
         try:
-            model = _auto_class(_load_whole_config(config)).from_pretrained(
+            model, report = _auto_class(whole).from_pretrained(
                 verifier_location(config),
+                config=whole,
                 revision=config.revision,
                 dtype=getattr(torch, config.dtype.value),
-                device_map="auto" if spread else None,
-                max_memory={gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} if spread and gpus else None,
+                output_loading_info=True,
+                **_placement(config, gpus),
             )
         except OSError as error:
-            raise _not_loadable(config, error) from None
-        if not spread:
-            model = model.to(device)
-        elif gpus and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise not_loadable(config, error) from None
+        except (ImportError, RuntimeError) as error:  # a package is missing; tensors do not fit the model, or memory
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(f"verifier.path {config.path!r} cannot be loaded: {reason}") from error
+        if report["missing_keys"]:
             raise ValueError(
-                f"verifier.path {config.path!r} does not fit into the free memory of {num_gpus} GPUs: "
+                f"verifier.path {config.path!r}: transformers finds no weights for {min(report['missing_keys'])} and "
+                f"{len(report['missing_keys']) - 1} more: fetch it again, or set dump.engine=vllm if it is quantised"
+            )
+        if config.dtype is Dtype.float32 and not getattr(model, "is_quantized", False):
+            model = model.float()  # some that are dequantised, are so to bfloat16 whatever is asked for
+        if gpus and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise ValueError(
+                f"verifier.path {config.path!r} does not fit into the free memory of {len(gpus)} GPUs: "
                 "start fewer ranks a node, each then has more of them"
             )
         layers = (
@@ -268,143 +183,69 @@ class Verifier:
     @torch.no_grad()
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
         """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
-        logits = self.model(input_ids=input_ids, **arguments).logits
+        output = self.model(input_ids=input_ids, **arguments)
         captured, self._captured = self._captured, {}
         aux = torch.cat([captured[str(layer)].to(self.device) for layer in self.aux_layers], dim=-1)
-        return VerifierOutput(logits.to(self.device), aux, captured["last"].to(self.device))
+        last = captured["last"].to(self.device)
+        return VerifierOutput(output.logits.to(self.device), aux, last, getattr(output, "hidden_states", None))
 
 
-class VerifierWeights:
-    """Single tensors of a verifier's checkpoint, read through its safetensors index without loading the model."""
-
-    EMBEDDING = "embed_tokens.weight"
-    LM_HEAD = "lm_head.weight"
-    FINAL_NORM = "norm.weight"
-    TOWERS = ("vision", "visual", "audio")  # in the names of what is no part of the text decoder
-
-    def __init__(self, config: VerifierConfig) -> None:
-        self._location = verifier_location(config)
-        self._revision = config.revision
-        self._config = config
-        index = self._file("model.safetensors.index.json")
-        if index is not None:
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        else:
-            single = self._file("model.safetensors")
-            if single is None:
-                raise ValueError(
-                    f"verifier.path {config.path!r} holds no safetensors weights (model.safetensors or its index)"
-                )
-            with self._open(single) as weights:
-                self._files = dict.fromkeys(weights.keys(), "model.safetensors")
-
-    def _file(self, name: str) -> Path | None:
-        if Path(self._location).is_dir():
-            path = Path(self._location) / name
-            return path if path.is_file() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(self._location, name, revision=self._revision))
-        except LocalEntryNotFoundError as error:
-            raise _not_loadable(self._config, error) from None
-        except EntryNotFoundError:
-            return None
-        except (HfHubHTTPError, OSError) as error:
-            raise _not_loadable(self._config, error) from None
-
-    def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except Exception as error:  # safetensors raises its own bare Exception type
-            raise ValueError(f"{path} cannot be read as safetensors ({error}): fetch the verifier again") from None
-
-    def _name(self, suffix: str) -> str | None:
-        """Give the text decoder's tensor whose name ends with `suffix`."""
-        ends = [name for name in self._files if ("." + name).endswith("." + suffix)]
-        names = [name for name in ends if not any(tower in name for tower in self.TOWERS)]
-        return min(names, key=len) if names else None
-
-    def _missing(self, file: str) -> ValueError:
-        return ValueError(f"verifier.path {self._config.path!r}: {file} is named by the index and missing")
-
-    def read(self, suffix: str) -> Tensor | None:
-        """Read the one tensor whose name ends with `suffix`; None if there is none."""
-        name = self._name(suffix)
-        if name is None:
-            return None
-        path = self._file(self._files[name])
-        if path is None:
-            raise self._missing(self._files[name])
-        with self._open(path) as weights:
-            return weights.get_tensor(name)
-
-    def embedding(self) -> Tensor:
-        """Read the token embedding [V, H]."""
-        weight = self.read(self.EMBEDDING)
-        if weight is None:
-            raise ValueError(f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}")
-        return weight
-
-    def lm_head(self) -> Tensor:
-        """Read the output matrix [V, H]; the embedding where the two are tied."""
-        weight = self.read(self.LM_HEAD)
-        return weight if weight is not None else self.embedding()
-
-    def fingerprint(self) -> str:
-        """Hash tensor names, and the first row of every tensor in the files that training needs (16 hex digits).
-
-        In a single-file checkpoint those are all tensors, in a sharded one the last layers are among them.
-        """
-        state = hashlib.sha256(json.dumps(sorted(self._files)).encode())
-        ends = (self.EMBEDDING, self.LM_HEAD, self.FINAL_NORM)
-        needed = {self._files[name] for name in map(self._name, ends) if name is not None}
-        for file in sorted(needed):
-            path = self._file(file)
-            if path is None:
-                raise self._missing(file)
-            with self._open(path) as weights:
-                for name in sorted(weights.keys()):
-                    part = weights.get_slice(name)
-                    row = part[0:1] if part.get_shape() else weights.get_tensor(name)
-                    state.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()[:16]
+def _placement(config: VerifierConfig, gpus: Sequence[int] | None) -> dict[str, Any]:
+    """Give the arguments by which transformers places a model."""
+    device = torch_device(config.device)
+    if config.tensor_parallel:
+        place = find_place(os.environ)
+        if place.world == 1:
+            raise ValueError(
+                "verifier.tensor_parallel needs several ranks, and this process is alone: start it with "
+                "`torchrun --nproc-per-node N -m fledge ...`, or set it to false"
+            )
+        if config.device is Device.cpu and torch.cuda.is_available():
+            raise ValueError("verifier.device must be auto with verifier.tensor_parallel: transformers takes the GPUs")
+        os.environ.update(place.environment())  # srun sets others than those that transformers reads
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    num_gpus = torch.cuda.device_count() if gpus is None else len(gpus)
+    if config.device is Device.auto and num_gpus > 1:
+        free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} if gpus else None
+        return {"device_map": "auto", "max_memory": free}
+    return {"device_map": {"": device}}
 
 
-def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
-    """Describe a verifier for a manifest, by content and not by where it lies.
+def load_final_norm(config: VerifierConfig) -> nn.Module:
+    """Load nothing of the verifier but the norm after its last layer, as the module that transformers builds for it."""
+    whole = load_whole_config(config)
+    dtype = getattr(torch, config.dtype.value)
+    with torch.device("meta"):  # the model has shapes and no memory
+        decoder = _decoder(_auto_class(whole).from_config(whole, dtype=dtype))
+    tensors = VerifierWeights(config).final_norm(decoder.norm_name)
+    try:
+        decoder.norm.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"verifier.path {config.path!r} has another final norm than its config: {reason}") from None
+    return decoder.norm.eval().requires_grad_(False)
 
-    Artifacts made with one identity are refused with another.
+
+def check_capture(verifier: Verifier, input_ids: Tensor) -> None:
+    """Check on a batch [B, T] that the states captured are, to the bit, those that the model itself says it has.
+
+    The model's `hidden_states[k + 1]` is the output of layer k, but the last, which has gone through the final norm.
     """
-    text, tokenizer = load_config(config), load_tokenizer(config)
-    return {
-        "fingerprint": VerifierWeights(config).fingerprint(),
-        "hidden_size": text.hidden_size,
-        "num_layers": text.num_hidden_layers,
-        "vocab_size": text.vocab_size,
-        **tokenizer_identity(tokenizer),
-    }
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Describe the part of a verifier's identity that its tokenizer is."""
-    return {
-        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
-        "chat_template": digest(tokenizer.chat_template),
-    }
-
-
-def check_identity(recorded: dict[str, Any], config: VerifierConfig, what: str, cure: str) -> None:
-    """Refuse an artifact that was made with another verifier than the configured one.
-
-    Args:
-        recorded: the identity in the artifact's manifest.
-        what: the artifact, as the message begins.
-        cure: what to do about it.
-    """
-    changes = differences(recorded, verifier_identity(config))
-    if changes:
+    path = f"verifier.path {verifier.model.name_or_path!r}"
+    output = verifier.forward(input_ids.to(verifier.device), output_hidden_states=True, use_cache=False)
+    states = output.hidden_states
+    if states is None:
+        print(f"{path}: the model gives no hidden_states that the captured ones could be compared with")
+        return
+    aux = output.aux_hidden_states.split(output.last_hidden_state.shape[-1], dim=-1)
+    for layer, state in zip(verifier.aux_layers, aux, strict=True):
+        if layer + 2 < len(states) and not torch.equal(state, states[layer + 1].to(state.device)):
+            raise ValueError(
+                f"{path}: the output of layer {layer} is not the model's hidden_states[{layer + 1}], so fledge "
+                "does not know this architecture well enough to record it"
+            )
+    if not torch.equal(output.last_hidden_state, states[-1].to(verifier.device)):
         raise ValueError(
-            f"{what} belongs to another verifier than verifier.path={config.path} ({'; '.join(changes)}): {cure}"
+            f"{path}: the output of the final norm is not the model's last hidden state, so fledge does not know this "
+            "architecture well enough to record it"
         )

@@ -26,6 +26,11 @@ class OnlineStates:
     @classmethod
     def load(cls, config: Config, aux_layers: Sequence[int], gpus: range | None) -> OnlineStates:
         """Load the verifier onto this rank's own GPUs, or into this process where there are none."""
+        if config.verifier.tensor_parallel:
+            raise ValueError(
+                "verifier.tensor_parallel must be false with train.hidden_states=online: every rank reads other "
+                "documents, and needs a verifier of its own, which is spread over the rank's GPUs"
+            )
         verifier = Verifier.load(config.verifier, list(aux_layers), gpus)
         return cls(verifier, config.dump.batch_tokens, getattr(torch, config.train.dtype.value))
 

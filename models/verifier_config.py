@@ -1,0 +1,183 @@
+"""What is known of a verifier without its weights: configuration, tokenizer, layers, what becomes of its logits."""
+
+from __future__ import annotations
+
+import json
+import keyword
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from ..conf.artifact import digest
+from ..conf.schema import Device, VerifierConfig
+from .embedded.verifier import embedded_verifier
+
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
+
+
+def verifier_location(config: VerifierConfig) -> str:
+    """Give the folder or hub id to load from; makes the embedded verifier if it is asked for and not there yet."""
+    return str(embedded_verifier()) if config.path == "embedded" else config.path
+
+
+def torch_device(device: Device) -> torch.device:
+    """Resolve `auto` to the current GPU or the CPU."""
+    if device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "verifier.device is cuda, and this machine has no GPU that torch can use: set it to auto or cpu"
+        )
+    return torch.device(device.value)
+
+
+def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:
+    """Give the path of a file of the checkpoint, fetched from the hub if need be; None: it has none of that name."""
+    location = verifier_location(config)
+    if Path(location).is_dir():
+        path = Path(location) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(location, name, revision=config.revision))
+    except LocalEntryNotFoundError as error:
+        raise not_loadable(config, error) from None
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise not_loadable(config, error) from None
+
+
+def load_whole_config(config: VerifierConfig) -> Any:
+    """Load the checkpoint's configuration, that of its text decoder and of its other parts."""
+    try:
+        return AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
+    except (OSError, KeyError) as error:
+        raise not_loadable(config, error) from None
+
+
+def load_config(config: VerifierConfig) -> Any:
+    """Load the verifier's language-model configuration (the nested `text_config` where there is one)."""
+    return load_whole_config(config).get_text_config()
+
+
+def verifier_architectures(config: VerifierConfig) -> list[str]:
+    """Give the architectures that the verifier's config.json names."""
+    return list(load_whole_config(config).architectures or [])
+
+
+def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
+    """Load the verifier's tokenizer, which must carry a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(verifier_location(config), revision=config.revision)
+    except (OSError, KeyError) as error:
+        raise not_loadable(config, error) from None
+    tokenizer.chat_template = _chat_template(config, tokenizer.chat_template)
+    return tokenizer
+
+
+def _chat_template(config: VerifierConfig, given: str | dict[str, str] | None) -> str:
+    """Give the one template that every user of the tokenizer sees, `verifier.chat_template_kwargs` set in it."""
+    if not given:
+        raise ValueError(
+            f"verifier.path {config.path} has a tokenizer without a chat template: fledge needs a chat model"
+        )
+    if isinstance(given, dict) and "default" not in given:
+        raise ValueError(
+            f"verifier.path {config.path} has the chat templates {', '.join(sorted(given))} and none named default: "
+            "save its tokenizer with the one that it is served with"
+        )
+    template = given["default"] if isinstance(given, dict) else given
+    return "".join(_assignment(name, value) for name, value in config.chat_template_kwargs.items()) + template
+
+
+def _assignment(name: Any, value: Any) -> str:
+    """Write a template's variable in its own language; the line adds nothing to what is rendered.
+
+    (Transformers render with `trim_blocks`, so the line break goes with the block, and the template still begins a
+    line. Python's literals of what JSON can say are Jinja's too.)
+    """
+    option = "verifier.chat_template_kwargs"
+    if not str(name).isidentifier() or keyword.iskeyword(str(name)) or str(name) in _RESERVED:
+        raise ValueError(f"{option} must name variables of the chat template, got {name!r}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option}.{name} must be what JSON can say, got {value!r} ({error})") from None
+    return f"{{% set {name} = {value!r} %}}\n"
+
+
+def not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
+    """Make the error of a verifier that cannot be found or read."""
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason}")
+
+
+def end_token_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
+    eos = generation.eos_token_id
+    ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    return sorted(int(token) for token in ids)
+
+
+def load_end_token_ids(config: VerifierConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the `end_token_ids` of a verifier without loading its weights."""
+    location, revision = verifier_location(config), config.revision or "main"
+    try:
+        generation = GenerationConfig.from_pretrained(location, revision=revision)
+    except OSError:  # a verifier without a generation_config.json
+        generation = GenerationConfig.from_pretrained(location, "config.json", revision=revision)
+    return end_token_ids(generation, tokenizer)
+
+
+def special_token_ids(config: VerifierConfig) -> list[int]:
+    """Give the ids of the tokenizer's special tokens and of those that end an answer, ascending."""
+    tokenizer = load_tokenizer(config)
+    return sorted({*tokenizer.all_special_ids, *load_end_token_ids(config, tokenizer)})
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """Give the decoder layers whose outputs are fed to a head by default: 1, L/2-1, L-4 (0-based)."""
+    layers = [1, num_layers // 2 - 1, num_layers - 4]
+    if len(set(layers)) < 3 or min(layers) < 0:
+        raise ValueError(
+            f"draft.aux_layers must be given for a verifier of {num_layers} layers: the defaults {layers} collide"
+        )
+    return layers
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a verifier does to the product of its states and `lm_head` before that is its logits."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Scale and cap in place, and give the same tensor."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """Read it from a language model's configuration: Cohere and Falcon-H1 multiply, Granite divides, Gemma caps."""
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Describe the part of a verifier's identity that its tokenizer is."""
+    return {
+        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
+        "chat_template": digest(tokenizer.chat_template),
+    }
