@@ -1,12 +1,11 @@
 """Conversations with images: their tokens are the processor's, and their states those of the model that sees them."""
 
-import base64
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, conversations_run, recorded_sequence
+from builders import conversations_run, recorded_sequence
 from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.data_synthesis.chat import NoExactSpanError
 from fledge.data_synthesis.image_reader import ImageReader
@@ -16,67 +15,8 @@ from fledge.data_synthesis.record import TransformersEngine
 from fledge.data_synthesis.sequences import SequenceReader, leading_answers
 from fledge.data_synthesis.store import Sample
 from fledge.models.verifier import Verifier
+from image_verifiers import LLAMA4_TOKENS, asked, conversation, data_url, make_pictures, save_llama4, save_qwen3_vl
 from PIL import Image
-
-LLAMA4_TOKENS = ("<|image_start|>", "<|image_end|>", "<|image|>", "<|patch|>")
-LLAMA4_TOKENS += ("<|tile_x_separator|>", "<|tile_y_separator|>")
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' }}
-{%- if m.content is string %}{{ m.content }}{% else %}
-  {%- for part in m.content %}{% if part.type == 'image' %}{{ 'IMAGE' }}{% else %}{{ part.text }}{% endif %}{% endfor %}
-{%- endif %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"""
-
-
-def make_tokenizer(like, tokens, image):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(like)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
-    tokenizer.chat_template = TEMPLATE.replace("IMAGE", image)
-    return tokenizer
-
-
-def save_llama4(folder, like):
-    """A random Llama 4 that takes images, tiles of 56 x 56 pixels in 4 patches, and its processor."""
-    tokenizer = make_tokenizer(like, LLAMA4_TOKENS, "<|image|>")
-    text = {**SMALL_DECODER, **SMALL_LLAMA4, "attention_chunk_size": 16, "vocab_size": len(tokenizer)}
-    config = transformers.Llama4Config(
-        text_config={**text, "max_position_embeddings": 512, "tie_word_embeddings": False},
-        vision_config={**SMALL_VISION, "image_size": 56},
-        image_token_index=tokenizer.convert_tokens_to_ids("<|patch|>"),
-        boi_token_index=tokenizer.convert_tokens_to_ids("<|image_start|>"),
-        eoi_token_index=tokenizer.convert_tokens_to_ids("<|image_end|>"),
-    )
-    images = transformers.Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
-    processor = transformers.Llama4Processor(images, tokenizer, chat_template=tokenizer.chat_template)
-    return save(folder, transformers.Llama4ForConditionalGeneration, config, processor)
-
-
-def save_qwen3_vl(folder, like):
-    """A random Qwen3-VL, whose vision tower adds to the states of the first two layers too, and its processor."""
-    tokenizer = make_tokenizer(like, QWEN_TOKENS, "<|vision_start|><|image_pad|><|vision_end|>")
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
-    text = {**SMALL_DECODER, "intermediate_size": 128, "rope_parameters": rope, "vocab_size": len(tokenizer)}
-    vision = {"hidden_size": 32, "depth": 2, "num_heads": 1, "intermediate_size": 64, "out_hidden_size": 64}
-    named = ("vision_start", "vision_end", "image", "video")
-    config = transformers.Qwen3VLConfig(
-        text_config={**text, "tie_word_embeddings": False},
-        vision_config={**vision, "deepstack_visual_indexes": [0, 1]},
-        **{f"{n}_token_id": tokenizer.convert_tokens_to_ids(t) for n, t in zip(named, QWEN_TOKENS, strict=True)},
-    )
-    images = transformers.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=128 * 128)
-    video = transformers.Qwen3VLVideoProcessor()
-    processor = transformers.Qwen3VLProcessor(images, tokenizer, video, chat_template=tokenizer.chat_template)
-    return save(folder, transformers.Qwen3VLForConditionalGeneration, config, processor)
-
-
-def save(folder, model_class, config, processor) -> VerifierConfig:
-    torch.manual_seed(0)
-    model = model_class(config)
-    for parameter in model.parameters():  # so that what the pixels say is heard
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return VerifierConfig(path=str(folder), dtype=Dtype.float32, device=Device.cpu)
 
 
 @pytest.fixture(scope="module")
@@ -96,28 +36,7 @@ def config(request) -> VerifierConfig:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[str]:
-    """Five images: small, wide (two tiles), tall, large (four tiles and a whole), and small again."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = []
-    for number, (width, height) in enumerate([(40, 40), (110, 50), (50, 130), (200, 180), (56, 56)]):
-        pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(number))
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
-        paths.append(str(folder / f"{number}.png"))
-    return paths
-
-
-def part(address):
-    return {"type": "image_url", "image_url": {"url": address}}
-
-
-def conversation(*turns, **changes):
-    """A record of the texts and content parts that user and assistant say in turn."""
-    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(turns)]
-    return {"id": "s/1", "messages": messages, "finish_reasons": ["stop"] * (len(turns) // 2), **changes}
-
-
-def asked(*addresses, text="What is it?"):
-    return [*map(part, addresses), {"type": "text", "text": text}]
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def by_the_processor(config, record, addresses):
@@ -266,10 +185,6 @@ def test_an_answer_that_holds_an_image_is_refused(llama4, pictures):
         reader.read(conversation(asked(pictures[0]), "I see <|image|>."))
     with pytest.raises(NoExactSpanError, match=r"rendered with 2 of <\|image\|> for 1 images"):
         reader.read(conversation(asked(pictures[0], text="What is <|image|>?"), "That."))
-
-
-def data_url(path, kind="image/png"):
-    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
 def test_files_urls_of_files_and_of_data_are_one_image(llama4, pictures, monkeypatch):
