@@ -41,9 +41,10 @@ types: $(STAMP)
 clean:
 	rm -rf $(VENV) .typing build *.egg-info
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/torchvision_on_cpu.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fledge needs Python 3.10 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python tests/torchvision_on_cpu.py
 	touch $@

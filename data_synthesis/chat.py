@@ -30,11 +30,20 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class PlacedImage:
+    """An image among the tokens of a sequence."""
+
+    address: str  # path, URL or data URL
+    span: tuple[int, int]  # [start, end) of its placeholder tokens
+
+
+@dataclass(frozen=True)
 class Sequence:
     """Tokens as the verifier read and wrote them, with the spans [start, end) that it wrote."""
 
     token_ids: list[int]
     answers: list[tuple[int, int]]
+    images: tuple[PlacedImage, ...] = ()  # in their order: the first of the conversation
 
     def as_json(self) -> dict[str, Any]:
         """Give the form that records of conversations have."""
@@ -162,8 +171,8 @@ def _answer_text(
     end_token_ids: abc.Collection[int],
 ) -> str:
     """Give what the rendering adds to the prompt, up to the end of turn: as text, which no tokenizer has normalised."""
-    prompt = _render_text(tokenizer, _without_reasoning(history), add_generation_prompt=True)
-    text = _render_text(tokenizer, answered)
+    prompt = render_text(tokenizer, _without_reasoning(history), add_generation_prompt=True)
+    text = render_text(tokenizer, answered)
     text = text[_num_common(prompt, text) :]
     for marker in tokenizer.convert_ids_to_tokens(list(end_token_ids)):
         text = text.partition(marker)[0]
@@ -227,9 +236,10 @@ def _render(
     return list(_apply(tokenizer, messages, add_generation_prompt, tokenize=True))
 
 
-def _render_text(
+def render_text(
     tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
 ) -> str:
+    """Write a conversation as the chat template does."""
     return str(_apply(tokenizer, messages, add_generation_prompt, tokenize=False))
 
 

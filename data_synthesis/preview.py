@@ -16,6 +16,7 @@ from ..conf.schema import Config, DumpConfig, VerifierConfig
 from ..models.verifier import tokenizer_identity
 from .chat import Sequence, has_images
 from .conversations import read_conversations
+from .images import UnreadableImagesError
 from .sequences import SequenceReader, has_recorded_tokens, leading_answers, num_whole_answers
 from .split import is_heldout
 
@@ -27,11 +28,18 @@ def preview(config: Config) -> None:
     folder = config.conversations_folder
     settings = read_manifest(folder, "conversations", unfinished=True)["settings"]
     record = find_conversation(folder, config.preview.id)
-    reader = SequenceReader(config.verifier)
+    reader = SequenceReader(config.verifier, config.dump.max_images)
     _check_tokenizer(folder, settings["verifier"], config.verifier, reader.tokenizer)
-    sequences = reader.read(record)
+    unreadable, sequences = "", []
+    try:
+        sequences = reader.read(record)
+    except UnreadableImagesError as error:
+        unreadable = str(error)
     for name, value in _facts(record, is_heldout(record["id"], settings["heldout_share"])).items():
         print(f"{name:<12} {printable(value)}")
+    if unreadable:
+        print(f"\ndump leaves it out: {printable(unreadable)}")
+        return
     mark = terminal_mark()
     for number, sequence in enumerate(sequences, 1):
         print(f"\nsequence {number} of {len(sequences)}: {_sizes([sequence])}\n")
@@ -84,8 +92,7 @@ def _facts(record: dict[str, Any], heldout: bool) -> dict[str, str]:
 def _left_out(record: dict[str, Any], sequences: list[Sequence], options: DumpConfig) -> Iterator[str]:
     """Say what of a conversation `fledge dump` would leave out."""
     if has_images(record["messages"]):
-        yield "dump leaves it out: it has images, which cannot be dumped yet"
-        return
+        yield "online training leaves it out: it has images, which only the verifier of a dump is given"
     num_whole = num_whole_answers(record["finish_reasons"])
     if num_whole < len(record["finish_reasons"]) and not options.keep_truncated:
         sequences = leading_answers(sequences, num_whole)
@@ -106,11 +113,17 @@ def _sizes(sequences: Iterable[Sequence]) -> str:
 
 
 def marked_text(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, mark: Callable[[str], str]) -> str:
-    """Decode a sequence with its answers marked; each run of tokens as one, so that no character is torn."""
+    """Decode a sequence with its answers marked; each run of tokens as one, so that no character is torn.
+
+    An image is told by its number and tokens.
+    """
+    images = [
+        (*image.span, f"[image {n}: {len(range(*image.span))} tokens]") for n, image in enumerate(sequence.images, 1)
+    ]
     text, place = "", 0
-    for start, end in sequence.answers:
+    for start, end, told in sorted([*images, *((start, end, "") for start, end in sequence.answers)]):
         text += _decoded(tokenizer, sequence.token_ids[place:start])
-        text += mark(_decoded(tokenizer, sequence.token_ids[start:end]))
+        text += told or mark(_decoded(tokenizer, sequence.token_ids[start:end]))
         place = end
     return text + _decoded(tokenizer, sequence.token_ids[place:])
 

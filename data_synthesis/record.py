@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.verifier import Verifier, logit_transform
+from .image_reader import ImageReader
+from .images import UnreadableImagesError
 from .store import Sample
 
 
@@ -26,14 +28,25 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """The verifier in this process."""
+    """The verifier in this process.
 
-    def __init__(self, verifier: Verifier, batch_tokens: int) -> None:
-        self._verifier, self._batch_tokens = verifier, batch_tokens
+    Args:
+        images: reads those of samples; None: no sample has any.
+    """
+
+    def __init__(self, verifier: Verifier, batch_tokens: int, images: ImageReader | None = None) -> None:
+        self._verifier, self._batch_tokens, self._images = verifier, batch_tokens, images
 
     def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Read samples of similar length together."""
-        yield from read_documents(self._verifier, [sample.input_ids for sample in samples], self._batch_tokens)
+        """Read samples of similar length together, and each that has images alone."""
+        numbers = [number for number, sample in enumerate(samples) if not sample.images]
+        documents = [samples[number].input_ids for number in numbers]
+        for place, aux, last in read_documents(self._verifier, documents, self._batch_tokens):
+            yield numbers[place], aux, last
+        for number, sample in enumerate(samples):
+            if sample.images:
+                assert self._images is not None
+                yield number, *read_with_images(self._verifier, self._images, sample)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -73,6 +86,28 @@ def read_documents(
         for row, number in enumerate(batch):
             end = len(documents[number])
             yield number, output.aux_hidden_states[row, :end], output.last_hidden_state[row, :end]
+
+
+def read_with_images(verifier: Verifier, images: ImageReader, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Give aux [T, A*H] and last hidden states [T, H] of a sample whose images the verifier reads with it.
+
+    Raises:
+        ValueError: an image can no longer be read, or is not the one that the tokens were made with.
+    """
+    try:
+        inputs = images.model_inputs(sample.input_ids, sample.images)
+    except UnreadableImagesError as error:
+        raise ValueError(
+            f"sample {sample.id}: {error}; give the images back as they were and run `fledge dump` again"
+        ) from None
+    dtype = verifier.model.get_input_embeddings().weight.dtype
+    placed = {
+        name: value.to(verifier.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+    }
+    input_ids = sample.input_ids.long()[None].to(verifier.device)
+    output = verifier.forward(input_ids, logits_to_keep=1, use_cache=False, **placed)
+    _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
+    return output.aux_hidden_states[0], output.last_hidden_state[0]
 
 
 def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -> None:

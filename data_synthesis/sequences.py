@@ -7,14 +7,21 @@ from typing import Any
 
 from ..conf.schema import VerifierConfig
 from ..models.verifier import load_config, load_end_token_ids, load_tokenizer
-from .chat import Sequence, check_template, join_turns, template_turns
+from .chat import Message, Sequence, check_template, has_images, join_turns, render_text, template_turns
+from .image_reader import ImageReader, ImageTokenizer
+from .images import conversation_images, images_before_answers, template_messages
 
 
 class SequenceReader:
-    """Gives conversations in the tokens of one verifier."""
+    """Gives conversations in the tokens of one verifier.
 
-    def __init__(self, config: VerifierConfig) -> None:
+    Args:
+        max_images: of a conversation.
+    """
+
+    def __init__(self, config: VerifierConfig, max_images: int = 5) -> None:
         self.tokenizer = load_tokenizer(config)
+        self._images = ImageReader(config, max_images)
         self._end_token_ids = load_end_token_ids(config, self.tokenizer)
         self._vocab_size = load_config(config).vocab_size
         self._template_checked = False
@@ -22,23 +29,41 @@ class SequenceReader:
     def read(self, record: dict[str, Any]) -> list[Sequence]:
         """Give a conversation's sequences, every answer in exactly one of them, in order.
 
+        Where it has images, what the processor writes for each stands among the tokens.
+
         Raises:
-            NoExactSpanError: it has no recorded tokens, and the template does not tell what the verifier wrote.
-            ValueError: its recorded tokens are malformed, or the template as a whole gives no exact spans.
+            UnreadableImagesError: its images cannot be read.
+            NoExactSpanError: it has no recorded tokens, and the template does not tell what the verifier wrote; or its
+                tokens are not those that the processor writes for its images.
+            ValueError: its recorded tokens are malformed, the template as a whole gives no exact spans, or a verifier
+                that takes images has no processor.
         """
+        recorded = self._recorded(record) if has_recorded_tokens(record) else None
+        messages, images = record["messages"], None
+        tokenizer: Any = self.tokenizer
+        if has_images(messages):
+            addresses, messages = conversation_images(messages), template_messages(messages)
+            images = self._images.read(addresses, None if recorded else render_text(self.tokenizer, messages))
+            tokenizer = ImageTokenizer(self.tokenizer, images)
+        sequences = self._templated(record, messages, tokenizer) if recorded is None else recorded
+        if images is None:
+            return sequences
+        shown = iter(images_before_answers(record["messages"]))
+        counts = [[next(shown) for _ in sequence.answers][-1] for sequence in sequences]
+        return [images.place(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
+
+    def _recorded(self, record: dict[str, Any]) -> list[Sequence]:
         num_answers = sum(message["role"] == "assistant" for message in record["messages"])
-        if has_recorded_tokens(record):
-            problem = sequences_problem(record["sequences"], num_answers, self._vocab_size)
-            if problem:
-                raise ValueError(f"conversation {record['id']}: {problem}; delete its line and run the stage again")
-            return [
-                Sequence(s["token_ids"], [(start, end) for start, end in s["answers"]]) for s in record["sequences"]
-            ]
+        problem = sequences_problem(record["sequences"], num_answers, self._vocab_size)
+        if problem:
+            raise ValueError(f"conversation {record['id']}: {problem}; delete its line and run the stage again")
+        return [Sequence(s["token_ids"], [(start, end) for start, end in s["answers"]]) for s in record["sequences"]]
+
+    def _templated(self, record: dict[str, Any], messages: list[Message], tokenizer: Any) -> list[Sequence]:
         if not self._template_checked:
             check_template(self.tokenizer, self._end_token_ids)
             self._template_checked = True
-        turns = template_turns(self.tokenizer, record["messages"], self._end_token_ids, record["finish_reasons"])
-        return join_turns(turns)
+        return join_turns(template_turns(tokenizer, messages, self._end_token_ids, record["finish_reasons"]))
 
 
 def has_recorded_tokens(record: dict[str, Any]) -> bool:
@@ -80,5 +105,7 @@ def leading_answers(sequences: abc.Iterable[Sequence], number: int) -> list[Sequ
         spans = sequence.answers[:number]
         number -= len(spans)
         if spans:
-            kept.append(Sequence(sequence.token_ids[: spans[-1][1]], spans))
+            end = spans[-1][1]
+            images = tuple(image for image in sequence.images if image.span[1] <= end)
+            kept.append(Sequence(sequence.token_ids[:end], spans, images))
     return kept

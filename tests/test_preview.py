@@ -98,7 +98,7 @@ def test_what_dump_would_leave_out_is_said_with_the_cause(tmp_path, verifier_con
     config.dump.max_length = 8
     assert printed(config, capsys)[-1] == "dump leaves out sequence 2: its 9 tokens are more than dump.max_length=8"
     config.preview.id = "b"
-    assert printed(config, capsys)[-1] == "dump leaves it out: it has images, which cannot be dumped yet"
+    assert printed(config, capsys)[-1] == "dump leaves it out: it has images, which the verifier does not take"
 
 
 def test_conversations_that_are_still_written_are_shown_up_to_the_last_whole_line(tmp_path, verifier_config, capsys):

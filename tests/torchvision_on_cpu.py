@@ -1,7 +1,7 @@
-"""Run in vLLM's environment: let torchvision be imported where its compiled operators do not load.
+"""Let torchvision be imported where its compiled operators do not load; run after it was installed.
 
 PyPI's torchvision is built for a torch with a GPU. Beside a CPU build it stops at the two operators whose shapes it
-describes unasked; vLLM needs only its Python part, to start verifiers that take images.
+describes unasked; image processors, and vLLM for verifiers that take images, need only its Python part.
 """
 
 import importlib.util

@@ -1,0 +1,44 @@
+"""The verifier's processor: what makes model inputs and placeholder tokens of images."""
+
+from __future__ import annotations
+
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from ..conf.schema import VerifierConfig
+from .verifier import verifier_architectures, verifier_location
+
+_TAKE_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+
+
+def takes_images(config: VerifierConfig) -> bool:
+    """Say whether the verifier reads images."""
+    return not _TAKE_IMAGES.isdisjoint(verifier_architectures(config))
+
+
+def load_processor(config: VerifierConfig) -> ProcessorMixin:
+    """Load the processor of a verifier that reads images.
+
+    Raises:
+        ValueError: it is not there, or a package that it needs is not.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(verifier_location(config), revision=config.revision)
+    except (OSError, KeyError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if "torchvision" in reason:
+            raise ValueError(
+                f"verifier.path {config.path!r} reads images by a processor that needs torchvision: "
+                "pip install 'fledge[images]'"
+            ) from None
+        raise _no_processor(config, reason[:200]) from None
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise _no_processor(config, f"transformers makes a {type(processor).__name__} of it")
+    return processor
+
+
+def _no_processor(config: VerifierConfig, reason: str) -> ValueError:
+    return ValueError(
+        f"verifier.path {config.path!r} reads images and has no processor for them (preprocessor_config.json or "
+        f"processor_config.json): save the one it was trained with beside its weights ({reason})"
+    )
