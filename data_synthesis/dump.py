@@ -116,7 +116,8 @@ def _complete(config: Config, target: Artifact, plan: HiddenStateStore, always: 
     save_tensors(load_file(plan.folder / COUNTS_FILE), folder / COUNTS_FILE)
     index = write_index(folder, shards)
     _write_vocabulary(config, folder, always)
-    target.finish(shards=shards, index=index, counts={**plan.manifest["counts"], **totals(shards)})
+    counts = {**plan.manifest["counts"], **totals(shards), "samples_with_images": sum(map(bool, plan.num_images))}
+    target.finish(shards=shards, index=index, counts=counts, image_positions="embedding of the placeholder token")
     _tell(config, target)
 
 

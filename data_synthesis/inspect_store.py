@@ -98,7 +98,7 @@ def _statistics(store: HiddenStateStore) -> dict[str, str]:
     counts, share = store.manifest["counts"], store.manifest["settings"]["heldout_share"]
     heldout = sum(is_heldout(name, share) for name in store.ids)
     lengths = sorted(store.lengths)
-    images = sum(len(store.map_shard(number).image_records) for number in range(len(store.entries)))
+    images = sum(number > 0 for number in store.num_images)
     return {
         "size": f"{counts['bytes'] / 2**30:.3f} GiB in {len(store.entries)} shards, "
         f"{counts['bytes'] / counts['tokens'] / 1000:.3g} kB a token",

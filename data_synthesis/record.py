@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.verifier import Verifier, logit_transform
 from .image_reader import ImageReader
 from .images import UnreadableImagesError
-from .store import Sample
+from .shard import Sample
 
 
 class Engine(Protocol):

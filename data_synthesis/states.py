@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from ..conf.journal import read_line
 from ..conf.place import Place, find_place, own_gpus
 from ..conf.progress import Progress
 from ..conf.schema import Config, DumpEngine, LastStates
 from ..models.verifier import Verifier
+from .image_reader import ImageReader
+from .images import conversation_images
 from .record import Engine, TransformersEngine
 from .shard import Sample, Shard
 from .state_format import StateFormat
@@ -49,16 +52,16 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
         if not mine:
             return
         num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
-        _estimate_time(engine, _samples(plan, mine[0]), options.batch_tokens, num_tokens)
+        _estimate_time(engine, _samples(config, plan, mine[0]), options.batch_tokens, num_tokens)
         if together and place.rank:
             for number in mine:
-                for _ in engine.read(_samples(plan, number)):
+                for _ in engine.read(_samples(config, plan, number)):
                     pass
             return
         progress = Progress("dump", num_tokens, "token")
         with _scratch(folder, writer) as scratch, BackgroundWriter(folder, scratch) as out:
             for number in mine:
-                samples = _samples(plan, number)
+                samples = _samples(config, plan, number)
                 shard = Shard.of(samples, out.spare_buffers())
                 for sample, aux, last in engine.read(samples):
                     shard.set_states(sample, aux, last, form)
@@ -72,8 +75,14 @@ def state_format(settings: dict[str, Any]) -> StateFormat:
     return StateFormat(getattr(torch, settings["state_dtype"]), settings["last_states"] == LastStates.counted.value)
 
 
-def _samples(plan: HiddenStateStore, shard: int) -> list[Sample]:
-    return [plan[index] for index in plan.shard_samples(shard)]
+def _samples(config: Config, plan: HiddenStateStore, shard: int) -> list[Sample]:
+    """Give the samples of a shard, with the addresses of their images, which stand in their conversations."""
+    samples = [plan[index] for index in plan.shard_samples(shard)]
+    for sample in samples:
+        if found := sample.image_record:
+            messages = read_line(config.conversations_folder / found.file, found.offset)["messages"]
+            sample.images = tuple(conversation_images(messages)[: found.count])
+    return samples
 
 
 def _announce_size(
@@ -105,7 +114,8 @@ def _engine(config: Config, aux_layers: list[int], place: Place) -> Iterator[Eng
     gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
     if gpus:
         torch.cuda.set_device(gpus[0])
-    engine = TransformersEngine(Verifier.load(config.verifier, aux_layers, gpus), config.dump.batch_tokens)
+    images = ImageReader(config.verifier, config.dump.max_images)
+    engine = TransformersEngine(Verifier.load(config.verifier, aux_layers, gpus), config.dump.batch_tokens, images)
     try:
         yield engine
     finally:

@@ -32,13 +32,17 @@ def write_index(folder: Path, entries: list[dict[str, Any]]) -> str:
     """Write what finds a sample in the shards of a store, and give the checksum of the file."""
     ids: list[str] = []
     lengths: list[Tensor] = []
+    num_images: list[int] = []
     for entry in entries:
         shard = MappedShard(folder / entry["file"], entry)
         ids += shard.ids
         lengths.append(shard.tensors["sample_offsets"].diff().to(torch.int32))
+        found = shard.image_records
+        num_images += [found[number].count if number in found else 0 for number in range(entry["samples"])]
     names = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
     path = folder / INDEX_FILE
-    save_tensors({"lengths": torch.cat(lengths), "sample_ids": names}, path)
+    images = torch.tensor(num_images, dtype=torch.int32)
+    save_tensors({"lengths": torch.cat(lengths), "num_images": images, "sample_ids": names}, path)
     return _file_checksum(path)
 
 
@@ -80,8 +84,11 @@ class HiddenStateStore:
         self._shards: list[MappedShard | None] = [None] * len(self.entries)
         for entry in self.entries:
             check_size(folder / entry["file"], entry)
-        lengths, self.ids = self._read_index()
+        index = self._read_index()
+        lengths = index["lengths"].numpy()
+        self.ids: list[str] = json.loads(index["sample_ids"].numpy().tobytes())
         self.lengths: list[int] = lengths.tolist()
+        self.num_images: list[int] = index["num_images"].tolist()
         counts = [entry["samples"] for entry in self.entries]
         self._first_samples = list(itertools.accumulate(counts, initial=0))  # of each shard, and the end
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -91,8 +98,7 @@ class HiddenStateStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": [None] * len(self._shards)}
 
-    def _read_index(self) -> tuple[np.ndarray[Any, Any], list[str]]:
-        """Give the tokens and the ids of all samples."""
+    def _read_index(self) -> dict[str, Tensor]:
         path = self.folder / INDEX_FILE
         try:
             found = _file_checksum(path)
@@ -100,8 +106,7 @@ class HiddenStateStore:
             raise ValueError(f"{path} cannot be read ({error}): {CURE}") from None
         if found != self.manifest.get("index"):
             raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {CURE}")
-        index = load_file(path)
-        return index["lengths"].numpy(), json.loads(index["sample_ids"].numpy().tobytes())
+        return load_file(path)
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Read every shard (or this share of them, among several readers) and compare all checksums."""

@@ -22,10 +22,11 @@ from ..conf.artifact import Artifact, read_manifest
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..conf.signals import end_with_parent
-from .chat import NoExactSpanError, Sequence, has_images
+from .chat import NoExactSpanError, Sequence
 from .conversations import FILE, Catalogue, Place
+from .images import UnreadableImagesError
 from .sequences import SequenceReader, leading_answers, num_whole_answers
-from .shard import MappedShard, Sample, Shard, write_shard
+from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
 from .store import COUNTS_FILE, save_tensors, write_index
 
@@ -48,15 +49,15 @@ class Tokeniser:
 
     def __init__(self, config: Config) -> None:
         self._folder, self._options = config.conversations_folder, config.dump
-        self._reader = SequenceReader(config.verifier)
+        self._reader = SequenceReader(config.verifier, config.dump.max_images)
 
     def __call__(self, place: Place) -> Tokenised:
         """Read and tokenise a conversation."""
         record = place.read(self._folder)
-        if has_images(record["messages"]):
-            return Tokenised(counts=Counter(images=1))
         try:
             sequences = self._reader.read(record)
+        except UnreadableImagesError as error:
+            return Tokenised(counts=Counter(images=1), problem=str(error))
         except NoExactSpanError as error:
             return Tokenised(counts=Counter(template=1), problem=str(error))
         reasons = record["finish_reasons"]
@@ -115,7 +116,7 @@ def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> Non
 
     with _tokenised(config, catalogue, taken) as results:
         for place, result in zip(catalogue.places[taken:], results, strict=True):
-            if result.problem and not counts["template"]:
+            if result.problem and not any(counts[reason] for reason in result.counts):  # the first of its kind
                 print(f"dump: {place.id} is left out: {result.problem}")
             counts.update(result.counts)
             taken += 1
@@ -165,7 +166,8 @@ def _sample(place: Place, number: int, sequence: Sequence) -> Sample:
     for start, end in sequence.answers:
         loss_mask[start:end] = 1
     tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
-    return Sample(sequence_id(place.id, number), tokens, loss_mask)
+    images = ImageRecord(place.file, place.offset, len(sequence.images)) if sequence.images else None
+    return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
 
 
 def _is_there(path: Path, entry: dict[str, Any]) -> bool:
@@ -196,7 +198,7 @@ def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 def left_out(counts: dict[str, int], max_length: int) -> str:
     """Say what of the conversations is not in the store, and why."""
-    images = f", {counts['images']} conversations with images, which cannot be dumped yet" if counts["images"] else ""
+    images = f", {counts['images']} conversations whose images cannot be read" if counts["images"] else ""
     return (
         f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
         f"{counts['too_long']} sequences longer than dump.max_length={max_length}, "

@@ -140,6 +140,7 @@ class Split:
     num_cut: int = 0  # training samples longer than a pack, cut after an answer
     num_dropped: int = 0  # and those left out
     num_heldout_elsewhere: int = 0  # left out for another store's share
+    num_with_images: int = 0  # left out of online training, whose verifier is given tokens alone
 
     @classmethod
     def of(cls, stores: list[HiddenStateStore], batch_tokens: int, too_long: TooLong) -> Split:
@@ -152,7 +153,9 @@ class Split:
             split.lengths += store.lengths
             train: list[int] = []
             for index, sample_id in enumerate(store.ids):
-                if is_heldout(sample_id, own_share):
+                if store.num_images[index] and not store.with_states:
+                    split.num_with_images += 1
+                elif is_heldout(sample_id, own_share):
                     if sample_id not in walked:
                         walked.add(sample_id)
                         split.heldout.append(first + index)
@@ -174,11 +177,12 @@ class Split:
     def __str__(self) -> str:
         """Say what is used, and what is not."""
         long = f"{self.num_cut} longer than a pack cut after an answer, {self.num_dropped} dropped"
-        elsewhere = f", {self.num_heldout_elsewhere} left out as another store's share holds them out"
-        return (
-            f"{sum(map(len, self.train))} training samples ({long}{elsewhere if self.num_heldout_elsewhere else ''}) "
-            f"and {len(self.heldout)} held-out"
-        )
+        others = ""
+        if self.num_heldout_elsewhere:
+            others += f", {self.num_heldout_elsewhere} left out as another store's share holds them out"
+        if self.num_with_images:
+            others += f", {self.num_with_images} left out as they have images, which online training does not read"
+        return f"{sum(map(len, self.train))} training samples ({long}{others}) and {len(self.heldout)} held-out"
 
 
 def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: int, share: float) -> ValueError:
