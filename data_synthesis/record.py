@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..models.verifier import Verifier, logit_transform
+from ..conf.schema import VerifierConfig
+from ..models.verifier import Verifier, VerifierWeights, check_capture, logit_transform
 from .image_reader import ImageReader
 from .images import UnreadableImagesError
 from .shard import Sample
+from .state_format import FLOAT8, StateFormat, decode
+
+_LOGITS_AGREE = 2e-2  # of the largest logit: bfloat16 sums in another order
 
 
 class Engine(Protocol):
@@ -41,7 +44,7 @@ class TransformersEngine:
         """Read samples of similar length together, and each that has images alone."""
         numbers = [number for number, sample in enumerate(samples) if not sample.images]
         documents = [samples[number].input_ids for number in numbers]
-        for place, aux, last in read_documents(self._verifier, documents, self._batch_tokens):
+        for place, aux, last in read_documents(self._verifier, documents, self._batch_tokens, max_padding=0.125):
             yield numbers[place], aux, last
         for number, sample in enumerate(samples):
             if sample.images:
@@ -52,32 +55,26 @@ class TransformersEngine:
         """Nothing was started."""
 
 
-def record(verifier: Verifier, samples: list[Sample], batch_tokens: int) -> list[Sample]:
-    """Give the samples with their hidden states, on the host."""
-    recorded = list(samples)
-    for number, aux, last in read_documents(verifier, [sample.input_ids for sample in samples], batch_tokens):
-        recorded[number] = replace(samples[number], aux_hidden_states=aux.cpu(), last_hidden_state=last.cpu())
-    return recorded
-
-
 def read_documents(
-    verifier: Verifier, documents: Sequence[Tensor], batch_tokens: int, check: bool = True
+    verifier: Verifier, documents: Sequence[Tensor], batch_tokens: int, check: bool = True, max_padding: float = 0.5
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield each document's number, aux [T, A*H] and last hidden states [T, H], longest documents first.
 
-    Documents of similar length (no less than half of the longest) share a forward pass, padded on the right: causal
-    attention keeps the padding out of every state that is given.
+    Documents of similar length share a forward pass, padded on the right: causal attention keeps the padding out of
+    every state that is given.
 
     Args:
         documents: token ids [T] of each.
         batch_tokens: tokens of one forward, padding included; a longer document is read alone.
         check: make sure that `lm_head` times the last state is the model's logits.
+        max_padding: share of the longest's length that may be padding beside it.
     """
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
     while by_length:
         batch = [by_length.pop()]  # the longest left sets the width
         width = len(documents[batch[0]])
-        while by_length and (len(batch) + 1) * width <= batch_tokens and 2 * len(documents[by_length[-1]]) >= width:
+        shortest = (1 - max_padding) * width
+        while by_length and (len(batch) + 1) * width <= batch_tokens and len(documents[by_length[-1]]) >= shortest:
             batch.append(by_length.pop())
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].long() for i in batch], batch_first=True)
         output = verifier.forward(padded.to(verifier.device), logits_to_keep=1, use_cache=False)
@@ -110,6 +107,33 @@ def read_with_images(verifier: Verifier, images: ImageReader, sample: Sample) ->
     return output.aux_hidden_states[0], output.last_hidden_state[0]
 
 
+def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, form: StateFormat) -> None:
+    """Check before a dump that what it will store is what training takes it for.
+
+    The states are the model's own, and its logits are the checkpoint's lm_head times the state as it is stored.
+
+    Args:
+        input_ids: int32 [T] of one sample.
+    """
+    tokens = input_ids.long()[None].to(verifier.device)
+    check_capture(verifier, tokens)
+    output = verifier.forward(tokens, logits_to_keep=1, use_cache=False)
+    stored = decode(*form.encode(output.last_hidden_state[0, -1:], 1), torch.float32)
+    transform = logit_transform(verifier.model.config.get_text_config())
+    logits = transform.apply_(stored @ VerifierWeights(config).lm_head().to(stored.device, torch.float32).T)
+    expected = output.logits[0].float()
+    error = float((logits - expected).abs().amax() / expected.abs().amax())
+    if form.dtype == FLOAT8:
+        p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+        moved = (p.exp() * (p - q)).sum()
+        print(f"dump: float8 moves the verifier's distribution by {moved:.2g} nats at the end of the first sample")
+    elif not error <= _LOGITS_AGREE:
+        raise ValueError(
+            f"verifier.path {config.path!r}: its logits are not its lm_head times the state that is stored, by "
+            f"{error:.2g} of the largest, so that training would have wrong targets"
+        )
+
+
 def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -> None:
     """Check that lm_head on the recorded state gives the model's logits: training builds its targets so.
 
@@ -118,7 +142,7 @@ def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -
     head = verifier.model.get_output_embeddings()
     again = logit_transform(verifier.model.config.get_text_config()).apply_(head(last).to(logits.device).float())
     bias = getattr(head, "bias", None)
-    differs = (again - logits.float()).abs().amax() > 2e-2 * logits.float().abs().amax()
+    differs = (again - logits.float()).abs().amax() > _LOGITS_AGREE * logits.float().abs().amax()
     if differs or not logits.isfinite().all() or (bias is not None and bias.any()):
         raise ValueError(
             "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "

@@ -21,7 +21,7 @@ from ..conf.schema import Config, DumpEngine, LastStates
 from ..models.verifier import Verifier
 from .image_reader import ImageReader
 from .images import conversation_images
-from .record import Engine, TransformersEngine
+from .record import Engine, TransformersEngine, check_first
 from .shard import Sample, Shard
 from .state_format import StateFormat
 from .store import HiddenStateStore
@@ -47,7 +47,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     mine = [number for number in missing if number % num_writers == writer]
     if not mine and not together:
         return
-    with _engine(config, settings["aux_layers"], place) as engine:
+    with _engine(config, settings, place, plan[0]) as engine:
         mine = _as_the_first_rank(mine) if together else mine
         if not mine:
             return
@@ -105,8 +105,12 @@ def _announce_size(
 
 
 @contextmanager
-def _engine(config: Config, aux_layers: list[int], place: Place) -> Iterator[Engine]:
-    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
+def _engine(config: Config, settings: dict[str, Any], place: Place, first: Sample) -> Iterator[Engine]:
+    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all.
+
+    Args:
+        first: a sample by which it is checked.
+    """
     engine: Engine
     if config.dump.engine is DumpEngine.vllm:
         raise NotImplementedError
@@ -115,7 +119,9 @@ def _engine(config: Config, aux_layers: list[int], place: Place) -> Iterator[Eng
     if gpus:
         torch.cuda.set_device(gpus[0])
     images = ImageReader(config.verifier, config.dump.max_images)
-    engine = TransformersEngine(Verifier.load(config.verifier, aux_layers, gpus), config.dump.batch_tokens, images)
+    verifier = Verifier.load(config.verifier, settings["aux_layers"], gpus)
+    check_first(config.verifier, verifier, first.input_ids, state_format(settings))
+    engine = TransformersEngine(verifier, config.dump.batch_tokens, images)
     try:
         yield engine
     finally:

@@ -109,7 +109,8 @@ def test_what_is_left_out_is_counted_by_cause(run_of, verifier_config, capsys):
     assert {name: counts(config)[name] for name in named} == dict(zip(named, (2, 1, 1, 1, 1, 1), strict=True))
     out = capsys.readouterr().out
     assert "dump: marker is left out: answer 1" in out
-    assert "1 conversations with images, which cannot be dumped yet" in out
+    assert "dump: picture is left out: it has images, which the verifier does not take" in out
+    assert "1 conversations whose images cannot be read" in out
     assert "1 sequences longer than dump.max_length=4" in out
 
 

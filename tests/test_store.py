@@ -1,13 +1,16 @@
 """The hidden-state store and what the dump puts into it."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from fledge.data_synthesis.record import record
+from fledge.data_synthesis.record import TransformersEngine, check_first
 from fledge.data_synthesis.shard import Sample, Shard, write_shard
+from fledge.data_synthesis.state_format import FLOAT8, StateFormat
 from fledge.data_synthesis.store import HiddenStateStore
 from fledge.models.verifier import VerifierWeights
+from safetensors.torch import load_file, save_file
 
 
 def conversations(verifier) -> list[Sample]:
@@ -19,25 +22,56 @@ def conversations(verifier) -> list[Sample]:
 
 
 def test_recorded_states_equal_output_hidden_states_whatever_the_batching(verifier):
-    for conversation, sample in zip(
-        conversations(verifier), record(verifier, conversations(verifier), 64), strict=True
-    ):
-        ids = conversation.input_ids[None]
+    samples = conversations(verifier)
+    seen = set()
+    for number, aux, last in TransformersEngine(verifier, 64).read(samples):
         with torch.no_grad():
-            states = verifier.model(ids, output_hidden_states=True).hidden_states
+            states = verifier.model(samples[number].input_ids[None], output_hidden_states=True).hidden_states
         expected = torch.cat([states[layer + 1][0] for layer in verifier.aux_layers], dim=-1)
-        torch.testing.assert_close(sample.aux_hidden_states, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(sample.last_hidden_state, states[-1][0], rtol=1e-4, atol=1e-4)
-        assert sample.id == conversation.id
+        torch.testing.assert_close(aux, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last, states[-1][0], rtol=1e-4, atol=1e-4)
+        seen.add(number)
+    assert seen == set(range(len(samples)))
 
 
 def test_lm_head_on_the_recorded_state_gives_the_models_logits(verifier, verifier_config):
-    conversation = conversations(verifier)[1]
-    sample = record(verifier, [conversation], 64)[0]
+    sample = conversations(verifier)[1]
+    ((_, _, last),) = TransformersEngine(verifier, 64).read([sample])
     with torch.no_grad():
-        logits = verifier.model(conversation.input_ids[None]).logits[0]
-    again = sample.last_hidden_state @ VerifierWeights(verifier_config).lm_head().T
+        logits = verifier.model(sample.input_ids[None]).logits[0]
+    again = last @ VerifierWeights(verifier_config).lm_head().T
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dump_that_would_store_wrong_targets_is_refused_before_it_begins(verifier, verifier_config, tmp_path, capsys):
+    tokens = conversations(verifier)[1].input_ids
+    check_first(verifier_config, verifier, tokens, StateFormat(torch.bfloat16))
+    check_first(verifier_config, verifier, tokens, StateFormat(FLOAT8))
+    moved = float(capsys.readouterr().out.split("distribution by ")[1].split(" nats")[0])
+    assert 0 < moved < 0.1
+    folder = shutil.copytree(verifier_config.path, tmp_path / "verifier")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].roll(1, 0)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="its logits are not its lm_head times the state that is stored"):
+        check_first(replace(verifier_config, path=str(folder)), verifier, tokens, StateFormat(torch.float32))
+
+
+@pytest.mark.parametrize("lengths", [[300, 290, 280, 150, 149, 148, 20, 19, 3], list(range(1, 200, 3))])
+def test_little_padding_is_computed_and_no_document_is_read_twice(verifier, lengths):
+    samples = [Sample(str(n), torch.zeros(n, dtype=torch.int32), torch.ones(n)) for n in lengths]
+    widths = []
+    hook = verifier.model.register_forward_pre_hook(
+        lambda _module, _arguments, keywords: widths.append(keywords["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        read = [number for number, _, _ in TransformersEngine(verifier, 600).read(samples)]
+    finally:
+        hook.remove()
+    assert sorted(read) == list(range(len(samples)))
+    computed = sum(rows * width for rows, width in widths)
+    assert sum(lengths) <= computed <= sum(lengths) / 0.875
+    assert all(rows * width <= 600 for rows, width in widths)
 
 
 def test_samples_read_back_as_they_were_written(finished):
