@@ -127,7 +127,8 @@ def test_a_corrupt_shard_stops_training_and_dump_makes_it_anew(finished, run):
     shard = run.path / "hidden_states" / "shard-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert "shard-00000.safetensors does not have the checksum" in says(run, "train")
+    assert "shard-00000.safetensors: loss_mask does not have its checksum" in says(run, "train")
+    assert not (run.path / "training").exists()
     shard.unlink()
     assert "shard-00000.safetensors is missing" in says(run, "train")
     run("dump")

@@ -220,9 +220,10 @@ def test_stores_that_cannot_be_trained_on_together_are_named_with_the_difference
     write(settings={**settings, "aux_layers": [0, 1, 2]})
     with pytest.raises(ValueError, match=rf"draft\.aux_layers is .*{folder} holds layers \[0, 1, 2\]"):
         opened(mixed)
-    write(settings={**settings, "verifier": {**settings["verifier"], "fingerprint": "0"}})
-    with pytest.raises(ValueError, match=rf"{folder} belongs to another verifier .*fingerprint: 0 ->"):
-        opened(mixed)
+    for of in ("fingerprint", "tokenizer", "chat_template"):
+        write(settings={**settings, "verifier": {**settings["verifier"], of: "0"}})
+        with pytest.raises(ValueError, match=rf"{folder} belongs to another verifier .*{of}: 0 -> .*dump anew"):
+            opened(mixed)
     write(complete=False)
     with pytest.raises(ValueError, match=rf"{folder} is not complete: run `fledge dump` again"):
         opened(mixed)

@@ -233,7 +233,7 @@ def test_an_error_of_one_rank_alone_ends_the_others_who_say_that_it_did(dumped):
     shard.write_bytes(content)
     (code, said), (its_code, cause) = Pair(dumped, torch_environments()).end()
     assert (its_code, code) == (2, 1)
-    assert f"rank 1: {shard} does not have the checksum" in cause
+    assert f"rank 1: {shard}: loss_mask does not have its checksum" in cause
     assert "rank 0: rank 1 ended: see the log there" in said
 
 
