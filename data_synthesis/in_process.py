@@ -33,6 +33,11 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, s
     if not any(outcomes.wants(prompt.id) for prompt in everything):
         return
     _refuse_images(everything)
+    if config.verifier.tensor_parallel:
+        raise ValueError(
+            "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
+            "(synthesize.endpoints): the verifier in this process is not divided over ranks"
+        )
     verifier = Verifier.load(config.verifier, config.draft.aux_layers)
     if options.max_tokens >= (positions := _positions(verifier)):
         raise ValueError(
