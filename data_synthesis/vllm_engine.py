@@ -114,7 +114,7 @@ class VllmEngine:
     def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] as vLLM gets them done."""
         for sample in samples:
-            self._check_readable(sample)
+            check_readable(sample, self._max_model_len)
         waiting, flying, tokens, checks = deque(range(len(samples))), dict[int, int](), 0, _CHECKS
         while waiting or flying:
             while waiting and tokens + len(samples[waiting[0]].input_ids) <= self._max_tokens:
@@ -141,19 +141,6 @@ class VllmEngine:
             with contextlib.suppress(BrokenPipeError):
                 process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _check_readable(self, sample: Sample) -> None:
-        if sample.images:
-            raise ValueError(
-                f"dump.engine must be transformers for samples with images, got vllm: {sample.id} has "
-                f"{len(sample.images)}"
-            )
-        length = len(sample.input_ids)
-        if length >= self._max_model_len:  # then vLLM records none of a whole batch
-            raise ValueError(
-                f"dump.vllm_options.max_model_len must be above the length of every sample, got {self._max_model_len}, "
-                f"and {sample.id} has {length} tokens: raise it, or lower dump.max_length"
-            )
 
     def _convert(self, sample: Sample, states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Turn vLLM's states [T, ids, H] of a sample into aux and last hidden states."""
@@ -245,6 +232,7 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
     return {
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max(config.dump.batch_tokens, max_model_len),
+        "language_model_only": True,
         **given,
         "model": verifier_location(config.verifier),
         "revision": config.verifier.revision,
@@ -259,6 +247,23 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
             "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": ids}},
         },
     }
+
+
+def check_readable(sample: Sample, max_model_len: int) -> None:
+    """Refuse a sample that vLLM cannot read for a dump: one with images, or too long.
+
+    Where the longest sequence of a batch has no room for another token, vLLM records the states of none of them.
+    """
+    if sample.images:
+        raise ValueError(
+            f"dump.engine must be transformers for samples with images, got vllm: {sample.id} has {len(sample.images)}"
+        )
+    length = len(sample.input_ids)
+    if length >= max_model_len:
+        raise ValueError(
+            f"dump.vllm_options.max_model_len must be above the length of every sample, got {max_model_len}, and "
+            f"{sample.id} has {length} tokens: raise it, or lower dump.max_length"
+        )
 
 
 def worker_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ import queue
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from typing import IO, Any, NoReturn
@@ -33,16 +34,18 @@ def main() -> None:
     parent, folder = int(sys.argv[1]), sys.argv[2]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes to the log
+    sockets = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="fledge-vllm-")
     worker = os.fork()
     if worker:
         answers.close()
         os.close(0)
-        _guard(worker, parent, folder)
+        _guard(worker, parent, folder, sockets)
     os.setsid()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # vLLM ends what it has started
     _work(folder, answers)
 
 
-def _guard(worker: int, parent: int, folder: str) -> NoReturn:
+def _guard(worker: int, parent: int, *folders: str) -> NoReturn:
     """Wait for the end of the worker or of its parent, and let no process of vLLM and no file outlive it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -56,20 +59,19 @@ def _guard(worker: int, parent: int, folder: str) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end(worker)
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end(group: int) -> None:
-    """End a group of processes: they are asked, and after a while killed."""
-    with contextlib.suppress(ProcessLookupError):  # none is left
-        os.killpg(group, signal.SIGTERM)
+def _end(worker: int) -> None:
+    """End the worker and what vLLM has started for it: it is asked, and after a while all are killed."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended
+        os.kill(worker, signal.SIGTERM)
         until = time.monotonic() + _GRACE_S
-        while time.monotonic() < until:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(group, os.WNOHANG)
-            os.killpg(group, 0)
+        while time.monotonic() < until and not os.waitpid(worker, os.WNOHANG)[0]:
             time.sleep(0.1)
-        os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(worker, signal.SIGKILL)
 
 
 def _work(folder: str, answers: IO[str]) -> None:
