@@ -46,6 +46,7 @@ _OURS = (
     "kv_transfer_config",
     "enable_chunked_prefill",
     "enable_prefix_caching",
+    "logprobs_mode",
     "disable_log_stats",
 )
 _BATCHES = 4  # of vLLM's, in flight at most
@@ -219,8 +220,13 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
         ids: vLLM's, of the states to record.
 
     Raises:
-        ValueError: `dump.vllm_options` has one of those that fledge sets.
+        ValueError: `dump.vllm_options` has one of those that fledge sets, or ranks are to hold one verifier.
     """
+    if config.verifier.tensor_parallel:
+        raise ValueError(
+            "verifier.tensor_parallel must be false with dump.engine=vllm, whose processes are its own: set "
+            "dump.vllm_options.tensor_parallel_size, and start one process"
+        )
     given = config.dump.vllm_options
     if ours := [name for name in _OURS if name in given]:
         raise ValueError(
@@ -240,6 +246,7 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
         "dtype": config.verifier.dtype.value,
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
+        "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
         "speculative_config": {
             "method": "extract_hidden_states",

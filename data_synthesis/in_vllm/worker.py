@@ -131,7 +131,7 @@ def _complete(options: dict[str, Any], folder: str) -> dict[str, Any]:
     connector: dict[str, Any] = {"kv_connector": "ExampleHiddenStatesConnector"}
     if current_platform.is_cpu():
         connector = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": "fledge_connector"}
-        options = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 30, **options}
+        options = {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, **options}
     connector.update(kv_role="kv_producer", kv_connector_extra_config={"shared_storage_path": folder})
     return {**options, "kv_transfer_config": connector}
 
