@@ -1,0 +1,1 @@
+"""What runs in vLLM's environment, where fledge is not installed: scripts that import nothing of it."""
