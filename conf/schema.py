@@ -203,7 +203,7 @@ class DumpConfig:
     dtype: StateDtype | None = None  # that states are stored in; None: verifier.dtype
     last_states: LastStates = LastStates.all
     max_length: int = 4096  # tokens; longer conversations are left out and counted
-    max_images: int = 5  # conversations with more are left out and counted
+    max_images: int = 5  # conversations with more are left out and counted; 0: all that have any
     keep_truncated: bool = False  # train on answers cut by synthesize.max_tokens too
     batch_tokens: int = 8192  # tokens (padding included) of one verifier forward, in online training too
     shard_tokens: int = 100_000  # a shard is closed at the sample that reaches this; three of them are held in memory
@@ -393,7 +393,6 @@ def validate(config: Config) -> None:
     at_least_one = {
         "draft.num_layers": config.draft.num_layers,
         "dump.max_length": config.dump.max_length,
-        "dump.max_images": config.dump.max_images,
         "dump.batch_tokens": config.dump.batch_tokens,
         "dump.shard_tokens": config.dump.shard_tokens,
         "train.ttt_steps": config.train.ttt_steps,
@@ -479,6 +478,8 @@ def _validate_dump(config: Config) -> None:
         raise ValueError(
             f"dump.writer must lie between 0 and dump.num_writers - 1 = {options.num_writers - 1}, got {options.writer}"
         )
+    if options.max_images < 0:
+        raise ValueError(f"dump.max_images must be at least 0, got {options.max_images}")
     if options.token_workers is not None and options.token_workers < 0:
         raise ValueError(f"dump.token_workers must be at least 0, got {options.token_workers}")
     if config.verifier.tensor_parallel and options.engine is DumpEngine.vllm:

@@ -25,6 +25,7 @@ from .record import Engine, TransformersEngine, check_first
 from .shard import Sample, Shard
 from .state_format import StateFormat
 from .store import HiddenStateStore
+from .vllm_engine import VllmEngine
 from .writer import BackgroundWriter
 
 
@@ -113,19 +114,24 @@ def _engine(config: Config, settings: dict[str, Any], place: Place, first: Sampl
     """
     engine: Engine
     if config.dump.engine is DumpEngine.vllm:
-        raise NotImplementedError
-    alone = place.world == 1 or config.verifier.tensor_parallel
-    gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
-    if gpus:
-        torch.cuda.set_device(gpus[0])
-    images = ImageReader(config.verifier, config.dump.max_images)
-    verifier = Verifier.load(config.verifier, settings["aux_layers"], gpus)
-    check_first(config.verifier, verifier, first.input_ids, state_format(settings))
-    engine = TransformersEngine(verifier, config.dump.batch_tokens, images)
+        engine = VllmEngine(config, settings["aux_layers"])
+    else:
+        engine = _load(config, settings, place, first)
     try:
         yield engine
     finally:
         engine.close()
+
+
+def _load(config: Config, settings: dict[str, Any], place: Place, first: Sample) -> Engine:
+    alone = place.world == 1 or config.verifier.tensor_parallel
+    gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
+    if gpus:
+        torch.cuda.set_device(gpus[0])
+    verifier = Verifier.load(config.verifier, settings["aux_layers"], gpus)
+    check_first(config.verifier, verifier, first.input_ids, state_format(settings))
+    images = ImageReader(config.verifier, config.dump.max_images)
+    return TransformersEngine(verifier, config.dump.batch_tokens, images)
 
 
 def _as_the_first_rank(shards: list[int]) -> list[int]:

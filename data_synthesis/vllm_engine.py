@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..conf.place import find_place, own_gpus
-from ..conf.schema import Config, VerifierConfig
-from ..models.verifier import VerifierWeights, load_config, logit_transform, verifier_location
-from .store import Sample
+from ..conf.schema import Config
+from ..models.verifier import VerifierWeights, load_config, load_final_norm, logit_transform, verifier_location
+from .shard import Sample
 
 _WORKER = Path(__file__).parent / "in_vllm" / "worker.py"
 _OURS = (
@@ -67,7 +67,7 @@ class VllmEngine:
     def __init__(self, config: Config, aux_layers: list[int]) -> None:
         text, weights = load_config(config.verifier), VerifierWeights(config.verifier)
         self._dtype = getattr(torch, config.verifier.dtype.value)
-        self._norm, self._lm_head = _load_final_norm(config.verifier), weights.lm_head().to(self._dtype)
+        self._norm, self._lm_head = load_final_norm(config.verifier), weights.lm_head().to(self._dtype)
         self._transform = logit_transform(text)
         self._ids = sorted({*(layer + 1 for layer in aux_layers), text.num_hidden_layers})  # vLLM takes each once
         self._aux = [self._ids.index(layer + 1) for layer in aux_layers]
@@ -263,7 +263,8 @@ def check_readable(sample: Sample, max_model_len: int) -> None:
     """
     if sample.images:
         raise ValueError(
-            f"dump.engine must be transformers for samples with images, got vllm: {sample.id} has {len(sample.images)}"
+            f"dump.engine must be transformers for samples with images, got vllm: {sample.id} has "
+            f"{len(sample.images)}; dump.max_images=0 leaves such conversations out"
         )
     length = len(sample.input_ids)
     if length >= max_model_len:
@@ -299,20 +300,3 @@ def _exchange_folder(beside: Path, num_bytes: int) -> Path:
     if not in_memory:
         beside.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix="fledge-vllm-", dir=_MEMORY if in_memory else beside))
-
-
-def _load_final_norm(config: VerifierConfig) -> nn.Module:
-    """Stand-in for models.verifier.load_final_norm."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from ..models.verifier import _decoder, _load_whole_config
-
-    whole, dtype = _load_whole_config(config), getattr(torch, config.dtype.value)
-    images = "ForConditionalGeneration" in (whole.architectures or [""])[0]
-    with torch.device("meta"):
-        model = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(whole, dtype=dtype)
-    norm: nn.Module = _decoder(model).norm
-    weight = VerifierWeights(config).read(VerifierWeights.FINAL_NORM)
-    assert weight is not None
-    norm.load_state_dict({"weight": weight.to(dtype)}, assign=True)
-    return norm.requires_grad_(False)

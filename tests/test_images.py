@@ -13,7 +13,7 @@ from fledge.data_synthesis.images import UnreadableImagesError, load_image
 from fledge.data_synthesis.preview import preview
 from fledge.data_synthesis.record import TransformersEngine
 from fledge.data_synthesis.sequences import SequenceReader, leading_answers
-from fledge.data_synthesis.store import Sample
+from fledge.data_synthesis.shard import Sample
 from fledge.models.verifier import Verifier
 from image_verifiers import LLAMA4_TOKENS, asked, conversation, data_url, make_pictures, save_llama4, save_qwen3_vl
 from PIL import Image

@@ -7,7 +7,7 @@ import torch
 from fledge.data_synthesis.image_reader import ImageReader
 from fledge.data_synthesis.record import TransformersEngine
 from fledge.data_synthesis.sequences import SequenceReader
-from fledge.data_synthesis.store import Sample
+from fledge.data_synthesis.shard import Sample
 from fledge.models.verifier import Verifier
 from image_verifiers import asked, conversation, data_url, make_pictures, save_llama4
 from PIL import Image

@@ -16,7 +16,7 @@ import transformers
 from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION
 from fledge.conf.schema import Config, Device, Dtype, DumpConfig, VerifierConfig
 from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.store import Sample
+from fledge.data_synthesis.shard import Sample
 from fledge.data_synthesis.vllm_engine import VllmEngine, check_readable, last_words, llm_options, worker_environment
 from fledge.models.verifier import Verifier, load_config
 
