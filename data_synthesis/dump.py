@@ -43,6 +43,7 @@ def dump(config: Config) -> None:
         "conversations": source["digest"],
         "heldout_share": source["settings"]["heldout_share"],
         "max_length": config.dump.max_length,
+        "max_images": config.dump.max_images,
         "keep_truncated": config.dump.keep_truncated,
         "shard_tokens": config.dump.shard_tokens,
     }

@@ -118,10 +118,25 @@ class Verifier:
                 f"draft.aux_layers must be layers of the verifier, 0 to {len(decoder.layers) - 1}, got {aux_layers}"
             )
         for layer in self.aux_layers:
-            decoder.layers[layer].register_forward_hook(self._capture(str(layer)))
-        decoder.norm.register_forward_hook(self._capture("last"))
+            if layer + 1 < len(decoder.layers):
+                after = decoder.layers[layer + 1]
+                after.register_forward_pre_hook(self._capture_input(str(layer)), with_kwargs=True)
+            else:
+                decoder.layers[layer].register_forward_hook(self._capture_output(str(layer)))
+        decoder.norm.register_forward_hook(self._capture_output("last"))
 
-    def _capture(self, name: str) -> Any:
+    def _capture_input(self, name: str) -> Any:
+        """Give a hook that takes what the next layer is given, as engines do.
+
+        That is the layer's output, but in Qwen3-VL, which adds images' features to what its first layers put out.
+        """
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self._captured[name] = inputs[0] if inputs else keywords["hidden_states"]
+
+        return hook
+
+    def _capture_output(self, name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self._captured[name] = output[0] if isinstance(output, tuple) else output
 

@@ -312,4 +312,4 @@ def test_images_reach_the_server_as_they_are_and_dump_leaves_them_out(tmp_path, 
     ]
     dumped = subprocess.run(command, capture_output=True, text=True, check=False)
     assert dumped.returncode == 2
-    assert "1 conversations with images, which cannot be dumped yet" in dumped.stderr
+    assert "1 conversations whose images cannot be read" in dumped.stderr

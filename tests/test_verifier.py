@@ -60,8 +60,9 @@ def test_the_final_norm_alone_gives_the_last_state_of_the_last_layers_output(con
 def test_a_layer_whose_output_is_not_the_hidden_state_is_named(tmp_path, verifier):
     config = save_verifier(make_model("llama", 600), verifier.tokenizer, tmp_path)
     changed = Verifier.load(config)
-    # before transformers hooks itself in, which it does at the first call, and after fledge did
-    changed.model.model.layers[3].register_forward_hook(lambda _module, _inputs, output: 1.5 * output)
+    # the next layer is given, and fledge sees, something else than what layer 3 puts out
+    first = {"prepend": True, "with_kwargs": True}
+    changed.model.model.layers[4].register_forward_pre_hook(lambda _, inputs, words: ((2 * inputs[0],), words), **first)
     with pytest.raises(ValueError, match=rf"{tmp_path}.*layer 3 is not"):
         check_capture(changed, torch.arange(1, 12)[None])
 
