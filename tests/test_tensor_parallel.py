@@ -1,6 +1,7 @@
 """One verifier held by two processes together gives the states that one process gives."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import make_model, save_verifier
-from fledge.conf.schema import Config, VerifierConfig
+from builders import conversation_record, conversations_run, recorded_sequence
+from fledge.conf.schema import Config, HiddenStates, VerifierConfig
+from fledge.data_synthesis.dump import dump
+from fledge.data_synthesis.store import HiddenStateStore
 from fledge.models.verifier import Verifier, VerifierOutput
 from fledge.train.online import OnlineStates
 from quantised import quantise
@@ -57,6 +61,34 @@ def test_two_ranks_hold_one_verifier_and_each_gives_all_of_its_states(tmp_path, 
             assert found["divided"] > 8 * 4, "more than the attention of every layer"
             for part, values in expected.items():  # sums of float32 in another order
                 torch.testing.assert_close(found[part], values, rtol=1e-4, atol=1e-5, msg=f"{config.path}: {part}")
+
+
+def test_ranks_that_hold_one_verifier_dump_as_one_writer(tmp_path, verifier):
+    config = save_verifier(make_model("llama", 600, num_key_value_heads=2), verifier.tokenizer, tmp_path / "verifier")
+    sequences = [recorded_sequence(list(range(3, 3 + length)), (2, length)) for length in (9, 30, 17, 40, 25)]
+    records = [conversation_record(f"s/{n}", "u", "a", sequences=[sequence]) for n, sequence in enumerate(sequences)]
+    run = conversations_run(tmp_path, config, *records)
+    run.train.hidden_states, run.dump.shard_tokens = HiddenStates.offline, 40
+    dump(run)
+    alone = HiddenStateStore(run.hidden_states_folder)
+    run.verifier.tensor_parallel, run.dump.folder = True, str(tmp_path / "together")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(run))
+    start = (
+        "import pickle, sys; from fledge.data_synthesis.dump import dump; dump(pickle.load(open(sys.argv[1], 'rb')))"
+    )
+    (tmp_path / "start.py").write_text(start)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(tmp_path / "start.py"), str(tmp_path / "config.pickle")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    together = HiddenStateStore(run.hidden_states_folder)
+    together.verify()
+    assert together.ids == alone.ids
+    for index in range(len(alone)):
+        for name in ("aux_hidden_states", "last_hidden_state"):  # sums of float32 in another order
+            found, expected = (getattr(store[index], name) for store in (together, alone))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tensor_parallel_alone_is_refused(verifier_config):
