@@ -7,6 +7,7 @@ has its name, so that writers need to know nothing of each other; the one that f
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..conf.artifact import Artifact, artifact, read_manifest
+from ..conf.place import find_place
 from ..conf.schema import Config, HiddenStates
 from ..models.draft_head import DraftHeadConfig
 from ..models.verifier import check_identity, load_config, special_token_ids
@@ -21,7 +23,7 @@ from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverag
 from .shard import CURE, shard_entry, shard_name
 from .states import write_states
 from .store import COUNTS_FILE, TOKENS_FOLDER, VOCABULARY_FILE, HiddenStateStore, save_tensors, write_index
-from .tokens import left_out, totals, write_tokens
+from .tokens import all_there, left_out, totals, write_tokens
 
 _OF_STATES = ("engine", "verifier_dtype", "aux_layers", "state_dtype", "last_states")  # settings that only these have
 
@@ -83,7 +85,7 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
     """Record this writer's shards with states, and complete the store where no other shard is missing."""
     folder = config.hidden_states_folder
     with artifact(folder, "hidden_states", settings, config.overwrite, wait=True) as target:
-        if target.complete and not _missing(folder, len(target.manifest["shards"])):
+        if target.complete and all_there(folder, target.manifest["shards"]):
             print(f"hidden states: {folder} is complete")
             _write_vocabulary(config, folder, always)
             return
@@ -92,6 +94,8 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
         write_tokens(config, tokens)
     plan = HiddenStateStore(folder / TOKENS_FOLDER, with_states=False)
     write_states(config, settings, plan, _missing(folder, len(plan.entries)))
+    if config.verifier.tensor_parallel and find_place(os.environ).rank:
+        return  # the first rank has written
     with artifact(folder, "hidden_states", settings, wait=True) as target:
         _complete(config, target, plan, always)
 

@@ -44,7 +44,8 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     rank, ranks = (0, 1) if together else (place.rank, place.world)
     writer, num_writers = options.writer * ranks + rank, options.num_writers * ranks
     form = state_format(settings)
-    _announce_size(settings, form, plan, missing, folder)
+    if missing:
+        _announce_size(settings, form, plan, missing, folder)
     mine = [number for number in missing if number % num_writers == writer]
     if not mine and not together:
         return
@@ -78,6 +79,7 @@ def state_format(settings: dict[str, Any]) -> StateFormat:
 
 def _samples(config: Config, plan: HiddenStateStore, shard: int) -> list[Sample]:
     """Give the samples of a shard, with the addresses of their images, which stand in their conversations."""
+    plan.map_shard(shard).verify()
     samples = [plan[index] for index in plan.shard_samples(shard)]
     for sample in samples:
         if found := sample.image_record:
@@ -92,7 +94,7 @@ def _announce_size(
     """Print what the missing shards need, and refuse what the disk cannot hold."""
     tokens, counted = (sum(plan.entries[number][name] for number in missing) for name in ("tokens", "counted_tokens"))
     layers, width = len(settings["aux_layers"]), settings["verifier"]["hidden_size"]
-    per_token = form.bytes_per_token(layers, width, counted / max(1, tokens)) + 5  # token and mask
+    per_token = form.bytes_per_token(layers, width, counted / tokens) + 5  # token and mask
     needed, free = tokens * per_token, shutil.disk_usage(folder).free
     print(
         f"dump: {tokens} tokens to record, {per_token / 1000:.3g} kB each: {needed / 2**30:.2f} GiB to write, "

@@ -28,7 +28,7 @@ from .images import UnreadableImagesError
 from .sequences import SequenceReader, leading_answers, num_whole_answers
 from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
-from .store import COUNTS_FILE, save_tensors, write_index
+from .store import COUNTS_FILE, INDEX_FILE, save_tensors, write_index
 
 COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "template", "images")
 _WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
@@ -80,7 +80,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
         ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
     """
     manifest = target.manifest
-    if target.complete and all(_is_there(target.folder / entry["file"], entry) for entry in manifest["shards"]):
+    if target.complete and all_there(target.folder, manifest["shards"]):
         return
     if target.complete:
         target.save(complete=False, shards=[], taken=0, counts={})
@@ -170,8 +170,9 @@ def _sample(place: Place, number: int, sequence: Sequence) -> Sample:
     return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
 
 
-def _is_there(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"]
+def all_there(folder: Path, shards: list[dict[str, Any]]) -> bool:
+    """Say whether a complete store has lost none of its files."""
+    return all((folder / name).is_file() for name in (INDEX_FILE, COUNTS_FILE, *(entry["file"] for entry in shards)))
 
 
 def _write_token_counts(target: Artifact) -> None:

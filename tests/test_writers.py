@@ -258,3 +258,29 @@ def test_tokenising_goes_on_after_the_shards_that_a_kill_has_left(spoken, tmp_pa
     again = read_manifest(tmp_path / "killed", "hidden_states")
     assert (again["shards"], again["counts"]) == (whole["shards"], whole["counts"])
     assert sum(left[p.name] == p.stat().st_ino for p in (tmp_path / "killed").glob("shard-*") if p.name in left) >= 2
+
+
+def test_files_beside_the_shards_that_are_lost_are_made_again_without_the_verifier(config, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    dump(into(config, store))
+    monkeypatch.setattr("fledge.data_synthesis.states.Verifier", None)
+    for name in ("index.safetensors", "token_counts.safetensors"):
+        before = (store / name).read_bytes()
+        (store / name).unlink()
+        dump(into(config, store))
+        assert (store / name).read_bytes() == before
+    samples(store)
+
+
+def test_a_token_that_was_altered_on_the_disk_is_not_read_by_the_verifier(config, tmp_path):
+    store = tmp_path / "store"
+    dump(into(config, store, writer=0, num_writers=2))
+    shard = store / "tokens" / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-20] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokens/shard-00001\.safetensors: \w+ does not have its checksum.*delete"):
+        dump(into(config, store, writer=1, num_writers=2))
+    shard.unlink()
+    dump(into(config, store, writer=1, num_writers=2))
+    samples(store)
