@@ -169,10 +169,13 @@ def test_nothing_of_vllm_outlives_a_killed_dump(tmp_path, verifier):
     ready = next(line for line in dump.stdout if line.startswith("READY")).split()
     processes = processes_of(int(ready[1]))
     assert len(processes) > 3, "the guard, the worker and what vLLM has started"
+    maps = {map_.path for process in processes for map_ in process.memory_maps()}
+    shared = [path for path in maps if path.startswith("/dev/shm/") and Path(path).exists()]
+    assert shared, "vLLM's processes talk through shared memory"
     dump.send_signal(signal.SIGKILL)
     dump.communicate()
     assert all_gone(processes, 40)
-    assert not Path(ready[2]).exists()
+    assert not [path for path in (ready[2], *shared) if Path(path).exists()]
 
 
 @pytest.mark.serving

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing import resource_tracker
 from typing import IO, Any, NoReturn
 
 _GRACE_S = 10.0  # for vLLM's processes, from the wish to end to the kill
@@ -35,6 +36,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes to the log
     sockets = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="fledge-vllm-")
+    resource_tracker.ensure_running()  # outside vLLM's group: it unlinks the shared memory of those that were killed
     worker = os.fork()
     if worker:
         answers.close()
