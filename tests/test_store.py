@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders import metrics_of
 from fledge.data_synthesis.record import TransformersEngine, check_first
 from fledge.data_synthesis.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.state_format import FLOAT8, StateFormat
@@ -116,3 +117,26 @@ def test_a_flipped_bit_a_truncated_and_a_missing_shard_are_named(broken):
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
         HiddenStateStore(broken)
+
+
+def test_training_never_asks_for_the_last_states_that_a_store_of_targets_leaves_out(finished, run):
+    run.path.mkdir(parents=True)
+    shutil.copytree(finished.path / "conversations", run.path / "conversations")
+    for stage in ("dump", "train"):
+        run(stage, "dump.last_states=counted")
+    states = [load_file(r.path / "hidden_states/shard-00000.safetensors")["last_hidden_state"] for r in (run, finished)]
+    assert len(states[0]) < len(states[1])
+    assert metrics_of(run) == metrics_of(finished)
+    ours, theirs = (load_file(r.path / "training/checkpoints/step-24/model.safetensors") for r in (run, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_head_is_trained_from_float8_states_as_from_exact_ones(finished, run):
+    run.path.mkdir(parents=True)
+    shutil.copytree(finished.path / "conversations", run.path / "conversations")
+    for stage in ("dump", "train"):
+        run(stage, "dump.dtype=float8")
+    for record, exact in zip(metrics_of(run), metrics_of(finished), strict=True):
+        if "train/loss" in record:
+            assert record["train/loss"] == pytest.approx(exact["train/loss"], rel=0.02)
+            assert record["train/loss"] != exact["train/loss"]
