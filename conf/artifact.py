@@ -81,6 +81,8 @@ def read_manifest(folder: Path, kind: str, unfinished: bool = False) -> dict[str
     manifest = _load_manifest(path)
     if manifest.get("kind") != kind:
         raise ValueError(f"{folder} holds {manifest.get('kind')}, {kind} is required")
+    if manifest.get("settings", {}) is None:
+        raise ValueError(f"{folder} is being cleared, or that was killed: run `fledge {_maker(kind)}` again")
     if not manifest.get("complete") and not unfinished:
         raise ValueError(f"{folder} is not complete: run `fledge {_maker(kind)}` again, it goes on where it stopped")
     return manifest

@@ -93,8 +93,11 @@ def inspect_overrides(arguments: list[str]) -> list[str]:
     """Turn `STORE --verify`, and what else may stand there, into overrides: a store names its verifier by itself."""
     flags = {"--verify": "inspect.verify=true"}
     overrides = [flags.get(argument, argument) for argument in arguments]
-    if overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
-        overrides[0] = "inspect.store='{}'".format(overrides[0].replace("'", "\\'"))
+    for number, argument in enumerate(arguments):
+        after_option = number > 0 and arguments[number - 1] in ("--cfg", "-c", "--package", "-p")
+        if os.path.isdir(argument) or not ("=" in argument or argument.startswith("-") or after_option):
+            overrides[number] = "inspect.store='{}'".format(argument.replace("'", "\\'"))
+            break
     named = {override.split("=")[0] for override in overrides}
     if "experiment" in named:
         return overrides

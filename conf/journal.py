@@ -38,7 +38,12 @@ def read_line(path: Path, offset: int) -> dict[str, Any]:
     """Read the record whose line begins at an offset."""
     with open(path, "rb") as file:
         file.seek(offset)
-        record: dict[str, Any] = json.loads(file.readline())
+        try:
+            record = json.loads(file.readline())
+        except ValueError:  # not JSON, or not UTF-8
+            record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} has no record at byte {offset}, it was changed: run the stage that wrote it again")
     return record
 
 

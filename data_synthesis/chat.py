@@ -35,6 +35,7 @@ class PlacedImage:
 
     address: str  # path, URL or data URL
     span: tuple[int, int]  # [start, end) of its placeholder tokens
+    digest: str = ""  # of its pixels
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models.vocabulary import VocabularyMap, build_vocabulary
-from .store import COUNTS_FILE, VOCABULARY_FILE, HiddenStateStore
+from .store import COUNTS_FILE, VOCABULARY_FILE, HiddenStateStore, load_beside
 
 
 def choose_vocabulary(
@@ -31,7 +31,7 @@ def choose_vocabulary(
 
 def _token_counts(store: HiddenStateStore, vocab_size: int) -> Tensor:
     path = store.folder / COUNTS_FILE
-    counts = _load(path).get("token_counts")
+    counts = load_beside(store.folder, store.manifest, COUNTS_FILE).get("token_counts")
     if counts is None or counts.shape != (vocab_size,):
         raise ValueError(f"{path} does not count the verifier's {vocab_size} tokens: delete it and `fledge dump` again")
     return counts

@@ -8,24 +8,35 @@ has its name, so that writers need to know nothing of each other; the one that f
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from ..conf.artifact import Artifact, artifact, read_manifest
+from ..conf.artifact import Artifact, artifact, digest, read_manifest
 from ..conf.place import find_place
-from ..conf.schema import Config, HiddenStates
+from ..conf.schema import Config, DumpEngine, HiddenStates
 from ..models.draft_head import DraftHeadConfig
 from ..models.verifier import check_identity, load_config, special_token_ids
 from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
 from .shard import CURE, shard_entry, shard_name
 from .states import write_states
-from .store import COUNTS_FILE, TOKENS_FOLDER, VOCABULARY_FILE, HiddenStateStore, save_tensors, write_index
+from .store import (
+    COUNTS_FILE,
+    TOKENS_FOLDER,
+    VOCABULARY_FILE,
+    HiddenStateStore,
+    checksums_beside,
+    load_beside,
+    save_tensors,
+    write_index,
+)
 from .tokens import all_there, left_out, totals, write_tokens
 
-_OF_STATES = ("engine", "verifier_dtype", "aux_layers", "state_dtype", "last_states")  # settings that only these have
+# Settings that only a store with states has.
+_OF_STATES = ("engine", "vllm_options", "verifier_dtype", "aux_layers", "state_dtype", "last_states")
+_OF_PLACEMENT = re.compile(r"parallel|memory|max_|cpu_offload|distributed|eager|cudagraph")  # options of vLLM's
 
 
 def dump(config: Config) -> None:
@@ -53,6 +64,7 @@ def dump(config: Config) -> None:
         "engine": config.dump.engine.value,
         "verifier_dtype": config.verifier.dtype.value,
         "aux_layers": list(head.aux_layers),
+        **({"vllm_options": _telling(config.dump.vllm_options)} if config.dump.engine is DumpEngine.vllm else {}),
         "state_dtype": (config.dump.dtype or config.verifier.dtype).value,
         "last_states": config.dump.last_states.value,
     }
@@ -60,14 +72,19 @@ def dump(config: Config) -> None:
     if config.train.hidden_states is HiddenStates.offline:
         _dump_states(config, {**of_tokens, **of_states}, tokens_only, always)
     elif found := _store_with_states(config.hidden_states_folder, of_tokens):
-        with artifact(config.hidden_states_folder, "hidden_states", found) as target:
+        with artifact(config.hidden_states_folder, "hidden_states", found, wait=True) as target:
             print(f"hidden states: {target.folder} is complete, and holds the states too")
-            _write_vocabulary(config, target.folder, always)
+            _write_vocabulary(config, target.folder, _counts(target), always)
     else:
         with artifact(config.hidden_states_folder, "hidden_states", tokens_only, config.overwrite, wait=True) as target:
             write_tokens(config, target)
-            _write_vocabulary(config, target.folder, always)
+            _write_vocabulary(config, target.folder, _counts(target), always)
             _tell(config, target)
+
+
+def _telling(vllm_options: dict[str, Any]) -> dict[str, Any]:
+    """Give those of vLLM's options that may change what it computes."""
+    return {name: value for name, value in vllm_options.items() if not _OF_PLACEMENT.search(name)}
 
 
 def _store_with_states(folder: Path, of_tokens: dict[str, Any]) -> dict[str, Any] | None:
@@ -87,9 +104,9 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
     with artifact(folder, "hidden_states", settings, config.overwrite, wait=True) as target:
         if target.complete and all_there(folder, target.manifest["shards"]):
             print(f"hidden states: {folder} is complete")
-            _write_vocabulary(config, folder, always)
+            _write_vocabulary(config, folder, _counts(target), always)
             return
-        target.save(complete=False, verifier_path=config.verifier.path)
+        target.save(complete=False, verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
     with artifact(folder / TOKENS_FOLDER, "hidden_states", of_tokens, overwrite=True, wait=True) as tokens:
         write_tokens(config, tokens)
     plan = HiddenStateStore(folder / TOKENS_FOLDER, with_states=False)
@@ -116,13 +133,16 @@ def _complete(config: Config, target: Artifact, plan: HiddenStateStore, always: 
         return
     shards = [shard_entry(folder / entry["file"]) for entry in plan.entries]
     for shard, planned in zip(shards, plan.entries, strict=True):
-        if any(shard[name] != planned[name] for name in ("samples", "tokens", "counted_tokens")):
-            raise ValueError(f"{folder / shard['file']} holds other samples than this store's: {CURE}")
-    save_tensors(load_file(plan.folder / COUNTS_FILE), folder / COUNTS_FILE)
-    index = write_index(folder, shards)
-    _write_vocabulary(config, folder, always)
+        same = all(shard[name] == planned[name] for name in ("samples", "tokens", "counted_tokens"))
+        if not same or shard["made_with"] != digest(target.manifest["settings"]):
+            raise ValueError(f"{folder / shard['file']} holds other samples or states than this store's: {CURE}")
+    counted = load_beside(plan.folder, plan.manifest, COUNTS_FILE)
+    save_tensors(counted, folder / COUNTS_FILE)
+    write_index(folder, shards)
+    _write_vocabulary(config, folder, counted["token_counts"], always)
     counts = {**plan.manifest["counts"], **totals(shards), "samples_with_images": sum(map(bool, plan.num_images))}
-    target.finish(shards=shards, index=index, counts=counts, image_positions="embedding of the placeholder token")
+    about = {"counts": counts, "image_positions": "embedding of the placeholder token"}
+    target.finish(shards=shards, files=checksums_beside(folder), **about)
     _tell(config, target)
 
 
@@ -135,16 +155,18 @@ def _tell(config: Config, target: Artifact) -> None:
     )
 
 
-def _write_vocabulary(config: Config, folder: Path, always: list[int]) -> None:
+def _counts(target: Artifact) -> torch.Tensor:
+    return load_beside(target.folder, target.manifest, COUNTS_FILE)["token_counts"]
+
+
+def _write_vocabulary(config: Config, folder: Path, counts: torch.Tensor, always: list[int]) -> None:
     """Write the draft vocabulary of `draft.vocab_size`; changing that option makes nothing but this file anew.
 
     Args:
+        counts: how often the verifier produced each of its tokens.
         always: ids that it holds whatever their count.
     """
-    counts = load_file(folder / COUNTS_FILE)["token_counts"]
     vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
-    path = folder / VOCABULARY_FILE
-    if not path.is_file() or not torch.equal(load_file(path)["t2d"], vocabulary.t2d):
-        save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, path)
+    save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, folder / VOCABULARY_FILE)
     share = coverage(counts, vocabulary)
     print(f"draft vocabulary: {len(vocabulary.d2t)} of {len(counts)} tokens, {share:.2%} of what the verifier produced")

@@ -13,11 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..conf.schema import VerifierConfig
-from ..models.processor import load_processor, takes_images
+from ..models.processor import load_processor
+from ..models.verifier import load_whole_config, takes_images
 from .chat import Message, NoExactSpanError, PlacedImage, Sequence
 from .images import UnreadableImagesError, load_images
 
@@ -29,6 +31,7 @@ class Images:
     """Images in the order in which the verifier reads them, and what its processor makes of them."""
 
     addresses: tuple[str, ...]
+    digests: tuple[str, ...]  # of the pixels of each
     placeholder: str  # what a chat template writes for an image
     placeholder_id: int
     texts: list[str]  # what the processor writes instead, for each
@@ -73,8 +76,8 @@ class Images:
             raise NoExactSpanError(f"its tokens are not those that the processor writes for its {number} images")
         if any(start < last and first < end for start, end in sequence.answers for first, last in spans):
             raise NoExactSpanError("an answer holds tokens of an image")
-        images = (PlacedImage(address, span) for address, span in zip(self.addresses, spans, strict=False))
-        return replace(sequence, images=tuple(images))
+        placed = zip(self.addresses, spans, self.digests, strict=False)
+        return replace(sequence, images=tuple(PlacedImage(*image) for image in placed))
 
     def _expanded(self, sequence: Sequence, number: int) -> Sequence:
         places = [place for place, token in enumerate(sequence.token_ids) if token == self.placeholder_id]
@@ -134,7 +137,7 @@ class ImageReader:
 
     @cached_property
     def _processor(self) -> ProcessorMixin | None:
-        return load_processor(self._config) if takes_images(self._config) else None
+        return load_processor(self._config) if takes_images(load_whole_config(self._config)) else None
 
     def read(self, addresses: abc.Sequence[str], text: str | None = None) -> Images:
         """Load images and let the processor make of them what the verifier reads.
@@ -171,9 +174,10 @@ class ImageReader:
             )
         except ValueError as error:
             raise UnreadableImagesError(f"the processor refuses its images: {error}") from None
-        return self._images(tuple(addresses), text, made)
+        digests = tuple(xxhash.xxh3_64_hexdigest(image.tobytes()) for image in loaded)
+        return self._images(tuple(addresses), digests, text, made)
 
-    def _images(self, addresses: tuple[str, ...], text: str, made: dict[str, Any]) -> Images:
+    def _images(self, addresses: tuple[str, ...], digests: tuple[str, ...], text: str, made: dict[str, Any]) -> Images:
         processor: Any = self._processor
         tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         (written,) = made.pop("text_replacement_offsets", None) or ((),)
@@ -187,6 +191,7 @@ class ImageReader:
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         images = Images(
             addresses,
+            digests,
             processor.image_token,
             processor.image_token_id,
             texts,
@@ -199,14 +204,20 @@ class ImageReader:
             raise NoExactSpanError("its processor writes other tokens than those of its text and images")
         return images
 
-    def model_inputs(self, input_ids: Tensor, addresses: abc.Sequence[str]) -> dict[str, Tensor]:
+    def model_inputs(
+        self, input_ids: Tensor, addresses: abc.Sequence[str], digests: abc.Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Give what the model takes besides a sequence's tokens [T] (a batch of one): pixels, and what goes with them.
+
+        Args:
+            digests: of the images that the tokens were made with, where they are known.
 
         Raises:
             UnreadableImagesError: an image is missing or broken, or not the one that the tokens were made with.
         """
         images, token_ids = self.read(addresses), input_ids.tolist()
-        if images.find(token_ids, len(addresses)) is None:
+        exchanged = digests is not None and list(digests) != list(images.digests)
+        if exchanged or images.find(token_ids, len(addresses)) is None:
             raise UnreadableImagesError("its images are not those that its tokens were made with")
         inputs, processor = images.model_inputs, self._processor
         assert processor is not None

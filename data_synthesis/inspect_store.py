@@ -6,6 +6,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,11 @@ def _print_sample(config: Config, store: HiddenStateStore) -> None:
     if wanted is not None and wanted not in store.ids:
         raise ValueError(f"inspect.sample: {store.folder} holds no sample {wanted!r}: without it the first is shown")
     sample = store[store.ids.index(wanted) if wanted is not None else 0]
+    revision = store.manifest.get("verifier_revision")
     path = config.verifier.path if config.verifier.path != RECORDED else store.manifest["verifier_path"]
     try:
-        tokenizer = load_tokenizer(VerifierConfig(path, chat_template_kwargs=config.verifier.chat_template_kwargs))
+        named = config.verifier if path == config.verifier.path else VerifierConfig(path, revision)
+        tokenizer = load_tokenizer(replace(named, chat_template_kwargs=config.verifier.chat_template_kwargs))
     except ValueError as error:
         print(f"\nsample {printable(sample.id)} is not decoded: {error}")
         return

@@ -93,7 +93,8 @@ def read_with_images(verifier: Verifier, images: ImageReader, sample: Sample) ->
         ValueError: an image can no longer be read, or is not the one that the tokens were made with.
     """
     try:
-        inputs = images.model_inputs(sample.input_ids, sample.images)
+        record = sample.image_record
+        inputs = images.model_inputs(sample.input_ids, sample.images, record.digests if record else None)
     except UnreadableImagesError as error:
         raise ValueError(
             f"sample {sample.id}: {error}; give the images back as they were and run `fledge dump` again"
@@ -119,20 +120,22 @@ def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, f
     tokens = input_ids[:_CHECKED_TOKENS].long()[None].to(verifier.device)
     check_capture(verifier, tokens)
     output = verifier.forward(tokens, logits_to_keep=1, use_cache=False)
-    stored = decode(*form.encode(output.last_hidden_state[0, -1:].cpu(), 1), torch.float32)
-    transform = logit_transform(verifier.model.config.get_text_config())
-    logits = transform.apply_(stored @ VerifierWeights(config).lm_head().float().T)
+    state = output.last_hidden_state[0, -1:].cpu()
+    transform, lm_head = logit_transform(verifier.model.config.get_text_config()), VerifierWeights(config).lm_head()
+    own = state.float(), decode(*form.encode(state, 1), torch.float32)  # as it is, and as it is stored
+    exact, logits = (transform.apply_(given @ lm_head.float().T) for given in own)
     expected = output.logits[0].float().cpu()
-    error = float((logits - expected).abs().amax() / expected.abs().amax())
-    if form.dtype == FLOAT8:
-        p, q = expected.log_softmax(-1), logits.log_softmax(-1)
-        moved = (p.exp() * (p - q)).sum()
-        print(f"dump: float8 moves the verifier's distribution by {moved:.2g} nats at a token of the first sample")
-    elif not error <= _LOGITS_AGREE:
+    compared = exact if form.dtype == FLOAT8 else logits
+    error = float((compared - expected).abs().amax() / expected.abs().amax())
+    if not error <= _LOGITS_AGREE:
         raise ValueError(
             f"verifier.path {config.path!r}: its logits are not its lm_head times the state that is stored, by "
             f"{error:.2g} of the largest, so that training would have wrong targets"
         )
+    if form.dtype == FLOAT8:
+        p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+        moved = (p.exp() * (p - q)).sum()
+        print(f"dump: float8 moves the verifier's distribution by {moved:.2g} nats at a token of the first sample")
 
 
 def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -> None:

@@ -22,7 +22,7 @@ whole file.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..conf.artifact import commit, sync
-from .state_format import FLOAT8, StateFormat, target_positions
+from .state_format import FLOAT8, StateFormat, decode, target_positions
 
 TOKENS = ("input_ids", "loss_mask")
 AUX_STATES, LAST_STATES = ("aux_hidden_states", "aux_scale"), ("last_hidden_state", "last_scale")
@@ -44,11 +44,11 @@ CURE = "delete the file and run `fledge dump` again"
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Where the images of a sample are: the first `count` of a conversation, by its place in the file."""
+    """Where the images of a sample are: the first of a conversation, by its place in the file."""
 
     file: str  # in the folder of conversations
     offset: int  # of its line, in bytes
-    count: int
+    digests: list[str]  # of the pixels of each
 
 
 @dataclass
@@ -65,6 +65,14 @@ class Sample:
     image_record: ImageRecord | None = None
     images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it, once they are wanted
 
+    def decoded(self) -> Sample:
+        """Give the sample with float8 states as bfloat16, which holds each of their values; others as they are."""
+        if self.aux_scale is None or self.aux_hidden_states is None or self.last_hidden_state is None:
+            return self
+        aux = decode(self.aux_hidden_states, self.aux_scale, torch.bfloat16)
+        last = decode(self.last_hidden_state, self.last_scale, torch.bfloat16)
+        return replace(self, aux_hidden_states=aux, last_hidden_state=last, aux_scale=None, last_scale=None)
+
 
 @dataclass
 class Shard:
@@ -73,9 +81,8 @@ class Shard:
     ids: list[str]
     tensors: dict[str, Tensor]
     image_records: dict[int, ImageRecord] = field(default_factory=dict)  # by sample
-    buffers: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # flat, behind the states: another shard may have them then
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # flat, behind states; for another shard once written
+    made_with: str = ""  # digest of the settings of its store
 
     @classmethod
     def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Shard:
@@ -98,22 +105,25 @@ class Shard:
         records = {number: sample.image_record for number, sample in enumerate(samples) if sample.image_record}
         return cls([sample.id for sample in samples], tensors, records, buffers or {})
 
-    def set_states(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> None:
-        """Put the states of a sample in their place; the first call makes the place for all.
+    def set_states(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> bool:
+        """Put the states of a sample in their place, and say whether they are finite as they are stored.
+
+        The first call makes the place for all.
 
         Args:
             aux, last: [T, A*H] and [T, H], on any device.
         """
         start, end = (int(offset) for offset in self.tensors["sample_offsets"][number : number + 2])
-        self._put("aux", "aux_hidden_states", slice(start, end), aux, aux.shape[-1] // last.shape[-1], form)
+        num_layers = aux.shape[-1] // last.shape[-1]
+        finite = self._put("aux", "aux_hidden_states", slice(start, end), aux, num_layers, form)
         if form.only_counted:
             if "last_offsets" not in self.tensors:
                 self.tensors["last_offsets"] = self._last_offsets()
             last = last[target_positions(self.tensors["loss_mask"][start:end]).to(last.device)]
             start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
-        self._put("last", "last_hidden_state", slice(start, end), last, 1, form)
+        return self._put("last", "last_hidden_state", slice(start, end), last, 1, form) and finite
 
-    def _put(self, kind: str, name: str, place: slice, states: Tensor, num_layers: int, form: StateFormat) -> None:
+    def _put(self, kind: str, name: str, place: slice, states: Tensor, num_layers: int, form: StateFormat) -> bool:
         encoded, scale = form.encode(states, num_layers)
         rows = int(self.tensors["last_offsets" if kind == "last" and form.only_counted else "sample_offsets"][-1])
         for key, value in ((name, encoded), (f"{kind}_scale", scale)):
@@ -121,6 +131,7 @@ class Shard:
                 if key not in self.tensors:
                     self.tensors[key] = self._memory(key, rows, value)
                 self.tensors[key][place] = value.cpu()
+        return bool((encoded if scale is None else scale).isfinite().all())
 
     def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
         """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""
@@ -128,7 +139,7 @@ class Shard:
         buffer = self.buffers.get(key)
         if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
             buffer = self.buffers[key] = torch.empty(size + size // 16, dtype=like.dtype)  # the next may be larger
-        return buffer[:size].view(rows, -1)
+        return buffer[:size].view(rows, like.shape[-1])
 
     def _last_offsets(self) -> Tensor:
         lengths = self.tensors["sample_offsets"].diff().tolist()
@@ -156,6 +167,7 @@ def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = 
         "sample_ids": shard.ids,
         "image_records": {number: vars(record) for number, record in shard.image_records.items()},
         "counted_tokens": int(shard.tensors["loss_mask"].sum()),
+        "made_with": shard.made_with,
         "checksums": {name: _checksum(tensor) for name, tensor in shard.tensors.items()},
     }
     save_file(shard.tensors, temporary, {_ABOUT: json.dumps(about)})
@@ -180,6 +192,7 @@ def shard_entry(path: Path) -> dict[str, Any]:
             "samples": tensors["sample_offsets"]["shape"][0] - 1,
             "tokens": tensors["input_ids"]["shape"][0],
             "counted_tokens": about["counted_tokens"],
+            "made_with": about["made_with"],
             "bytes": len(header) + end,
             "checksum": xxhash.xxh3_128_hexdigest(header),
         }

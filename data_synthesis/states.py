@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from ..conf.artifact import digest
 from ..conf.journal import read_line
 from ..conf.place import Place, find_place, own_gpus
 from ..conf.progress import Progress
@@ -23,10 +23,13 @@ from .image_reader import ImageReader
 from .images import conversation_images
 from .record import Engine, TransformersEngine, check_first
 from .shard import Sample, Shard
+from .split import conversation_id
 from .state_format import StateFormat
 from .store import HiddenStateStore
-from .vllm_engine import VllmEngine
+from .vllm_engine import VllmEngine, check_readable
 from .writer import BackgroundWriter
+
+_NAMED = 8  # samples with states that are not finite; the rest are counted
 
 
 def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStore, missing: list[int]) -> None:
@@ -43,33 +46,56 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     together = config.verifier.tensor_parallel
     rank, ranks = (0, 1) if together else (place.rank, place.world)
     writer, num_writers = options.writer * ranks + rank, options.num_writers * ranks
-    form = state_format(settings)
     if missing:
-        _announce_size(settings, form, plan, missing, folder)
+        _announce_size(settings, plan, missing, folder)
     mine = [number for number in missing if number % num_writers == writer]
-    if not mine and not together:
+    if not mine:  # of ranks together, all find so: nobody else writes these
         return
-    with _engine(config, settings, place, plan[0]) as engine:
-        mine = _as_the_first_rank(mine) if together else mine
-        if not mine:
-            return
-        num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
-        _estimate_time(engine, _samples(config, plan, mine[0]), options.batch_tokens, num_tokens)
-        if together and place.rank:
-            for number in mine:
-                for _ in engine.read(_samples(config, plan, number)):
+    if together and place.rank:
+        with _engine(config, settings, place, plan) as engine:
+            for samples in _readings(config, plan, mine):
+                for _ in engine.read(samples):
                     pass
-            return
-        progress = Progress("dump", num_tokens, "token")
-        with _scratch(folder, writer) as scratch, BackgroundWriter(folder, scratch) as out:
-            for number in mine:
-                samples = _samples(config, plan, number)
-                shard = Shard.of(samples, out.spare_buffers())
-                for sample, aux, last in engine.read(samples):
-                    shard.set_states(sample, aux, last, form)
-                    progress.update(len(aux))
-                out.put(number, shard)
-        progress.close()
+        return
+    with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine:
+        _record(config, settings, plan, mine, engine, scratch)
+
+
+def _readings(config: Config, plan: HiddenStateStore, shards: list[int]) -> Iterator[list[Sample]]:
+    """Give what a writer lets the verifier read: a batch twice, by which the time is estimated, then its shards."""
+    batch: list[Sample] = []
+    for sample in _samples(config, plan, shards[0]):
+        if batch and sum(len(other.input_ids) for other in [*batch, sample]) > config.dump.batch_tokens:
+            break
+        batch.append(sample)
+    yield from (batch, batch)
+    for number in shards:
+        yield _samples(config, plan, number)
+
+
+def _record(
+    config: Config, settings: dict[str, Any], plan: HiddenStateStore, mine: list[int], engine: Engine, scratch: Path
+) -> None:
+    """Record shards."""
+    form, made_with, folder = state_format(settings), digest(settings), config.hidden_states_folder
+    readings = _readings(config, plan, mine)
+    num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
+    _estimate_time(engine, [next(readings), next(readings)], num_tokens)
+    progress, suspects = Progress("dump", num_tokens, "token"), 0
+    with BackgroundWriter(folder, scratch) as out:
+        for number, samples in zip(mine, readings, strict=True):
+            shard = Shard.of(samples, out.spare_buffers())
+            shard.made_with = made_with
+            for sample, aux, last in engine.read(samples):
+                if not shard.set_states(sample, aux, last, form):
+                    suspects += 1
+                    if suspects <= _NAMED:
+                        print(f"dump: {samples[sample].id} has states that are not finite as {form.dtype}", flush=True)
+                progress.update(len(aux))
+            out.put(number, shard)
+    progress.close()
+    if suspects:
+        print(f"dump: {suspects} samples have states that are not finite; training skips the steps that meet them")
 
 
 def state_format(settings: dict[str, Any]) -> StateFormat:
@@ -83,18 +109,22 @@ def _samples(config: Config, plan: HiddenStateStore, shard: int) -> list[Sample]
     samples = [plan[index] for index in plan.shard_samples(shard)]
     for sample in samples:
         if found := sample.image_record:
-            messages = read_line(config.conversations_folder / found.file, found.offset)["messages"]
-            sample.images = tuple(conversation_images(messages)[: found.count])
+            path = config.conversations_folder / found.file
+            record = read_line(path, found.offset)
+            if record.get("id") != conversation_id(sample.id):
+                raise ValueError(
+                    f"{path} was changed since it was tokenised, {sample.id} is not where it was: run "
+                    "`fledge synthesize` again, and dump with overwrite=true"
+                )
+            sample.images = tuple(conversation_images(record["messages"])[: len(found.digests)])
     return samples
 
 
-def _announce_size(
-    settings: dict[str, Any], form: StateFormat, plan: HiddenStateStore, missing: list[int], folder: Path
-) -> None:
+def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: list[int], folder: Path) -> None:
     """Print what the missing shards need, and refuse what the disk cannot hold."""
     tokens, counted = (sum(plan.entries[number][name] for number in missing) for name in ("tokens", "counted_tokens"))
     layers, width = len(settings["aux_layers"]), settings["verifier"]["hidden_size"]
-    per_token = form.bytes_per_token(layers, width, counted / tokens) + 5  # token and mask
+    per_token = state_format(settings).bytes_per_token(layers, width, counted / tokens) + 5  # token and mask
     needed, free = tokens * per_token, shutil.disk_usage(folder).free
     print(
         f"dump: {tokens} tokens to record, {per_token / 1000:.3g} kB each: {needed / 2**30:.2f} GiB to write, "
@@ -108,17 +138,14 @@ def _announce_size(
 
 
 @contextmanager
-def _engine(config: Config, settings: dict[str, Any], place: Place, first: Sample) -> Iterator[Engine]:
-    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all.
-
-    Args:
-        first: a sample by which it is checked.
-    """
+def _engine(config: Config, settings: dict[str, Any], place: Place, plan: HiddenStateStore) -> Iterator[Engine]:
+    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
     engine: Engine
     if config.dump.engine is DumpEngine.vllm:
+        check_readable(config, plan.ids, plan.lengths, plan.num_images)
         engine = VllmEngine(config, settings["aux_layers"])
     else:
-        engine = _load(config, settings, place, first)
+        engine = _load(config, settings, place, plan[0])
     try:
         yield engine
     finally:
@@ -136,25 +163,13 @@ def _load(config: Config, settings: dict[str, Any], place: Place, first: Sample)
     return TransformersEngine(verifier, config.dump.batch_tokens, images)
 
 
-def _as_the_first_rank(shards: list[int]) -> list[int]:
-    """Give the shards that rank 0 found missing: ranks that hold one verifier must read the same."""
-    shared = [shards]
-    dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def _estimate_time(engine: Engine, samples: list[Sample], batch_tokens: int, num_tokens: int) -> None:
-    """Print how long this writer will take, by the second reading of a batch: the first warms up and checks."""
-    batch: list[Sample] = []
-    for sample in samples:
-        if batch and sum(len(other.input_ids) for other in batch) + len(sample.input_ids) > batch_tokens:
-            break
-        batch.append(sample)
-    for _ in range(2):
+def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int) -> None:
+    """Print how long this writer will take, by the last reading: the first warms up."""
+    for batch in readings:
         start = time.perf_counter()
-        read = [last[-1:].float().sum().item() for _, _, last in engine.read(batch)]  # waits for the device
+        for _, _, last in engine.read(batch):
+            last[-1:].float().sum().item()  # waits for the device
     rate = sum(len(sample.input_ids) for sample in batch) / (time.perf_counter() - start)
-    assert len(read) == len(batch)
     hours = num_tokens / rate / 3600
     about = f"{hours:.1f} h" if hours > 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else "less than a minute"
     print(f"dump: {rate:.0f} tokens/s, {about} for this writer's {num_tokens} tokens", flush=True)

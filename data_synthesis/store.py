@@ -28,8 +28,8 @@ VOCABULARY_FILE, COUNTS_FILE, INDEX_FILE = "vocab_map.safetensors", "token_count
 TOKENS_FOLDER = "tokens"  # in a store with states: the store without, from which it is made
 
 
-def write_index(folder: Path, entries: list[dict[str, Any]]) -> str:
-    """Write what finds a sample in the shards of a store, and give the checksum of the file."""
+def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Write what finds a sample in the shards of a store."""
     ids: list[str] = []
     lengths: list[Tensor] = []
     num_images: list[int] = []
@@ -38,12 +38,32 @@ def write_index(folder: Path, entries: list[dict[str, Any]]) -> str:
         ids += shard.ids
         lengths.append(shard.tensors["sample_offsets"].diff().to(torch.int32))
         found = shard.image_records
-        num_images += [found[number].count if number in found else 0 for number in range(entry["samples"])]
+        num_images += [len(found[number].digests) if number in found else 0 for number in range(entry["samples"])]
     names = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
     path = folder / INDEX_FILE
     images = torch.tensor(num_images, dtype=torch.int32)
     save_tensors({"lengths": torch.cat(lengths), "num_images": images, "sample_ids": names}, path)
-    return _file_checksum(path)
+
+
+def checksums_beside(folder: Path) -> dict[str, str]:
+    """Give the checksums that the manifest has of the files beside the shards."""
+    return {name: _file_checksum(folder / name) for name in (INDEX_FILE, COUNTS_FILE) if (folder / name).is_file()}
+
+
+def load_beside(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Read a file beside the shards.
+
+    Raises:
+        ValueError: it is missing, or was altered.
+    """
+    path = folder / name
+    try:
+        found = _file_checksum(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}): {CURE}") from None
+    if found != manifest["files"].get(name):
+        raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {CURE}")
+    return load_file(path)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -84,7 +104,7 @@ class HiddenStateStore:
         self._shards: list[MappedShard | None] = [None] * len(self.entries)
         for entry in self.entries:
             check_size(folder / entry["file"], entry)
-        index = self._read_index()
+        index = load_beside(folder, self.manifest, INDEX_FILE)
         lengths = index["lengths"].numpy()
         self.ids: list[str] = json.loads(index["sample_ids"].numpy().tobytes())
         self.lengths: list[int] = lengths.tolist()
@@ -98,18 +118,9 @@ class HiddenStateStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": [None] * len(self._shards)}
 
-    def _read_index(self) -> dict[str, Tensor]:
-        path = self.folder / INDEX_FILE
-        try:
-            found = _file_checksum(path)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error}): {CURE}") from None
-        if found != self.manifest.get("index"):
-            raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {CURE}")
-        return load_file(path)
-
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Read every shard (or this share of them, among several readers) and compare all checksums."""
+        load_beside(self.folder, self.manifest, COUNTS_FILE)
         for number in range(share, len(self._shards), shares):
             self.map_shard(number).verify()
 

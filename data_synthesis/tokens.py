@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ from .images import UnreadableImagesError
 from .sequences import SequenceReader, leading_answers, num_whole_answers
 from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
-from .store import COUNTS_FILE, INDEX_FILE, save_tensors, write_index
+from .store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
 
 COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "template", "images")
 _WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
@@ -82,8 +84,8 @@ def write_tokens(config: Config, target: Artifact) -> None:
     manifest = target.manifest
     if target.complete and all_there(target.folder, manifest["shards"]):
         return
-    if target.complete:
-        target.save(complete=False, shards=[], taken=0, counts={})
+    if target.complete or not all((target.folder / e["file"]).is_file() for e in manifest.get("shards", [])):
+        target.save(complete=False, shards=[], taken=0, counts={})  # a file was lost: from the start
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
     progress = Progress("conversations", total, "conversation")
@@ -91,14 +93,14 @@ def write_tokens(config: Config, target: Artifact) -> None:
     progress.close()
     if read_manifest(source, "conversations")["content"] != catalogue.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
-    target.save(verifier_path=config.verifier.path)
+    target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
     _write_shards(config, target, catalogue)
     counts, shards = manifest["counts"], manifest["shards"]
     if not shards:
         raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config.dump.max_length)}")
-    index = write_index(target.folder, shards)
+    write_index(target.folder, shards)
     _write_token_counts(target)
-    target.finish(counts={**counts, **totals(shards)}, index=index)
+    target.finish(counts={**counts, **totals(shards)}, files=checksums_beside(target.folder))
 
 
 def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> None:
@@ -143,8 +145,26 @@ def _tokenised(config: Config, catalogue: Catalogue, first: int) -> Iterator[Ite
     if not workers:
         yield map(tokeniser, places)
         return
-    with multiprocessing.get_context("fork").Pool(workers, _start_worker, (tokeniser,)) as pool:
-        yield pool.imap(_tokenise_in_worker, places, _CHUNK)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _start_worker, (tokeniser,)) as pool:
+        yield _in_order(pool, places, workers)
+
+
+def _in_order(pool: ProcessPoolExecutor, places: list[Place], workers: int) -> Iterator[Tokenised]:
+    """Give conversations to processes, a few parts ahead of what is taken."""
+    running: deque[Future[list[Tokenised]]] = deque()
+    try:
+        for start in range(0, len(places), _CHUNK):
+            running.append(pool.submit(_tokenise_in_worker, places[start : start + _CHUNK]))
+            if len(running) > 4 * workers:
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"a process of dump.token_workers={workers} was killed: see whether memory ran out, set fewer, and start "
+            "the same command again; it goes on after the shards written"
+        ) from None
 
 
 def _start_worker(tokeniser: Tokeniser) -> None:
@@ -154,8 +174,8 @@ def _start_worker(tokeniser: Tokeniser) -> None:
     _tokeniser = tokeniser
 
 
-def _tokenise_in_worker(place: Place) -> Tokenised:
-    return _tokeniser(place)
+def _tokenise_in_worker(places: list[Place]) -> list[Tokenised]:
+    return [_tokeniser(place) for place in places]
 
 
 _tokeniser: Tokeniser  # of a worker
@@ -166,7 +186,8 @@ def _sample(place: Place, number: int, sequence: Sequence) -> Sample:
     for start, end in sequence.answers:
         loss_mask[start:end] = 1
     tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
-    images = ImageRecord(place.file, place.offset, len(sequence.images)) if sequence.images else None
+    digests = [image.digest for image in sequence.images]
+    images = ImageRecord(place.file, place.offset, digests) if digests else None
     return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
 
 

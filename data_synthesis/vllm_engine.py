@@ -73,7 +73,6 @@ class VllmEngine:
         self._aux = [self._ids.index(layer + 1) for layer in aux_layers]
         self._hidden_size = text.hidden_size
         options = llm_options(config, text, self._ids)
-        self._max_model_len: int = options["max_model_len"]
         self._max_tokens: int = _BATCHES * options["max_num_batched_tokens"]
         self._python = config.dump.vllm_python or sys.executable
         self._requests = itertools.count()
@@ -114,8 +113,6 @@ class VllmEngine:
 
     def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] as vLLM gets them done."""
-        for sample in samples:
-            check_readable(sample, self._max_model_len)
         waiting, flying, tokens, checks = deque(range(len(samples))), dict[int, int](), 0, _CHECKS
         while waiting or flying:
             while waiting and tokens + len(samples[waiting[0]].input_ids) <= self._max_tokens:
@@ -220,13 +217,8 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
         ids: vLLM's, of the states to record.
 
     Raises:
-        ValueError: `dump.vllm_options` has one of those that fledge sets, or ranks are to hold one verifier.
+        ValueError: `dump.vllm_options` has one of those that fledge sets.
     """
-    if config.verifier.tensor_parallel:
-        raise ValueError(
-            "verifier.tensor_parallel must be false with dump.engine=vllm, whose processes are its own: set "
-            "dump.vllm_options.tensor_parallel_size, and start one process"
-        )
     given = config.dump.vllm_options
     if ours := [name for name in _OURS if name in given]:
         raise ValueError(
@@ -256,22 +248,23 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def check_readable(sample: Sample, max_model_len: int) -> None:
-    """Refuse a sample that vLLM cannot read for a dump: one with images, or too long.
+def check_readable(config: Config, ids: Sequence[str], lengths: Sequence[int], num_images: Sequence[int]) -> None:
+    """Refuse samples that vLLM cannot read for a dump, before it starts: with images, or too long.
 
     Where the longest sequence of a batch has no room for another token, vLLM records the states of none of them.
     """
-    if sample.images:
-        raise ValueError(
-            f"dump.engine must be transformers for samples with images, got vllm: {sample.id} has "
-            f"{len(sample.images)}; dump.max_images=0 leaves such conversations out"
-        )
-    length = len(sample.input_ids)
-    if length >= max_model_len:
-        raise ValueError(
-            f"dump.vllm_options.max_model_len must be above the length of every sample, got {max_model_len}, and "
-            f"{sample.id} has {length} tokens: raise it, or lower dump.max_length"
-        )
+    max_model_len = llm_options(config, load_config(config.verifier), [])["max_model_len"]
+    for name, length, images in zip(ids, lengths, num_images, strict=True):
+        if images:
+            raise ValueError(
+                f"dump.engine must be transformers for samples with images, got vllm: {name} has {images}; "
+                "dump.max_images=0 leaves such conversations out"
+            )
+        if length >= max_model_len:
+            raise ValueError(
+                f"dump.vllm_options.max_model_len must be above the length of every sample, got {max_model_len}, and "
+                f"{name} has {length} tokens: raise it, or lower dump.max_length"
+            )
 
 
 def worker_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:

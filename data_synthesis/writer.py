@@ -21,14 +21,14 @@ class BackgroundWriter:
         scratch: of the same file system, for unfinished files.
 
     Raises:
-        ValueError: by `put` or at the end, a shard cannot be written.
+        ValueError: by `put` or at the end, a shard cannot be written; whatever else the thread met likewise.
     """
 
     def __init__(self, folder: Path, scratch: Path) -> None:
         self._folder, self._scratch = folder, scratch
         self._waiting: queue.Queue[tuple[int, Shard] | None] = queue.Queue(maxsize=1)
         self._spare: queue.SimpleQueue[dict[str, Tensor]] = queue.SimpleQueue()
-        self._error: ValueError | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="shard writer")
 
     def __enter__(self) -> BackgroundWriter:
@@ -62,4 +62,6 @@ class BackgroundWriter:
                         f"{self._folder / shard_name(given[0])} cannot be written ({error}): see to room and rights "
                         "there, or set dump.folder to another disk; the same command goes on after the shards written"
                     )
+                except BaseException as error:  # raised where the shards come from, which would wait for ever
+                    self._error = error
             del given

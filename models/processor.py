@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from transformers import AutoProcessor, ProcessorMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..conf.schema import VerifierConfig
-from .verifier import verifier_architectures, verifier_location
-
-_TAKE_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
-
-
-def takes_images(config: VerifierConfig) -> bool:
-    """Say whether the verifier reads images."""
-    return not _TAKE_IMAGES.isdisjoint(verifier_architectures(config))
+from .verifier import verifier_location
 
 
 def load_processor(config: VerifierConfig) -> ProcessorMixin:

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..conf.place import find_place
 from ..conf.schema import Device, Dtype, VerifierConfig
@@ -32,6 +31,7 @@ from .verifier_config import (
     logit_transform,
     not_loadable,
     special_token_ids,
+    takes_images,
     tokenizer_identity,
     torch_device,
     verifier_architectures,
@@ -52,8 +52,10 @@ __all__ = [  # what stands behind the door
     "load_end_token_ids",
     "load_final_norm",
     "load_tokenizer",
+    "load_whole_config",
     "logit_transform",
     "special_token_ids",
+    "takes_images",
     "tokenizer_identity",
     "torch_device",
     "verifier_architectures",
@@ -66,8 +68,7 @@ _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm",
 
 def _auto_class(whole: Any) -> Any:
     """Give the class of transformers that loads a checkpoint: one that takes images where the checkpoint's own does."""
-    takes_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(whole.model_type) in (whole.architectures or [])
-    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    return AutoModelForImageTextToText if takes_images(whole) else AutoModelForCausalLM
 
 
 class _Decoder(NamedTuple):

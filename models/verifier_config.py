@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..conf.artifact import digest
 from ..conf.schema import Device, VerifierConfig
@@ -41,12 +42,14 @@ def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(location, name, revision=config.revision))
     except LocalEntryNotFoundError as error:
+        if isinstance(try_to_load_from_cache(location, "config.json", revision=config.revision), str):
+            return None  # without network: of a verifier that was fetched before, which lacks this file
         raise not_loadable(config, error) from None
     except EntryNotFoundError:
         return None
@@ -60,6 +63,11 @@ def load_whole_config(config: VerifierConfig) -> Any:
         return AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
     except (OSError, KeyError) as error:
         raise not_loadable(config, error) from None
+
+
+def takes_images(whole: Any) -> bool:
+    """Say of a checkpoint's whole configuration whether its own class reads images."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(whole.model_type) in (whole.architectures or [])
 
 
 def load_config(config: VerifierConfig) -> Any:

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from builders import write_store
-from fledge.conf.artifact import digest
+from fledge.conf.artifact import artifact, digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
+from fledge.data_synthesis.shard import Shard, write_shard
 from fledge.data_synthesis.split import conversation_id, is_heldout, sequence_id
-from fledge.data_synthesis.store import VOCABULARY_FILE, HiddenStateStore
+from fledge.data_synthesis.state_format import decode, encode_float8
+from fledge.data_synthesis.store import COUNTS_FILE, VOCABULARY_FILE, HiddenStateStore, checksums_beside, write_index
 from fledge.models.draft_head import DraftHeadConfig
 from fledge.models.verifier import load_config, special_token_ids
 from fledge.models.vocabulary import build_vocabulary
@@ -203,7 +205,7 @@ def test_a_vocabulary_map_that_does_not_follow_from_the_store_is_refused(copied)
     with pytest.raises(ValueError, match=r"draft\.vocab_size is 200, the map .* has 300: run `fledge dump`"):
         _ = opened(dataclasses.replace(copied, draft=DraftConfig(vocab_size=200))).vocabulary
     save_file({"token_counts": counted[:-1].clone()}, counts)
-    with pytest.raises(ValueError, match=r"token_counts\.safetensors does not count the verifier's \d+ tokens"):
+    with pytest.raises(ValueError, match=r"token_counts\.safetensors does not have the checksum of the manifest"):
         _ = opened(copied).vocabulary
 
 
@@ -331,3 +333,32 @@ def test_learning_rate_warms_up_linearly_and_falls_to_its_floor():
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.2, abs=1e-2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_stores_of_several_formats_are_mixed_without_a_change_of_any_state(finished, tmp_path):
+    store = HiddenStateStore(finished.path / "hidden_states")
+    samples = [store[index] for index in range(4)]
+    small = [dataclasses.replace(sample, id=f"small/{sample.id}") for sample in samples[2:]]
+    for sample in small:
+        sample.aux_hidden_states, sample.aux_scale = encode_float8(sample.aux_hidden_states, 3)
+        sample.last_hidden_state, sample.last_scale = encode_float8(sample.last_hidden_state, 1)
+    like = finished.path / "hidden_states"
+    stores = []
+    for name, part in (("exact", samples[:2]), ("small", small)):
+        folder = tmp_path / name
+        with artifact(folder, "hidden_states", store.manifest["settings"]) as target:
+            entries = [write_shard(folder, 0, Shard.of(part))]
+            write_index(folder, entries)
+            shutil.copy(like / COUNTS_FILE, folder)
+            target.finish(shards=entries, files=checksums_beside(folder))
+        stores.append(HiddenStateStore(folder))
+    lengths = [length for each in stores for length in each.lengths]
+    mixed = Batches(stores, lengths, 3)[[0, 2, 1, 3]].to(torch.device("cpu"), torch.float32, 3)
+    for place, (number, start) in enumerate(zip([0, 2, 1, 3], itertools.accumulate([0, *mixed.lengths]), strict=False)):
+        here = slice(start, start + mixed.lengths[place])
+        sample = [*samples[:2], *small][number]
+        aux = decode(sample.aux_hidden_states, sample.aux_scale, torch.float32)
+        assert torch.equal(mixed.aux_hidden_states[here], aux)
+        assert torch.equal(
+            mixed.last_hidden_state[here], decode(sample.last_hidden_state, sample.last_scale, aux.dtype)
+        )

@@ -14,7 +14,7 @@ from fledge.data_synthesis.images import UnreadableImagesError, load_image
 from fledge.data_synthesis.preview import preview
 from fledge.data_synthesis.record import TransformersEngine
 from fledge.data_synthesis.sequences import SequenceReader, leading_answers
-from fledge.data_synthesis.shard import Sample
+from fledge.data_synthesis.shard import ImageRecord, Sample
 from fledge.data_synthesis.store import HiddenStateStore
 from fledge.models.verifier import Verifier
 from fledge.train.data import Split
@@ -271,6 +271,11 @@ def test_an_image_that_was_exchanged_before_it_is_recorded_is_named(llama4, pict
     path.write_bytes(Path(pictures[3]).read_bytes())
     with pytest.raises(ValueError, match="sample s/7: its images are not those that its tokens were made with; give"):
         list(engine.read([sample]))
+    Image.new("RGB", Image.open(pictures[0]).size, "red").save(path)
+    assert len(list(engine.read([sample]))) == 1, "the same tokens"
+    sample.image_record = ImageRecord("conversations.jsonl", 0, ["0123456789abcdef"])
+    with pytest.raises(ValueError, match="sample s/7: its images are not those that its tokens were made with; give"):
+        list(engine.read([sample]))
     path.unlink()
     with pytest.raises(ValueError, match=r"sample s/7: image 1 \(.*a.png\) cannot be read: FileNotFoundError"):
         list(engine.read([sample]))
@@ -310,6 +315,13 @@ def test_a_dump_holds_the_states_of_samples_with_images_and_online_training_leav
     with torch.no_grad():
         states = model(**{**inputs, **floats}, output_hidden_states=True, use_cache=False).hidden_states
     assert_states(config, inputs, states, (1, 3, 4), sample.aux_hidden_states, sample.last_hidden_state)
+    Image.new("RGB", Image.open(pictures[0]).size, "red").save(tmp_path / "exchanged.png")
+    other = {**conversation(asked(str(tmp_path / "exchanged.png")), "Red."), "source": "s", "usage": {}}
+    again = conversations_run(tmp_path / "again", config, other)
+    again.train.hidden_states = HiddenStates.online
+    dump(again)
+    (sample,) = [HiddenStateStore(again.hidden_states_folder, with_states=False)[0]]
+    assert len(sample.image_record.digests) == 1
     split = Split.of([HiddenStateStore(run.hidden_states_folder, with_states=False)], 4096, TooLong.cut)
     assert (split.train, split.num_with_images) == ([[store.ids.index("s/words")]], 1)
     assert "1 left out as they have images, which online training does not read" in str(split)

@@ -14,7 +14,7 @@ from fledge.conf.schema import Config, HiddenStates, InspectConfig, StateDtype
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.inspect_store import inspect_store
 from fledge.data_synthesis.shard import Shard, write_shard
-from fledge.data_synthesis.store import HiddenStateStore, write_index
+from fledge.data_synthesis.store import HiddenStateStore, checksums_beside, write_index
 from fledge.models.verifier import load_tokenizer
 
 
@@ -114,7 +114,8 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
     del store
     entry = write_shard(folder, 0, Shard.of(samples))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"shards": [entry], "index": write_index(folder, [entry])}
+    write_index(folder, [entry])
+    manifest |= {"shards": [entry], "files": checksums_beside(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit) as stopped:
         inspected(config, capsys)
@@ -143,6 +144,15 @@ def test_the_folder_and_the_flag_are_written_as_other_commands_write_them():
         "inspect.verify=true",
     ]
     assert inspect_overrides(["experiment=demo", "name=demo"]) == ["experiment=demo", "name=demo"]
+    assert inspect_overrides(["--verify", "runs/x"])[2:] == ["inspect.verify=true", "inspect.store='runs/x'"]
+    assert inspect_overrides(["--cfg", "job", "runs/x"])[2:] == ["--cfg", "job", "inspect.store='runs/x'"]
+
+
+def test_a_store_that_is_being_cleared_is_told(config, capsys):
+    manifest = config.hidden_states_folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "settings": None, "complete": False}))
+    with pytest.raises(ValueError, match="is being cleared, or that was killed: run `fledge dump` again"):
+        inspected(config, capsys)
 
 
 def test_the_command_takes_a_folder_with_blanks(finished, tmp_path):

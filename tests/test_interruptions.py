@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from builders import Run, as_if_killed_after, copy_until_dump, metrics_of
+from builders import Run, as_if_killed_after, assert_same_record, copy_until_dump, metrics_of
 from fledge.models.formats import checkpoint_steps, head_folder, load_head
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -57,7 +57,7 @@ def test_training_moves_to_another_number_of_processes(finished, run, tmp_path, 
     assert f"{processes[1]} process(es)" in done.stdout
     assert "going on from step 9" in done.stdout
     for ours, theirs in zip(metrics_of(moved), metrics_of(run), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert_same_record(ours, theirs)
     ours, theirs = weights(moved), weights(run)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
     assert not (checkpoints(moved) / ".universal").exists()

@@ -54,8 +54,9 @@ def test_a_dump_that_would_store_wrong_targets_is_refused_before_it_begins(verif
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"].roll(1, 0)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="its logits are not its lm_head times the state that is stored"):
-        check_first(replace(verifier_config, path=str(folder)), verifier, tokens, StateFormat(torch.float32))
+    for dtype in (torch.float32, torch.bfloat16, FLOAT8):
+        with pytest.raises(ValueError, match="its logits are not its lm_head times the state that is stored"):
+            check_first(replace(verifier_config, path=str(folder)), verifier, tokens, StateFormat(dtype))
 
 
 @pytest.mark.parametrize("lengths", [[300, 290, 280, 150, 149, 148, 20, 19, 3], list(range(1, 200, 3))])

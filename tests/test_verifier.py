@@ -1,6 +1,10 @@
 """Verifiers of many architectures: states are captured as transformers defines them, and decoding stays lossless."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +143,21 @@ def test_greedy_speculation_is_lossless(tmp_path, verifier, name):
             torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=verifier.end_token_ids
         )
     assert alone.tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_a_hub_verifier_that_was_fetched_before_is_read_without_network(tmp_path, tiny_verifier_folder):
+    repository = tmp_path / "hub" / "models--some--verifier"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_verifier_folder, repository / "snapshots" / ("0" * 40))
+    script = (
+        "from fledge.conf.schema import Device, Dtype, VerifierConfig\n"
+        "from fledge.models.verifier import Verifier, VerifierWeights\n"
+        "config = VerifierConfig('some/verifier', dtype=Dtype.float32, device=Device.cpu)\n"
+        "Verifier.load(config)\n"
+        "print(VerifierWeights(config).lm_head().shape)\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([600, 64])" in done.stdout

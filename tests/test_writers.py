@@ -17,9 +17,12 @@ from builders import conversation_record, conversations_run, recorded_sequence
 from fledge.conf.artifact import read_manifest
 from fledge.conf.schema import Config, HiddenStates, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.shard import Sample
+from fledge.data_synthesis.record import TransformersEngine
+from fledge.data_synthesis.shard import Sample, Shard
 from fledge.data_synthesis.state_format import decode, target_positions
 from fledge.data_synthesis.store import HiddenStateStore
+from fledge.data_synthesis.tokens import Tokeniser
+from fledge.data_synthesis.writer import BackgroundWriter
 
 KILLS = int(os.environ.get("FLEDGE_DUMP_KILLS", "2"))
 START = "import pickle, sys; from fledge.data_synthesis.dump import dump; dump(pickle.load(open(sys.argv[1], 'rb')))"
@@ -284,3 +287,69 @@ def test_a_token_that_was_altered_on_the_disk_is_not_read_by_the_verifier(config
     shard.unlink()
     dump(into(config, store, writer=1, num_writers=2))
     samples(store)
+
+
+def test_a_killed_tokenising_process_is_told_and_not_waited_for(spoken, tmp_path, monkeypatch):
+    def killed(self, place):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Tokeniser, "__call__", killed)
+    with pytest.raises(ValueError, match=r"a process of dump\.token_workers=2 was killed"):
+        dump(into(spoken, tmp_path / "store", token_workers=2))
+    monkeypatch.undo()
+    dump(into(spoken, tmp_path / "store", token_workers=2))
+
+
+@pytest.mark.parametrize("error", [ValueError("of the thread"), MemoryError("of the thread")])
+def test_whatever_stops_the_writing_thread_reaches_the_caller(tmp_path, monkeypatch, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("fledge.data_synthesis.writer.write_shard", failing)
+    shard = Shard.of([Sample("a", torch.arange(4), torch.ones(4))])
+
+    def write_four():
+        with BackgroundWriter(tmp_path, tmp_path) as writer:
+            for number in range(4):
+                writer.put(number, shard)
+
+    with pytest.raises(type(error), match="of the thread"):
+        write_four()
+
+
+def test_a_shard_without_a_single_target_is_stored(tmp_path, verifier_config):
+    lines = [conversation_record(f"s/{n}", "u", "a", sequences=[recorded_sequence([5, 6, 2], (2, 3))]) for n in (0, 1)]
+    config = conversations_run(tmp_path, verifier_config, *lines)
+    config.train.hidden_states = HiddenStates.offline
+    dump(into(config, tmp_path / "store", last_states=LastStates.counted, dtype=StateDtype.float8))
+    assert all(not sample.last_scale.any() for sample in samples(tmp_path / "store").values())
+
+
+def test_shards_of_another_store_are_not_taken_for_its_own(config, tmp_path):
+    one, other = into(config, tmp_path / "one", num_writers=2), into(config, tmp_path / "other")
+    dump(one)
+    other.draft.aux_layers = [0, 1, 2]
+    dump(other)
+    stray = tmp_path / "one" / "shard-00001.safetensors"
+    shutil.copy(tmp_path / "other" / stray.name, stray)
+    one.draft.aux_layers = None
+    with pytest.raises(ValueError, match=rf"{stray} holds other samples or states than this store's: delete the file"):
+        dump(replace(one, dump=replace(one.dump, writer=1)))
+    stray.unlink()
+    dump(replace(one, dump=replace(one.dump, writer=1)))
+    samples(tmp_path / "one")
+
+
+def test_states_that_are_not_finite_as_they_are_stored_are_named(config, tmp_path, monkeypatch, capsys):
+    def too_large(self, given):
+        for number, aux, last in read(self, given):
+            yield number, (aux.fill_(7e4) if given[number].id == "s/7" else aux), last
+
+    read = TransformersEngine.read
+    monkeypatch.setattr(TransformersEngine, "read", too_large)
+    dump(into(config, tmp_path / "wide"))
+    assert "not finite" not in capsys.readouterr().out
+    dump(into(config, tmp_path / "narrow", dtype=StateDtype.float16))
+    said = capsys.readouterr().out
+    assert "dump: s/7 has states that are not finite as torch.float16" in said
+    assert "dump: 1 samples have states that are not finite" in said

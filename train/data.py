@@ -191,6 +191,11 @@ def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: i
             f"train.batch_tokens={batch_tokens} holds no training sample of {store.folder}, whose longest has "
             f"{max(store.lengths)} tokens: raise it"
         )
+    if not store.with_states and (num_images := sum(map(bool, store.num_images))):
+        return ValueError(
+            f"{store.folder} holds no training sample without images, {num_images} of its {len(store)} have some: "
+            "train with train.hidden_states=offline"
+        )
     return ValueError(
         f"{store.folder} holds no training sample, its {len(store)} are held out (data.heldout_share={share}, the "
         "largest of all stores): make it of more conversations or with a smaller share"
@@ -222,6 +227,8 @@ class Batches(Dataset[PackedBatch | ValueError]):
     def _collate(self, pack: list[int]) -> PackedBatch:
         places = [bisect.bisect_right(self._firsts, number) - 1 for number in pack]
         parts = [self._stores[place][number - self._firsts[place]] for place, number in zip(places, pack, strict=True)]
+        if len({part.aux_scale is None for part in parts}) > 1:  # of stores of several formats
+            parts = [part.decoded() for part in parts]
         lengths = [self._lengths[number] for number in pack]
 
         def join(name: str) -> Tensor | None:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from ..conf.artifact import Artifact
 from ..data_synthesis.shard import Sample, Shard, shard_entry
 from ..data_synthesis.state_format import StateFormat
-from ..data_synthesis.store import HiddenStateStore, write_index
+from ..data_synthesis.store import HiddenStateStore, checksums_beside, write_index
 from ..data_synthesis.writer import BackgroundWriter
 from .data import Batches, pack
 
@@ -107,7 +107,8 @@ def finish(folder: Path) -> HiddenStateStore:
     """Complete a store of shards that are written."""
     entries = [shard_entry(path) for path in sorted(folder.glob("shard-*"))]
     manifest = {"kind": "hidden_states", "settings": {"heldout_share": 0.0}}
-    Artifact(folder, manifest).finish(shards=entries, index=write_index(folder, entries))
+    write_index(folder, entries)
+    Artifact(folder, manifest).finish(shards=entries, files=checksums_beside(folder))
     return HiddenStateStore(folder)
 
 
