@@ -267,8 +267,8 @@ def conversations_run(
 def assert_same_record(ours: dict[str, float], theirs: dict[str, float]) -> None:
     """Hold a record of metrics against that of a run which adds float32 in another order.
 
-    Agreement counts rows, about 900 between two records: where a row's two likeliest tokens are equally likely to the last
-    digit, it may go either way.
+    Agreement counts rows, about 900 between two records: where a row's two likeliest tokens are equally likely to the
+    last digit, it may go either way.
     """
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

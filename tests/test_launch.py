@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from builders import Run
 from fledge.conf.place import Place, find_place, first_host, own_gpus
+from fledge.data_synthesis.store import checksums_beside, write_index
 from fledge.models.formats import checkpoint_steps
 from fledge.train.tracking import read_metrics
 
@@ -180,7 +181,9 @@ def older_store(store: Path, folder: Path) -> Path:
     shutil.copytree(store, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / manifest["shards"].pop()["file"]).unlink()
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": "0123456789abcdef"}))
+    write_index(folder, manifest["shards"])
+    changes = {"digest": "0123456789abcdef", "files": checksums_beside(folder)}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
     return folder
 
 
