@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..conf.artifact import Artifact, artifact, digest, read_manifest
 from ..conf.place import find_place
@@ -155,6 +157,15 @@ def _tell(config: Config, target: Artifact) -> None:
     )
 
 
+def _holds(path: Path, tensors: dict[str, torch.Tensor]) -> bool:
+    """Say whether a file is there and has these tensors."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        return False
+    return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
 def _counts(target: Artifact) -> torch.Tensor:
     return load_beside(target.folder, target.manifest, COUNTS_FILE)["token_counts"]
 
@@ -167,6 +178,8 @@ def _write_vocabulary(config: Config, folder: Path, counts: torch.Tensor, always
         always: ids that it holds whatever their count.
     """
     vocabulary = build_vocabulary(counts, config.draft.vocab_size, always)
-    save_tensors({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, folder / VOCABULARY_FILE)
+    made = {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
+    if not _holds(folder / VOCABULARY_FILE, made):
+        save_tensors(made, folder / VOCABULARY_FILE)
     share = coverage(counts, vocabulary)
     print(f"draft vocabulary: {len(vocabulary.d2t)} of {len(counts)} tokens, {share:.2%} of what the verifier produced")
