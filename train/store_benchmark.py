@@ -129,12 +129,11 @@ def plain_read(paths: list[Path]) -> None:
 
 
 def plain_copy(paths: list[Path], to: Path) -> None:
-    """Copy files durably."""
+    """Copy files durably; all stay, so that the copy takes as much memory of the system's as the store."""
     for path in paths:
-        with open(path, "rb", buffering=0) as source, open(to, "wb", buffering=0) as target:
+        with open(path, "rb", buffering=0) as source, open(to / path.name, "wb", buffering=0) as target:
             shutil.copyfileobj(source, target, _BLOCK)
             os.fsync(target.fileno())
-        to.unlink()
 
 
 def measure_rates(options: Options, folder: Path) -> dict[str, Any]:
@@ -152,6 +151,7 @@ def measure_rates(options: Options, folder: Path) -> dict[str, Any]:
         times["write"].append(timed(write_shards, folder, parts, states, getattr(torch, options.dtype)))
         store = finish(folder)
         paths = sorted(folder.glob("shard-*"))
+        (folder / "copy").mkdir()
         times["copy"].append(timed(plain_copy, paths, folder / "copy"))
         times["read"].append(timed(list, read_packs(store, packs)))
         times["plain_read"].append(timed(plain_read, paths))
