@@ -61,6 +61,20 @@ class DumpEngine(Enum):
     vllm = "vllm"  # vLLM's hidden-state extraction, in a process of dump.vllm_python
 
 
+class EvaluateEngine(Enum):
+    """What answers the questions of `evaluate`."""
+
+    transformers = "transformers"  # in this process
+    server = "server"  # a running vLLM or SGLang that serves verifier and head, at evaluate.endpoint
+
+
+class DraftSampling(Enum):
+    """How a draft head chooses its tokens where the verifier samples."""
+
+    greedy = "greedy"  # the likeliest, as SGLang, TensorRT-LLM and vLLM by default do
+    sampled = "sampled"  # drawn at the same temperature: more is accepted of a well-trained head; chains only
+
+
 class StateDtype(Enum):
     """A format that hidden states are stored in."""
 
@@ -274,14 +288,29 @@ class EvaluateConfig:
 
     questions: str | None = None  # hub id, JSONL in MT-Bench's form, or "embedded"
     questions_split: str = "train"
+    engine: EvaluateEngine = EvaluateEngine.transformers
+    endpoint: str | None = None  # base URL of the server, as http://localhost:8000/v1, with engine=server
     num_draft_tokens: int = 3  # tokens proposed a round
+    tree_depth: int | None = None  # None: a chain; else an EAGLE-2 dynamic tree of num_draft_tokens nodes, this deep
+    tree_top_k: int = 8  # branches: children a node may have, and nodes that grow at each depth
     max_tokens: int = 1024  # tokens an answer
-    temperature: float = 0.0  # 0 is greedy; above, tokens are sampled and drafts accepted by rejection sampling
+    temperature: float = 0.0  # 0 is greedy; above, tokens are sampled, and drafts leave their distribution as it is
+    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
+    top_k: int | None = None  # sample among this many of the likeliest tokens; None: all
+    draft_sampling: DraftSampling = DraftSampling.greedy
     seed: int = 0  # of the samples, with the question and the turn
+    batch_size: int = 1  # questions answered at a time
+    kernels: bool = True  # on a GPU: fused Triton kernels
+    cuda_graphs: bool = True  # on a GPU: a round is captured once and replayed
     questions_per_category: int | None = None  # None: all
     heldout_prompts: int = 64  # held-out conversations decoded too, to compare with what training walked; 0: none
     baselines: bool = True  # measure an untrained head and prompt-lookup drafting beside
     checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
+
+    @property
+    def draft_depth(self) -> int:
+        """Draft tokens that a round can accept."""
+        return self.tree_depth or self.num_draft_tokens
 
 
 @dataclass

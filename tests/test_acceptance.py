@@ -14,8 +14,8 @@ from builders import make_head
 from fledge.conf.journal import read_journal
 from fledge.conf.schema import Config, EvaluateConfig
 from fledge.eval.acceptance import GREEDY, Proposal, Sampled
+from fledge.eval.answers import decode_question
 from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.evaluate import decode_question
 from fledge.eval.prompt_lookup import NoDraft, PromptLookup
 from fledge.eval.questions import Question
 from fledge.eval.speculative import speculate

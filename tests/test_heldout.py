@@ -7,7 +7,7 @@ import torch
 from builders import make_batch, make_head, matrices
 from fledge.conf.schema import EvaluateConfig
 from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.evaluate import _told_in_training
+from fledge.eval.results import told_in_training
 from fledge.models.verifier import LogitTransform
 from fledge.train import fused_loss
 from fledge.train.heldout import Walk, acceptance, total, walk, walk_batches
@@ -101,6 +101,6 @@ def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_an
     }
     (tmp_path / "heldout_walks.json").write_text(json.dumps({"3": walks}))
     greedy, sampled = (EvaluateConfig(num_draft_tokens=3, temperature=t) for t in (0.0, 1.0))
-    assert _told_in_training(tmp_path, ["s/a", "s/c"], greedy) == {"walked_acceptance_length": 1 + 10 / 8}
-    assert _told_in_training(tmp_path, ["s/a"], sampled) == {"estimated_acceptance_length_t1": 1 + 10 / 20}
-    assert _told_in_training(tmp_path, ["s/c"], greedy) == {"walked_acceptance_length": None}
+    assert told_in_training(tmp_path, ["s/a", "s/c"], greedy) == {"walked_acceptance_length": 1 + 10 / 8}
+    assert told_in_training(tmp_path, ["s/a"], sampled) == {"estimated_acceptance_length_t1": 1 + 10 / 20}
+    assert told_in_training(tmp_path, ["s/c"], greedy) == {"walked_acceptance_length": None}
