@@ -1,98 +1,125 @@
-"""How tokens are chosen and draft tokens accepted: greedily, or by sampling.
+"""How the verifier chooses the token after each node of a proposal; drafts that are what it chooses are accepted.
 
-Greedy: a draft token is accepted where it is the verifier's most likely one, which takes its place where it is not.
+Greedy: its most likely token.
 
-Sampled at temperature t, with p and q the verifier's and the drafter's distributions at t: a draft token x is accepted
-with probability min(1, p(x) / q(x)); the first one that is not gives way to a token drawn from max(p - q, 0),
-normalised; where all are accepted the bonus token is drawn from p. Every token then has exactly the distribution p
-(speculative sampling: arXiv:2211.17192, arXiv:2302.01318).
+Sampled, with p its distribution at the temperature (with top_k and top_p among the likeliest tokens alone): a token
+drawn from p. Whatever was proposed, the tokens of the way then have the distribution p, for a proposal that is not
+drawn says nothing of the draw: a draft token x is accepted with probability p(x), and siblings with that of their sum.
+
+Where draft tokens were drawn from q, their draws are used (speculative sampling: arXiv:2211.17192, arXiv:2302.01318): x
+is chosen with probability min(1, p(x) / q(x)), and else a token drawn from max(p - q, 0), normalised, which is never x.
+That is distributed as p too, and accepts sum min(p, q), the most that is possible.
+
+The numbers by which is drawn belong to the places of an answer's tokens, whatever rounds they come about in. A proposal
+that is not drawn therefore changes nothing at all: the answer is, token for token, that of the verifier alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..conf.schema import DraftSampling, EvaluateConfig
+from .proposal import Proposal
 
-@dataclass
-class Proposal:
-    """Draft tokens, in a row."""
-
-    tokens: list[int]
-    probabilities: Tensor | None = None  # [n, V], what each was drawn from; None: nothing but that token was possible
+NUM_DRAWS = 3  # uniform numbers for each token of an answer: to draft it, to accept the draft, to choose it
+_DRAFT, _ACCEPT, _CHOOSE = range(NUM_DRAWS)
 
 
-class AcceptanceRule(Protocol):
-    """A way to choose tokens and to accept those of a draft."""
+@dataclass(frozen=True)
+class AcceptanceRule:
+    """Greedy at temperature 0, sampled above."""
 
-    def choose(self, logits: Tensor) -> tuple[int, Tensor | None]:
-        """Choose a token by logits [V]; give it and, where it was drawn, the distribution [V]."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    draft_sampling: DraftSampling = DraftSampling.greedy
 
-    def accept(self, proposal: Proposal, logits: Tensor) -> list[int]:
-        """Give the n accepted draft tokens and the verifier's token after them.
+    @classmethod
+    def of(cls, options: EvaluateConfig) -> AcceptanceRule:
+        """Give the rule that the options ask for."""
+        return cls(options.temperature, options.top_p, options.top_k, options.draft_sampling)
+
+    @property
+    def draws_drafts(self) -> bool:
+        """Whether a draft head draws its tokens."""
+        return self.temperature > 0 and self.draft_sampling is DraftSampling.sampled
+
+    def choose(self, logits: Tensor, proposal: Proposal, draws: Tensor) -> Tensor:
+        """Choose the token after each node: int64 [B, N + 1].
 
         Args:
-            logits: the verifier's [drafts + 1, V], after the text and after each draft token.
+            logits: the verifier's [B, N + 1, V].
+            draws: float64 [B, N + 1, NUM_DRAWS], uniform in [0, 1), one row for all nodes of a depth; not used where
+                greedy.
         """
-
-
-class Greedy:
-    """The most likely token, always."""
-
-    def choose(self, logits: Tensor) -> tuple[int, Tensor | None]:
-        return int(logits.argmax()), None
-
-    def accept(self, proposal: Proposal, logits: Tensor) -> list[int]:
-        choices: list[int] = logits.argmax(-1).tolist()
-        accepted = 0
-        while accepted < len(proposal.tokens) and proposal.tokens[accepted] == choices[accepted]:
-            accepted += 1
-        return choices[: accepted + 1]
-
-
-GREEDY = Greedy()
-
-
-class Sampled:
-    """Tokens drawn at a temperature above 0.
-
-    Args:
-        seed: whatever names the answer: the same gives the same draws.
-    """
-
-    def __init__(self, temperature: float, device: torch.device, seed: str) -> None:
-        self._temperature = temperature
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
-
-    def choose(self, logits: Tensor) -> tuple[int, Tensor | None]:
-        probabilities = self._probabilities(logits)
-        return self._draw(probabilities), probabilities
-
-    def accept(self, proposal: Proposal, logits: Tensor) -> list[int]:
-        p, num_draft_tokens = self._probabilities(logits), len(proposal.tokens)
-        drafts = torch.tensor(proposal.tokens, dtype=torch.int64, device=p.device)[:, None]
-        q = torch.zeros_like(p)  # after the last draft token nothing was proposed: what is left of p is all of it
+        if not self.temperature:
+            return logits.argmax(-1)
+        p = self.probabilities(logits)
         if proposal.probabilities is None:
-            q[:num_draft_tokens].scatter_(1, drafts, 1.0)
-        else:
-            q[:num_draft_tokens] = proposal.probabilities
-        chances = (p[:num_draft_tokens].gather(1, drafts) / q[:num_draft_tokens].gather(1, drafts)).squeeze(1)
-        passed = torch.rand(num_draft_tokens, generator=self._generator, device=p.device) < chances
-        accepted = int(passed.long().cumprod(0).sum())
-        return [*proposal.tokens[:accepted], self._draw(self._residual(p[accepted], q[accepted]))]
+            return draw(p, draws[..., _CHOOSE])
+        drafts = proposal.tokens[..., None]
+        q = torch.zeros_like(p)  # after the last draft token nothing was proposed: what is left of p is all of it
+        q[:, :-1] = proposal.probabilities
+        passed = draws[:, :-1, _ACCEPT] * q[:, :-1].gather(2, drafts)[..., 0] < p[:, :-1].gather(2, drafts)[..., 0]
+        choices = draw(self.residual(p, q), draws[..., _CHOOSE])
+        choices[:, :-1] = torch.where(passed, proposal.tokens, choices[:, :-1])
+        return choices
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return torch.softmax(logits.float() / self._temperature, -1)
+    def draft(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Choose a draft token by logits [B, Vd]: int64 [B]; and, where it was drawn, the distribution [B, Vd].
 
-    def _residual(self, p: Tensor, q: Tensor) -> Tensor:
+        Args:
+            draws: float64 [B, NUM_DRAWS].
+        """
+        if not self.draws_drafts:
+            return logits.argmax(-1), None
+        q = torch.softmax(logits.float() / self.temperature, -1)
+        return draw(q, draws[:, _DRAFT]), q
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Give the distributions float32 [..., V] that tokens are drawn from."""
+        logits = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        p = torch.softmax(logits, -1)
+        if self.top_p < 1:
+            ordered, tokens = p.sort(descending=True, stable=True)
+            before = ordered.cumsum(-1) - ordered
+            p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(before >= self.top_p, 0.0))
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+    def residual(self, p: Tensor, q: Tensor) -> Tensor:
         """Give what p has more than q, in proportion; p where rounding leaves nothing."""
         rest = (p - q).clamp(min=0)
-        return torch.where(rest.sum() > 0, rest, p)
+        return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
 
-    def _draw(self, weights: Tensor) -> int:
-        return int(torch.multinomial(weights, 1, generator=self._generator))
+
+GREEDY = AcceptanceRule()
+
+
+def draw(weights: Tensor, draws: Tensor) -> Tensor:
+    """Draw by weights [..., V]: int64 [...], the first token up to which they sum to more than their share.
+
+    Args:
+        draws: float64 [...], uniform in [0, 1).
+    """
+    sums = weights.double().cumsum(-1)
+    share = draws[..., None] * sums[..., -1:]
+    return torch.searchsorted(sums, share, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+
+
+def uniform_draws(seed: str, num_tokens: int) -> Tensor:
+    """Give the numbers of an answer: float64 [num_tokens, NUM_DRAWS], whatever device and batch it is on.
+
+    Args:
+        seed: whatever names the answer: the same gives the same numbers.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+    return torch.rand(num_tokens, NUM_DRAWS, generator=generator, dtype=torch.float64)

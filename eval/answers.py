@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,17 @@ import torch
 
 from ..conf.journal import Journal
 from ..conf.progress import Progress
-from ..conf.schema import Config, EvaluateConfig
+from ..conf.schema import Config
 from ..data_synthesis.chat import prompt_tokens
 from ..models.draft_head import DraftHead, initialise
 from ..models.verifier import Verifier, VerifierWeights
 from ..models.vocabulary import VocabularyMap
-from .acceptance import GREEDY, AcceptanceRule, Sampled
+from .acceptance import AcceptanceRule
 from .draft_decoder import DraftDecoder
 from .prompt_lookup import NoDraft, PromptLookup
 from .questions import HELDOUT, Question
 from .results import LOOKUP, RECORDS, TRAINED, UNTRAINED
-from .speculative import Decoded, Drafter, speculate
+from .speculative import Decoded, Drafter, Request, Speculator
 
 
 def answer_questions(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
@@ -27,72 +28,103 @@ def answer_questions(config: Config, head: DraftHead, questions: list[Question],
     journal = Journal(folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
     if left:
-        verifier = Verifier.load(config.verifier, list(head.config.aux_layers))
-        drafters = _drafters(config, head, verifier)
+        answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head)
         progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-        for question in left:
-            used = drafters if question.category != HELDOUT else {TRAINED: drafters[TRAINED]}
-            journal.append([decode_question(verifier, used, question, config)])
-            progress.update()
+        for group in _groups(left, config.evaluate.batch_size):
+            journal.append(answerer.answer(group))
+            progress.update(len(group))
         progress.close()
     journal.close()
 
 
-def _drafters(config: Config, head: DraftHead, verifier: Verifier) -> dict[str, Drafter]:
-    weights = VerifierWeights(config.verifier)
-    dtype = getattr(torch, config.verifier.dtype.value)
-    matrix = weights.embedding()
-    embedding = matrix.to(verifier.device, dtype)
-    drafters: dict[str, Drafter] = {TRAINED: DraftDecoder(head.to(verifier.device, dtype), embedding)}
-    if config.evaluate.baselines:
-        untrained = DraftHead(head.config, VocabularyMap(head.d2t, head.t2d))
-        initialise(untrained, matrix, weights.lm_head(), config.train.seed)
-        drafters[UNTRAINED] = DraftDecoder(untrained.to(verifier.device, dtype), embedding)
-        drafters[LOOKUP] = PromptLookup()
-    return drafters
+def _groups(questions: list[Question], size: int) -> Iterator[list[Question]]:
+    """Give groups of at most `size` questions; held-out conversations are in groups of their own."""
+    for kind in (False, True):
+        alike = [question for question in questions if (question.category == HELDOUT) is kind]
+        yield from (alike[first : first + size] for first in range(0, len(alike), size))
 
 
-def decode_question(
-    verifier: Verifier, drafters: dict[str, Drafter], question: Question, config: Config
-) -> dict[str, Any]:
-    """Answer a question's turns with the verifier alone and with each drafter; give its record."""
-    options = config.evaluate
-    max_tokens = question.max_tokens or options.max_tokens
-    answers: list[dict[str, Any]] = []
-    texts: list[str] = []
-    for turn in range(len(question.turns)):
-        prompt = prompt_tokens(verifier.tokenizer, question.history(texts))
+class Answerer:
+    """Answers questions with the verifier alone and with each drafter."""
 
-        def answer(drafter: Drafter, prompt: list[int] = prompt, turn: int = turn) -> Decoded:
-            rule = _rule(options, verifier.device, question, turn)
-            return speculate(verifier, drafter, prompt, options.num_draft_tokens, max_tokens, rule)
-
-        alone = answer(NoDraft())
-        texts.append(str(verifier.tokenizer.decode(alone.tokens, skip_special_tokens=True)))
-        by_drafter = {}
-        for name, drafter in drafters.items():
-            decoded = answer(drafter)
-            by_drafter[name] = {
-                "drafted": decoded.drafted,
-                "accepted": decoded.accepted,
-                "output_tokens": len(decoded.tokens),
-                "seconds": decoded.seconds,
-                **({} if options.temperature else {"equals_verifier": decoded.tokens == alone.tokens}),
-            }
-        answers.append(
-            {
-                "text": texts[-1],
-                "prompt_tokens": len(prompt),
-                "output_tokens": len(alone.tokens),
-                "seconds_alone": alone.seconds,
-                "drafters": by_drafter,
-            }
+    def __init__(self, config: Config, verifier: Verifier, head: DraftHead) -> None:
+        options = config.evaluate
+        self._options = options
+        self._verifier = verifier
+        self._rule = AcceptanceRule.of(options)
+        self._drafters = self._make_drafters(config, head)
+        self._speculator = Speculator(
+            verifier, list(self._drafters.values()), self._rule, options.batch_size, options.cuda_graphs
         )
-    return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
+
+    def _make_drafters(self, config: Config, head: DraftHead) -> dict[str, Drafter]:
+        options, device = config.evaluate, self._verifier.device
+        weights = VerifierWeights(config.verifier)
+        dtype = getattr(torch, config.verifier.dtype.value)
+        matrix = weights.embedding()
+        embedding = matrix.to(device, dtype)
+
+        def decoder(head: DraftHead) -> DraftDecoder:
+            shape = options.num_draft_tokens, options.tree_depth, options.tree_top_k
+            return DraftDecoder(head.to(device, dtype), embedding, *shape, self._rule, options.batch_size)
+
+        drafters: dict[str, Drafter] = {TRAINED: decoder(head)}
+        if options.baselines:
+            untrained = DraftHead(head.config, VocabularyMap(head.d2t, head.t2d))
+            initialise(untrained, matrix, weights.lm_head(), config.train.seed)
+            drafters[UNTRAINED] = decoder(untrained)
+            drafters[LOOKUP] = PromptLookup(options.draft_depth, options.batch_size)
+        return drafters
+
+    def answer(self, questions: list[Question]) -> list[dict[str, Any]]:
+        """Answer a group of questions, turn by turn; give their records."""
+        records: list[dict[str, Any]] = [
+            {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": []}
+            for question in questions
+        ]
+        texts: list[list[str]] = [[] for _ in questions]
+        for turn in range(max(len(question.turns) for question in questions)):
+            asked = [number for number, question in enumerate(questions) if turn < len(question.turns)]
+            requests = [self._request(questions[number], texts[number]) for number in asked]
+            for number, answer in zip(asked, self._answer_turn(requests, questions[0].category), strict=True):
+                texts[number].append(answer["text"])
+                records[number]["answers"].append(answer)
+        return records
+
+    def _request(self, question: Question, texts: list[str]) -> Request:
+        """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""
+        prompt = prompt_tokens(self._verifier.tokenizer, question.history(texts))
+        seed = f"{self._options.seed}/{len(texts)}/{question.id}"
+        return Request(prompt, question.max_tokens or self._options.max_tokens, seed)
+
+    def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
+        self._speculator.prefill(requests)
+        alone = self._speculator.decode(NoDraft())
+        answers: list[dict[str, Any]] = [
+            {
+                "text": str(self._verifier.tokenizer.decode(decoded.tokens, skip_special_tokens=True)),
+                "prompt_tokens": len(request.prompt),
+                "output_tokens": len(decoded.tokens),
+                "seconds_alone": decoded.seconds,
+                "drafters": {},
+            }
+            for request, decoded in zip(requests, alone, strict=True)
+        ]
+        for name, drafter in self._drafters.items():
+            if category == HELDOUT and name != TRAINED:
+                continue
+            drawn = self._rule.draws_drafts and name != LOOKUP  # which changes the answer
+            for answer, own, decoded in zip(answers, alone, self._speculator.decode(drafter), strict=True):
+                answer["drafters"][name] = _told(decoded, None if drawn else own)
+        return answers
 
 
-def _rule(options: EvaluateConfig, device: torch.device, question: Question, turn: int) -> AcceptanceRule:
-    """Give the rule of an answer; its draws depend on nothing but the seed, the question and the turn."""
-    if not options.temperature:
-        return GREEDY
-    return Sampled(options.temperature, device, f"{options.seed}/{turn}/{question.id}")
+def _told(decoded: Decoded, alone: Decoded | None) -> dict[str, Any]:
+    """Give what a drafter's answer adds to the record; `alone` is what it has to be equal to."""
+    return {
+        "drafted": decoded.drafted,
+        "accepted": decoded.accepted,
+        "output_tokens": len(decoded.tokens),
+        "seconds": decoded.seconds,
+        **({} if alone is None else {"equals_verifier": decoded.tokens == alone.tokens}),
+    }

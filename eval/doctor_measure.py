@@ -23,9 +23,8 @@ from ..models.formats import vllm_layer_ids
 from ..models.ttt_attention import TTTAttention
 from ..models.verifier import Verifier, torch_device
 from .doctor_rules import AUX, NESTED, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, TOP, Published
-from .prompt_lookup import NoDraft
 from .questions import load_questions
-from .speculative import speculate
+from .speculative import answer_alone
 
 CONFIGURED = "as configured"
 STEPS = 3
@@ -233,7 +232,7 @@ def _prompts(config: Config, verifier: Verifier) -> list[list[int]]:
 
 
 def _answered(verifier: Verifier, prompt: list[int], max_tokens: int, target_ids: Tensor) -> Text:
-    tokens = prompt + speculate(verifier, NoDraft(), prompt, 1, max_tokens).tokens
+    tokens = prompt + answer_alone(verifier, prompt, max_tokens)
     output = verifier.forward(
         torch.tensor([tokens], device=verifier.device), logits_to_keep=max(1, len(tokens) - len(prompt))
     )

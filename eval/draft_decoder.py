@@ -1,4 +1,4 @@
-"""Cached decoding with a draft head: what the serving engines do with it, one sequence at a time."""
+"""Cached decoding with a draft head: what the serving engines do with it, for B sequences at a time."""
 
 from __future__ import annotations
 
@@ -6,90 +6,183 @@ import torch
 from torch import Tensor, nn
 
 from ..models.draft_head import DraftHead
-from .acceptance import GREEDY, AcceptanceRule, Proposal
+from .acceptance import GREEDY, AcceptanceRule
+from .cached_verifier import round_up, visible
+from .proposal import Proposal, grow_tree
 
 
 class DraftDecoder:
-    """Proposes tokens with a draft head and its key-value cache.
+    """Proposes tokens with a draft head and its key-value cache: a chain, or a tree as EAGLE-2 grows it.
 
     Row r of the cache is fed token r+1 with the state of position r. `extend` adds rows from the verifier's states;
-    rows that `propose` adds from the head's own states are overwritten by the next `extend`.
+    rows that `propose` adds after them from the head's own states are written over by the next `extend`.
+
+    A tree (arXiv:2406.16858): a node's score is the product of the head's probabilities on the way to it. At each depth
+    the `tree_top_k` children of the highest scores are fed, and have `tree_top_k` children each; of all of them the
+    best `num_draft_tokens` are proposed.
 
     Args:
         embedding: the verifier's token embedding [V, H].
+        tree_depth: None drafts a chain.
     """
 
     name = "draft head"
+    on_device = True  # proposes without a look at values on the host
 
-    def __init__(self, head: DraftHead, embedding: Tensor) -> None:
-        self.head = head.eval()
+    def __init__(
+        self,
+        head: DraftHead,
+        embedding: Tensor,
+        num_draft_tokens: int,
+        tree_depth: int | None = None,
+        tree_top_k: int = 8,
+        rule: AcceptanceRule = GREEDY,
+        num_sequences: int = 1,
+    ) -> None:
+        self.head = head.eval().requires_grad_(False)
         self.embedding = embedding
-        config = head.config
-        shape = (config.num_layers, 2, config.num_key_value_heads, 256, config.head_dim)
-        self._cache = torch.zeros(shape, dtype=embedding.dtype, device=embedding.device)
+        self.num_draft_tokens, self.tree_depth, self.tree_top_k = num_draft_tokens, tree_depth, tree_top_k
+        self.depth = tree_depth or num_draft_tokens
+        self.rule = rule
         self._target_ids = head.target_ids
-        self.num_rows = 0  # rows with the verifier's states
-        self._first = 0  # row of the queries now running
-        self._state = self._normed = torch.empty(0)
+        self._num_sequences = num_sequences
+        # Rows that a proposal takes after those of the verifier's states.
+        self.num_draft_rows = num_draft_tokens if tree_depth is None else tree_depth * tree_top_k
+        width = (num_sequences, head.config.hidden_size)
+        # What comes out of the last row: what is fed onward, and what lm_head multiplies.
+        self._state, self._normed = torch.zeros(2, *width, dtype=embedding.dtype, device=embedding.device)
+        self._last = torch.zeros(num_sequences, dtype=torch.int64, device=embedding.device)  # that row
+        self.num_slots = 0
+        self.reserve(64)
 
-    def start(self, prompt: list[int]) -> None:
-        """Forget everything before a new sequence."""
-        self.num_rows = 0
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write keys and values at the rows now running and attend to all rows up to each query's own."""
-        last = self._first + len(q)
-        while last > self._cache.shape[-2]:
-            self._cache = torch.cat([self._cache, torch.zeros_like(self._cache)], dim=-2)
-        keys, values = self._cache[layer]
-        keys[:, self._first : last], values[:, self._first : last] = k.transpose(0, 1), v.transpose(0, 1)
-        rows = torch.arange(self._first, last, device=q.device)
-        mask = rows[:, None] >= torch.arange(last, device=q.device)[None, :] if len(q) > 1 else None
-        out = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[None, :, :last], values[None, :, :last], attn_mask=mask, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
-
-    def _run(self, tokens: Tensor, state: Tensor, first: int) -> None:
-        self._first = first
-        positions = torch.arange(first, first + len(tokens), device=state.device)
-        fed = self.head.embed(tokens, self.embedding)
-        state, normed = self.head.step(fed, state, self.head.rotary(positions, state), self._attend)
-        self._state, self._normed = state[-1:], normed[-1:]
+    def reserve(self, num_slots: int) -> bool:
+        """Take memory for sequences of this many rows; give whether it is new, and all content gone."""
+        if num_slots <= self.num_slots:
+            return False
+        config, like = self.head.config, self.embedding
+        self.num_slots = round_up(num_slots)
+        shape = (self._num_sequences, self.num_slots, config.num_key_value_heads, config.head_dim)
+        self._cache = torch.zeros(config.num_layers, 2, *shape, dtype=like.dtype, device=like.device)
+        self._rotary = self.head.rotary(torch.arange(self.num_slots, device=like.device), like)
+        return True
 
     @torch.no_grad()
-    def extend(self, fed: list[int], aux_hidden_states: Tensor) -> None:
-        """Add rows: tokens `fed` [n], each the successor of the position whose aux states [n, A*H] stand beside it."""
-        tokens = torch.tensor(fed, device=self.embedding.device)
-        self._run(tokens, self.head.fuse(aux_hidden_states), self.num_rows)
-        self.num_rows += len(fed)
+    def extend(
+        self,
+        fed: Tensor,
+        aux_hidden_states: Tensor,
+        lengths: Tensor,
+        counts: Tensor,
+        num_read: int,
+        sequences: slice = slice(None),
+    ) -> None:
+        """Add rows: tokens fed [b, n], each the successor of the position whose aux states [b, n, A*H] stand beside it.
+
+        Args:
+            lengths: int64 [b], rows there are.
+            counts: int64 [b], how many of the n are to stay, at least one; the others are written over.
+            num_read: rows that are read, at least those of the longest sequence.
+        """
+        slots = lengths[:, None] + torch.arange(fed.shape[1], device=fed.device)
+        seen = visible(lengths, slots, num_read, None)
+        state, normed = self._run(fed, self.head.fuse(aux_hidden_states), slots, slots, seen, sequences)
+        rows = torch.arange(len(fed), device=fed.device)
+        self._state[sequences] = state[rows, counts - 1]
+        self._normed[sequences] = normed[rows, counts - 1]
+        self._last[sequences] = lengths + counts - 1
 
     @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Give the draft logits [Vd] after the last row."""
-        return self.head.lm_head(self._normed)[0]
+    def propose(self, draws: Tensor, num_read: int) -> Proposal:
+        """Propose tokens after the last row of every sequence.
 
-    @torch.no_grad()
-    def feed(self, token: int, step: int) -> None:
-        """Run draft step k >= 1: feed a token with the head's own state, at rotary position r + k."""
-        tokens = torch.tensor([token], device=self.embedding.device)
-        self._run(tokens, self._state, self.num_rows - 1 + step)
+        Args:
+            draws: float64 [B, depth, NUM_DRAWS], for each depth's draft tokens.
+        """
+        if self.tree_depth is None:
+            return self._propose_chain(draws, num_read)
+        return self._propose_tree(num_read)
 
-    @torch.no_grad()
-    def propose(self, num_draft_tokens: int, rule: AcceptanceRule = GREEDY) -> Proposal:
-        """Give a chain of draft tokens, each chosen by the rule from the head's logits."""
-        tokens: list[int] = []
+    def _propose_chain(self, draws: Tensor, num_read: int) -> Proposal:
+        tokens: list[Tensor] = []
         drawn_from: list[Tensor] = []
-        for step in range(num_draft_tokens):
+        state, normed = self._state, self._normed
+        for step in range(self.num_draft_tokens):
             if step:
-                self.feed(tokens[-1], step)
-            token, probabilities = rule.choose(self.logits())
-            tokens.append(int(self._target_ids[token]))
+                state, normed = self.feed(tokens[-1], state, step, num_read)
+            token, probabilities = self.rule.draft(self.head.lm_head(normed), draws[:, step])
+            tokens.append(self._target_ids[token])
             if probabilities is not None:
                 drawn_from.append(probabilities)
-        return Proposal(tokens, self._of_verifiers_vocabulary(torch.stack(drawn_from)) if drawn_from else None)
+        spread = self._of_verifiers_vocabulary(torch.stack(drawn_from, 1)) if drawn_from else None
+        return Proposal(torch.stack(tokens, 1), probabilities=spread)
+
+    def logits(self) -> Tensor:
+        """Give the draft logits [B, Vd] after the last rows."""
+        return self.head.lm_head(self._normed)
+
+    def feed(self, tokens: Tensor, state: Tensor, step: int, num_read: int) -> tuple[Tensor, Tensor]:
+        """Run draft step k >= 1 of a chain: feed tokens [B] with the head's own states [B, H], at position r + k."""
+        slots = (self._last + step)[:, None]
+        seen = visible(self._last, slots, num_read, None)
+        state, normed = self._run(tokens[:, None], state[:, None], slots, slots, seen, slice(None))
+        return state[:, 0], normed[:, 0]
+
+    def _propose_tree(self, num_read: int) -> Proposal:
+        assert self.tree_depth is not None
+        width, first = self.tree_top_k, self._last + 1
+        best = self.head.lm_head(self._normed).float().log_softmax(-1).topk(width)
+        scores, tokens = best.values, self._target_ids[best.indices]  # [B, width] of the nodes that are fed next
+        all_scores, all_tokens = [scores], [tokens]
+        all_parents = [torch.full_like(tokens, -1)]
+        states = self._state[:, None].expand(-1, width, -1)
+        grown = torch.arange(width, device=tokens.device).expand_as(tokens)  # the candidates that are fed next
+        num_candidates = width
+        ancestors = torch.zeros(*tokens.shape, 0, dtype=torch.bool, device=tokens.device)  # [B, width, rows fed]
+        itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(*tokens.shape, -1)
+        for depth in range(1, self.tree_depth):
+            ancestors = torch.cat([ancestors, itself], 2)
+            slots = first[:, None] + torch.arange((depth - 1) * width, depth * width, device=tokens.device)
+            positions = (self._last + depth)[:, None].expand(-1, width)
+            seen = visible(first, slots, num_read, ancestors)
+            states, normed = self._run(tokens, states, slots, positions, seen, slice(None))
+            best = self.head.lm_head(normed).float().log_softmax(-1).topk(width)
+            child_scores = (scores[:, :, None] + best.values).flatten(1)  # [B, width * width]
+            child_tokens = self._target_ids[best.indices].flatten(1)
+            all_scores.append(child_scores)
+            all_tokens.append(child_tokens)
+            all_parents.append(grown.repeat_interleave(width, 1))
+            chosen = child_scores.topk(width)
+            scores, tokens = chosen.values, child_tokens.gather(1, chosen.indices)
+            grown = num_candidates + chosen.indices
+            num_candidates += width * width
+            parent = (chosen.indices // width)[:, :, None]
+            states = states.gather(1, parent.expand_as(states))
+            ancestors = ancestors.gather(1, parent.expand_as(ancestors))
+        candidates = torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1)
+        return Proposal(*grow_tree(*candidates, num_nodes=self.num_draft_tokens, depth=self.tree_depth))
+
+    def _run(
+        self, tokens: Tensor, state: Tensor, slots: Tensor, positions: Tensor, seen: Tensor, sequences: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Run tokens [b, n] with states [b, n, H] in slots of the cache; give the states after them, as `step` does."""
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        mask, num_read = seen[:, None], seen.shape[-1]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (values.unflatten(0, tokens.shape) for values in (q, k, v))
+            keys, values = self._cache[layer, :, sequences]
+            keys[rows, slots], values[rows, slots] = k, v
+            q, k, v = (states.transpose(1, 2) for states in (q, keys[:, :num_read], values[:, :num_read]))
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            return out.transpose(1, 2).flatten(0, 1)
+
+        cos, sin = (table[positions.flatten()] for table in self._rotary)
+        embedding = self.head.embed(tokens.flatten(), self.embedding)
+        outputs = self.head.step(embedding, state.flatten(0, 1), (cos, sin), attend)
+        after, normed = (values.unflatten(0, tokens.shape) for values in outputs)
+        return after, normed
 
     def _of_verifiers_vocabulary(self, probabilities: Tensor) -> Tensor:
-        """Spread probabilities [n, Vd] over the verifier's tokens [n, V]."""
-        spread = probabilities.new_zeros(len(probabilities), len(self.head.t2d))
-        return spread.index_copy_(1, self._target_ids, probabilities)
+        """Spread probabilities [..., Vd] over the verifier's tokens [..., V]."""
+        spread = probabilities.new_zeros(*probabilities.shape[:-1], len(self.head.t2d))
+        return spread.index_copy_(-1, self._target_ids, probabilities)

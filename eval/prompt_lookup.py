@@ -1,50 +1,78 @@
-"""Prompt-lookup drafting (transformers' own), as a baseline without a network."""
+"""Prompt-lookup drafting (transformers' own), as a baseline without a network; and no drafting at all."""
 
 from __future__ import annotations
 
+import torch
 from torch import LongTensor, Tensor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .acceptance import GREEDY, AcceptanceRule, Proposal
+from .proposal import NOTHING, Proposal
 
 
 class PromptLookup:
     """Proposes what followed the first occurrence of the last tokens in the text so far."""
 
     name = "prompt lookup"
+    on_device = False
+    num_draft_rows = 0
 
-    def __init__(self, max_matching_ngram_size: int = 2) -> None:
-        self._ngram = max_matching_ngram_size
-        self._tokens: list[int] = []
-
-    def start(self, prompt: list[int]) -> None:
-        """Begin a new sequence."""
-        self._tokens = prompt[:1]
-
-    def extend(self, fed: list[int], aux_hidden_states: Tensor) -> None:
-        """Add tokens of the text; the states are not used."""
-        self._tokens += fed
-
-    def propose(self, num_draft_tokens: int, rule: AcceptanceRule = GREEDY) -> Proposal:
-        """Give at most `num_draft_tokens` tokens; none where nothing matches."""
-        finder = PromptLookupCandidateGenerator(
-            num_output_tokens=num_draft_tokens, max_matching_ngram_size=self._ngram, max_length=1 << 30
+    def __init__(self, num_draft_tokens: int, num_sequences: int = 1, max_matching_ngram_size: int = 2) -> None:
+        self.num_draft_tokens = self.depth = num_draft_tokens
+        self._finder = PromptLookupCandidateGenerator(
+            num_output_tokens=num_draft_tokens, max_matching_ngram_size=max_matching_ngram_size, max_length=1 << 30
         )
-        candidates, _ = finder.get_candidates(LongTensor([self._tokens]))
-        return Proposal(candidates[0, len(self._tokens) :].tolist())
+        self._texts = [[NOTHING] for _ in range(num_sequences)]  # but for their first tokens
+
+    def reserve(self, num_slots: int) -> bool:
+        """Need no memory."""
+        return False
+
+    def extend(
+        self,
+        fed: Tensor,
+        aux_hidden_states: Tensor,
+        lengths: Tensor,
+        counts: Tensor,
+        num_read: int,
+        sequences: slice = slice(None),
+    ) -> None:
+        """Add tokens of the texts; the states are not used."""
+        places = range(len(self._texts))[sequences]
+        for place, tokens, length, count in zip(places, fed.tolist(), lengths.tolist(), counts.tolist(), strict=True):
+            self._texts[place] = self._texts[place][:length] + tokens[:count]
+
+    def propose(self, draws: Tensor, num_read: int) -> Proposal:
+        """Propose at most `num_draft_tokens` tokens; none where nothing matches."""
+        found = []
+        for text in self._texts:
+            candidates, _ = self._finder.get_candidates(LongTensor([text]))
+            tokens = candidates[0, len(text) :].tolist()
+            found.append(tokens + [NOTHING] * (self.num_draft_tokens - len(tokens)))
+        return Proposal(torch.tensor(found, device=draws.device))
 
 
 class NoDraft:
     """Proposes nothing: the verifier decodes alone."""
 
     name = "verifier alone"
+    on_device = True
+    num_draft_tokens = depth = num_draft_rows = 0
 
-    def start(self, prompt: list[int]) -> None:
-        """Begin a new sequence."""
+    def reserve(self, num_slots: int) -> bool:
+        """Need no memory."""
+        return False
 
-    def extend(self, fed: list[int], aux_hidden_states: Tensor) -> None:
-        """Ignore the text."""
+    def extend(
+        self,
+        fed: Tensor,
+        aux_hidden_states: Tensor,
+        lengths: Tensor,
+        counts: Tensor,
+        num_read: int,
+        sequences: slice = slice(None),
+    ) -> None:
+        """Ignore the texts."""
 
-    def propose(self, num_draft_tokens: int, rule: AcceptanceRule = GREEDY) -> Proposal:
-        """Give no token."""
-        return Proposal([])
+    def propose(self, draws: Tensor, num_read: int) -> Proposal:
+        """Propose no token."""
+        return Proposal(torch.empty(len(draws), 0, dtype=torch.int64, device=draws.device))

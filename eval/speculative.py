@@ -1,39 +1,74 @@
-"""Speculative decoding with a chain of draft tokens, one sequence at a time.
+"""Speculative decoding of B sequences at a time.
 
-prefill        the verifier reads the prompt and gives the first token
-every round    draft:  K tokens
-               verify: the verifier reads [last token, K drafts] in one forward
-               accept: drafts as the rule has it (eval/acceptance.py), and its own token after them (the bonus token)
+prefill        the verifier reads each prompt and gives the first token
+every round    draft:  a chain or a tree of tokens (eval/draft_decoder.py)
+               verify: the verifier reads [last token, drafts] in one forward (eval/cached_verifier.py)
+               accept: it chooses a token after each, and the drafts that are what it chose are accepted, the last
+                       choice beside them (the bonus token; eval/acceptance.py, eval/proposal.py)
                commit: both caches keep what was accepted, and nothing of what was not
+
+A round reads nothing back from the device but, at its end, the new tokens and their number.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..models.verifier import Verifier
-from .acceptance import GREEDY, AcceptanceRule, Proposal
+from .acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, uniform_draws
+from .cached_verifier import CachedVerifier, round_up
+from .graphs import Graphs
+from .prompt_lookup import NoDraft
+from .proposal import Proposal, Way, find_way
 
 
 class Drafter(Protocol):
     """Whatever proposes tokens."""
 
     name: str
+    on_device: bool  # so that a round with it can be a CUDA graph
+    num_draft_tokens: int  # of a proposal, at most
+    depth: int  # draft tokens of a proposal that can be accepted
+    num_draft_rows: int  # that a proposal takes in the drafter's cache beyond those of the text
 
-    def start(self, prompt: list[int]) -> None:
-        """Begin a new sequence."""
+    def reserve(self, num_slots: int) -> bool:
+        """Take memory for sequences of this many tokens; give whether it is new, and all content gone."""
 
-    def extend(self, fed: list[int], aux_hidden_states: Tensor) -> None:
-        """Learn that position by position the verifier had these aux states [n, A*H] and that `fed` [n] came next."""
+    def extend(
+        self,
+        fed: Tensor,
+        aux_hidden_states: Tensor,
+        lengths: Tensor,
+        counts: Tensor,
+        num_read: int,
+        sequences: slice = slice(None),
+    ) -> None:
+        """Learn that position by position the verifier had these aux states [b, n, A*H] and `fed` [b, n] came next.
 
-    def propose(self, num_draft_tokens: int, rule: AcceptanceRule) -> Proposal:
-        """Propose at most `num_draft_tokens` tokens; a drafter that has distributions lets the rule choose."""
+        Args:
+            lengths, counts: int64 [b], how many positions were known before, and how many of the n are.
+            num_read: at least the tokens of the longest sequence.
+            sequences: which b of the batch's.
+        """
+
+    def propose(self, draws: Tensor, num_read: int) -> Proposal:
+        """Propose tokens for every sequence; `draws` [B, depth, NUM_DRAWS] are uniform numbers, one row a depth."""
+
+
+@dataclass
+class Request:
+    """A prompt to be answered."""
+
+    prompt: list[int]
+    max_tokens: int
+    seed: str = ""  # of a sampled answer
+    inputs: dict[str, Any] = field(default_factory=dict)  # of the verifier besides tokens: pixels
 
 
 @dataclass
@@ -43,49 +78,190 @@ class Decoded:
     tokens: list[int]  # end-of-turn included, cut at max_tokens
     drafted: list[int] = field(default_factory=list)  # draft tokens proposed, by round
     accepted: list[int] = field(default_factory=list)  # of them accepted; in the last round those beyond the end too
-    seconds: float = 0.0  # after prefill
+    seconds: float = 0.0  # after prefill; a round's are shared out among the sequences that it was for
 
 
-@torch.no_grad()
-def speculate(
-    verifier: Verifier,
-    drafter: Drafter,
-    prompt: list[int],
-    num_draft_tokens: int,
-    max_tokens: int,
-    rule: AcceptanceRule = GREEDY,
-) -> Decoded:
-    """Answer a prompt; whatever the drafter proposes, the tokens are the verifier's own, or distributed as its own.
+class Speculator:
+    """Answers up to B requests at a time, with one of its drafters after another.
 
-    Raises:
-        ValueError: the prompt leaves no room in the verifier's context.
+    Args:
+        num_sequences: B.
+        cuda_graphs: on a GPU, capture a round and replay it.
     """
-    room = verifier.model.config.get_text_config().max_position_embeddings - len(prompt) - num_draft_tokens - 1
-    if room < 1:
-        raise ValueError(f"a prompt of {len(prompt)} tokens fills the verifier's context: shorten it")
-    max_tokens = min(max_tokens, room)
-    cache = DynamicCache()  # whole layers also where attention slides: a rejected draft must be removable
-    output = verifier.forward(torch.tensor([prompt], device=verifier.device), past_key_values=cache, logits_to_keep=1)
-    new = [rule.choose(output.logits[0, -1])[0]]
-    decoded = Decoded(tokens=list(new))
-    drafter.start(prompt)
-    drafter.extend(prompt[1:] + new, output.aux_hidden_states[0])
-    started = time.perf_counter()
-    while not _ended(decoded.tokens, new, verifier.end_token_ids, max_tokens):
-        proposal = drafter.propose(num_draft_tokens, rule)
-        fed = torch.tensor([[new[-1], *proposal.tokens]], device=verifier.device)
-        output = verifier.forward(fed, past_key_values=cache)
-        new = rule.accept(proposal, output.logits[0])
-        drafted, accepted = len(proposal.tokens), len(new) - 1
-        if accepted < drafted:
-            cache.crop(accepted - drafted)
-        drafter.extend(new, output.aux_hidden_states[0, : len(new)])
-        decoded.tokens += new
-        decoded.drafted.append(drafted)
-        decoded.accepted.append(accepted)
-    decoded.seconds = time.perf_counter() - started
-    decoded.tokens = _cut(decoded.tokens, verifier.end_token_ids)[:max_tokens]
-    return decoded
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        drafters: Sequence[Drafter],
+        rule: AcceptanceRule = GREEDY,
+        num_sequences: int = 1,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.verifier = verifier
+        self.cached = CachedVerifier(verifier, num_sequences)
+        self.rule = rule
+        self._num_nodes = max((drafter.num_draft_tokens for drafter in drafters), default=0)
+        self._depth = max((drafter.depth for drafter in drafters), default=0)
+        self._num_rows = max((drafter.num_draft_rows for drafter in drafters), default=0)
+        self._num_sequences = num_sequences
+        device = verifier.device
+        self._graphs = Graphs(device) if cuda_graphs and device.type == "cuda" else None
+        self._requests: list[Request] = []
+        self._num_slots = 0
+        self._aux: list[Tensor] = []  # of each prompt [1, P, A*H]
+        # Of every sequence: tokens in the caches, the text's last token (which is not), tokens of the prompt, and
+        # whether it goes on. Always the same memory, which graphs read and write.
+        self._lengths, self._last, self._prompts = torch.zeros(3, num_sequences, dtype=torch.int64, device=device)
+        self._going = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+        self._draws = torch.zeros(num_sequences, 0, NUM_DRAWS, dtype=torch.float64, device=device)
+        self._first: list[int] = []
+
+    @torch.no_grad()
+    def prefill(self, requests: list[Request]) -> None:
+        """Read prompts, at most B; then `decode` answers them, as often as wanted.
+
+        Raises:
+            ValueError: a prompt leaves no room in the verifier's context.
+        """
+        assert 0 < len(requests) <= self._num_sequences
+        for request in requests:
+            room = self.cached.context - len(request.prompt) - self._depth - 1
+            if room < 1:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt)} tokens fills the verifier's context of {self.cached.context}: "
+                    "shorten it"
+                )
+            request.max_tokens = min(request.max_tokens, room)
+        self._requests = requests
+        # The last round begins with a token to go at most, and adds no more than the nodes of a proposal and one.
+        self._num_slots = max(len(request.prompt) + request.max_tokens for request in requests) + self._depth
+        self._num_slots += max(self._num_nodes, self._num_rows) + 2
+        if self.cached.reserve(self._num_slots) and self._graphs:
+            self._graphs.clear()
+        self._draw_numbers()
+        self._aux, self._first = [], []
+        device = self.verifier.device
+        for place, request in enumerate(requests):
+            tokens = torch.tensor([request.prompt], device=device)
+            start = torch.zeros(1, dtype=torch.int64, device=device)
+            output = self.cached.forward(
+                tokens, start, len(request.prompt), slice(place, place + 1), logits_to_keep=1, **request.inputs
+            )
+            first = self.rule.choose(output.logits, _nothing(tokens), self._draws[place : place + 1, :1])
+            self._aux.append(output.aux_hidden_states)
+            self._first.append(int(first))
+
+    def _draw_numbers(self) -> None:
+        if not self.rule.temperature:
+            return
+        most = max(request.max_tokens for request in self._requests) + 2 * self._depth + 2
+        if most > self._draws.shape[1]:
+            self._draws = self._draws.new_zeros(self._num_sequences, round_up(most), NUM_DRAWS)
+            if self._graphs:
+                self._graphs.clear()
+        for place, request in enumerate(self._requests):
+            self._draws[place] = uniform_draws(request.seed, self._draws.shape[1]).to(self._draws.device)
+
+    @torch.no_grad()
+    def decode(self, drafter: Drafter) -> list[Decoded]:
+        """Answer the prompts, with tokens that are, or are distributed as, the verifier's own, whatever is proposed."""
+        requests = self._requests
+        if drafter.reserve(self._num_slots) and self._graphs:
+            self._graphs.clear()
+        self._start(drafter)
+        answers = [Decoded([first]) for first in self._first]
+        ends = self.verifier.end_token_ids
+        lengths = [len(request.prompt) for request in requests]
+        going = [not _ended(a.tokens, a.tokens, ends, r.max_tokens) for a, r in zip(answers, requests, strict=True)]
+        self._set_going(going)
+        while any(going):
+            started = time.perf_counter()
+            num_read = round_up(max(lengths) + 2 + max(drafter.num_draft_tokens, drafter.num_draft_rows))
+            told = self._run_round(drafter, num_read).tolist()  # the one wait for the device
+            share = (time.perf_counter() - started) / sum(going)
+            for place, (answer, request) in enumerate(zip(answers, requests, strict=True)):
+                if not going[place]:
+                    continue
+                drafted, accepted, *new = told[place]
+                new = new[: accepted + 1]
+                lengths[place] += len(new)
+                answer.tokens += new
+                answer.drafted.append(drafted)
+                answer.accepted.append(accepted)
+                answer.seconds += share
+                going[place] = not _ended(answer.tokens, new, ends, request.max_tokens)
+            if not all(going):
+                self._set_going(going)
+        for answer, request in zip(answers, requests, strict=True):
+            answer.tokens = _cut(answer.tokens, ends)[: request.max_tokens]
+        return answers
+
+    def _start(self, drafter: Drafter) -> None:
+        """Take every sequence back to its prompt and first token."""
+        self._lengths.zero_()
+        self._last.zero_()
+        device = self.verifier.device
+        for place, (request, aux, first) in enumerate(zip(self._requests, self._aux, self._first, strict=True)):
+            count = torch.tensor([len(request.prompt)], device=device)
+            fed = torch.tensor([[*request.prompt[1:], first]], device=device)
+            place_only = slice(place, place + 1)
+            drafter.extend(fed, aux, torch.zeros_like(count), count, len(request.prompt), place_only)
+            self._lengths[place_only] = count
+            self._last[place] = first
+        self._prompts.copy_(self._lengths)
+
+    def _set_going(self, going: list[bool]) -> None:
+        padded = [*going, *[False] * (self._num_sequences - len(going))]
+        self._going.copy_(torch.tensor(padded))
+
+    def _run_round(self, drafter: Drafter, num_read: int) -> Tensor:
+        run: Callable[[], Tensor] = lambda: self._round(drafter, num_read)  # noqa: E731
+        if self._graphs is None or not drafter.on_device:
+            return run()
+        return self._graphs.run((id(drafter), num_read), run)
+
+    def _round(self, drafter: Drafter, num_read: int) -> Tensor:
+        """Draft, verify, accept, commit; give for each sequence [drafted, accepted, new tokens ...] (int64)."""
+        lengths, going = self._lengths, self._going
+        proposal = drafter.propose(self._numbers(torch.arange(self._depth, device=lengths.device)), num_read)
+        tokens, tree = proposal.tokens, proposal.tree
+        depths = torch.arange(tokens.shape[1] + 1, device=lengths.device) if tree is None else tree.depths
+        fed = torch.cat([self._last[:, None], tokens.clamp(min=0)], 1)
+        output = self.cached.forward(fed, lengths, num_read, tree=tree)
+        way = find_way(proposal, self.rule.choose(output.logits, proposal, self._numbers(depths)))
+        if tree is not None:
+            self._compact(way)
+        nodes = way.nodes[:, :, None].expand(-1, -1, output.aux_hidden_states.shape[-1])
+        counts = torch.where(going, way.accepted + 1, 1)
+        drafter.extend(way.tokens, output.aux_hidden_states.gather(1, nodes), lengths, counts, num_read)
+        last = way.tokens.gather(1, way.accepted[:, None])[:, 0]
+        self._last.copy_(torch.where(going, last, self._last))
+        lengths.add_(torch.where(going, counts, 0))
+        return torch.cat([(tokens >= 0).sum(1)[:, None], way.accepted[:, None], way.tokens], 1)
+
+    def _numbers(self, depths: Tensor) -> Tensor:
+        """Give the uniform numbers for the tokens chosen after nodes of these depths ([n] or [B, n])."""
+        if not self.rule.temperature:
+            return self._draws.new_zeros(self._num_sequences, depths.shape[-1], NUM_DRAWS)
+        answered = self._lengths - self._prompts + 1
+        places = (answered[:, None] + depths).clamp(max=self._draws.shape[1] - 1)
+        return self._draws.gather(1, places[:, :, None].expand(-1, -1, NUM_DRAWS))
+
+    def _compact(self, way: Way) -> None:
+        """Bring what was accepted of a tree together in the verifier's cache."""
+        targets = self._lengths[:, None] + torch.arange(way.nodes.shape[1], device=way.nodes.device)
+        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets)
+
+
+def answer_alone(verifier: Verifier, prompt: list[int], max_tokens: int) -> list[int]:
+    """Give the verifier's own greedy answer."""
+    speculator = Speculator(verifier, [])
+    speculator.prefill([Request(prompt, max_tokens)])
+    return speculator.decode(NoDraft())[0].tokens
+
+
+def _nothing(like: Tensor) -> Proposal:
+    return Proposal(like.new_zeros(len(like), 0))
 
 
 def _ended(tokens: list[int], new: list[int], end_token_ids: list[int], max_tokens: int) -> bool:

@@ -1,0 +1,56 @@
+"""Rounds captured as CUDA graphs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+_WARM_UPS = 2  # before a capture: what is compiled or allocated once, then is
+
+
+class Graphs:
+    """Runs functions once as they are and then, captured, from their graphs.
+
+    A function reads and writes memory that stays where it is, and gives one tensor, which the next run writes over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._runs: dict[Hashable, int] = {}
+        self._possible = True
+
+    def clear(self) -> None:
+        """Forget every graph, for the memory that they use has moved."""
+        self._captured.clear()
+        self._runs.clear()
+
+    def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """Run a function, of which this is the same key and the same memory as before, or its graph."""
+        if key in self._captured:
+            graph, result = self._captured[key]
+            graph.replay()
+            return result
+        self._runs[key] = self._runs.get(key, 0) + 1
+        if not self._possible or self._runs[key] <= _WARM_UPS:
+            return function()
+        return self._capture(key, function)
+
+    def _capture(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """Capture a function, which does not run it, and run it; where it cannot be captured, go on without graphs."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+                result = function()
+        except RuntimeError as error:  # the verifier looks at values on the host: experts chosen there, for example
+            self._possible = False
+            reason = " ".join(str(error).split())[:200]
+            print(f"evaluate: no CUDA graphs, for a round cannot be captured: {reason}", file=sys.stderr)
+            return function()
+        self._captured[key] = graph, result
+        graph.replay()
+        return result
