@@ -28,12 +28,12 @@ from fledge.eval.doctor_measure import (
 )
 from fledge.eval.doctor_repair import readable_head
 from fledge.eval.doctor_rules import IDS, Published
-from fledge.eval.draft_decoder import DraftDecoder
 from fledge.models.draft_head import DraftHead
 from fledge.models.foreign_head import read_published
 from fledge.models.formats import load_head, save_head
 from fledge.models.speculators_format import save_speculators
 from fledge.models.verifier import VerifierWeights, load_config
+from one_sequence import OneSequence
 
 EMBEDDING, _ = matrices()
 
@@ -45,11 +45,10 @@ def test_teacher_forced_steps_are_those_of_cached_decoding():
     aux = {layer: torch.randn(20, 32, generator=generator) for layer in (1, 3, 4)}
     log_p = torch.randn(20 - start, 100, generator=generator).log_softmax(-1)
     hits, nats = teacher_forced(head, Text(tokens, start, aux, log_p), EMBEDDING)
-    decoder = DraftDecoder(head, EMBEDDING)
     rows = range(start - 1, 20 - 1 - STEPS)
     assert len(hits) == len(nats) == len(rows)
     for row, found, total in zip(rows, hits, nats, strict=True):
-        decoder.start([])
+        decoder = OneSequence(head, EMBEDDING)
         decoder.extend(tokens[1 : row + 2], torch.cat([aux[layer][: row + 1] for layer in (1, 3, 4)], dim=-1))
         expected = 0.0
         for step in range(STEPS):

@@ -6,18 +6,18 @@ import pytest
 import torch
 from builders import make_batch, make_head, matrices
 from fledge.conf.schema import EvaluateConfig
-from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.results import told_in_training
 from fledge.models.verifier import LogitTransform
 from fledge.train import fused_loss
 from fledge.train.heldout import Walk, acceptance, total, walk, walk_batches
 from fledge.train.ttt import TTTModule
+from one_sequence import OneSequence
 
 
 def decoded_row(head, ids, aux, last, row, num, transform):
     """Feed a decoder the text; give where its greedy tokens equal it, and sum_v min(P, q), at each draft token."""
     embedding, lm_head = matrices()
-    decoder = DraftDecoder(head, embedding)
+    decoder = OneSequence(head, embedding)
     decoder.extend(ids[1 : row + 2].tolist(), aux[: row + 1])
     hits, overlaps = [], []
     for step in range(num):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from builders import make_batch, make_head, matrices
-from fledge.eval.draft_decoder import DraftDecoder
 from fledge.models.verifier import LogitTransform
 from fledge.train.fused_loss import SUMS
 from fledge.train.plain import counted_rows
 from fledge.train.rows import PackedBatch
 from fledge.train.ttt import TTTModule, count_rows, find_targets, unroll
+from one_sequence import OneSequence
 
 
 def states_of(head, batch, embedding, ttt_steps):
@@ -89,14 +89,13 @@ def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes
     batch.loss_mask[:] = True
     embedding = matrices()[0].double()
     ttt_steps, row = 5, 11
-    decoder = DraftDecoder(head, embedding)
+    decoder = OneSequence(head, embedding)
     with torch.no_grad():
         trained = [head.lm_head(normed) for normed in states_of(head, batch, embedding, ttt_steps)]
         # Serve as an engine does: several rows at once, tokens drafted and discarded in between.
-        decoder.start(batch.input_ids[:5].tolist())
         for first, last in ((0, 5), (5, 6), (6, row + 1)):
             decoder.extend(batch.input_ids[first + 1 : last + 1].tolist(), batch.aux_hidden_states[first:last])
-            decoder.propose(4)
+            decoder.propose()
         decoder.num_rows -= row + 1 - 9  # the last extension again, after drafts have overwritten the cache
         decoder.extend(batch.input_ids[10 : row + 2].tolist(), batch.aux_hidden_states[9 : row + 1])
         for step in range(ttt_steps):
@@ -114,7 +113,7 @@ def naive_loss(head, batch, embedding, lm_head, ttt_steps, gamma):
         aux, last = batch.aux_hidden_states[start : start + length], batch.last_hidden_state[start : start + length]
         start += length
         for row in range(length - 1):
-            decoder = DraftDecoder(head, embedding)
+            decoder = OneSequence(head, embedding)
             decoder.extend(ids[1 : row + 2].tolist(), aux[: row + 1])
             for step in range(ttt_steps):
                 if row + 2 + step >= length or not mask[row + 1 : row + 3 + step].all():

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import IMAGE_TEXT_MODELS, MODELS, SIZES, make_model, save_verifier
-from fledge.conf.schema import DraftConfig, Dtype, VerifierConfig
+from fledge.conf.schema import Dtype, VerifierConfig
 from fledge.data_synthesis.record import read_documents
-from fledge.eval.draft_decoder import DraftDecoder
+from fledge.eval.cached_verifier import CachedVerifier
 from fledge.eval.prompt_lookup import NoDraft
-from fledge.eval.speculative import speculate
-from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.eval.proposal import Tree
+from fledge.eval.speculative import Request, Speculator
 from fledge.models.verifier import (
     Verifier,
     VerifierWeights,
@@ -26,10 +26,10 @@ from fledge.models.verifier import (
     logit_transform,
     verifier_identity,
 )
-from fledge.models.vocabulary import build_vocabulary
+from oracles import Oracle, TreeOracle
 from safetensors.torch import load_file, save_file
 
-RECURRENT = ("falcon h1", "lfm2, final norm by another name")  # their caches cannot be cut back
+RECURRENT = {"falcon h1": {}, "lfm2, final norm by another name": {"layer_types": ["conv", "full_attention"] * 4}}
 
 
 @pytest.fixture(params=[*MODELS, *IMAGE_TEXT_MODELS])
@@ -126,23 +126,50 @@ def test_a_model_that_takes_images_is_loaded_whole_and_its_text_decoder_is_read(
     assert torch.equal(weights.final_norm()["weight"], decoder.norm.weight)
 
 
-@pytest.mark.parametrize("name", [name for name in (*MODELS, *IMAGE_TEXT_MODELS) if name not in RECURRENT])
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *IMAGE_TEXT_MODELS) if name != "falcon h1"])
 def test_greedy_speculation_is_lossless(tmp_path, verifier, name):
     config = save_verifier(make_model(name, verifier.model.config.vocab_size), verifier.tokenizer, tmp_path)
     verifier = Verifier.load(config)
-    weights = VerifierWeights(config)
-    shape = DraftHeadConfig.from_verifier(DraftConfig(vocab_size=300), load_config(config))
-    head = DraftHead(shape, build_vocabulary(torch.ones(shape.vocab_size, dtype=torch.int64), 300))
-    initialise(head, weights.embedding(), weights.lm_head(), 0)
-    prompt = list(range(10, 40))  # longer than the sliding window and the attention chunk
-    alone = speculate(verifier, NoDraft(), prompt, num_draft_tokens=3, max_tokens=50)
-    drafted = speculate(verifier, DraftDecoder(head, weights.embedding()), prompt, num_draft_tokens=3, max_tokens=50)
-    assert drafted.tokens == alone.tokens
-    with torch.no_grad():
-        expected = verifier.model.generate(
+    prompts = [list(range(10, 40)), list(range(50, 70))]  # longer than the sliding window and the attention chunk
+    expected = []
+    for prompt in prompts:
+        output = verifier.model.generate(
             torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=verifier.end_token_ids
         )
-    assert alone.tokens == expected[0, len(prompt) :].tolist()
+        expected.append(output[0, len(prompt) :].tolist())
+    drafters = [NoDraft(), Oracle(expected, 3, wrong_every=5), TreeOracle(expected, 11, 4, wrong_every=5)]
+    speculator = Speculator(verifier, drafters, num_sequences=2)
+    speculator.prefill([Request(prompt, 50) for prompt in prompts])
+    for drafter in drafters:
+        answers = speculator.decode(drafter)
+        assert [answer.tokens for answer in answers] == expected, drafter.name
+        assert max(map(len, expected)) < 10 or drafter.depth == 0 or sum(answers[0].accepted + answers[1].accepted) > 10
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_verifier_with_a_state_that_cannot_be_taken_back_is_refused(tmp_path, verifier, name):
+    model = make_model(name, verifier.model.config.vocab_size, **RECURRENT[name])
+    config = save_verifier(model, verifier.tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"a rejected draft cannot be taken out of .*evaluate\.engine=server"):
+        Speculator(Verifier.load(config), [])
+
+
+def test_queries_of_llama_4_are_scaled_by_their_place_in_the_text(tmp_path, verifier):
+    """Layers without rotary embedding scale by position, here from the fourth token on."""
+    more = {"floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [1, 0] * 4}
+    model = make_model("llama 4 text", verifier.model.config.vocab_size, **more)
+    verifier = Verifier.load(save_verifier(model, verifier.tokenizer, tmp_path))
+    prompts = [list(range(10, 31)), list(range(40, 47))]
+    expected = [verifier.forward(torch.tensor([[*prompt, 99, 98]])).logits[0, -1] for prompt in prompts]
+    cached = CachedVerifier(verifier, 2)
+    cached.reserve(64)
+    for place, prompt in enumerate(prompts):
+        cached.forward(torch.tensor([prompt]), torch.tensor([0]), 64, slice(place, place + 1))
+    ancestors = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]]).bool().expand(2, -1, -1)
+    tree = Tree(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 1, 1]] * 2), ancestors, 1)
+    found = cached.forward(torch.tensor([[99, 97, 96, 98]] * 2), torch.tensor([21, 7]), 64, tree=tree)
+    for place in range(2):
+        torch.testing.assert_close(found.logits[place, 3], expected[place], rtol=1e-4, atol=1e-4)
 
 
 def test_a_hub_verifier_that_was_fetched_before_is_read_without_network(tmp_path, tiny_verifier_folder):

@@ -1,0 +1,80 @@
+"""Drafters that know the answers, so that much is accepted whatever the verifier."""
+
+from __future__ import annotations
+
+import torch
+from fledge.eval.proposal import Proposal, Tree
+
+
+class Oracle:
+    """Proposes the continuation of known answers as a chain, wrong at every n-th proposal.
+
+    Args:
+        answers: one for each sequence of the batch.
+    """
+
+    name = "oracle"
+    on_device = False
+    num_draft_rows = 0
+
+    def __init__(self, answers: list[list[int]], num_draft_tokens: int, wrong_every: int | None = None) -> None:
+        self.answers, self.wrong_every = answers, wrong_every
+        self.num_draft_tokens = self.depth = num_draft_tokens
+        self.known, self.proposed = [0] * len(answers), 0
+
+    def reserve(self, num_slots: int) -> bool:
+        return False
+
+    def extend(self, fed, aux_hidden_states, lengths, counts, num_read, sequences=slice(None)) -> None:
+        assert fed.shape == aux_hidden_states.shape[:2]
+        places = range(len(self.answers))[sequences]
+        for place, length, count in zip(places, lengths.tolist(), counts.tolist(), strict=True):
+            self.known[place] = self.known[place] + count if length else 1
+
+    def continuation(self, place: int) -> list[int]:
+        known = self.known[place]
+        row = [*self.answers[place][known : known + self.depth], *[0] * self.depth][: self.depth]
+        for step in range(self.depth):
+            self.proposed += 1
+            if self.wrong_every and self.proposed % self.wrong_every == 0:
+                row[step] += 1
+        return row
+
+    def propose(self, draws, num_read) -> Proposal:
+        return Proposal(torch.tensor([self.continuation(place) for place in range(len(self.answers))]))
+
+
+class TreeOracle(Oracle):
+    """Proposes the continuation as one way through a tree of other tokens, a new one each round.
+
+    Args:
+        depth: of the right way; `num_nodes` are proposed altogether.
+    """
+
+    def __init__(self, answers: list[list[int]], num_nodes: int, depth: int, wrong_every: int | None = None) -> None:
+        super().__init__(answers, depth, wrong_every)
+        self.num_draft_tokens, self.depth = num_nodes, depth
+        self._generator = torch.Generator().manual_seed(0)
+
+    def propose(self, draws, num_read) -> Proposal:
+        trees = [self._tree(self.continuation(place)) for place in range(len(self.answers))]
+        tokens, parents, ancestors = (torch.stack(parts) for parts in zip(*trees, strict=True))
+        return Proposal(tokens, Tree(parents, ancestors.sum(2) - 1, ancestors, self.depth))
+
+    def _tree(self, way: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num = self.num_draft_tokens
+        right = (torch.randperm(num, generator=self._generator)[: len(way)] + 1).sort().values.tolist()
+        tokens, parents, last = [], [], 0
+        ancestors = torch.eye(num + 1, dtype=torch.bool)
+        for node in range(1, num + 1):
+            if node in right:
+                parent, token = last, way[right.index(node)]
+                last = node
+            else:
+                shallow = [other for other in range(node) if ancestors[other].sum() <= self.depth]
+                parent = shallow[int(torch.randint(len(shallow), (1,), generator=self._generator))]
+                token = 500 + node  # none of an answer's, and no two alike
+            tokens.append(token)
+            parents.append(parent)
+            ancestors[node] |= ancestors[parent]
+        return torch.tensor(tokens), torch.tensor(parents), ancestors
