@@ -13,8 +13,9 @@ A round reads nothing back from the device but, at its end, the new tokens and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -108,7 +109,7 @@ class Speculator:
         self._graphs = Graphs(device) if cuda_graphs and device.type == "cuda" else None
         self._requests: list[Request] = []
         self._num_slots = 0
-        self._aux: list[Tensor] = []  # of each prompt [1, P, A*H]
+        self._aux: list[Tensor] = []  # of prompts read together [b, P, A*H]
         # Of every sequence: tokens in the caches, the text's last token (which is not), tokens of the prompt, and
         # whether it goes on. Always the same memory, which graphs read and write.
         self._lengths, self._last, self._prompts = torch.zeros(3, num_sequences, dtype=torch.int64, device=device)
@@ -140,16 +141,23 @@ class Speculator:
             self._graphs.clear()
         self._draw_numbers()
         self._aux, self._first = [], []
-        device = self.verifier.device
-        for place, request in enumerate(requests):
-            tokens = torch.tensor([request.prompt], device=device)
-            start = torch.zeros(1, dtype=torch.int64, device=device)
+        for places in self._alike():
+            first, length = requests[places.start], len(requests[places.start].prompt)
+            tokens = torch.tensor([request.prompt for request in requests[places]], device=self.verifier.device)
             output = self.cached.forward(
-                tokens, start, len(request.prompt), slice(place, place + 1), logits_to_keep=1, **request.inputs
+                tokens, self._lengths[places].zero_(), length, places, logits_to_keep=1, **first.inputs
             )
-            first = self.rule.choose(output.logits, _nothing(tokens), self._draws[place : place + 1, :1])
+            chosen = self.rule.choose(output.logits, _nothing(tokens), self._draws[places, :1])
             self._aux.append(output.aux_hidden_states)
-            self._first.append(int(first))
+            self._first += chosen[:, 0].tolist()
+
+    def _alike(self) -> Iterator[slice]:
+        """Give the places of requests that follow each other and can be read together: as long, and of tokens alone."""
+        start = 0
+        for _, alike in groupby(enumerate(self._requests), _kind):
+            stop = start + len(list(alike))
+            yield slice(start, stop)
+            start = stop
 
     def _draw_numbers(self) -> None:
         if not self.rule.temperature:
@@ -198,16 +206,16 @@ class Speculator:
 
     def _start(self, drafter: Drafter) -> None:
         """Take every sequence back to its prompt and first token."""
+        device = self.verifier.device
         self._lengths.zero_()
         self._last.zero_()
-        device = self.verifier.device
-        for place, (request, aux, first) in enumerate(zip(self._requests, self._aux, self._first, strict=True)):
-            count = torch.tensor([len(request.prompt)], device=device)
-            fed = torch.tensor([[*request.prompt[1:], first]], device=device)
-            place_only = slice(place, place + 1)
-            drafter.extend(fed, aux, torch.zeros_like(count), count, len(request.prompt), place_only)
-            self._lengths[place_only] = count
-            self._last[place] = first
+        self._last[: len(self._first)] = torch.tensor(self._first, device=device)
+        for places, aux in zip(self._alike(), self._aux, strict=True):
+            prompts = torch.tensor([request.prompt for request in self._requests[places]], device=device)
+            fed = torch.cat([prompts[:, 1:], self._last[places, None]], 1)
+            counts = torch.full_like(self._lengths[places], prompts.shape[1])
+            drafter.extend(fed, aux, self._lengths[places], counts, prompts.shape[1], places)
+            self._lengths[places] = counts
         self._prompts.copy_(self._lengths)
 
     def _set_going(self, going: list[bool]) -> None:
@@ -258,6 +266,12 @@ def answer_alone(verifier: Verifier, prompt: list[int], max_tokens: int) -> list
     speculator = Speculator(verifier, [])
     speculator.prefill([Request(prompt, max_tokens)])
     return speculator.decode(NoDraft())[0].tokens
+
+
+def _kind(request: tuple[int, Request]) -> tuple[int, int | None]:
+    """Give what requests that are read together have in common."""
+    place, asked = request
+    return len(asked.prompt), place if asked.inputs else None
 
 
 def _nothing(like: Tensor) -> Proposal:
