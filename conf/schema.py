@@ -436,8 +436,6 @@ def validate(config: Config) -> None:
         "train.max_skipped_steps": config.train.max_skipped_steps,
         "train.num_processes": config.train.num_processes,
         "train.collective_timeout_s": config.train.collective_timeout_s,
-        "evaluate.num_draft_tokens": config.evaluate.num_draft_tokens,
-        "evaluate.max_tokens": config.evaluate.max_tokens,
     }
     for name, value in at_least_one.items():
         if value < 1:
@@ -445,6 +443,7 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_synthesize(config.synthesize)
     _validate_dump(config)
+    _validate_evaluate(config.evaluate)
     if config.train.data_workers < 0:
         raise ValueError(f"train.data_workers must be at least 0, got {config.train.data_workers}")
     for number, store in enumerate(config.train.stores):
@@ -462,7 +461,6 @@ def validate(config: Config) -> None:
         "data.heldout_share": (config.data.heldout_share, 0.0, 0.9),
         "synthesize.top_p": (config.synthesize.top_p, 0.0, 1.0),
         "synthesize.temperature": (config.synthesize.temperature, 0.0, 10.0),
-        "evaluate.temperature": (config.evaluate.temperature, 0.0, 10.0),
         "train.gamma": (config.train.gamma, 0.0, 1.0),
         "train.blend_rate": (config.train.blend_rate, 0.0, 100.0),
         "train.warmup_share": (config.train.warmup_share, 0.0, 1.0),
@@ -515,6 +513,34 @@ def _validate_dump(config: Config) -> None:
         raise ValueError(
             "verifier.tensor_parallel must be false with dump.engine=vllm, which has an option of its own: "
             "dump.vllm_options={tensor_parallel_size: 8}"
+        )
+
+
+def _validate_evaluate(options: EvaluateConfig) -> None:
+    for name in ("num_draft_tokens", "tree_depth", "tree_top_k", "max_tokens", "top_k", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"evaluate.{name} must be at least 1, got {value}")
+    if not 0 <= options.temperature <= 10:
+        raise ValueError(f"evaluate.temperature must lie between 0.0 and 10.0, got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"evaluate.top_p must be above 0 and at most 1, got {options.top_p}")
+    sampled = options.draft_sampling is DraftSampling.sampled
+    if not options.temperature and (options.top_p < 1 or options.top_k is not None or sampled):
+        raise ValueError(
+            "evaluate.temperature must be above 0 with evaluate.top_p, top_k or draft_sampling=sampled: "
+            "at 0 nothing is sampled"
+        )
+    if options.tree_depth is None:
+        return
+    if sampled:
+        raise ValueError("evaluate.draft_sampling must be greedy with evaluate.tree_depth: trees are not drawn")
+    largest = options.tree_top_k + (options.tree_depth - 1) * options.tree_top_k**2
+    if not options.tree_depth <= options.num_draft_tokens <= largest:
+        raise ValueError(
+            f"evaluate.num_draft_tokens must lie between {options.tree_depth} and {largest}, the nodes of a tree of "
+            f"evaluate.tree_depth={options.tree_depth} and tree_top_k={options.tree_top_k}, got "
+            f"{options.num_draft_tokens}; 60 is usual"
         )
 
 

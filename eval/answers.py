@@ -56,6 +56,7 @@ class Answerer:
         self._speculator = Speculator(
             verifier, list(self._drafters.values()), self._rule, options.batch_size, options.cuda_graphs
         )
+        self._checked = False
 
     def _make_drafters(self, config: Config, head: DraftHead) -> dict[str, Drafter]:
         options, device = config.evaluate, self._verifier.device
@@ -98,6 +99,9 @@ class Answerer:
         return Request(prompt, question.max_tokens or self._options.max_tokens, seed)
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
+        if not self._checked and len(requests[0].prompt) > 2:
+            self._speculator.cached.check(requests[0].prompt)
+            self._checked = True
         self._speculator.prefill(requests)
         alone = self._speculator.decode(NoDraft())
         answers: list[dict[str, Any]] = [

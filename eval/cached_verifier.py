@@ -114,9 +114,6 @@ class CachedVerifier:
         verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=probe)
         self._like = probe
         self.cache = StaticCache(probe, num_sequences, 0)
-        for module in verifier.model.modules():
-            if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
-                self._scale_by_position(module)
 
     def reserve(self, num_slots: int) -> bool:
         """Take memory for sequences of this many tokens; give whether it is new, and all content gone."""
@@ -152,7 +149,6 @@ class CachedVerifier:
         cache.sequences, cache.slots, cache.num_read = sequences, slots, num_read
         cache.rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         cache.num_seen = int(sequences == slice(None))
-        self._positions = positions
         seen = visible(lengths, slots, num_read, tree.ancestors if tree else None)
         return self.verifier.forward(
             tokens,
@@ -161,6 +157,31 @@ class CachedVerifier:
             attention_mask=self._masks(seen, lengths, positions, tree),
             **arguments,
         )
+
+    def check(self, tokens: list[int]) -> None:
+        """Check on a text that a node of a tree gets the logits that the model itself gives at the end of the text.
+
+        Raises:
+            ValueError: it does not, so that masks and positions mean something else to this model.
+        """
+        model = self.verifier.model
+        text = torch.tensor([tokens], device=self.verifier.device)
+        expected = self.verifier.forward(text, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        self.reserve(text.shape[1] + 2)
+        start = torch.tensor([text.shape[1] - 2], device=text.device)
+        only = slice(0, 1)
+        self.forward(text[:, :-2], torch.zeros_like(start), text.shape[1] - 2, only, logits_to_keep=1)
+        fed = torch.cat([text[:, -2:-1], 1 - text[:, -1:].clamp(max=1), text[:, -1:]], 1)  # and a wrong token between
+        branches = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], device=text.device).bool()
+        tree = Tree(text.new_zeros(1, 2), text.new_tensor([[0, 1, 1]]), branches, 1)
+        found = self.forward(fed, start, text.shape[1] + 1, only, tree).logits[0, -1].float()
+        off = float((found - expected).abs().mean() / expected.std())
+        if not off < (1e-3 if model.dtype is torch.float32 else 0.05):
+            raise ValueError(
+                f"verifier.path {model.name_or_path!r}: {type(model).__name__} gives other logits with fledge's cache "
+                f"than by itself (off by {off:.2g} of their deviation), so fledge cannot decode with it: evaluate it "
+                "with evaluate.engine=server"
+            )
 
     def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor, tree: Tree | None) -> Any:
         """Give the mask that the model takes: one, or one for each kind of attention that its layers have."""
@@ -181,21 +202,6 @@ class CachedVerifier:
                 mask = torch.zeros_like(mask, dtype=self.verifier.model.dtype).masked_fill(~mask, lowest)
             masks[kind] = mask
         return masks if len(masks) > 1 else masks[self._kinds[0]]
-
-    def _scale_by_position(self, attention: Any) -> None:
-        """Let a layer of Llama 4 without rotary embedding scale its queries by their positions in the text.
-
-        The model itself takes them from the order of the tokens in the forward, which is not that of a tree's nodes,
-        nor of several sequences'.
-        """
-        attention.attn_temperature_tuning = False
-
-        def scale(_module: Any, inputs: tuple[Tensor, ...], queries: Tensor) -> Tensor:
-            positions = self._positions.to(queries.device)
-            blocks = torch.floor((positions.float() + 1) / attention.floor_scale)
-            return queries * (torch.log1p(blocks) * attention.attn_scale + 1)[..., None].to(queries.dtype)
-
-        attention.q_proj.register_forward_hook(scale)
 
 
 def visible(lengths: Tensor, slots: Tensor, num_read: int, ancestors: Tensor | None) -> Tensor:

@@ -39,6 +39,11 @@ class DraftDecoder:
         rule: AcceptanceRule = GREEDY,
         num_sequences: int = 1,
     ) -> None:
+        if tree_depth is not None and tree_top_k > head.config.draft_vocab_size:
+            raise ValueError(
+                f"evaluate.tree_top_k must be at most the head's draft vocabulary of {head.config.draft_vocab_size}, "
+                f"got {tree_top_k}"
+            )
         self.head = head.eval().requires_grad_(False)
         self.embedding = embedding
         self.num_draft_tokens, self.tree_depth, self.tree_top_k = num_draft_tokens, tree_depth, tree_top_k

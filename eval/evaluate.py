@@ -27,8 +27,14 @@ def evaluate(config: Config) -> None:
         "num_draft_tokens": options.num_draft_tokens,
         "max_tokens": options.max_tokens,
         "baselines": options.baselines,
+        "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,
         "temperature": options.temperature,
-        "seed": options.seed if options.temperature else None,
+        **(
+            {name: getattr(options, name) for name in ("seed", "top_p", "top_k")}
+            | {"draft_sampling": options.draft_sampling.value}
+            if options.temperature
+            else {}
+        ),
     }
     with artifact(config.run_folder / "evaluation", "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):

@@ -125,6 +125,26 @@ class Verifier:
             else:
                 decoder.layers[layer].register_forward_hook(self._capture_output(str(layer)))
         decoder.norm.register_forward_hook(self._capture_output("last"))
+        self._positions: Tensor | None = None  # of the tokens of the forward now running, where they are given
+        for module in model.modules():
+            if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+                self._scale_by_position(module)
+
+    def _scale_by_position(self, attention: Any) -> None:
+        """Let a layer of Llama 4 without rotary embedding scale its queries by their positions, where they are given.
+
+        The model itself counts the tokens of the forward, which is right for one text, and wrong for the nodes of a
+        tree and for several texts beside each other in a cache.
+        """
+
+        def scale(_module: nn.Module, _inputs: Any, queries: Tensor) -> Tensor | None:
+            attention.attn_temperature_tuning = self._positions is None
+            if self._positions is None:
+                return None
+            blocks = torch.floor((self._positions.to(queries.device).float() + 1) / attention.floor_scale)
+            return queries * (torch.log1p(blocks) * attention.attn_scale + 1)[..., None].to(queries.dtype)
+
+        attention.q_proj.register_forward_hook(scale)
 
     def _capture_input(self, name: str) -> Any:
         """Give a hook that takes what the next layer is given, as engines do.
@@ -199,6 +219,7 @@ class Verifier:
     @torch.no_grad()
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
         """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
+        self._positions = arguments.get("position_ids")
         output = self.model(input_ids=input_ids, **arguments)
         captured, self._captured = self._captured, {}
         aux = torch.cat([captured[str(layer)].to(self.device) for layer in self.aux_layers], dim=-1)

@@ -166,6 +166,15 @@ def test_every_node_of_a_tree_sees_its_ancestors_and_nothing_else(verifier):
     torch.testing.assert_close(after.logits[0, -1], expected.logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_to_which_masks_mean_something_else_is_refused(verifier, prompts, monkeypatch):
+    cached = CachedVerifier(verifier, 2)
+    cached.check(prompts[0])
+    everything = lambda lengths, slots, num_read, ancestors: torch.ones(*slots.shape, num_read, dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr("fledge.eval.cached_verifier.visible", everything)
+    with pytest.raises(ValueError, match=r"gives other logits with fledge's cache than by itself"):
+        cached.check(prompts[0])
+
+
 # -- proposals ---------------------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ def test_greedy_speculation_is_lossless(tmp_path, verifier, name):
         expected.append(output[0, len(prompt) :].tolist())
     drafters = [NoDraft(), Oracle(expected, 3, wrong_every=5), TreeOracle(expected, 11, 4, wrong_every=5)]
     speculator = Speculator(verifier, drafters, num_sequences=2)
+    speculator.cached.check(prompts[0])
     speculator.prefill([Request(prompt, 50) for prompt in prompts])
     for drafter in drafters:
         answers = speculator.decode(drafter)
