@@ -155,9 +155,10 @@ class Bench:
         return {"cpu_s": found["round"] / rounds, "wall_s": wall / rounds}
 
     def parts(self) -> dict[str, float]:
-        """Give the CPU seconds that a round spends in the verifier, in drafting, and in the head's linear maps."""
+        """Give the CPU seconds that a round spends in the verifier, in drafting, in the head and in its linear maps."""
         timed = [(self.speculator, "_run_round", "round"), (self.verifier, "forward", "verifier")]
         timed += [(self.drafter, "propose", "propose"), (self.drafter, "extend", "extend")]
+        timed += [(self.head, "fuse", "head"), (self.head, "step", "head"), (self.head.lm_head, "forward", "head")]
         timed += [(m, "forward", "head_linear") for m in self.head.modules() if isinstance(m, nn.Linear)]
         with timers(timed) as found:
             rounds, _ = self.run(self.drafter, self._options.rounds)
@@ -212,7 +213,7 @@ def timers(methods: list[tuple[Any, str, str]]) -> Iterator[dict[str, float]]:
         yield found
     finally:
         for instance, method, _ in methods:
-            delattr(instance, method)
+            vars(instance).pop(method, None)
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -232,8 +233,8 @@ def measure(options: Options) -> dict[str, Any]:
         parts = bench.parts()
         result["parts_cpu_s"] = parts
         result["share_outside_verifier"] = 1 - parts["verifier"] / parts["round"]
-        bare = parts["verifier"] + parts["head_linear"]
-        result["share_outside_verifier_and_head_linear"] = 1 - bare / parts["round"]
+        for name in ("head", "head_linear"):
+            result[f"share_outside_verifier_and_{name}"] = 1 - (parts["verifier"] + parts[name]) / parts["round"]
     else:
         result["verifier_wall_s"] = bench.verifier_seconds()
         result["share_outside_verifier"] = 1 - result["verifier_wall_s"] / speculative["wall_s"]

@@ -70,18 +70,16 @@ def find_way(proposal: Proposal, choices: Tensor, kernels: bool = False) -> Way:
         steps = torch.arange(choices.shape[1], device=choices.device)
         nodes = torch.minimum(steps, accepted[:, None])
         return Way(nodes, choices.gather(1, nodes), accepted)
-    node = torch.zeros_like(choices[:, :1])
-    way = [node]
-    going = torch.ones_like(node, dtype=torch.bool)
-    accepted = torch.zeros_like(choices[:, 0])
+    steps = torch.arange(choices.shape[1], device=choices.device)
+    none = choices.shape[1]
+    child = torch.where(tokens == choices.gather(1, tree.parents), steps[1:], none)
+    first = torch.full_like(choices, none).scatter_reduce(1, tree.parents, child, "amin")
+    after = torch.where(first == none, steps, first)  # the node that the way goes to from each
+    way = [torch.zeros_like(choices[:, :1])]
     for _ in range(tree.depth):
-        fits = (tree.parents == node) & (tokens == choices.gather(1, node))
-        going = going & fits.any(1, keepdim=True)
-        node = torch.where(going, fits.int().argmax(1, keepdim=True) + 1, node)
-        way.append(node)
-        accepted = accepted + going[:, 0]
+        way.append(after.gather(1, way[-1]))
     nodes = torch.cat(way, 1)
-    return Way(nodes, choices.gather(1, nodes), accepted)
+    return Way(nodes, choices.gather(1, nodes), (nodes.diff(dim=1) > 0).sum(1))
 
 
 def grow_tree(scores: Tensor, tokens: Tensor, parents: Tensor, num_nodes: int, depth: int) -> tuple[Tensor, Tree]:

@@ -72,8 +72,9 @@ def test_the_benchmark_tells_what_a_round_costs_and_where(capsys, shape):
     result = json.loads(capsys.readouterr().out)
     parts = result["parts_cpu_s"]
     assert parts["verifier"] + parts["propose"] + parts["extend"] < parts["round"]
-    assert 0 < parts["head_linear"] < parts["propose"] + parts["extend"]
-    assert 0 < result["share_outside_verifier_and_head_linear"] < result["share_outside_verifier"] < 1
+    assert 0 < parts["head_linear"] < parts["head"] < parts["propose"] + parts["extend"]
+    shares = [result[f"share_outside_verifier{more}"] for more in ("_and_head", "_and_head_linear", "")]
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
     assert result["acceptance_length_to_break_even"] > 1
     assert result["options"]["hidden_size"] == 32
 
