@@ -220,7 +220,10 @@ class Verifier:
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
         """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
         self._positions = arguments.get("position_ids")
-        output = self.model(input_ids=input_ids, **arguments)
+        try:
+            output = self.model(input_ids=input_ids, **arguments)
+        finally:
+            self._positions = None
         captured, self._captured = self._captured, {}
         aux = torch.cat([captured[str(layer)].to(self.device) for layer in self.aux_layers], dim=-1)
         last = captured["last"].to(self.device)
