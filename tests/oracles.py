@@ -11,18 +11,18 @@ class Oracle:
 
     Args:
         answers: one for each sequence of the batch.
-        wrong: the share of tokens that are another instead.
+        wrong: the share of tokens that are another instead, drawn by `seed`.
     """
 
     name = "oracle"
     on_device = False
     num_draft_rows = 0
 
-    def __init__(self, answers: list[list[int]], num_draft_tokens: int, wrong: float = 0.0) -> None:
+    def __init__(self, answers: list[list[int]], num_draft_tokens: int, wrong: float = 0.0, seed: int = 0) -> None:
         self.answers, self.wrong = answers, wrong
         self.num_draft_tokens = self.depth = num_draft_tokens
         self.known = [0] * len(answers)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def reserve(self, num_slots: int) -> bool:
         return False
@@ -50,8 +50,8 @@ class TreeOracle(Oracle):
         depth: of the right way; `num_nodes` are proposed altogether.
     """
 
-    def __init__(self, answers: list[list[int]], num_nodes: int, depth: int, wrong: float = 0.0) -> None:
-        super().__init__(answers, depth, wrong)
+    def __init__(self, answers: list[list[int]], num_nodes: int, depth: int, wrong: float = 0.0, seed: int = 0) -> None:
+        super().__init__(answers, depth, wrong, seed)
         self.num_draft_tokens, self.depth = num_nodes, depth
 
     def propose(self, draws, num_read) -> Proposal:
