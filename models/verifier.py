@@ -216,6 +216,13 @@ class Verifier:
         """Device of the verifier's embedding, where tokens go in and states come out."""
         return self.model.device
 
+    def place(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give inputs besides tokens (pixels) on the verifier's device, numbers in its type."""
+        dtype = self.model.get_input_embeddings().weight.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
+
     @torch.no_grad()
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
         """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
