@@ -72,7 +72,7 @@ class DraftSampling(Enum):
     """How a draft head chooses its tokens where the verifier samples."""
 
     greedy = "greedy"  # the likeliest, as SGLang, TensorRT-LLM and vLLM by default do
-    sampled = "sampled"  # drawn at the same temperature: more is accepted of a well-trained head; chains only
+    sampled = "sampled"  # drawn at the same temperature, as vLLM's draft_sample_method=probabilistic does; chains only
 
 
 class StateDtype(Enum):
