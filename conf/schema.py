@@ -286,7 +286,8 @@ class DeepSpeedConfig:
 class EvaluateConfig:
     """Measurement of acceptance length by decoding."""
 
-    questions: str | None = None  # hub id, JSONL in MT-Bench's form, or "embedded"
+    questions: str | None = None  # hub id, file or folder in a form of eval/questions.py, or "embedded"
+    questions_subset: str | None = None  # of a hub dataset that has several: main (gsm8k), 3.0.0 (cnn_dailymail)
     questions_split: str = "train"
     engine: EvaluateEngine = EvaluateEngine.transformers
     endpoint: str | None = None  # base URL of the server, as http://localhost:8000/v1, with engine=server

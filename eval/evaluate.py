@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..conf.artifact import artifact, digest, file_digest, read_manifest, write_json
+from ..conf.artifact import artifact, file_digest, read_manifest, write_json
 from ..conf.schema import Config
 from ..models.formats import WEIGHTS, head_folder, load_head
 from ..models.verifier import check_identity
 from .answers import answer_questions
-from .questions import Question, load_heldout, load_questions
-from .report import ACCEPTANCE, print_table, write_report
-from .results import summarise
+from .questions import Question, load_heldout, load_questions, questions_identity
+from .report import print_table, write_report
+from .results import ACCEPTANCE, summarise
 
 
 def evaluate(config: Config) -> None:
@@ -23,7 +23,7 @@ def evaluate(config: Config) -> None:
         "verifier": record["verifier"],
         "verifier_dtype": config.verifier.dtype.value,
         "head": file_digest(source / WEIGHTS),
-        "questions": digest([[q.id, q.category, q.turns, q.answers] for q in questions]),
+        "questions": questions_identity(questions),
         "num_draft_tokens": options.num_draft_tokens,
         "max_tokens": options.max_tokens,
         "baselines": options.baselines,
