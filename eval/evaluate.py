@@ -10,6 +10,7 @@ from .answers import answer_questions
 from .questions import Question, load_heldout, load_questions, questions_identity
 from .report import print_table, write_report
 from .results import ACCEPTANCE, summarise
+from .tracking import track
 
 
 def evaluate(config: Config) -> None:
@@ -35,6 +36,7 @@ def evaluate(config: Config) -> None:
             answer_questions(config, head, questions, target.folder)
             results = summarise(config, source, record, questions, target.folder)
             write_json(target.folder / ACCEPTANCE, results)
+            track(config, source, settings, target.folder, results)
             target.finish()
         results = write_report(target.folder, config.training_folder)
         print_table(results)
