@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import question_record
 from fledge.eval.metrics import (
     acceptance_interval,
     count,
@@ -18,39 +19,12 @@ NAME = "trained head"
 
 
 def record(*rounds: list[int], drafted: int = 3) -> dict[str, Any]:
-    """A question whose answers accepted so many tokens, round by round."""
-    answers = [
-        {
-            "drafters": {
-                NAME: {
-                    "drafted": [drafted] * len(accepted),
-                    "accepted": accepted,
-                    "output_tokens": sum(accepted) + len(accepted) + 1,
-                    "seconds": 0.5,
-                }
-            }
-        }
-        for accepted in rounds
-    ]
-    return {"answers": answers}
+    return question_record(*rounds, drafted=drafted)
 
 
 def summed(*rounds: list[int]) -> dict[str, Any]:
     """The same question as a server counts it."""
-    answers = []
-    for answer in record(*rounds)["answers"]:
-        one = answer["drafters"][NAME]
-        by_position = [sum(taken > position for taken in one["accepted"]) for position in range(3)]
-        sums = {
-            "num_drafts": len(one["drafted"]),
-            "num_draft_tokens": sum(one["drafted"]),
-            "num_accepted_tokens": sum(one["accepted"]),
-            "num_accepted_tokens_per_pos": by_position,
-            "output_tokens": one["output_tokens"],
-            "seconds": one["seconds"],
-        }
-        answers.append({"drafters": {NAME: sums}})
-    return {"answers": answers}
+    return question_record(*rounds, server=True)
 
 
 def drawn_questions(generator: np.random.Generator, number: int) -> list[dict[str, Any]]:
