@@ -162,8 +162,17 @@ def comparison(runs: list[Row], published: list[Row]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _modalities(row: Row) -> list[Row]:
+    """Give a run's questions with images and those without as rows of their own, where there are both or images."""
+    parts = {name: drafters[TRAINED] for name, drafters in row.results.get("by_modality", {}).items()}
+    return [
+        Row(f"{row.name}, {name}", part["acceptance_length"], part["acceptance_rate_per_pos"], results=part)
+        for name, part in parts.items()
+    ]
+
+
 def _acceptance(runs: list[Row], published: list[Row]) -> str:
-    rows = [*runs, *published]
+    rows = [*(part for run in runs for part in (run, *_modalities(run))), *published]
     positions = range(max(len(row.rates) for row in rows))
     several = len(runs) > 1
     lines = [

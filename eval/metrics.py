@@ -137,8 +137,7 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
 
     Bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5): 10,000 draws by a fixed seed, each
     divided by its own standard error, which keeps the level where questions are few, as in a category of MT-Bench
-    (plain percentiles of ten questions hold the true value in 87 of 100 cases). Where all questions accepted alike
-    both bounds are that value.
+    (docs/experiments.md). Where all questions accepted alike both bounds are that value.
 
     Returns:
         None where fewer than two questions had a round: one question says nothing of how questions differ.

@@ -97,14 +97,11 @@ def _positions(plt: Any, results: dict[str, Any]) -> Any:
 
 
 def _categories(plt: Any, results: dict[str, Any]) -> Any:
-    names = list(results["by_category"])[::-1]
-    figure, axes = plt.subplots(figsize=(5.5, 0.8 + 0.32 * max(3, len(names))))
-    of = [results["by_category"][name][TRAINED] for name in names]
-    axes.barh(names, [counts["acceptance_length"] for counts in of], color=ACCENT)
-    for place, counts in enumerate(of):
-        length = counts["acceptance_length"]
-        inside = {"color": "white"} if length > 1.4 else {"color": INK, "x": length + 0.05}
-        axes.text(**{"x": 1.05, "y": place, "s": f"{length:.2f}", "va": "center", "fontsize": 8, **inside})
+    of = {name: drafters[TRAINED] for name, drafters in reversed(results["by_category"].items())}
+    figure, axes = plt.subplots(figsize=(5.5, 0.8 + 0.32 * max(3, len(of))))
+    labels = [f"{name}  {counts['acceptance_length']:.2f}" for name, counts in of.items()]
+    axes.barh(labels, [counts["acceptance_length"] for counts in of.values()], color=ACCENT, alpha=0.8)
+    for place, counts in enumerate(of.values()):
         error_bar(axes, place, counts["acceptance_length_interval"])
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")
     axes.set(xlabel="acceptance length", xlim=(1, len(results["acceptance_rate_per_pos"]) + 1))

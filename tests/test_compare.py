@@ -134,6 +134,17 @@ def test_published_figures_stand_below_with_their_source(runs, capsys):
     assert "Maverick" not in compared(capsys, "first", f"runs_dir={runs}", "compare.published=false")
 
 
+def test_text_and_images_have_rows_of_their_own(runs, capsys):
+    records = [*BETTER, *(question_record([0, 1], name=f"seen/{i}", images=1) for i in range(4))]
+    evaluation(runs / "seen", records)
+    acceptance, categories, _ = tables(compared(capsys, "first", "seen", f"runs_dir={runs}", "compare.published=false"))
+    assert list(acceptance) == ["first", "seen", "seen, text", "seen, images"]
+    assert acceptance["seen, images"]["acceptance length"] == "1.50"
+    acceptance, *_ = tables(compared(capsys, str(runs / "seen"), str(runs / "second"), "compare.published=false"))
+    assert acceptance["seen, text"]["acceptance length"] == acceptance["second"]["acceptance length"]
+    assert list(categories) == ["first", "seen"]
+
+
 def test_vllms_published_positions_add_up_to_its_acceptance_length():
     (text,) = [row for row in PUBLISHED if row.rates]
     assert 1 + sum(text.rates) == pytest.approx(text.acceptance_length)
