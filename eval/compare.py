@@ -163,7 +163,7 @@ def comparison(runs: list[Row], published: list[Row]) -> str:
 
 
 def _modalities(row: Row) -> list[Row]:
-    """Give a run's questions with images and those without as rows of their own, where there are both or images."""
+    """Give text and images as rows of their own, of a run whose questions have images."""
     parts = {name: drafters[TRAINED] for name, drafters in row.results.get("by_modality", {}).items()}
     return [
         Row(f"{row.name}, {name}", part["acceptance_length"], part["acceptance_rate_per_pos"], results=part)
