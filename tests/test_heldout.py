@@ -104,3 +104,5 @@ def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_an
     assert told_in_training(tmp_path, ["s/a", "s/c"], greedy) == {"walked_acceptance_length": 1 + 10 / 8}
     assert told_in_training(tmp_path, ["s/a"], sampled) == {"estimated_acceptance_length_t1": 1 + 10 / 20}
     assert told_in_training(tmp_path, ["s/c"], greedy) == {"walked_acceptance_length": None}
+    tree = EvaluateConfig(num_draft_tokens=3, tree_depth=2)
+    assert told_in_training(tmp_path, ["s/a"], tree) == {"walked_acceptance_length": None}
