@@ -83,7 +83,9 @@ class Answerer:
     def answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         """Answer a group of questions, turn by turn; give their records."""
         records: list[dict[str, Any]] = [
-            {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": []}
+            {"id": question.id, "category": question.category, "turns": list(question.turns)}
+            | ({"images": len(question.images)} if question.images else {})
+            | {"answers": []}
             for question in questions
         ]
         texts: list[list[str]] = [[] for _ in questions]

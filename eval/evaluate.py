@@ -27,6 +27,7 @@ def evaluate(config: Config) -> None:
         "questions": questions_identity(questions),
         "num_draft_tokens": options.num_draft_tokens,
         "max_tokens": options.max_tokens,
+        "batch_size": options.batch_size,
         "baselines": options.baselines,
         "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,
         "temperature": options.temperature,

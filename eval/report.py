@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..conf.schema import DraftSampling
 from .plots import draw
 from .results import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, asked
 
@@ -123,18 +124,19 @@ def _macro(results: dict[str, Any]) -> list[str]:
 
 
 def _faithfulness(results: dict[str, Any]) -> list[str]:
+    """Say of how many answers it was seen that speculation changed nothing."""
+    drawn = results.get("draft_sampling") == DraftSampling.sampled.value
+    lines = []
     if results["temperature"]:
-        return [
-            f"Answers are sampled at temperature {results['temperature']:g} (seed {results['seed']}), with and without "
-            "drafts; rejection sampling keeps the verifier's distribution, and no two need be equal."
-        ]
-    if "lossless" not in results:
-        return []
-    lossless = results["lossless"]
-    return [
-        f"{lossless['equal_to_verifier']} of {lossless['decoded_answers']} answers equal the verifier's own, "
-        "token for token."
-    ]
+        how = "drafts are drawn too, and no two answers need be equal" if drawn else "drafts change no answer"
+        lines.append(f"Sampled at temperature {results['temperature']:g} (seed {results['seed']}): {how}.")
+    if "lossless" in results:
+        lossless = results["lossless"]
+        lines.append(
+            f"{lossless['equal_to_verifier']} of {lossless['decoded_answers']} answers equal the verifier's own, "
+            "token for token."
+        )
+    return lines
 
 
 def _heldout(results: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..conf.artifact import digest
 from ..conf.journal import read_journal
-from ..conf.schema import Config, EvaluateConfig
+from ..conf.schema import Config, DraftSampling, EvaluateConfig
 from ..data_synthesis.split import conversation_id
 from ..models.formats import HELDOUT_WALKS
 from .metrics import Record, acceptance_interval, count, macro_acceptance_length
@@ -116,7 +116,7 @@ def questions_digest(records: list[Record]) -> str:
 
 
 def _lossless(records: list[Record]) -> dict[str, Any]:
-    """Count the answers that equal the verifier's own, where they were compared with it: greedy, in this process."""
+    """Count the answers that equal the verifier's own, where they must: in this process, drafts not drawn."""
     decoded = [one for r in records for answer in r["answers"] for one in answer["drafters"].values()]
     equal = [one["equals_verifier"] for one in decoded if one.get("equals_verifier") is not None]
     return {"lossless": {"decoded_answers": len(equal), "equal_to_verifier": sum(equal)}} if equal else {}
@@ -133,11 +133,14 @@ def _by_modality(records: list[Record], drafters: Any) -> dict[str, Any]:
 def told_in_training(source: Path, ids: list[str], options: EvaluateConfig) -> dict[str, float | None]:
     """Give the acceptance length that training told of these conversations; None where it did not measure them.
 
-    Greedy decoding is compared with the walk, which makes the same rounds, sampling with the estimate. Both are of
-    chains: of a tree training tells nothing.
+    Greedy decoding is compared with the walk, which makes the same rounds, sampling with the estimate, which is of
+    drafts that are drawn too. Both are of chains: of a tree training tells nothing.
     """
     path = source / HELDOUT_WALKS
-    told = json.loads(path.read_text()) if path.is_file() and options.tree_depth is None else {}
+    known_of = options.tree_depth is None and options.draft_sampling is (
+        DraftSampling.sampled if options.temperature else DraftSampling.greedy
+    )
+    told = json.loads(path.read_text()) if path.is_file() and known_of else {}
     walks = told.get(str(options.num_draft_tokens), {})
     name, gained, of = (
         ("estimated_acceptance_length_t1", "expected", "rows")

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from fledge.conf.schema import Config, DraftConfig, EvaluateConfig
 from fledge.data_synthesis.chat import prompt_tokens
 from fledge.data_synthesis.image_reader import ImageReader, ImageTokenizer
 from fledge.data_synthesis.images import conversation_images, template_messages
+from fledge.eval.answers import Answerer
 from fledge.eval.prompt_lookup import NoDraft
+from fledge.eval.questions import Question
 from fledge.eval.speculative import Request, Speculator
-from fledge.models.verifier import Verifier
+from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.verifier import Verifier, VerifierWeights, load_config
 from image_verifiers import asked, make_pictures, save_llama4, save_qwen3_vl
 from oracles import Oracle, TreeOracle
 
@@ -51,3 +55,27 @@ def test_a_model_that_counts_positions_by_image_is_refused_for_images(tmp_path, 
     cached.check(list(range(20, 40)))
     with pytest.raises(ValueError, match="gives other logits with fledge's cache than by itself for images"):
         cached.check(request.prompt, request.inputs)
+
+
+def test_questions_with_images_are_answered_beside_others_and_told_from_them(tmp_path, tiny_verifier_folder):
+    config = save_llama4(tmp_path / "verifier", tiny_verifier_folder)
+    verifier, weights, pictures = Verifier.load(config), VerifierWeights(config), make_pictures(tmp_path)
+    head = DraftHead(DraftHeadConfig.from_verifier(DraftConfig(vocab_size=None), load_config(config)))
+    initialise(head, weights.embedding(), weights.lm_head(), 0)
+    options = EvaluateConfig(max_tokens=12, batch_size=2)
+    answerer = Answerer(Config(name="x", verifier=config, evaluate=options), verifier, head)
+    asked_of = [
+        Question("a", "all", ("What is it?", "And why?"), images=(pictures[0],)),
+        Question("b", "all", ("Who?",)),
+    ]
+    records = answerer.answer(asked_of)
+    assert [record.get("images") for record in records] == [1, None]
+    assert [len(record["answers"]) for record in records] == [2, 1]
+    drafted = [one for r in records for answer in r["answers"] for one in answer["drafters"].values()]
+    assert len(drafted) == 9
+    assert all(one["equals_verifier"] for one in drafted)
+    blind = [Question("a", "all", asked_of[0].turns, images=(pictures[3],))]
+    assert answerer.answer(blind)[0]["answers"][0]["prompt_tokens"] > records[0]["answers"][0]["prompt_tokens"]
+    gone = Question("c", "all", ("Who?",), images=(str(tmp_path / "gone.png"),))
+    with pytest.raises(ValueError, match=r"question c: image 1 .* cannot be read"):
+        answerer.answer([gone])
