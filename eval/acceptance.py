@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..conf.schema import DraftSampling, EvaluateConfig
+from ..models.kernels import run_on
 from .proposal import Proposal
 
 NUM_DRAWS = 3  # uniform numbers for each token of an answer: to draft it, to accept the draft, to choose it
@@ -37,11 +38,12 @@ class AcceptanceRule:
     top_p: float = 1.0
     top_k: int | None = None
     draft_sampling: DraftSampling = DraftSampling.greedy
+    kernels: bool = True  # on a GPU: choose in a Triton kernel
 
     @classmethod
     def of(cls, options: EvaluateConfig) -> AcceptanceRule:
         """Give the rule that the options ask for."""
-        return cls(options.temperature, options.top_p, options.top_k, options.draft_sampling)
+        return cls(options.temperature, options.top_p, options.top_k, options.draft_sampling, options.kernels)
 
     @property
     def draws_drafts(self) -> bool:
@@ -56,6 +58,8 @@ class AcceptanceRule:
             draws: float64 [B, N + 1, NUM_DRAWS], uniform in [0, 1), one row for all nodes of a depth; not used where
                 greedy.
         """
+        if self.kernels and run_on(logits.device):
+            return self._choose_by_kernel(logits, proposal, draws)
         if not self.temperature:
             return logits.argmax(-1)
         p = self.probabilities(logits)
@@ -69,6 +73,18 @@ class AcceptanceRule:
         choices[:, :-1] = torch.where(passed, proposal.tokens, choices[:, :-1])
         return choices
 
+    def _choose_by_kernel(self, logits: Tensor, proposal: Proposal, draws: Tensor) -> Tensor:
+        from ..models.kernels import choosing
+
+        if not self.temperature:
+            return choosing.likeliest(logits)
+        cut = self.top_k is not None or self.top_p < 1
+        of = (self.probabilities(logits), None) if cut else (logits, self.temperature)
+        if proposal.probabilities is None:
+            return choosing.draw(of[0], draws[..., _CHOOSE], of[1])
+        numbers = draws[..., _ACCEPT], draws[..., _CHOOSE]
+        return choosing.draw_or_accept(of[0], proposal.tokens, proposal.probabilities, *numbers, of[1])
+
     def draft(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choose a draft token by logits [B, Vd]: int64 [B]; and, where it was drawn, the distribution [B, Vd].
 
@@ -78,6 +94,10 @@ class AcceptanceRule:
         if not self.draws_drafts:
             return logits.argmax(-1), None
         q = torch.softmax(logits.float() / self.temperature, -1)
+        if self.kernels and run_on(q.device):
+            from ..models.kernels import choosing
+
+            return choosing.draw(q, draws[:, _DRAFT]), q
         return draw(q, draws[:, _DRAFT]), q
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -56,7 +56,12 @@ class Answerer:
         self._rule = AcceptanceRule.of(options)
         self._drafters = self._make_drafters(config, head)
         self._speculator = Speculator(
-            verifier, list(self._drafters.values()), self._rule, options.batch_size, options.cuda_graphs
+            verifier,
+            list(self._drafters.values()),
+            self._rule,
+            options.batch_size,
+            options.cuda_graphs,
+            options.kernels,
         )
         self._images = ImageReader(config.verifier, config.dump.max_images)
         self._checked: set[bool] = set()  # with images, and without
@@ -70,7 +75,8 @@ class Answerer:
 
         def decoder(head: DraftHead) -> DraftDecoder:
             shape = options.num_draft_tokens, options.tree_depth, options.tree_top_k
-            return DraftDecoder(head.to(device, dtype), embedding, *shape, self._rule, options.batch_size)
+            how = self._rule, options.batch_size, options.kernels
+            return DraftDecoder(head.to(device, dtype), embedding, *shape, *how)
 
         drafters: dict[str, Drafter] = {TRAINED: decoder(head)}
         if options.baselines:

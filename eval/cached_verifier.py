@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..models.kernels import run_on
 from ..models.verifier import Verifier, VerifierOutput
 from .proposal import Tree
 
@@ -86,12 +87,21 @@ class StaticCache(Cache):
         self.rows = self.slots = torch.empty(0)  # [b, 1] and [b, n], where its tokens are written
         self.num_read = self.num_seen = 0
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy keys and values between slots [B, n] of each sequence, all at once."""
+    def move(self, sources: Tensor, targets: Tensor, kernels: bool = False) -> None:
+        """Copy keys and values between slots [B, n] of each sequence, all at once.
+
+        Args:
+            kernels: on a GPU, let a Triton kernel do it; the slots are then those of ways of trees.
+        """
         rows = torch.arange(len(sources), device=sources.device)[:, None]
         for held in self.tensors:
             of_device = [index.to(held.device) for index in (rows, sources, targets)]
-            held[:, of_device[0], of_device[2]] = held[:, of_device[0], of_device[1]]
+            if kernels and run_on(held.device):
+                from ..models.kernels.decoding import move_slots
+
+                move_slots(held, *of_device[1:])
+            else:
+                held[:, of_device[0], of_device[2]] = held[:, of_device[0], of_device[1]]
 
 
 class CachedVerifier:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.draft_head import DraftHead
+from ..models.kernels import run_on
 from .acceptance import GREEDY, AcceptanceRule
 from .cached_verifier import round_up, visible
 from .proposal import Proposal, grow_tree
@@ -24,6 +25,7 @@ class DraftDecoder:
     Args:
         embedding: the verifier's token embedding [V, H].
         tree_depth: None drafts a chain.
+        kernels: on a GPU, make a step's input in a Triton kernel.
     """
 
     name = "draft head"
@@ -38,6 +40,7 @@ class DraftDecoder:
         tree_top_k: int = 8,
         rule: AcceptanceRule = GREEDY,
         num_sequences: int = 1,
+        kernels: bool = True,
     ) -> None:
         if tree_depth is not None and tree_top_k > head.config.draft_vocab_size:
             raise ValueError(
@@ -51,6 +54,7 @@ class DraftDecoder:
         self.rule = rule
         self._target_ids = head.target_ids
         self._num_sequences = num_sequences
+        self._kernels = kernels and run_on(embedding.device)
         # Rows that a proposal takes after those of the verifier's states.
         self.num_draft_rows = num_draft_tokens if tree_depth is None else tree_depth * tree_top_k
         width = (num_sequences, head.config.hidden_size)
@@ -182,7 +186,8 @@ class DraftDecoder:
             return out.transpose(1, 2).flatten(0, 1)
 
         cos, sin = (table[positions.flatten()] for table in self._rotary)
-        embedding = self.head.embed(tokens.flatten(), self.embedding)
+        looked_up = self.head.lookup if self._kernels else self.head.embed
+        embedding = looked_up(tokens.flatten(), self.embedding)
         outputs = self.head.step(embedding, state.flatten(0, 1), (cos, sin), attend)
         after, normed = (values.unflatten(0, tokens.shape) for values in outputs)
         return after, normed

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.kernels import run_on
+
 NOTHING = -1  # in place of a token that is not proposed
 
 
@@ -51,13 +53,18 @@ class Way:
     accepted: Tensor  # int64 [B], drafts
 
 
-def find_way(proposal: Proposal, choices: Tensor) -> Way:
+def find_way(proposal: Proposal, choices: Tensor, kernels: bool = False) -> Way:
     """Go through what was proposed.
 
     Args:
         choices: int64 [B, N + 1], the token chosen after each node.
+        kernels: on a GPU, let a Triton kernel go.
     """
     tokens, tree = proposal.tokens, proposal.tree
+    if kernels and run_on(tokens.device):
+        from ..models.kernels import decoding
+
+        return Way(*decoding.find_way(tokens, tree.parents if tree else None, choices, proposal.depth))
     if tree is None:
         accepted = (tokens == choices[:, :-1]).long().cumprod(1).sum(1)
         steps = torch.arange(choices.shape[1], device=choices.device)

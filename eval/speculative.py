@@ -88,6 +88,7 @@ class Speculator:
     Args:
         num_sequences: B.
         cuda_graphs: on a GPU, capture a round and replay it.
+        kernels: on a GPU, find the way and bring its slots together in Triton kernels.
     """
 
     def __init__(
@@ -97,10 +98,12 @@ class Speculator:
         rule: AcceptanceRule = GREEDY,
         num_sequences: int = 1,
         cuda_graphs: bool = True,
+        kernels: bool = True,
     ) -> None:
         self.verifier = verifier
         self.cached = CachedVerifier(verifier, num_sequences)
         self.rule = rule
+        self._kernels = kernels
         self._num_nodes = max((drafter.num_draft_tokens for drafter in drafters), default=0)
         self._depth = max((drafter.depth for drafter in drafters), default=0)
         self._num_rows = max((drafter.num_draft_rows for drafter in drafters), default=0)
@@ -236,7 +239,8 @@ class Speculator:
         depths = torch.arange(tokens.shape[1] + 1, device=lengths.device) if tree is None else tree.depths
         fed = torch.cat([self._last[:, None], tokens.clamp(min=0)], 1)
         output = self.cached.forward(fed, lengths, num_read, tree=tree)
-        way = find_way(proposal, self.rule.choose(output.logits, proposal, self._numbers(depths)))
+        choices = self.rule.choose(output.logits, proposal, self._numbers(depths))
+        way = find_way(proposal, choices, self._kernels)
         if tree is not None:
             self._compact(way)
         nodes = way.nodes[:, :, None].expand(-1, -1, output.aux_hidden_states.shape[-1])
@@ -258,7 +262,7 @@ class Speculator:
     def _compact(self, way: Way) -> None:
         """Bring what was accepted of a tree together in the verifier's cache."""
         targets = self._lengths[:, None] + torch.arange(way.nodes.shape[1], device=way.nodes.device)
-        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets)
+        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets, self._kernels)
 
 
 def answer_alone(verifier: Verifier, prompt: list[int], max_tokens: int) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from .vocabulary import VocabularyMap
 # (layer index, queries [T, heads, D], keys [T, kv_heads, D], values [T, kv_heads, D]) -> [T, heads, D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Projected = tuple[Tensor, Tensor, Tensor]  # what the embedding adds to layer 0's q, k and v, [T, heads*D] each
+
+
+class Lookup(NamedTuple):
+    """Embeddings that are not looked up yet: a kernel does it, and norms and joins them with the states."""
+
+    tokens: Tensor  # int64 [T]
+    matrix: Tensor  # [V, H]
 
 
 # Rotary embeddings of the Llama family, which every engine computes alike.
@@ -207,14 +214,19 @@ class DraftLayer(nn.Module):
 
     def forward(
         self,
-        embedding: Tensor | Projected,
+        embedding: Tensor | Projected | Lookup,
         state: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention: Attention,
         rows: Tensor | None = None,
     ) -> Tensor:
         residual, projected = state, None
-        if self.hidden_norm is not None:
+        if self.hidden_norm is not None and isinstance(embedding, Lookup):
+            from .kernels.decoding import join_inputs
+
+            x = join_inputs(*embedding, state, self.input_layernorm, self.hidden_norm)
+            residual = x[:, state.shape[-1] :] if self.norm_before_residual else state
+        elif self.hidden_norm is not None:
             x = self.hidden_norm(state)
             residual = x if self.norm_before_residual else state
             if isinstance(embedding, Tensor):
@@ -292,6 +304,10 @@ class DraftHead(nn.Module):
             return self.embed_tokens(tokens)
         return nn.functional.embedding(tokens, verifier_embedding)
 
+    def lookup(self, tokens: Tensor, verifier_embedding: Tensor) -> Lookup:
+        """Give what `embed` looks up, for `step` to look up."""
+        return Lookup(tokens, verifier_embedding if self.embed_tokens is None else self.embed_tokens.weight)
+
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """Give the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
         if self.fc_norm is not None:
@@ -306,7 +322,7 @@ class DraftHead(nn.Module):
 
     def step(
         self,
-        embedding: Tensor | Projected,
+        embedding: Tensor | Projected | Lookup,
         state: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention: Attention,
@@ -315,7 +331,7 @@ class DraftHead(nn.Module):
         """Run one draft step on T rows.
 
         Args:
-            embedding: [T, H], of the token fed, or their `project_embedding`.
+            embedding: [T, H], of the token fed, or their `project_embedding`, or, on a GPU, their `lookup`.
             state: [T, H], `fuse` at step 0, the state of the step before after that.
             rotary: cosine and sine at the rows' positions.
             attention: joins these rows' queries with the keys they may see.

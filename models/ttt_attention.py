@@ -8,13 +8,14 @@ its own row alone. `TTTAttention` says so plainly, with dense scores; `SplitAtte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .kernels import run_on
 
 
 class Span(NamedTuple):
@@ -109,14 +110,9 @@ class SplitAttention:
         return cast(Tensor, JoinedAttention.apply(spans, *inputs))
 
 
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def _has_triton(q: Tensor) -> bool:
     fits = q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 128
-    return q.is_cuda and fits and _triton_is_installed()
+    return fits and run_on(q.device)
 
 
 class JoinedAttention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The Triton kernels and the training engine on a real GPU, at sizes that matter.
+"""The Triton kernels, the training engine and speculative decoding on a real GPU, at sizes that matter.
 
     pytest --noconftest -m gpu tests/test_gpu.py
 
@@ -8,7 +8,23 @@ needs torch for CUDA, transformers and pytest alone.
 import pytest
 import torch
 from builders import make_batch, make_head, matrices
+from decoding_twins import (
+    SHAPES,
+    Loop,
+    chain,
+    check_moved,
+    check_way,
+    choices_for,
+    count_other_choices,
+    count_other_draws,
+    joined_error,
+    random_tree,
+)
+from fledge.conf.schema import DraftSampling
+from fledge.eval.acceptance import AcceptanceRule
+from fledge.eval.proposal import find_way
 from fledge.models import ttt_attention
+from fledge.models.kernels import choosing
 from fledge.train.plain import PlainTTTModule
 from fledge.train.ttt import TTTModule
 from kernel_twins import attention_errors, kl_errors
@@ -103,5 +119,87 @@ def test_a_step_waits_for_nothing_on_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         module(batch, *frozen)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- speculative decoding ----------------------------------------------------------------------------------------------
+
+RULES = {
+    "greedy": AcceptanceRule(),
+    "sampled": AcceptanceRule(0.8),
+    "cut": AcceptanceRule(0.8, top_p=0.9, top_k=20),
+    "drawn": AcceptanceRule(0.8, draft_sampling=DraftSampling.sampled),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 4096), (2, 5120), (8, 96), (40, 8192)])
+def test_the_input_of_a_draft_step_equals_its_definition(num_rows, width, dtype):
+    assert joined_error(num_rows, width, dtype, "cuda") <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("width", [300, 128256, 202048])
+def test_the_likeliest_token_is_the_first_of_equal_ones(width, dtype):
+    logits = torch.randint(-3, 4, (4, 8, width), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(choosing.likeliest(logits.cuda()).cpu(), logits.float().argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ["sampled", "cut"])
+@pytest.mark.parametrize("width", [300, 128256, 202048])
+def test_tokens_are_drawn_as_by_the_twin(width, name, dtype):
+    assert count_other_draws(200, width, dtype, "cuda", RULES[name]) <= 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("likeness", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("sequences", "drafts", "width"), [(30, 3, 300), (8, 7, 32000), (4, 3, 202048)])
+def test_drawn_drafts_are_accepted_or_replaced_as_by_the_twin(sequences, drafts, width, likeness, dtype):
+    differ, accepted = count_other_choices(sequences, drafts, width, dtype, "cuda", RULES["drawn"], likeness)
+    assert differ <= 1
+    assert likeness < 1 or accepted == 1.0
+
+
+@pytest.mark.parametrize("kind", ["all", "none", "some"])
+@pytest.mark.parametrize(
+    ("make", "num_nodes"), [(chain, 0), (chain, 1), (chain, 7), (random_tree, 1), (random_tree, 60)]
+)
+def test_the_way_is_the_twins_and_its_slots_come_together_as_by_the_twin(make, num_nodes, kind):
+    proposal = make(16, num_nodes, "cuda", 3)
+    choices = choices_for(proposal, kind, 3)
+    check_way(proposal, choices)
+    nodes = find_way(proposal, choices).nodes
+    for heads, head_dim, dtype in ((8, 128, torch.bfloat16), (3, 400, torch.float32), (2, 48, torch.float16)):
+        check_moved(nodes, heads, head_dim, dtype)
+
+
+LOOPS = [(shape, name) for shape in SHAPES for name in ("greedy", "sampled", "cut")] + [("chain", "drawn")]
+
+
+@pytest.mark.parametrize(("shape", "name"), LOOPS)
+def test_the_loop_with_graphs_and_kernels_equals_the_loop_without(shape, name, capsys):
+    loop = Loop("cuda", max_tokens=40)
+    found, alone = loop.answers(shape, RULES[name], kernels=True, cuda_graphs=True)
+    expected, _ = loop.answers(shape, RULES[name], kernels=False, cuda_graphs=False)
+    assert "no CUDA graphs" not in capsys.readouterr().err
+    assert [(a.tokens, a.accepted) for a in found] == [(a.tokens, a.accepted) for a in expected]
+    if name != "drawn":
+        assert [a.tokens for a in found] == [a.tokens for a in alone]
+    assert sum(sum(a.accepted) for a in found) > 0
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize(("shape", "name"), LOOPS)
+def test_a_round_waits_for_nothing_on_the_device(shape, name, cuda_graphs):
+    speculator, drafter = Loop("cuda", "bfloat16").speculator(shape, RULES[name], kernels=True, cuda_graphs=cuda_graphs)
+    speculator.decode(drafter)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            told = speculator._run_round(drafter, 64)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            told.tolist()  # which is the one wait
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -13,7 +13,8 @@ pytest.importorskip("triton")  # has no wheels beside Linux
 
 def test_the_kernels_equal_their_plain_twins_in_the_interpreter():
     tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-m", "", str(tests / "interpreted_kernels.py")]
+    files = [str(tests / name) for name in ("interpreted_kernels.py", "interpreted_decoding.py")]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-m", "", *files]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tests.parent)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,7 +26,7 @@ def compiled(kernel, launch, dtype, others, capability=90):
     from triton.compiler import ASTSource, compile
 
     counts = {name: "i32" for name in kernel.arg_names if name.startswith("num_")}
-    counts |= {"scale": "fp32"} if "scale" in kernel.arg_names else {}
+    counts |= {name: "fp32" for name in kernel.arg_names if name in ("scale", "temperature") or name.endswith("_eps")}
     constants = dict.fromkeys(launch.constants, "constexpr")
     pointers = {name: f"*{others.get(name, dtype)}" for name in kernel.arg_names if name not in {**counts, **constants}}
     types = {**pointers, **counts, **constants}
@@ -62,3 +63,36 @@ def test_the_kl_loss_compiles_for_a_hopper_gpu():
     assert kernel.asm["cubin"]
     assert kernel.metadata.shared <= 227 * 1024
     assert "ld.global.v4" in kernel.asm["ptx"]  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernels_of_speculative_decoding_compile_for_a_hopper_gpu(dtype):
+    from fledge.models.kernels import choosing, decoding
+    from fledge.models.kernels.ttt_attention import Launch
+
+    ids = ("tokens", "parents", "choices", "nodes", "chosen", "accepted", "sources", "targets", "drafts", "out")
+    others = dict.fromkeys(ids, "i64") | {"q": "fp32", "accept": "fp64", "choose": "fp64"}
+    kinds = [
+        (True, True, False),
+        (True, False, False),
+        (True, False, True),
+        (False, False, False),
+        (False, False, True),
+    ]
+    launches = [
+        (decoding.join_kernel, {"block": 8192}, decoding.JOIN_NUM_WARPS),
+        *((decoding.way_kernel, {"chain": chain, "block": 64}, decoding.WAY_NUM_WARPS) for chain in (True, False)),
+        (decoding.move_kernel, {"block": decoding.MOVE_BLOCK}, decoding.MOVE_NUM_WARPS),
+        *(
+            (
+                choosing.choose_kernel,
+                {"of_logits": of_logits, "greedy": greedy, "drawn": drawn, "block": choosing.BLOCK},
+                choosing.NUM_WARPS,
+            )
+            for of_logits, greedy, drawn in kinds
+        ),
+    ]
+    for kernel, constants, num_warps in launches:
+        made = compiled(kernel, Launch(constants, num_warps, 3), dtype, others)
+        assert made.asm["cubin"], kernel
+        assert made.metadata.shared <= 48 * 1024, kernel  # what a kernel has without asking for more

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conf.arguments import parse_options
 from ..conf.schema import TTTLoss
 from ..models.draft_head import DraftHead, DraftHeadConfig
 from ..models.vocabulary import build_vocabulary
@@ -104,33 +105,8 @@ CHOICES = {
 
 
 def parse(arguments: list[str]) -> Options:
-    """Read `name=value` arguments, in order.
-
-    Raises:
-        ValueError: an unknown option, or a value it cannot have.
-    """
-    values = dataclasses.asdict(Options())
-    for argument in arguments:
-        name, _, text = argument.partition("=")
-        if name == "preset" and text in PRESETS:
-            values.update(PRESETS[text])
-            continue
-        choices = list(PRESETS) if name == "preset" else CHOICES.get(name)
-        if name not in values and choices is None:
-            raise ValueError(f"unknown option {argument!r}: options are name=value of preset, {', '.join(values)}")
-        if choices is not None and text not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
-        try:
-            values[name] = _value(text, type(values[name]))
-        except ValueError:
-            raise ValueError(f"{name} must be of type {type(values[name]).__name__}, got {text!r}") from None
-    return Options(**values)
-
-
-def _value(text: str, kind: type) -> Any:
-    if kind is bool and text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true" if kind is bool else kind(text)
+    """Read `name=value` arguments, in order."""
+    return parse_options(arguments, Options(), PRESETS, CHOICES)
 
 
 def make_inputs(options: Options) -> tuple[DraftHead, PackedBatch, Tensor, Tensor]:

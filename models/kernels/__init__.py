@@ -1,1 +1,18 @@
 """Triton kernels for the GPU; nothing outside this package imports triton, and this package only where it is used."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+DEVICE = "cuda"  # the type that they run on
+
+
+def run_on(device: torch.device) -> bool:
+    """Tell whether kernels can run there: on a GPU, with Triton, which has no wheels beside Linux."""
+    return device.type == DEVICE and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
