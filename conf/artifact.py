@@ -89,9 +89,8 @@ def read_manifest(folder: Path, kind: str, unfinished: bool = False) -> dict[str
 
 
 def _maker(kind: str) -> str:
-    return {"prompts": "synthesize", "conversations": "synthesize", "hidden_states": "dump", "training": "train"}.get(
-        kind, kind
-    )
+    makers = {"prompts": "synthesize", "conversations": "synthesize", "hidden_states": "dump", "training": "train"}
+    return {**makers, "evaluation": "evaluate"}.get(kind, kind)
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "dump": ("fledge.data_synthesis.dump:dump", "record the verifier's hidden states on those conversations"),
     "train": ("fledge.train.loop:train", "train the draft head on the hidden states"),
     "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
+    "compare": ("fledge.eval.compare:compare", "print evaluations side by side, with published figures"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
     "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
@@ -59,6 +60,7 @@ commands:
   srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
   fledge preview experiment=llama31_8b name=first preview.id=ID        one conversation, as it is trained on
   fledge inspect runs/first/hidden_states --verify    what a store holds; every checksum compared
+  fledge compare first second compare.folder=report   what two runs accept, side by side
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
@@ -86,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         overrides = [o for o in ("experiment=demo", "name=demo") if o.split("=")[0] not in named] + overrides
     if command == "inspect":
         overrides = inspect_overrides(overrides)
+    if command == "compare":
+        overrides = compare_overrides(overrides)
     run_command(command, overrides)
 
 
@@ -93,15 +97,45 @@ def inspect_overrides(arguments: list[str]) -> list[str]:
     """Turn `STORE --verify`, and what else may stand there, into overrides: a store names its verifier by itself."""
     flags = {"--verify": "inspect.verify=true"}
     overrides = [flags.get(argument, argument) for argument in arguments]
-    for number, argument in enumerate(arguments):
-        after_option = number > 0 and arguments[number - 1] in ("--cfg", "-c", "--package", "-p")
-        if os.path.isdir(argument) or not ("=" in argument or argument.startswith("-") or after_option):
-            overrides[number] = "inspect.store='{}'".format(argument.replace("'", "\\'"))
-            break
+    for number in _positional(arguments)[:1]:
+        overrides[number] = f"inspect.store={_quoted(arguments[number])}"
+    return _without_verifier("inspect", overrides)
+
+
+def compare_overrides(arguments: list[str]) -> list[str]:
+    """Turn `RUN RUN ...`, and what else may stand there, into overrides: files are compared, no verifier is needed."""
+    places = _positional(arguments)
+    overrides = [argument for number, argument in enumerate(arguments) if number not in places]
+    if places:
+        overrides.append(f"compare.runs=[{','.join(_quoted(arguments[number]) for number in places)}]")
+    return _without_verifier("compare", overrides)
+
+
+def _positional(arguments: list[str]) -> list[int]:
+    """Give the places of arguments that are no options: folders that exist, and names."""
+    return [
+        number
+        for number, argument in enumerate(arguments)
+        if os.path.isdir(argument)
+        or not (
+            "=" in argument
+            or argument.startswith("-")
+            or (number > 0 and arguments[number - 1] in ("--cfg", "-c", "--package", "-p"))
+        )
+    ]
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _without_verifier(name: str, overrides: list[str]) -> list[str]:
+    """Fill in what every configuration requires, for a command that only reads."""
     named = {override.split("=")[0] for override in overrides}
     if "experiment" in named:
         return overrides
-    return [o for o in ("name=inspect", "verifier.path=recorded") if o.split("=")[0] not in named] + overrides
+    return [o for o in (f"name={name}", "verifier.path=recorded") if o.split("=")[0] not in named] + overrides
 
 
 def run_command(command: str, overrides: list[str]) -> None:

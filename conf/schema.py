@@ -72,7 +72,7 @@ class DraftSampling(Enum):
     """How a draft head chooses its tokens where the verifier samples."""
 
     greedy = "greedy"  # the likeliest, as SGLang, TensorRT-LLM and vLLM by default do
-    sampled = "sampled"  # drawn at the same temperature: more is accepted of a well-trained head; chains only
+    sampled = "sampled"  # drawn at the same temperature, as vLLM's draft_sample_method=probabilistic does; chains only
 
 
 class StateDtype(Enum):
@@ -286,7 +286,8 @@ class DeepSpeedConfig:
 class EvaluateConfig:
     """Measurement of acceptance length by decoding."""
 
-    questions: str | None = None  # hub id, JSONL in MT-Bench's form, or "embedded"
+    questions: str | None = None  # hub id, file or folder in a form of eval/questions.py, or "embedded"
+    questions_subset: str | None = None  # of a hub dataset that has several: main (gsm8k), 3.0.0 (cnn_dailymail)
     questions_split: str = "train"
     engine: EvaluateEngine = EvaluateEngine.transformers
     endpoint: str | None = None  # base URL of the server, as http://localhost:8000/v1, with engine=server
@@ -356,8 +357,17 @@ class InspectConfig:
 
 
 @dataclass
+class CompareConfig:
+    """What `fledge compare RUN...` lays side by side."""
+
+    runs: list[str] = field(default_factory=list)  # a run's folder, its name in runs_dir, or an evaluation's folder
+    published: bool = True  # rows of the published figures of NVIDIA's Maverick head
+    folder: str | None = None  # where compare.md and compare.png go; None: the tables are printed only
+
+
+@dataclass
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl, which is always written; train/tracking.py has their table."""
+    """Where metrics go besides the run's own files; train/tracking.py has the table of training's."""
 
     wandb: WandbMode = WandbMode.offline
     project: str = "fledge"
@@ -385,6 +395,7 @@ class Config:
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property

@@ -99,12 +99,8 @@ def read_with_images(verifier: Verifier, images: ImageReader, sample: Sample) ->
         raise ValueError(
             f"sample {sample.id}: {error}; give the images back as they were and run `fledge dump` again"
         ) from None
-    dtype = verifier.model.get_input_embeddings().weight.dtype
-    placed = {
-        name: value.to(verifier.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
-    }
     input_ids = sample.input_ids.long()[None].to(verifier.device)
-    output = verifier.forward(input_ids, logits_to_keep=1, use_cache=False, **placed)
+    output = verifier.forward(input_ids, logits_to_keep=1, use_cache=False, **verifier.place(inputs))
     _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
     return output.aux_hidden_states[0], output.last_hidden_state[0]
 

@@ -31,11 +31,14 @@ def source_name(source: SourceConfig) -> str:
     return f"{source.name or (path.stem if path.suffix in SUFFIXES else path.name)}/{source.split}"
 
 
-def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
+def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Iterator[Row]:
     """Read the rows of a source one after the other; none is kept.
 
     A row that cannot be decoded comes as the ValueError that says why, so that a caller may leave it out. With
     `streaming` rows come in the order of datasets' own shuffle by `seed`. The embedded corpus depends on `seed` too.
+
+    Args:
+        whole: give all columns of a table, not those alone that a prompt is read from.
 
     Raises:
         ValueError: the source does not exist, cannot be reached, or has no such split.
@@ -45,26 +48,14 @@ def read_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
         return
     files = local_files(source)
     if not files or (source.streaming and Path(source.path).is_dir() and files[0].suffix == ".parquet"):
-        yield from dataset_rows(source, seed)
+        yield from dataset_rows(source, seed, whole)
         return
     if source.streaming:
         raise ValueError(
             f"data.sources {source.path}: streaming must be false for files here: they are read row by row anyway"
         )
     for file in files:
-        yield from _READERS[file.suffix](file)
-
-
-def load_rows(path: str, split: str = "train", revision: str | None = None) -> Iterator[Any]:
-    """Read the rows of a file, folder or dataset of the hub.
-
-    Raises:
-        ValueError: there is no such thing, or a row cannot be decoded (it is named).
-    """
-    for place, row in read_rows(SourceConfig(path=path, split=split, revision=revision)):
-        if isinstance(row, ValueError):
-            raise ValueError(f"{place} {row}") from None
-        yield row
+        yield from _READERS[file.suffix](file, whole)
 
 
 def split_names(path: str) -> list[str]:
@@ -139,7 +130,7 @@ def _reading(path: str) -> Iterator[None]:
         raise ValueError(f"{path} {what}: {reason}") from None
 
 
-def dataset_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
+def dataset_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Iterator[Row]:
     """Read a dataset of the hub, or a folder of the same form, through `datasets`."""
     from datasets import load_dataset
 
@@ -147,7 +138,7 @@ def dataset_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
         dataset = load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
-        if columns := _needed(dataset.column_names or []):
+        if columns := [] if whole else _needed(dataset.column_names or []):
             dataset = dataset.select_columns(columns)
         if source.streaming:
             rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS))
@@ -156,12 +147,12 @@ def dataset_rows(source: SourceConfig, seed: int = 0) -> Iterator[Row]:
         yield from _placed(source.path, rows)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    """Read the columns that matter; without read-ahead, which would hold those of the whole file."""
+def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
+    """Read the columns that matter, or all; without read-ahead, which would hold those of the whole file."""
     from pyarrow.parquet import ParquetFile
 
     with _reading(str(path)), ParquetFile(path, pre_buffer=False) as file:
-        columns = _needed(file.schema_arrow.names) or None
+        columns = None if whole else _needed(file.schema_arrow.names) or None
         tables = file.iter_batches(_BATCH_ROWS, columns=columns)
         yield from _placed(str(path), (row for table in tables for row in _table_rows(table)))
 
@@ -188,11 +179,11 @@ def _placed(path: str, rows: Iterable[Any]) -> Iterator[Row]:
         yield f"{path} row {number}", row
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, _whole: bool) -> Iterator[Row]:
     yield from _placed(str(path), _json_values(path))
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path, _whole: bool) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -11,7 +11,9 @@ import torch
 from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config
-from ..data_synthesis.chat import prompt_tokens
+from ..data_synthesis.chat import NoExactSpanError, has_images, prompt_tokens
+from ..data_synthesis.image_reader import ImageReader, ImageTokenizer
+from ..data_synthesis.images import conversation_images, template_messages
 from ..models.draft_head import DraftHead, initialise
 from ..models.verifier import Verifier, VerifierWeights
 from ..models.vocabulary import VocabularyMap
@@ -61,7 +63,8 @@ class Answerer:
             options.cuda_graphs,
             options.kernels,
         )
-        self._checked = False
+        self._images = ImageReader(config.verifier, config.dump.max_images)
+        self._checked: set[bool] = set()  # with images, and without
 
     def _make_drafters(self, config: Config, head: DraftHead) -> dict[str, Drafter]:
         options, device = config.evaluate, self._verifier.device
@@ -86,7 +89,9 @@ class Answerer:
     def answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         """Answer a group of questions, turn by turn; give their records."""
         records: list[dict[str, Any]] = [
-            {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": []}
+            {"id": question.id, "category": question.category, "turns": list(question.turns)}
+            | ({"images": len(question.images)} if question.images else {})
+            | {"answers": []}
             for question in questions
         ]
         texts: list[list[str]] = [[] for _ in questions]
@@ -100,14 +105,25 @@ class Answerer:
 
     def _request(self, question: Question, texts: list[str]) -> Request:
         """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""
-        prompt = prompt_tokens(self._verifier.tokenizer, question.history(texts))
         seed = f"{self._options.seed}/{len(texts)}/{question.id}"
-        return Request(prompt, question.max_tokens or self._options.max_tokens, seed)
+        max_tokens = question.max_tokens or self._options.max_tokens
+        messages, tokenizer = question.history(texts), self._verifier.tokenizer
+        if not has_images(messages):
+            return Request(prompt_tokens(tokenizer, messages), max_tokens, seed)
+        addresses = conversation_images(messages)
+        try:
+            image_tokenizer: Any = ImageTokenizer(tokenizer, self._images.read(addresses))
+            prompt = prompt_tokens(image_tokenizer, template_messages(messages))
+            inputs = self._images.model_inputs(torch.tensor(prompt), addresses)
+        except NoExactSpanError as error:
+            raise ValueError(f"evaluate.questions: question {question.id}: {error}") from None
+        return Request(prompt, max_tokens, seed, self._verifier.place(inputs))
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
-        if not self._checked and len(requests[0].prompt) > 2:
-            self._speculator.cached.check(requests[0].prompt)
-            self._checked = True
+        for request in requests:
+            if bool(request.inputs) not in self._checked and len(request.prompt) > 2:
+                self._speculator.cached.check(request.prompt, request.inputs)
+                self._checked.add(bool(request.inputs))
         self._speculator.prefill(requests)
         alone = self._speculator.decode(NoDraft())
         answers: list[dict[str, Any]] = [

@@ -168,30 +168,42 @@ class CachedVerifier:
             **arguments,
         )
 
-    def check(self, tokens: list[int]) -> None:
-        """Check on a text that a node of a tree gets the logits that the model itself gives at the end of the text.
+    def check(self, tokens: list[int], inputs: dict[str, Any] | None = None) -> None:
+        """Check on a text that it ends with the logits here that the model itself gives: as a node of a tree.
+
+        Args:
+            inputs: of the verifier besides tokens, pixels; then the text is read in one.
 
         Raises:
             ValueError: it does not, so that masks and positions mean something else to this model.
         """
         model = self.verifier.model
         text = torch.tensor([tokens], device=self.verifier.device)
-        expected = self.verifier.forward(text, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        whole = self.verifier.forward(text, use_cache=False, logits_to_keep=1, **(inputs or {}))
+        expected = whole.logits[0, -1].float()
         self.reserve(text.shape[1] + 2)
-        start = torch.tensor([text.shape[1] - 2], device=text.device)
-        only = slice(0, 1)
-        self.forward(text[:, :-2], torch.zeros_like(start), text.shape[1] - 2, only, logits_to_keep=1)
-        fed = torch.cat([text[:, -2:-1], 1 - text[:, -1:].clamp(max=1), text[:, -1:]], 1)  # and a wrong token between
-        branches = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], device=text.device).bool()
-        tree = Tree(text.new_zeros(1, 2), text.new_tensor([[0, 1, 1]]), branches, 1)
-        found = self.forward(fed, start, text.shape[1] + 1, only, tree).logits[0, -1].float()
-        off = float((found - expected).abs().mean() / expected.std())
+        found = self._read(text, inputs) if inputs else self._read_as_node(text)
+        off = float((found.float() - expected).abs().mean() / expected.std())
         if not off < (1e-3 if model.dtype is torch.float32 else 0.05):
             raise ValueError(
                 f"verifier.path {model.name_or_path!r}: {type(model).__name__} gives other logits with fledge's cache "
-                f"than by itself (off by {off:.2g} of their deviation), so fledge cannot decode with it: evaluate it "
-                "with evaluate.engine=server"
+                f"than by itself {'for images ' if inputs else ''}(off by {off:.2g} of their deviation), so fledge "
+                "cannot decode with it: evaluate it with evaluate.engine=server"
             )
+
+    def _read(self, text: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Give the logits [V] at the end of a text [1, T]."""
+        output = self.forward(text, text.new_zeros(1), text.shape[1], slice(0, 1), logits_to_keep=1, **inputs)
+        return output.logits[0, -1]
+
+    def _read_as_node(self, text: Tensor) -> Tensor:
+        """Give the same where the last token is a node of a tree, after another that is not of the text."""
+        start = torch.tensor([text.shape[1] - 2], device=text.device)
+        self._read(text[:, :-2], {})
+        fed = torch.cat([text[:, -2:-1], 1 - text[:, -1:].clamp(max=1), text[:, -1:]], 1)  # and a wrong token between
+        branches = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], device=text.device).bool()
+        tree = Tree(text.new_zeros(1, 2), text.new_tensor([[0, 1, 1]]), branches, 1)
+        return self.forward(fed, start, text.shape[1] + 1, slice(0, 1), tree).logits[0, -1]
 
     def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor, tree: Tree | None) -> Any:
         """Give the mask that the model takes: one, or one for each kind of attention that its layers have."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from ..conf.artifact import artifact, digest, file_digest, read_manifest, write_json
+from ..conf.artifact import artifact, file_digest, read_manifest, write_json
 from ..conf.schema import Config
 from ..models.formats import WEIGHTS, head_folder, load_head
 from ..models.verifier import check_identity
 from .answers import answer_questions
-from .questions import Question, load_heldout, load_questions
-from .report import ACCEPTANCE, print_table, write_report
-from .results import summarise
+from .questions import Question, load_heldout, load_questions, questions_identity
+from .report import print_table, write_report
+from .results import ACCEPTANCE, summarise
+from .tracking import track
 
 
 def evaluate(config: Config) -> None:
@@ -23,9 +24,10 @@ def evaluate(config: Config) -> None:
         "verifier": record["verifier"],
         "verifier_dtype": config.verifier.dtype.value,
         "head": file_digest(source / WEIGHTS),
-        "questions": digest([[q.id, q.category, q.turns, q.answers] for q in questions]),
+        "questions": questions_identity(questions),
         "num_draft_tokens": options.num_draft_tokens,
         "max_tokens": options.max_tokens,
+        "batch_size": options.batch_size,
         "baselines": options.baselines,
         "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,
         "temperature": options.temperature,
@@ -41,6 +43,7 @@ def evaluate(config: Config) -> None:
             answer_questions(config, head, questions, target.folder)
             results = summarise(config, source, record, questions, target.folder)
             write_json(target.folder / ACCEPTANCE, results)
+            track(config, source, settings, target.folder, results)
             target.finish()
         results = write_report(target.folder, config.training_folder)
         print_table(results)

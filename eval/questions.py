@@ -1,20 +1,56 @@
-"""Questions to measure on: MT-Bench's form (category and turns), and held-out conversations of the run."""
+"""Questions to measure on: benchmarks in the forms they are published in, and held-out conversations.
+
+| a row has            | is                                        | category        | said before it                |
+|----------------------|-------------------------------------------|-----------------|-------------------------------|
+| `turns`              | MT-Bench: FastChat's question.jsonl and   | `category`, or  |                               |
+|                      | philschmid/mt-bench; a file of one's own  | all             |                               |
+| `task_id`, `prompt`  | openai/openai_humaneval                   | humaneval       | Complete the code I provided. |
+| `prompt`             | HuggingFaceH4/mt_bench_prompts (a list)   | `category`, all |                               |
+| `question`, `answer` | openai/gsm8k                              | gsm8k           |                               |
+| `article`            | abisee/cnn_dailymail                      | cnn_dailymail   | Summarize:                    |
+
+What is said before HumanEval is what EAGLE's question files say, before an article what Spec-Bench says; EAGLE and
+SpecForge ask GSM8K as it stands. A row may have `images`, shown before its first turn.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..conf.schema import EvaluateConfig
+from ..conf.artifact import digest, file_digest
+from ..conf.schema import EvaluateConfig, SourceConfig
 from ..data_synthesis.chat import Message, has_images
 from ..data_synthesis.conversations import read_conversations
 from ..data_synthesis.sequences import num_whole_answers
-from ..data_synthesis.sources import load_rows
+from ..data_synthesis.sources import EMBEDDED, read_rows
 from ..data_synthesis.split import heldout_order, is_heldout
 from ..models.embedded.corpus import questions as embedded_questions
 
 HELDOUT = "heldout"
+
+
+class _Form(NamedTuple):
+    fields: tuple[str, ...]  # that a row of the form has, the question in the last
+    category: str  # of a row that names none
+    before: str = ""  # said before the question
+
+
+_FORMS = (  # the first whose fields a row has
+    _Form(("turns",), "all"),
+    _Form(("task_id", "prompt"), "humaneval", "Complete the code I provided.\n"),
+    _Form(("prompt",), "all"),
+    _Form(("answer", "question"), "gsm8k"),
+    _Form(("article",), "cnn_dailymail", "Summarize: "),
+)
+_IDS = ("question_id", "prompt_id", "task_id", "id")
+_REQUIRED = (
+    '{"question_id": ..., "category": ..., "turns": [first, second]} (MT-Bench), {"prompt": ...}, '
+    '{"task_id": ..., "prompt": ...} (HumanEval), {"question": ..., "answer": ...} (GSM8K) or {"article": ...} '
+    "(CNN/DailyMail) is required"
+)
 
 
 @dataclass(frozen=True)
@@ -30,43 +66,54 @@ class Question:
     system: str | None = None
     answers: tuple[str, ...] | None = None
     max_tokens: int | None = None  # of an answer; None: evaluate.max_tokens
+    images: tuple[str, ...] = ()  # paths or URLs, shown before the first turn
 
     def history(self, own_answers: list[str]) -> list[Message]:
-        """Give the messages before the next answer, given the answers so far."""
+        """Give the messages before the next answer, given the answers so far; content parts where there are images."""
         answers = own_answers if self.answers is None else list(self.answers[: len(own_answers)])
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": self.turns[len(own_answers)]}]
+        messages.append({"role": "user", "content": self.turns[len(own_answers)]})
+        if self.images:
+            first = next(message for message in messages if message["role"] == "user")
+            shown = [{"type": "image_url", "image_url": {"url": address}} for address in self.images]
+            first["content"] = [*shown, {"type": "text", "text": first["content"]}]
+        return messages
+
+
+def questions_identity(questions: list[Question]) -> str:
+    """Name what is asked: the questions as they are and the content of the images that are on this machine."""
+    return digest(
+        [
+            [q.id, q.category, q.turns, q.answers]
+            + ([[a if _is_url(a) else file_digest(Path(a)) for a in q.images]] if q.images else [])
+            for q in questions
+        ]
+    )
 
 
 def load_questions(options: EvaluateConfig) -> list[Question]:
-    """Load questions in MT-Bench's form: `category` and `turns` (`prompt`, a list, on some hubs), with an id.
+    """Load questions in any of the forms above.
 
     Raises:
-        ValueError: the source cannot be read or a row has another form.
+        ValueError: the source cannot be read, or a row has another form: which row, which field.
     """
     if options.questions is None:
-        raise ValueError("evaluate.questions is required: a hub id, a JSONL file in MT-Bench's form, or embedded")
-    if options.questions == "embedded":
-        rows = embedded_questions()
-    else:
-        rows = list(load_rows(options.questions, options.questions_split))
+        raise ValueError(
+            "evaluate.questions is required: a hub id such as HuggingFaceH4/mt_bench_prompts, a JSONL file in one of "
+            "the forms of eval/questions.py, or embedded"
+        )
     questions: list[Question] = []
     taken: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
-        turns = row.get("turns", row.get("prompt")) if isinstance(row, dict) else None
-        turns = [turns] if isinstance(turns, str) else turns
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-            raise ValueError(
-                f"evaluate.questions {options.questions} row {number} has no turns: MT-Bench's form is required, "
-                '{"question_id": ..., "category": ..., "turns": [first, second]}'
-            )
-        category = str(row.get("category", "all"))
-        taken[category] = taken.get(category, 0) + 1
-        if options.questions_per_category is None or taken[category] <= options.questions_per_category:
-            name = row.get("question_id", row.get("prompt_id", number))
-            questions.append(Question(f"{Path(options.questions).stem}/{name}", category, tuple(turns)))
+    for number, (place, row) in enumerate(_rows(options), 1):
+        try:
+            question = _question(row, options.questions, number)
+        except ValueError as error:
+            raise ValueError(f"evaluate.questions: {place} {error}") from None
+        taken[question.category] = taken.get(question.category, 0) + 1
+        if options.questions_per_category is None or taken[question.category] <= options.questions_per_category:
+            questions.append(question)
     ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
         raise ValueError(
@@ -75,6 +122,63 @@ def load_questions(options: EvaluateConfig) -> list[Question]:
     if not questions:
         raise ValueError(f"evaluate.questions {options.questions} holds no question")
     return questions
+
+
+def _rows(options: EvaluateConfig) -> Iterator[tuple[str, Any]]:
+    path = str(options.questions)
+    if path == EMBEDDED:
+        yield from ((f"{EMBEDDED} row {number}", row) for number, row in enumerate(embedded_questions(), 1))
+        return
+    if options.questions_subset and Path(path).is_file():
+        raise ValueError(f"evaluate.questions_subset must be null for a file, got {options.questions_subset}")
+    source = SourceConfig(path=path, subset=options.questions_subset, split=options.questions_split)
+    try:
+        yield from read_rows(source, whole=True)
+    except ValueError as error:
+        raise ValueError(f"evaluate.questions: {error}") from None
+
+
+def _question(row: Any, path: str, number: int) -> Question:
+    """Read a row.
+
+    Raises:
+        ValueError: what is wrong with it, to be put after its place.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"must be an object, got {type(row).__name__}: {_REQUIRED}")
+    given = {name: value for name, value in row.items() if value is not None}  # Parquet fills what is not there
+    form = next((form for form in _FORMS if all(name in given for name in form.fields)), None)
+    if form is None:
+        raise ValueError(f"has the fields {', '.join(given) or '(none)'}: {_REQUIRED}")
+    field = form.fields[-1]
+    value = given[field]
+    turns = [form.before + value] if isinstance(value, str) and value.strip() else value
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(f"has {field} {str(value)[:40]!r}: a text or a list of texts is required, none of them empty")
+    category = given.get("category", form.category)
+    if not isinstance(category, str) or category == HELDOUT:
+        raise ValueError(f"has category {category!r}: a text is required, and not {HELDOUT}")
+    name = next((given[name] for name in _IDS if name in given), number)
+    images = _images(given.get("images", []), path)
+    return Question(f"{Path(path).stem}/{name}", category, tuple(turns), images=images)
+
+
+def _images(value: Any, path: str) -> tuple[str, ...]:
+    """Give the addresses of a row's images: URLs, or paths relative to the file or folder of the questions."""
+    if not isinstance(value, list) or not all(isinstance(address, str) and address for address in value):
+        raise ValueError(f"has images {str(value)[:40]!r}: a list of paths or URLs is required")
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    addresses = [address if _is_url(address) else str(folder / address) for address in value]
+    gone = [address for address in addresses if not _is_url(address) and not Path(address).is_file()]
+    if gone:
+        raise ValueError(f"has images of which {gone[0]} is not there: paths are relative to the file of the questions")
+    return tuple(addresses)
+
+
+def _is_url(address: str) -> bool:
+    return address.startswith(("http://", "https://", "data:", "file:"))
 
 
 def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Question]:

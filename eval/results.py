@@ -1,8 +1,9 @@
 """What an evaluation found: acceptance.json, made of the records of its questions.
 
-A record is a line of questions.jsonl: {id, category, turns, answers}; of an answer {text, prompt_tokens, output_tokens,
-seconds_alone, drafters}; of a drafter {drafted, accepted, output_tokens, seconds, equals_verifier}, the first two
-lists over rounds.
+A record is a line of questions.jsonl: {id, category, turns, answers}, and `images`, how many, if there are any; of an
+answer {text, prompt_tokens, output_tokens, seconds_alone, drafters}; of a drafter {drafted, accepted, output_tokens,
+seconds, equals_verifier}, the first two lists over rounds. A server tells sums over them instead ({num_drafts,
+num_draft_tokens, num_accepted_tokens, num_accepted_tokens_per_pos}), and seconds_alone is null.
 """
 
 from __future__ import annotations
@@ -12,68 +13,135 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..conf.artifact import digest
 from ..conf.journal import read_journal
-from ..conf.schema import Config, EvaluateConfig
+from ..conf.schema import Config, DraftSampling, EvaluateConfig
 from ..data_synthesis.split import conversation_id
 from ..models.formats import HELDOUT_WALKS
-from .metrics import count, macro_acceptance_length
+from .metrics import Record, acceptance_interval, count, macro_acceptance_length
 from .questions import HELDOUT, Question
 
+ACCEPTANCE = "acceptance.json"
 RECORDS = "questions.jsonl"
 TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
+
+
+def asked(folder: Path) -> list[Record]:
+    """Give the records of an evaluation's questions, without the held-out conversations."""
+    return [record for record in read_journal(folder / RECORDS) if record["category"] != HELDOUT]
 
 
 def summarise(
     config: Config, source: Path, record: dict[str, Any], questions: list[Question], folder: Path
 ) -> dict[str, Any]:
     """Make acceptance.json of the records in `folder`."""
-    records = list(read_journal(folder / RECORDS))
-    asked = [r for r in records if r["category"] != HELDOUT]
-    heldout = [r for r in records if r["category"] == HELDOUT]
-    options = config.evaluate
-    num = options.num_draft_tokens
-    names = list(asked[0]["answers"][0]["drafters"])
+    answered = asked(folder)
+    heldout = [r for r in read_journal(folder / RECORDS) if r["category"] == HELDOUT]
+    num = config.evaluate.draft_depth
+    names = list(answered[0]["answers"][0]["drafters"])
     categories = list(dict.fromkeys(question.category for question in questions if question.category != HELDOUT))
-    alone = [answer for r in asked for answer in r["answers"]]
-    drafted = [decoded for r in records for answer in r["answers"] for decoded in answer["drafters"].values()]
-    lossless = {"decoded_answers": len(drafted), "equal_to_verifier": sum(d.get("equals_verifier", 0) for d in drafted)}
+
+    def drafters(of: list[Record]) -> dict[str, Any]:
+        return {name: measured(of, name, num) for name in names}
+
     return {
-        **count(asked, TRAINED, num).as_dict(),
-        "macro_acceptance_length": macro_acceptance_length(asked, TRAINED, num),
-        "num_draft_tokens_per_round": num,
-        "temperature": options.temperature,
-        "drafting": "chain",
-        "dtype": config.verifier.dtype.value,
-        "questions": options.questions,
-        "num_questions": len(asked),
-        "max_tokens": options.max_tokens,
+        **measured(answered, TRAINED, num),
+        **conditions(config, answered),
         "definition": "acceptance_length = 1 + num_accepted_tokens / num_drafts, bonus token included, over all rounds",
         "verifier": record["verifier"],
         "head": os.path.relpath(source, config.run_folder),
-        **({"seed": options.seed} if options.temperature else {"lossless": lossless}),
-        "verifier_alone_tokens_per_s": sum(a["output_tokens"] for a in alone) / sum(a["seconds_alone"] for a in alone),
-        "by_category": {
-            category: {
-                name: count([r for r in asked if r["category"] == category], name, num).as_dict() for name in names
-            }
-            for category in categories
-        },
-        "baselines": {name: count(asked, name, num).as_dict() for name in names if name != TRAINED},
+        **_lossless([*answered, *heldout]),
+        "verifier_alone_tokens_per_s": alone_tokens_per_s(answered),
+        "by_category": {name: drafters([r for r in answered if r["category"] == name]) for name in categories},
+        **_by_modality(answered, drafters),
+        "baselines": {name: measured(answered, name, num) for name in names if name != TRAINED},
         "heldout": {
             "num_conversations": len(heldout),
             "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
-            **told_in_training(source, [r["id"] for r in heldout], options),
+            **told_in_training(source, [r["id"] for r in heldout], config.evaluate),
         },
     }
+
+
+def measured(records: list[Record], drafter: str, num_positions: int) -> dict[str, Any]:
+    """Give all that is told of a drafter on some questions; None for what these cannot tell."""
+    counts = count(records, drafter, num_positions)
+    with_drafts, alone = counts.tokens_per_s, alone_tokens_per_s(records)
+    return {
+        **counts.as_dict(),
+        "acceptance_length_interval": acceptance_interval(records, drafter, num_positions),
+        "macro_acceptance_length": macro_acceptance_length(records, drafter, num_positions),
+        "speedup": with_drafts / alone if with_drafts and alone else None,
+    }
+
+
+def alone_tokens_per_s(records: list[Record]) -> float | None:
+    """Give output tokens a second of the verifier without drafts; None where it was not run so (a server)."""
+    answers = [answer for record in records for answer in record["answers"]]
+    if not answers or any(answer["seconds_alone"] is None for answer in answers):
+        return None
+    seconds = sum(answer["seconds_alone"] for answer in answers)
+    return sum(answer["output_tokens"] for answer in answers) / seconds if seconds else None
+
+
+def conditions(config: Config, records: list[Record]) -> dict[str, Any]:
+    """Give what a figure depends on besides verifier and head."""
+    options = config.evaluate
+    tree = {} if options.tree_depth is None else {"tree_depth": options.tree_depth, "tree_top_k": options.tree_top_k}
+    sampling = {
+        "seed": options.seed,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "draft_sampling": options.draft_sampling.value,
+    }
+    return {
+        "num_draft_tokens_per_round": options.num_draft_tokens,
+        "drafting": "tree" if tree else "chain",
+        **tree,
+        "temperature": options.temperature,
+        **(sampling if options.temperature else {}),
+        "dtype": config.verifier.dtype.value,
+        "engine": options.engine.value,
+        "batch_size": options.batch_size,
+        "questions": options.questions,
+        "questions_digest": questions_digest(records),
+        "num_questions": len(records),
+        "max_tokens": options.max_tokens,
+    }
+
+
+def questions_digest(records: list[Record]) -> str:
+    """Name what was asked, in whatever order and from wherever it was read."""
+    return digest(sorted([record["turns"], record.get("images", 0)] for record in records))
+
+
+def _lossless(records: list[Record]) -> dict[str, Any]:
+    """Count the answers that equal the verifier's own, where they must: in this process, drafts not drawn."""
+    decoded = [one for r in records for answer in r["answers"] for one in answer["drafters"].values()]
+    equal = [one["equals_verifier"] for one in decoded if one.get("equals_verifier") is not None]
+    return {"lossless": {"decoded_answers": len(equal), "equal_to_verifier": sum(equal)}} if equal else {}
+
+
+def _by_modality(records: list[Record], drafters: Any) -> dict[str, Any]:
+    with_images = [r for r in records if r.get("images")]
+    if not with_images:
+        return {}
+    parts = {"text": [r for r in records if not r.get("images")], "images": with_images}
+    return {"by_modality": {name: drafters(part) for name, part in parts.items() if part}}
 
 
 def told_in_training(source: Path, ids: list[str], options: EvaluateConfig) -> dict[str, float | None]:
     """Give the acceptance length that training told of these conversations; None where it did not measure them.
 
-    Greedy decoding is compared with the walk, which makes the same rounds, sampling with the estimate.
+    Greedy decoding is compared with the walk, which makes the same rounds, sampling with the estimate, which is of
+    drafts that are drawn too. Both are of chains: of a tree training tells nothing.
     """
     path = source / HELDOUT_WALKS
-    walks = json.loads(path.read_text()).get(str(options.num_draft_tokens), {}) if path.is_file() else {}
+    known_of = options.tree_depth is None and options.draft_sampling is (
+        DraftSampling.sampled if options.temperature else DraftSampling.greedy
+    )
+    told = json.loads(path.read_text()) if path.is_file() and known_of else {}
+    walks = told.get(str(options.num_draft_tokens), {})
     name, gained, of = (
         ("estimated_acceptance_length_t1", "expected", "rows")
         if options.temperature

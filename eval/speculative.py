@@ -117,7 +117,7 @@ class Speculator:
         # whether it goes on. Always the same memory, which graphs read and write.
         self._lengths, self._last, self._prompts = torch.zeros(3, num_sequences, dtype=torch.int64, device=device)
         self._going = torch.zeros(num_sequences, dtype=torch.bool, device=device)
-        self._draws = torch.zeros(num_sequences, 0, NUM_DRAWS, dtype=torch.float64, device=device)
+        self._draws = torch.zeros(num_sequences, 1, NUM_DRAWS, dtype=torch.float64, device=device)
         self._first: list[int] = []
 
     @torch.no_grad()
@@ -234,29 +234,30 @@ class Speculator:
     def _round(self, drafter: Drafter, num_read: int) -> Tensor:
         """Draft, verify, accept, commit; give for each sequence [drafted, accepted, new tokens ...] (int64)."""
         lengths, going = self._lengths, self._going
-        proposal = drafter.propose(self._numbers(torch.arange(self._depth, device=lengths.device)), num_read)
+        proposal = drafter.propose(self._numbers(self._depth), num_read)
         tokens, tree = proposal.tokens, proposal.tree
-        depths = torch.arange(tokens.shape[1] + 1, device=lengths.device) if tree is None else tree.depths
-        fed = torch.cat([self._last[:, None], tokens.clamp(min=0)], 1)
+        fed = torch.cat([self._last[:, None], tokens if drafter.on_device else tokens.clamp(min=0)], 1)
         output = self.cached.forward(fed, lengths, num_read, tree=tree)
-        choices = self.rule.choose(output.logits, proposal, self._numbers(depths))
-        way = find_way(proposal, choices, self._kernels)
+        numbers = self._numbers(fed.shape[1], tree.depths if tree else None)
+        way = find_way(proposal, self.rule.choose(output.logits, proposal, numbers), self._kernels)
+        aux = output.aux_hidden_states  # of a chain, those of the way come first
         if tree is not None:
             self._compact(way)
-        nodes = way.nodes[:, :, None].expand(-1, -1, output.aux_hidden_states.shape[-1])
+            aux = aux.gather(1, way.nodes[:, :, None].expand(-1, -1, aux.shape[-1]))
         counts = torch.where(going, way.accepted + 1, 1)
-        drafter.extend(way.tokens, output.aux_hidden_states.gather(1, nodes), lengths, counts, num_read)
+        drafter.extend(way.tokens, aux, lengths, counts, num_read)
         last = way.tokens.gather(1, way.accepted[:, None])[:, 0]
         self._last.copy_(torch.where(going, last, self._last))
         lengths.add_(torch.where(going, counts, 0))
         return torch.cat([(tokens >= 0).sum(1)[:, None], way.accepted[:, None], way.tokens], 1)
 
-    def _numbers(self, depths: Tensor) -> Tensor:
-        """Give the uniform numbers for the tokens chosen after nodes of these depths ([n] or [B, n])."""
+    def _numbers(self, number: int, depths: Tensor | None = None) -> Tensor:
+        """Give the uniform numbers for the tokens chosen after nodes of these depths [B, number]; 0, 1, ... if None."""
         if not self.rule.temperature:
-            return self._draws.new_zeros(self._num_sequences, depths.shape[-1], NUM_DRAWS)
-        answered = self._lengths - self._prompts + 1
-        places = (answered[:, None] + depths).clamp(max=self._draws.shape[1] - 1)
+            return self._draws[:, :1].expand(-1, number, -1)
+        answered = (self._lengths - self._prompts + 1)[:, None]
+        depths = torch.arange(number, device=answered.device) if depths is None else depths
+        places = (answered + depths).clamp(max=self._draws.shape[1] - 1)
         return self._draws.gather(1, places[:, :, None].expand(-1, -1, NUM_DRAWS))
 
     def _compact(self, way: Way) -> None:

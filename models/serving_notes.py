@@ -156,7 +156,7 @@ def _yes(value: bool) -> str:
 
 def _acceptance(results: dict[str, Any]) -> str:
     rows = [("all", results), *((name, drafters["trained head"]) for name, drafters in results["by_category"].items())]
-    positions = range(results["num_draft_tokens_per_round"])
+    positions = range(len(results["acceptance_rate_per_pos"]))
     lines = [
         "| category | acceptance length | " + " | ".join(f"position {i + 1}" for i in positions) + " |",
         "|---" * (2 + len(positions)) + "|",

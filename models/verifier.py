@@ -216,11 +216,21 @@ class Verifier:
         """Device of the verifier's embedding, where tokens go in and states come out."""
         return self.model.device
 
+    def place(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give inputs besides tokens (pixels) on the verifier's device, numbers in its type."""
+        dtype = self.model.get_input_embeddings().weight.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
+
     @torch.no_grad()
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
         """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
         self._positions = arguments.get("position_ids")
-        output = self.model(input_ids=input_ids, **arguments)
+        try:
+            output = self.model(input_ids=input_ids, **arguments)
+        finally:
+            self._positions = None
         captured, self._captured = self._captured, {}
         aux = torch.cat([captured[str(layer)].to(self.device) for layer in self.aux_layers], dim=-1)
         last = captured["last"].to(self.device)

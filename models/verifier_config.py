@@ -94,7 +94,8 @@ def _chat_template(config: VerifierConfig, given: str | dict[str, str] | None) -
     """Give the one template that every user of the tokenizer sees, `verifier.chat_template_kwargs` set in it."""
     if not given:
         raise ValueError(
-            f"verifier.path {config.path} has a tokenizer without a chat template: fledge needs a chat model"
+            f"verifier.path {config.path} has a tokenizer without a chat template, which fledge needs: take the chat "
+            "(instruct) model, or save the template it is served with beside the tokenizer as chat_template.jinja"
         )
     if isinstance(given, dict) and "default" not in given:
         raise ValueError(

@@ -7,20 +7,22 @@ from fledge.eval.proposal import Proposal, Tree
 
 
 class Oracle:
-    """Proposes the continuation of known answers as a chain, wrong at every n-th proposal.
+    """Proposes the continuation of known answers as a chain.
 
     Args:
         answers: one for each sequence of the batch.
+        wrong: the share of tokens that are another instead, drawn by `seed`.
     """
 
     name = "oracle"
     on_device = False
     num_draft_rows = 0
 
-    def __init__(self, answers: list[list[int]], num_draft_tokens: int, wrong_every: int | None = None) -> None:
-        self.answers, self.wrong_every = answers, wrong_every
+    def __init__(self, answers: list[list[int]], num_draft_tokens: int, wrong: float = 0.0, seed: int = 0) -> None:
+        self.answers, self.wrong = answers, wrong
         self.num_draft_tokens = self.depth = num_draft_tokens
-        self.known, self.proposed = [0] * len(answers), 0
+        self.known = [0] * len(answers)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def reserve(self, num_slots: int) -> bool:
         return False
@@ -34,11 +36,8 @@ class Oracle:
     def continuation(self, place: int) -> list[int]:
         known = self.known[place]
         row = [*self.answers[place][known : known + self.depth], *[0] * self.depth][: self.depth]
-        for step in range(self.depth):
-            self.proposed += 1
-            if self.wrong_every and self.proposed % self.wrong_every == 0:
-                row[step] += 1
-        return row
+        wrong = (torch.rand(self.depth, generator=self.generator) < self.wrong).tolist()
+        return [(token + 1) % 100 if errs else token for token, errs in zip(row, wrong, strict=True)]
 
     def propose(self, draws, num_read) -> Proposal:
         return Proposal(torch.tensor([self.continuation(place) for place in range(len(self.answers))]))
@@ -51,10 +50,9 @@ class TreeOracle(Oracle):
         depth: of the right way; `num_nodes` are proposed altogether.
     """
 
-    def __init__(self, answers: list[list[int]], num_nodes: int, depth: int, wrong_every: int | None = None) -> None:
-        super().__init__(answers, depth, wrong_every)
+    def __init__(self, answers: list[list[int]], num_nodes: int, depth: int, wrong: float = 0.0, seed: int = 0) -> None:
+        super().__init__(answers, depth, wrong, seed)
         self.num_draft_tokens, self.depth = num_nodes, depth
-        self._generator = torch.Generator().manual_seed(0)
 
     def propose(self, draws, num_read) -> Proposal:
         trees = [self._tree(self.continuation(place)) for place in range(len(self.answers))]
@@ -63,7 +61,7 @@ class TreeOracle(Oracle):
 
     def _tree(self, way: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num = self.num_draft_tokens
-        right = (torch.randperm(num, generator=self._generator)[: len(way)] + 1).sort().values.tolist()
+        right = (torch.randperm(num, generator=self.generator)[: len(way)] + 1).sort().values.tolist()
         tokens, parents, last = [], [], 0
         ancestors = torch.eye(num + 1, dtype=torch.bool)
         for node in range(1, num + 1):
@@ -72,8 +70,8 @@ class TreeOracle(Oracle):
                 last = node
             else:
                 shallow = [other for other in range(node) if ancestors[other].sum() <= self.depth]
-                parent = shallow[int(torch.randint(len(shallow), (1,), generator=self._generator))]
-                token = 500 + node  # none of an answer's, and no two alike
+                parent = shallow[int(torch.randint(len(shallow), (1,), generator=self.generator))]
+                token = node  # no two alike, and special ones, which answers seldom have
             tokens.append(token)
             parents.append(parent)
             ancestors[node] |= ancestors[parent]

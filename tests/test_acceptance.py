@@ -6,6 +6,7 @@ A right rule fails a test here with probability `ALPHA`; the seeds are fixed, so
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +280,23 @@ def test_a_sampled_evaluation_shows_the_estimate_and_claims_no_equality(finished
     assert results["num_output_tokens"] == sum(one["output_tokens"] for one in decoded)
     assert any(d["output_tokens"] != a["output_tokens"] for d, a in zip(decoded, answers, strict=True))
     assert not any("equals_verifier" in one for one in decoded)
+
+
+def test_a_sampled_evaluation_whose_drafts_are_not_drawn_gives_the_verifiers_own_answers(finished, run):
+    checkpoint = finished.path / "training" / "checkpoints" / "step-24"
+    options = ["evaluate.temperature=1.0", "evaluate.top_p=0.95", "evaluate.max_tokens=12", "evaluate.batch_size=4"]
+    tree = ["evaluate.num_draft_tokens=9", "evaluate.tree_depth=3", "evaluate.tree_top_k=3"]
+    out = run("evaluate", f"evaluate.checkpoint={checkpoint}", *options, *tree).stdout
+    results = json.loads((run.path / "evaluation" / "acceptance.json").read_text())
+    lossless = results["lossless"]
+    assert lossless["decoded_answers"] == 3 * sum(len(r["answers"]) for r in read_journal(records_of(run))) > 0
+    assert lossless["equal_to_verifier"] == lossless["decoded_answers"]
+    assert f"{lossless['decoded_answers']} of {lossless['decoded_answers']} answers equal the verifier's own" in out
+    assert len(results["acceptance_rate_per_pos"]) == 3
+
+
+def records_of(run) -> Path:
+    return run.path / "evaluation" / "questions.jsonl"
 
 
 def test_sampled_answers_depend_on_the_question_and_not_on_the_order_or_the_batch(verifier, verifier_config, finished):

@@ -122,6 +122,26 @@ def test_artifacts_of_another_verifier_are_refused(finished, run, other_verifier
         assert "fingerprint" in says(run, stage, f"verifier.path={other_verifier}")
 
 
+def test_a_verifier_without_a_chat_template_is_refused_before_anything_is_decoded(finished, run, tmp_path):
+    copy_of(finished, run, "training")
+    bare = tmp_path / "bare"
+    shutil.copytree(run.verifier, bare)
+    (bare / "chat_template.jinja").unlink()
+    for stage in ("synthesize", "evaluate"):
+        message = says(run, stage, f"verifier.path={bare}")
+        assert "has a tokenizer without a chat template, which fledge needs: take the chat (instruct) model" in message
+    assert not (run.path / "evaluation").exists()
+
+
+def test_questions_that_cannot_be_asked_are_refused_before_anything_is_decoded(finished, run, tmp_path):
+    copy_of(finished, run, "training")
+    (tmp_path / "q.jsonl").write_text('{"turns": ["a?"]}\n{"turn": "b?"}\n')
+    message = says(run, "evaluate", f"evaluate.questions={tmp_path / 'q.jsonl'}")
+    assert "evaluate.questions: " in message
+    assert "q.jsonl line 2 has the fields turn: " in message
+    assert not (run.path / "evaluation").exists()
+
+
 def test_a_corrupt_shard_stops_training_and_dump_makes_it_anew(finished, run):
     copy_of(finished, run, "conversations", "hidden_states")
     shard = run.path / "hidden_states" / "shard-00000.safetensors"

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from fledge.conf.cli import main
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.data_synthesis.split import is_heldout
@@ -82,11 +83,28 @@ def test_decoded_rounds_equal_walked_rounds_but_for_each_answers_last(finished):
 def test_report_shows_its_plots(finished):
     folder = finished.path / "evaluation"
     report = (folder / "report.md").read_text()
-    for name in ("training.png", "positions.png", "categories.png"):
+    for name in ("training.png", "positions.png", "categories.png", "questions.png"):
         assert f"({name})" in report
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "| trained head" in report
-    assert "| humanities" in report
+    for row in ("trained head ", "trained head, conditional ", "verifier alone ", "humanities "):
+        assert f"| {row}" in report
+
+
+def test_speed_and_intervals_are_told_of_every_drafter(finished):
+    results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
+    for counts in (results, *results["baselines"].values()):
+        low, high = counts["acceptance_length_interval"]
+        assert low <= counts["acceptance_length"] <= high
+        assert counts["speedup"] == counts["tokens_per_s"] / results["verifier_alone_tokens_per_s"]
+
+
+def test_a_finished_run_is_compared_without_its_verifier(finished, capsys):
+    results = json.loads((finished.path / "evaluation" / "acceptance.json").read_text())
+    main(["compare", finished.name, f"runs_dir={finished.folder}"])
+    out = capsys.readouterr().out
+    assert f"| {finished.name} " in out
+    assert f" {results['acceptance_length']:.2f} " in out
+    assert results["verifier"]["chat_template"] in out
 
 
 def test_export_is_the_best_checkpoint_in_bfloat16(finished):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from evaluations import evaluation, question_record
+from fledge.conf.artifact import artifact
 from fledge.conf.cli import main
 from fledge.conf.schema import Config, TrackingConfig, WandbMode
 from fledge.train import tracking
 from fledge.train.tracking import Tracker, git_state, read_metrics, run_description
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
 
 NO_KEY = {"WANDB_API_KEY": None, "WANDB_MODE": None, "WANDB_BASE_URL": None}
 UNREACHABLE = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
@@ -84,6 +89,87 @@ for step in range(1, 6):
 tracker.close()
 print(time.monotonic() - started)
 """
+
+
+EVALUATED = """
+import json, logging, sys
+from pathlib import Path
+from fledge.conf.schema import Config, TrackingConfig, VerifierConfig, WandbMode
+from fledge.eval.tracking import track
+logging.basicConfig(level=logging.WARNING)
+run = Path(sys.argv[1])
+tracking = TrackingConfig(wandb=WandbMode(sys.argv[2]), project="p")
+config = Config(name=run.name, runs_dir=str(run.parent), verifier=VerifierConfig(path="v"), tracking=tracking)
+results = json.loads((run / "evaluation" / "acceptance.json").read_text())
+track(config, Path(sys.argv[3]), {"of": "the evaluation"}, run / "evaluation", results)
+"""
+
+
+def evaluated(run: Path, mode: str, head: Path, changes: dict[str, str | None]) -> str:
+    """Track the evaluation of a run in a process of its own; give its warnings."""
+    command = [sys.executable, "-c", EVALUATED, str(run), mode, str(head)]
+    home = environment(run.parent, {**NO_KEY, **changes})
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=home).stderr
+
+
+def wandb_records(path: Path) -> Iterator[Record]:
+    """Read a .wandb file: after seven bytes LevelDB's log, in blocks of 32 KiB."""
+    content, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def recorded(folder: Path) -> tuple[str, dict[str, object]]:
+    """Read id and summary of the one W&B run in a folder."""
+    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    name, summary = "", {}
+    for record in wandb_records(path):
+        name = record.run.run_id or name
+        summary |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.summary.update}
+    return name, summary
+
+
+def test_an_evaluation_adds_its_figures_to_the_summary_of_the_run_that_trained_the_head(tmp_path):
+    run = tmp_path / "first"
+    results = evaluation(run, [question_record([3, 1], [0], name=f"q/{i}", category="stem") for i in range(3)])
+    with artifact(run / "training", "training", {}) as target:
+        target.finish(wandb_run="a1b2c3")
+    assert "W&B" not in evaluated(run, "offline", run / "training" / "checkpoints" / "step-1", {})
+    name, summary = recorded(run / "evaluation")
+    assert name == "a1b2c3"
+    shown = {key.removeprefix("evaluation/"): value for key, value in summary.items() if key.startswith("evaluation/")}
+    assert shown["acceptance_length"] == shown["acceptance_length_stem"] == pytest.approx(1 + 4 / 3)
+    assert [shown[f"acceptance_position_{i}"] for i in (1, 2, 3)] == pytest.approx(results["acceptance_rate_per_pos"])
+    assert shown["speedup"] == pytest.approx(results["speedup"])
+    assert (shown["condition_drafting"], shown["condition_num_draft_tokens_per_round"]) == ("chain", 3)
+
+
+def test_an_evaluation_of_a_head_made_elsewhere_has_a_wandb_run_of_its_own(tmp_path):
+    run = tmp_path / "first"
+    evaluation(run, [question_record([3, 1], name=f"q/{i}") for i in range(3)])
+    with artifact(run / "training", "training", {}) as target:
+        target.finish(wandb_run="a1b2c3")
+    evaluated(run, "offline", run / "imports" / "head", {})
+    name, summary = recorded(run / "evaluation")
+    assert name not in ("", "a1b2c3")
+    assert "evaluation/acceptance_length" in summary
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("online", {}), ("online", UNREACHABLE), ("disabled", {})])
+def test_wandb_never_stops_an_evaluation(tmp_path, mode, changes):
+    evaluation(tmp_path / "first", [question_record([3, 1], name=f"q/{i}") for i in range(3)])
+    warnings = evaluated(tmp_path / "first", mode, tmp_path / "first" / "imports" / "head", changes)
+    assert warnings.count("W&B is left out") == (mode == "online")
+    if mode == "disabled":
+        assert not (tmp_path / "first" / "evaluation" / "wandb").exists()
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_greedy_speculation_is_lossless(tmp_path, verifier, name):
             torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=verifier.end_token_ids
         )
         expected.append(output[0, len(prompt) :].tolist())
-    drafters = [NoDraft(), Oracle(expected, 3, wrong_every=5), TreeOracle(expected, 11, 4, wrong_every=5)]
+    drafters = [NoDraft(), Oracle(expected, 3, wrong=0.2), TreeOracle(expected, 11, 4, wrong=0.2)]
     speculator = Speculator(verifier, drafters, num_sequences=2)
     speculator.cached.check(prompts[0])
     speculator.prefill([Request(prompt, 50) for prompt in prompts])

@@ -38,11 +38,10 @@ from omegaconf import OmegaConf
 from .. import __version__
 from ..conf.artifact import write_atomic
 from ..conf.schema import Config, TrackingConfig, WandbMode
+from ..conf.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-# Seconds that W&B may take for an answer, in online mode; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise.
-WANDB_SECONDS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -105,7 +104,7 @@ class Tracker:
         self._file = open(folder / METRICS, "a")  # noqa: SIM115
         self._mirrors: dict[str, Mirror] = {}
         if options.wandb is not WandbMode.disabled:
-            self._open("W&B", lambda: _Wandb(options, folder, run, name, about))
+            self._open("W&B", lambda: WandbRun(options, folder, run, name, about))
         if options.tensorboard:
             self._open("TensorBoard", lambda: _TensorBoard(folder, step))
 
@@ -138,39 +137,6 @@ class Tracker:
 def _warn(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split()) or type(error).__name__
     logging.getLogger(__name__).warning("%s is left out (%s); metrics.jsonl is written all the same", name, reason)
-
-
-class _Wandb:
-    """W&B. Online a resumed run goes on under its id, and steps that are there already are not recorded twice.
-
-    Offline every start makes a directory of its own.
-    """
-
-    def __init__(self, options: TrackingConfig, folder: Path, run: str, name: str, about: dict[str, Any]) -> None:
-        import wandb
-
-        online = options.wandb is WandbMode.online
-        limits: Any = {key: value for key, value in WANDB_SECONDS.items() if f"WANDB_{key.upper()}" not in os.environ}
-        # On a terminal W&B asks for a key that is missing, for ever if it is let.
-        if online and not wandb.login(timeout=round(WANDB_SECONDS["init_timeout"])):
-            raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")
-        self._run = wandb.init(
-            project=options.project,
-            entity=options.entity,
-            id=run,
-            name=name,
-            dir=folder,
-            mode=options.wandb.value,
-            resume="allow" if online else None,
-            config=about,
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, **limits),
-        )
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class _TensorBoard:

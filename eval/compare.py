@@ -1,0 +1,240 @@
+"""The compare command: evaluations side by side, with published figures, and what they do not have in common."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..conf.artifact import MANIFEST, read_manifest, write_atomic
+from ..conf.schema import Config
+from .metrics import Record, paired_difference
+from .plots import ACCENT, MUTED, error_bar, plotting
+from .report import NONE, drafting, figure, interval, sampling, table
+from .results import ACCEPTANCE, RECORDS, TRAINED, asked
+
+REPORT, PLOT = "compare.md", "compare.png"
+_NOT_TOLD = "not told"
+
+
+@dataclass
+class Row:
+    """One row of the comparison: a run, or a published figure."""
+
+    name: str
+    acceptance_length: float | None
+    rates: list[float] = field(default_factory=list)  # by position, unconditional
+    categories: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)  # acceptance.json of a run
+    records: list[Record] = field(default_factory=list)
+    note: str = ""
+
+
+_OF_VLLM = {"draft tokens": "3", "drafting": "chain"}
+PUBLISHED = [  # NVIDIA's EAGLE-3 head of Llama 4 Maverick
+    Row(
+        "NVIDIA's card, Maverick",
+        None,
+        categories={
+            "writing": 2.0,
+            "roleplay": 1.93,
+            "reasoning": 2.03,
+            "math": 2.5,
+            "coding": 2.27,
+            "extraction": 1.93,
+            "stem": 2.25,
+            "humanities": 2.06,
+        },
+        conditions={"draft tokens": "3", "questions": "MT-Bench"},
+        note='the model card of NVIDIA\'s EAGLE-3 head of Llama 4 Maverick tells an "acceptance rate" by category of '
+        "MT-Bench at draft length 3, undefined there and read here as acceptance length; no mean over all rounds",
+    ),
+    Row(
+        "vLLM, Maverick, text",
+        2.53,
+        rates=[0.71, 0.48, 0.34],
+        conditions=_OF_VLLM,
+        note="published by vLLM of the same head, by vLLM's definition, which is ours; measured with aux layer ids one "
+        "too low (1, 23, 44 where vLLM counts 2, 24, 45), so the head can do better",
+    ),
+    Row(
+        "vLLM, Maverick, multimodal",
+        2.12,
+        conditions=_OF_VLLM,
+        note="as the row of text, over questions with images",
+    ),
+]
+_MAVERICK = "Published figures are of Llama 4 Maverick: lay them beside runs of that verifier only."
+
+
+def compare(config: Config) -> None:
+    """Print the evaluations of `compare.runs` side by side, and write them to `compare.folder` where it is given.
+
+    Raises:
+        ValueError: there is no run, or one has no complete evaluation.
+    """
+    options = config.compare
+    if not options.runs:
+        raise ValueError(
+            "compare.runs is required: fledge compare RUN..., each a run's folder, its name in runs_dir, or the folder "
+            "of an evaluation"
+        )
+    rows = _named([(run, _evaluation(run, config.runs_dir)) for run in options.runs])
+    text = comparison(rows, PUBLISHED if options.published else [])
+    print(text)
+    if options.folder:
+        folder = Path(options.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _draw(folder / PLOT, [*rows, *(PUBLISHED if options.published else [])])
+        title = "Left: acceptance length with 95 % intervals; right: acceptance by position, of all rounds"
+        write_atomic(folder / REPORT, f"# Acceptance compared\n\n{text}\n\n![{title}]({PLOT})\n\n{title}.\n")
+        print(f"\ncomparison: {folder / REPORT}")
+
+
+def _evaluation(run: str, runs_dir: str) -> Path:
+    """Find the evaluation that is meant by a run: a folder that is one or holds one, or a name in runs_dir."""
+    places = [Path(run), Path(run) / "evaluation", Path(runs_dir) / run / "evaluation"]
+    folder = next((place for place in places if (place / MANIFEST).is_file()), None)
+    if folder is None:
+        looked = ", ".join(dict.fromkeys(map(str, places)))
+        raise ValueError(f"compare.runs: {run} has no evaluation (looked in {looked}): run `fledge evaluate` first")
+    read_manifest(folder, "evaluation")
+    if not (folder / ACCEPTANCE).is_file():
+        raise ValueError(f"compare.runs: {folder / ACCEPTANCE} is missing: run `fledge evaluate` again")
+    return folder
+
+
+def _named(evaluations: list[tuple[str, Path]]) -> list[Row]:
+    """Read evaluations, each called by its run's name, or as it was given where two have the same."""
+    names = [(folder.parent if folder.name == "evaluation" else folder).resolve().name for _, folder in evaluations]
+    return [
+        _row(name if names.count(name) == 1 else given, folder)
+        for (given, folder), name in zip(evaluations, names, strict=True)
+    ]
+
+
+def _row(name: str, folder: Path) -> Row:
+    results = json.loads((folder / ACCEPTANCE).read_text())
+    return Row(
+        name,
+        results["acceptance_length"],
+        results["acceptance_rate_per_pos"],
+        {name: drafters[TRAINED]["acceptance_length"] for name, drafters in results["by_category"].items()},
+        {
+            "draft tokens": str(results["num_draft_tokens_per_round"]),
+            "drafting": drafting(results),
+            "temperature": sampling(results),
+            "dtype": results["dtype"],
+            "questions": _questions(results),
+            "tokens an answer": str(results["max_tokens"]),
+            "verifier": results["verifier"].get("fingerprint", _NOT_TOLD),
+            "template": results["verifier"].get("chat_template", _NOT_TOLD),
+            "engine": results.get("engine", _NOT_TOLD),
+            "batch": str(results.get("batch_size", _NOT_TOLD)),
+        },
+        results,
+        asked(folder) if (folder / RECORDS).is_file() else [],
+    )
+
+
+def _questions(results: dict[str, Any]) -> str:
+    """Name the questions by where they came from and what they say."""
+    source = Path(str(results["questions"])).name
+    return f"{results['num_questions']} of {source} ({str(results.get('questions_digest', _NOT_TOLD))[:8]})"
+
+
+def comparison(runs: list[Row], published: list[Row]) -> str:
+    """Write the tables: acceptance, categories, conditions; then what is not alike, and where figures are from."""
+    rows = [*runs, *published]
+    categories = list(dict.fromkeys(name for row in rows for name in row.categories))
+    names = list(dict.fromkeys(name for row in rows for name in row.conditions))
+    told = [[row.name, *(row.conditions.get(name, _NOT_TOLD) for name in names)] for row in rows]
+    by_category = [[row.name, *(figure(row.categories.get(name)) for name in categories)] for row in rows]
+    parts = [
+        _acceptance(runs, published),
+        table(["run", *categories], by_category),
+        table(["run", *names], told),
+        "\n".join([*unlike(runs), "Tokens/s and speed-up are of the machine that a run was evaluated on."]),
+        "\n".join([*(f"{row.name}: {row.note}." for row in published), *([_MAVERICK] if published else [])]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _modalities(row: Row) -> list[Row]:
+    """Give text and images as rows of their own, of a run whose questions have images."""
+    parts = {name: drafters[TRAINED] for name, drafters in row.results.get("by_modality", {}).items()}
+    return [
+        Row(f"{row.name}, {name}", part["acceptance_length"], part["acceptance_rate_per_pos"], results=part)
+        for name, part in parts.items()
+    ]
+
+
+def _acceptance(runs: list[Row], published: list[Row]) -> str:
+    rows = [*(part for run in runs for part in (run, *_modalities(run))), *published]
+    positions = range(max(len(row.rates) for row in rows))
+    several = len(runs) > 1
+    lines = [
+        [
+            row.name,
+            figure(row.acceptance_length),
+            interval(row.results) or NONE,
+            *([_difference(row, runs[0])] if several else []),
+            *(figure(row.rates[i]) if i < len(row.rates) else NONE for i in positions),
+            figure(row.results.get("tokens_per_s"), 0),
+            figure(row.results.get("speedup"), unit="x"),
+        ]
+        for row in rows
+    ]
+    difference = [f"minus {runs[0].name}"] if several else []
+    head = ["run", "acceptance length", "95 % interval", *difference, *(f"position {i + 1}" for i in positions)]
+    return table([*head, "tokens/s", "speed-up"], lines)
+
+
+def _difference(row: Row, first: Row) -> str:
+    """Write the difference from the first run on the same questions, with its interval; a dash for other questions."""
+    ours, theirs = (_by_turns(one.records) for one in (row, first))
+    if row is first or not ours or ours.keys() != theirs.keys():
+        return NONE
+    pairs = [ours[key] for key in ours], [theirs[key] for key in ours]
+    difference, bounds = paired_difference(*pairs, TRAINED, (len(row.rates), len(first.rates)))
+    return f"{difference:+.2f}" + (f" [{bounds[0]:+.2f}, {bounds[1]:+.2f}]" if bounds else "")
+
+
+def _by_turns(records: list[Record]) -> dict[str, Record]:
+    """Give records by what was asked, wherever the questions came from."""
+    return {json.dumps([record["turns"], record.get("images", 0)]): record for record in records}
+
+
+def unlike(runs: list[Row]) -> list[str]:
+    """Say of each run in what it was measured otherwise than the first."""
+    first, lines = runs[0], []
+    for row in runs[1:]:
+        differing = [name for name in first.conditions if row.conditions[name] != first.conditions[name]]
+        if differing:
+            what = "; ".join(f"{name} {row.conditions[name]} ({first.conditions[name]})" for name in differing)
+            lines.append(f"Not alike: {row.name} differs from {first.name} in {what}.")
+    return lines
+
+
+def _draw(path: Path, rows: list[Row]) -> None:
+    with plotting() as plt:
+        canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.4 * max(5, len(rows))))
+        known = [row for row in rows if row.acceptance_length is not None]
+        for number, row in enumerate(known):
+            place = len(known) - 1 - number
+            run_color = ACCENT if number == 0 else plt.get_cmap("tab10")(number % 10)
+            color = run_color if row.results else MUTED
+            left.plot(row.acceptance_length, place, "o", color=color)
+            error_bar(left, place, row.results.get("acceptance_length_interval"), color)
+            if row.rates:
+                line = "-" if row.results else ":"
+                right.plot(range(1, len(row.rates) + 1), row.rates, line, marker="o", color=color, label=row.name)
+        names = [row.name for row in known[::-1]]
+        left.set(xlabel="acceptance length", yticks=range(len(known)), yticklabels=names, ylim=(-0.5, len(known) - 0.5))
+        ticks = range(1, max(len(row.rates) for row in known) + 1)
+        right.set(xlabel="draft position", ylabel="rounds that accepted it, share", ylim=(0, 1), xticks=ticks)
+        right.legend(frameon=False, fontsize=8)
+        canvas.savefig(path)
+        plt.close(canvas)
