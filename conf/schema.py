@@ -196,7 +196,7 @@ class SynthesizeConfig:
     batch_size: int = 64  # conversations generated together in this process
     seed: int = 0  # of answers sampled in this process; servers have their own
     endpoints: list[str] = field(default_factory=list)  # http://HOST:PORT/v1 of servers; none: the verifier runs here
-    model: str | None = None  # what the servers call the verifier; None: verifier.path
+    model: str | None = None  # what the servers call the verifier, with evaluate.engine=server too; None: verifier.path
     request: dict[str, Any] = field(default_factory=dict)  # further fields of every request, in the server's words
     concurrency: int = 256  # requests in flight at one endpoint, at most: fewer where it pushes back
     request_timeout_s: float = 600.0
@@ -542,6 +542,7 @@ def _validate_evaluate(options: EvaluateConfig) -> None:
             "evaluate.temperature must be above 0 with evaluate.top_p, top_k or draft_sampling=sampled: "
             "at 0 nothing is sampled"
         )
+    _validate_evaluate_engine(options)
     if options.tree_depth is None:
         return
     if sampled:
@@ -552,6 +553,24 @@ def _validate_evaluate(options: EvaluateConfig) -> None:
             f"evaluate.num_draft_tokens must lie between {options.tree_depth} and {largest}, the nodes of a tree of "
             f"evaluate.tree_depth={options.tree_depth} and tree_top_k={options.tree_top_k}, got "
             f"{options.num_draft_tokens}; 60 is usual"
+        )
+
+
+def _validate_evaluate_engine(options: EvaluateConfig) -> None:
+    if options.engine is not EvaluateEngine.server:
+        if options.endpoint is not None:
+            raise ValueError("evaluate.engine must be server with evaluate.endpoint: set it, or leave the endpoint out")
+        return
+    if options.endpoint is None:
+        raise ValueError(
+            "evaluate.endpoint is required with evaluate.engine=server: the base URL of a vLLM or SGLang that serves "
+            "the verifier with the head, such as http://localhost:8000/v1"
+        )
+    _validate_url("evaluate.endpoint must be a base URL", options.endpoint)
+    if options.draft_sampling is DraftSampling.sampled:
+        raise ValueError(
+            "evaluate.draft_sampling must be left out with evaluate.engine=server: how drafts are chosen is set where "
+            "the server is started"
         )
 
 
@@ -573,6 +592,14 @@ def _validate_data(data: DataConfig) -> None:
             raise ValueError(f"data.max_{of} must be at least data.min_{of}={low}, or null for no bound, got {high}")
 
 
+def _validate_url(must: str, url: str) -> None:
+    if not url.startswith(("http://", "https://")) or "@" in url:
+        raise ValueError(
+            f"{must} such as http://localhost:8000/v1, without a key (read from OPENAI_API_KEY), "
+            f"got {url.rpartition('@')[2]}"
+        )
+
+
 def _validate_synthesize(options: SynthesizeConfig) -> None:
     for name in ("max_tokens", "batch_size", "concurrency", "max_attempts", "num_shards"):
         if (value := getattr(options, name)) < 1:
@@ -588,11 +615,7 @@ def _validate_synthesize(options: SynthesizeConfig) -> None:
             f"got {options.shard}"
         )
     for url in options.endpoints:
-        if not url.startswith(("http://", "https://")) or "@" in url:
-            raise ValueError(
-                "synthesize.endpoints must be base URLs such as http://localhost:8000/v1, without a key (read from "
-                f"OPENAI_API_KEY), got {url.rpartition('@')[2]}"
-            )
+        _validate_url("synthesize.endpoints must be base URLs", url)
     if len(set(options.endpoints)) < len(options.endpoints):
         raise ValueError("synthesize.endpoints must name each server once")
     fixed = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stream", "n"}

@@ -128,7 +128,7 @@ class Endpoint:
         """
         started = time.monotonic()
         try:
-            answer = read_answer(await self._send("POST", "/chat/completions", {"model": self.model, **body}))
+            answer = read_answer(await self.send("POST", "/chat/completions", {"model": self.model, **body}))
             needed = answer.prompt_tokens + body["max_tokens"]
             if needed > self.max_context:  # vLLM cuts the answer to what is left, others the prompt
                 raise RequestError("context full", "", lasting=True, context_full=True)
@@ -150,7 +150,7 @@ class Endpoint:
             RequestError: no server answers, or it refuses our key.
         """
         try:
-            listed = await self._send("GET", "/models")
+            listed = await self.send("GET", "/models")
         except RequestError as trouble:
             if trouble.refuses_us or not trouble.reason.startswith("HTTP"):
                 raise
@@ -158,10 +158,19 @@ class Endpoint:
         models = listed.get("data") if isinstance(listed, dict) else None
         return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def send(self, method: str, path: str, body: dict[str, Any] | None = None, kind: type[Any] = object) -> Any:
+        """Send a request and give what comes back.
+
+        Args:
+            path: below the base URL, or a whole URL.
+            kind: of what a GET gives: object, its JSON; str, its text.
+
+        Raises:
+            RequestError: there is nothing usable.
+        """
         try:
             if method == "GET":
-                return await self._client.get(path, cast_to=object)
+                return await self._client.get(path, cast_to=kind)
             return await self._client.post(path, cast_to=object, body=body)  # unparsed: half the time of a typed call
         except (openai.OpenAIError, ValueError) as error:  # ValueError: no JSON
             raise request_error(error) from error

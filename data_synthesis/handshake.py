@@ -58,7 +58,7 @@ class Handshake:
         """
         try:
             ours = prompt_tokens(self._tokenizer, _PROBE)  # anew each time: a template may write the date
-            self._find_model(endpoint, await self._patiently(endpoint.models))
+            find_model(endpoint, await self._patiently(endpoint.models), self._config, self._positions)
             self._check_room(endpoint, len(ours))
             answer = await self._probe(endpoint)
         except RequestError as trouble:
@@ -69,20 +69,6 @@ class Handshake:
         if answer.turn is None:  # then the template must tell what the verifier wrote
             check_template(self._tokenizer, load_end_token_ids(self._config.verifier, self._tokenizer))
         endpoint.revive()
-
-    def _find_model(self, endpoint: Endpoint, served: list[dict[str, Any]]) -> None:
-        """Learn an endpoint's name for the verifier, and its context; one that lists none will refuse a wrong name."""
-        wanted = self._options.model or self._config.verifier.path
-        matching = [model for model in served if wanted in (model.get("id"), model.get("root"))]
-        if served and not matching:
-            option = "synthesize.model" if self._options.model else "verifier.path"
-            raise ValueError(
-                f"{endpoint.url} serves {', '.join(sorted(str(model.get('id')) for model in served))} and not "
-                f"{option}={wanted}: start it with the verifier, or set synthesize.model to the verifier's name there"
-            )
-        model = matching[0] if matching else {}
-        endpoint.model = str(model.get("id") or wanted)
-        endpoint.max_context = min(self._positions, model.get("max_model_len") or self._positions)
 
     def _check_room(self, endpoint: Endpoint, prompt_tokens: int) -> None:
         if prompt_tokens + self._options.max_tokens > endpoint.max_context:
@@ -138,6 +124,29 @@ class Handshake:
                 f"({theirs or answer.prompt_tokens} for {ours if theirs else len(ours)}): it serves another model, or "
                 "has another chat template; both must be the same, or no loss mask is right"
             )
+
+
+def find_model(endpoint: Endpoint, served: list[dict[str, Any]], config: Config, positions: int) -> None:
+    """Learn an endpoint's name for the verifier, and its context; one that lists none will refuse a wrong name.
+
+    Args:
+        served: what it says it serves.
+        positions: tokens that the verifier can read.
+
+    Raises:
+        ValueError: it serves something else.
+    """
+    wanted = config.synthesize.model or config.verifier.path
+    matching = [model for model in served if wanted in (model.get("id"), model.get("root"))]
+    if served and not matching:
+        option = "synthesize.model" if config.synthesize.model else "verifier.path"
+        raise ValueError(
+            f"{endpoint.url} serves {', '.join(sorted(str(model.get('id')) for model in served))} and not "
+            f"{option}={wanted}: start it with the verifier, or set synthesize.model to the verifier's name there"
+        )
+    model = matching[0] if matching else {}
+    endpoint.model = str(model.get("id") or wanted)
+    endpoint.max_context = min(positions, model.get("max_model_len") or positions)
 
 
 def refusal(endpoint: Endpoint, trouble: RequestError) -> str:

@@ -126,7 +126,7 @@ def _row(name: str, folder: Path) -> Row:
             "draft tokens": str(results["num_draft_tokens_per_round"]),
             "drafting": drafting(results),
             "temperature": sampling(results),
-            "dtype": results["dtype"],
+            "dtype": results["dtype"] or _NOT_TOLD,
             "questions": _questions(results),
             "tokens an answer": str(results["max_tokens"]),
             "verifier": results["verifier"].get("fingerprint", _NOT_TOLD),

@@ -2,52 +2,93 @@
 
 from __future__ import annotations
 
-from ..conf.artifact import artifact, file_digest, read_manifest, write_json
-from ..conf.schema import Config
+from pathlib import Path
+from typing import Any
+
+from ..conf.artifact import artifact, differences, file_digest, read_manifest, write_json
+from ..conf.schema import Config, EvaluateEngine
+from ..models.draft_head import DraftHead
 from ..models.formats import WEIGHTS, head_folder, load_head
-from ..models.verifier import check_identity
+from ..models.verifier import check_identity, verifier_outline
 from .answers import answer_questions
 from .questions import Question, load_heldout, load_questions, questions_identity
 from .report import print_table, write_report
 from .results import ACCEPTANCE, summarise
+from .server import answer_by_server
 from .tracking import track
 
 
 def evaluate(config: Config) -> None:
     """Decode the questions speculatively and write runs/<name>/evaluation/."""
-    options = config.evaluate
-    source = head_folder(options.checkpoint, config.training_folder)
-    head, record = load_head(source)
-    check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
-    questions = load_questions(options) + _heldout(config)
-    settings = {
-        "verifier": record["verifier"],
-        "verifier_dtype": config.verifier.dtype.value,
-        "head": file_digest(source / WEIGHTS),
-        "questions": questions_identity(questions),
-        "num_draft_tokens": options.num_draft_tokens,
-        "max_tokens": options.max_tokens,
-        "batch_size": options.batch_size,
-        "baselines": options.baselines,
-        "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,
-        "temperature": options.temperature,
-        **(
-            {name: getattr(options, name) for name in ("seed", "top_p", "top_k")}
-            | {"draft_sampling": options.draft_sampling.value}
-            if options.temperature
-            else {}
-        ),
-    }
+    by_server = config.evaluate.engine is EvaluateEngine.server
+    source, head, verifier = _named_head(config) if by_server else _own_head(config)
+    questions = load_questions(config.evaluate) + _heldout(config)
+    settings = _settings(config, source, verifier, questions)
     with artifact(config.run_folder / "evaluation", "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):
-            answer_questions(config, head, questions, target.folder)
-            results = summarise(config, source, record, questions, target.folder)
+            if head is None:
+                answer_by_server(config, questions, target)
+            else:
+                answer_questions(config, head, questions, target.folder)
+            results = summarise(
+                config, source, {"verifier": verifier}, questions, target.folder, target.manifest.get("served")
+            )
             write_json(target.folder / ACCEPTANCE, results)
             track(config, source, settings, target.folder, results)
             target.finish()
         results = write_report(target.folder, config.training_folder)
         print_table(results)
         print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}")
+
+
+def _own_head(config: Config) -> tuple[Path, DraftHead, dict[str, Any]]:
+    """Load the head to decode with; give its folder, itself, and the identity of its verifier."""
+    source = head_folder(config.evaluate.checkpoint, config.training_folder)
+    head, record = load_head(source)
+    check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
+    return source, head, record["verifier"]
+
+
+def _named_head(config: Config) -> tuple[Path | None, None, dict[str, Any]]:
+    """Give the folder of the head that the server is said to have, if it is said, and what is known of the verifier."""
+    verifier = verifier_outline(config.verifier)
+    if config.evaluate.checkpoint is None:
+        return None, None, verifier
+    source = head_folder(config.evaluate.checkpoint, config.training_folder)
+    recorded = load_head(source)[1]["verifier"]
+    changes = differences({name: recorded.get(name) for name in verifier}, verifier)
+    if changes:
+        raise ValueError(
+            f"evaluate.checkpoint: {source} was trained for another verifier than verifier.path="
+            f"{config.verifier.path} ({'; '.join(changes)}): set the verifier it was trained for"
+        )
+    return source, None, verifier
+
+
+def _settings(
+    config: Config, source: Path | None, verifier: dict[str, Any], questions: list[Question]
+) -> dict[str, Any]:
+    """Give what determines the answers and counts."""
+    options = config.evaluate
+    by_server = options.engine is EvaluateEngine.server
+    sampling = ("seed", "top_p", "top_k")
+    return {
+        "verifier": verifier,
+        **(
+            {"engine": options.engine.value, "model": config.synthesize.model or config.verifier.path}
+            if by_server
+            else {"verifier_dtype": config.verifier.dtype.value, "baselines": options.baselines}
+        ),
+        "head": file_digest(source / WEIGHTS) if source else None,
+        "questions": questions_identity(questions),
+        "num_draft_tokens": options.num_draft_tokens,
+        "max_tokens": options.max_tokens,
+        "batch_size": options.batch_size,
+        "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,
+        "temperature": options.temperature,
+        **({name: getattr(options, name) for name in sampling} if options.temperature else {}),
+        **({"draft_sampling": options.draft_sampling.value} if options.temperature and not by_server else {}),
+    }
 
 
 def _heldout(config: Config) -> list[Question]:

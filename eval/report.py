@@ -71,7 +71,8 @@ def conditions_line(results: dict[str, Any]) -> str:
     """Write what a figure depends on besides verifier and head."""
     return (
         f"{results['num_questions']} questions ({results['questions']}), {results['num_draft_tokens_per_round']} draft "
-        f"tokens a round ({drafting(results)}), temperature {sampling(results)}, {results['dtype']}, batches of "
+        f"tokens a round ({drafting(results)}), temperature {sampling(results)}, "
+        f"{results['dtype'] or results['engine'] + ' (dtype not told)'}, batches of "
         f"{results.get('batch_size', 1)}; at most {results['max_tokens']} tokens an answer, by the verifier's own chat "
         f"template ({results['verifier'].get('chat_template', 'not recorded')})"
     )
@@ -129,12 +130,18 @@ def _faithfulness(results: dict[str, Any]) -> list[str]:
     lines = []
     if results["temperature"]:
         how = "drafts are drawn too, and no two answers need be equal" if drawn else "drafts change no answer"
+        how = how if "draft_sampling" in results else "how drafts are chosen is the server's"
         lines.append(f"Sampled at temperature {results['temperature']:g} (seed {results['seed']}): {how}.")
     if "lossless" in results:
         lossless = results["lossless"]
         lines.append(
             f"{lossless['equal_to_verifier']} of {lossless['decoded_answers']} answers equal the verifier's own, "
             "token for token."
+        )
+    elif "model" in results:
+        lines.append(
+            f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; seconds include the "
+            "reading of prompts."
         )
     return lines
 

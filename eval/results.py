@@ -15,13 +15,14 @@ from typing import Any
 
 from ..conf.artifact import digest
 from ..conf.journal import read_journal
-from ..conf.schema import Config, DraftSampling, EvaluateConfig
+from ..conf.schema import Config, DraftSampling, EvaluateConfig, EvaluateEngine
 from ..data_synthesis.split import conversation_id
 from ..models.formats import HELDOUT_WALKS
 from .metrics import Record, acceptance_interval, count, macro_acceptance_length
 from .questions import HELDOUT, Question
 
 ACCEPTANCE = "acceptance.json"
+DEFINITION = "acceptance_length = 1 + num_accepted_tokens / num_drafts, bonus token included, over all rounds"
 RECORDS = "questions.jsonl"
 TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
 
@@ -32,9 +33,20 @@ def asked(folder: Path) -> list[Record]:
 
 
 def summarise(
-    config: Config, source: Path, record: dict[str, Any], questions: list[Question], folder: Path
+    config: Config,
+    source: Path | None,
+    record: dict[str, Any],
+    questions: list[Question],
+    folder: Path,
+    served: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Make acceptance.json of the records in `folder`."""
+    """Make acceptance.json of the records in `folder`.
+
+    Args:
+        source: the head's folder; None where nobody says which head a server has.
+        record: what is known of the head, with the identity of its verifier.
+        served: of a server {engine, model, definition}.
+    """
     answered = asked(folder)
     heldout = [r for r in read_journal(folder / RECORDS) if r["category"] == HELDOUT]
     num = config.evaluate.draft_depth
@@ -47,9 +59,10 @@ def summarise(
     return {
         **measured(answered, TRAINED, num),
         **conditions(config, answered),
-        "definition": "acceptance_length = 1 + num_accepted_tokens / num_drafts, bonus token included, over all rounds",
+        "definition": DEFINITION,
+        **(served or {}),
         "verifier": record["verifier"],
-        "head": os.path.relpath(source, config.run_folder),
+        "head": os.path.relpath(source, config.run_folder) if source else None,
         **_lossless([*answered, *heldout]),
         "verifier_alone_tokens_per_s": alone_tokens_per_s(answered),
         "by_category": {name: drafters([r for r in answered if r["category"] == name]) for name in categories},
@@ -58,7 +71,7 @@ def summarise(
         "heldout": {
             "num_conversations": len(heldout),
             "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
-            **told_in_training(source, [r["id"] for r in heldout], config.evaluate),
+            **(told_in_training(source, [r["id"] for r in heldout], config.evaluate) if source else {}),
         },
     }
 
@@ -87,12 +100,13 @@ def alone_tokens_per_s(records: list[Record]) -> float | None:
 def conditions(config: Config, records: list[Record]) -> dict[str, Any]:
     """Give what a figure depends on besides verifier and head."""
     options = config.evaluate
+    by_server = options.engine is EvaluateEngine.server  # which tells neither its dtype nor how it chooses drafts
     tree = {} if options.tree_depth is None else {"tree_depth": options.tree_depth, "tree_top_k": options.tree_top_k}
     sampling = {
         "seed": options.seed,
         "top_p": options.top_p,
         "top_k": options.top_k,
-        "draft_sampling": options.draft_sampling.value,
+        **({} if by_server else {"draft_sampling": options.draft_sampling.value}),
     }
     return {
         "num_draft_tokens_per_round": options.num_draft_tokens,
@@ -100,7 +114,7 @@ def conditions(config: Config, records: list[Record]) -> dict[str, Any]:
         **tree,
         "temperature": options.temperature,
         **(sampling if options.temperature else {}),
-        "dtype": config.verifier.dtype.value,
+        "dtype": None if by_server else config.verifier.dtype.value,
         "engine": options.engine.value,
         "batch_size": options.batch_size,
         "questions": options.questions,

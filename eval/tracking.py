@@ -39,13 +39,13 @@ _CONDITIONS = (
 )
 
 
-def track(config: Config, source: Path, settings: dict[str, Any], folder: Path, results: dict[str, Any]) -> None:
+def track(config: Config, source: Path | None, settings: dict[str, Any], folder: Path, results: dict[str, Any]) -> None:
     """Add an evaluation to the summary of its W&B run; whatever is wrong with W&B costs a warning, and nothing else.
 
     The run is that of the training which made the head; of a head made elsewhere one that the settings name.
 
     Args:
-        source: the head's folder.
+        source: the head's folder; None of a head that only a server has.
         settings: the evaluation's own.
         folder: where W&B keeps its files.
     """
@@ -60,10 +60,10 @@ def track(config: Config, source: Path, settings: dict[str, Any], folder: Path, 
         logging.getLogger(__name__).warning("W&B is left out (%s); acceptance.json is written all the same", reason)
 
 
-def _run_id(config: Config, source: Path) -> str | None:
+def _run_id(config: Config, source: Path | None) -> str | None:
     """Give the id of the W&B run that trained a head; None of one that this run did not train, or without W&B."""
     training = config.training_folder
-    if not source.resolve().is_relative_to(training.resolve()) or not (training / MANIFEST).is_file():
+    if source is None or not source.resolve().is_relative_to(training.resolve()) or not (training / MANIFEST).is_file():
         return None
     run = read_manifest(training, "training", unfinished=True).get("wandb_run")
     return str(run) if run else None

@@ -37,7 +37,7 @@ from .verifier_config import (
     verifier_architectures,
     verifier_location,
 )
-from .verifier_weights import VerifierWeights, check_identity, verifier_identity
+from .verifier_weights import VerifierWeights, check_identity, verifier_identity, verifier_outline
 
 __all__ = [  # what stands behind the door
     "LogitTransform",
@@ -61,6 +61,7 @@ __all__ = [  # what stands behind the door
     "verifier_architectures",
     "verifier_identity",
     "verifier_location",
+    "verifier_outline",
 ]
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f")

@@ -133,9 +133,13 @@ def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
 
     Artifacts made with one identity are refused with another.
     """
+    return {"fingerprint": VerifierWeights(config).fingerprint(), **verifier_outline(config)}
+
+
+def verifier_outline(config: VerifierConfig) -> dict[str, Any]:
+    """Give the part of a verifier's identity that its small files tell, for where its weights are elsewhere."""
     text, tokenizer = load_config(config), load_tokenizer(config)
     return {
-        "fingerprint": VerifierWeights(config).fingerprint(),
         "hidden_size": text.hidden_size,
         "num_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,

@@ -1,0 +1,156 @@
+"""Questions answered by a running server that serves the verifier with a draft head.
+
+A request is the tokens that evaluation in this process would give the verifier, not messages: a chat endpoint renders
+the template itself, with a date and defaults of its own, and then nobody knows whether the same was measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..conf.artifact import Artifact, digest
+from ..conf.journal import Journal
+from ..conf.progress import Progress
+from ..conf.run import EXIT_AGAIN
+from ..conf.schema import Config
+from ..data_synthesis.chat import prompt_tokens
+from ..data_synthesis.endpoints import Endpoint, RequestError
+from ..data_synthesis.handshake import refusal
+from ..models.verifier import load_tokenizer
+from .questions import Question
+from .results import RECORDS, TRAINED
+from .served_engines import Asked, ServingEngine, open_engine
+
+
+def answer_by_server(config: Config, questions: list[Question], target: Artifact) -> None:
+    """Answer those questions that the journal of `target` does not hold yet; its manifest then says who answers.
+
+    Exits with a code that asks for another start where the server goes away.
+
+    Raises:
+        ValueError: the server is not one whose answers can be measured.
+    """
+    pictured = next((question.id for question in questions if question.images), None)
+    if pictured is not None:
+        raise ValueError(
+            f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
+        )
+    journal = Journal(target.folder / RECORDS)
+    left = [question for question in questions if question.id not in journal.done]
+    try:
+        if left:
+            progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
+            asyncio.run(_Questioning(config, target, journal, progress).run(left))
+            progress.close()
+    finally:
+        journal.close()
+
+
+class _Questioning:
+    """One start of the evaluation against a server."""
+
+    def __init__(self, config: Config, target: Artifact, journal: Journal, progress: Progress) -> None:
+        self._options = config.evaluate
+        self._config, self._target, self._journal, self._progress = config, target, journal, progress
+        self._tokenizer = load_tokenizer(config.verifier)
+        assert self._options.endpoint is not None
+        connections = replace(config.synthesize, concurrency=self._options.batch_size)
+        self._endpoint = Endpoint(self._options.endpoint, connections)
+
+    async def run(self, questions: list[Question]) -> None:
+        try:
+            self._engine = await self._open()
+            self._told()
+            for question in questions:
+                for turn in range(len(question.turns) if question.answers is not None else 1):
+                    self._asked(question, [""] * turn)
+            await self._answer(iter(questions))
+        finally:
+            await self._endpoint.close()
+
+    async def _open(self) -> ServingEngine:
+        try:
+            return await open_engine(self._config, self._endpoint)
+        except RequestError as trouble:
+            if trouble.lasting:
+                raise ValueError(refusal(self._endpoint, trouble)) from None
+            raise ValueError(
+                f"evaluate.endpoint: no server answers at {self._endpoint.url} ({trouble}): start one that serves the "
+                "verifier with the head"
+            ) from None
+
+    def _told(self) -> None:
+        """Put into the manifest who answers; an evaluation that another has begun is not gone on with."""
+        served = {"engine": self._engine.name, "model": self._endpoint.model, "definition": self._engine.definition}
+        begun = self._target.manifest.get("served", served)
+        if begun != served:
+            raise ValueError(
+                f"{self._target.folder} was begun with {begun['engine']} serving {begun['model']}, and "
+                f"{self._endpoint.url} is {served['engine']} serving {served['model']}: choose another name, or delete "
+                "the folder"
+            )
+        self._target.save(served=served)
+
+    async def _answer(self, questions: Iterator[Question]) -> None:
+        """Answer the questions, evaluate.batch_size of them at a time."""
+
+        async def one_after_the_other() -> None:
+            for question in questions:
+                self._journal.append([await self._record(question)])
+                self._progress.update()
+
+        tasks = [asyncio.create_task(one_after_the_other()) for _ in range(self._options.batch_size)]
+        try:
+            await asyncio.gather(*tasks)
+        except RequestError as trouble:
+            if trouble.lasting:
+                raise ValueError(refusal(self._endpoint, trouble)) from None
+            print(
+                f"fledge: {self._endpoint.url} does not answer any more ({trouble}); what is done is saved, the same "
+                "command goes on",
+                file=sys.stderr,
+            )
+            raise SystemExit(EXIT_AGAIN) from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _record(self, question: Question) -> dict[str, Any]:
+        """Have the turns of a question answered; give its record."""
+        answers: list[dict[str, Any]] = []
+        for _ in question.turns:
+            asked = self._asked(question, [answer["text"] for answer in answers])
+            served = await self._engine.ask(asked)
+            counted = {**served.counts.as_dict(), "output_tokens": served.output_tokens, "seconds": served.seconds}
+            answers.append(
+                {
+                    "text": served.text,
+                    "prompt_tokens": len(asked.prompt),
+                    "output_tokens": served.output_tokens,
+                    "seconds_alone": None,
+                    "drafters": {TRAINED: counted},
+                }
+            )
+        return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
+
+    def _asked(self, question: Question, texts: list[str]) -> Asked:
+        """Make the request for the next answer, with the room for it that evaluation in this process leaves.
+
+        Raises:
+            ValueError: the prompt leaves none.
+        """
+        prompt = prompt_tokens(self._tokenizer, question.history(texts))
+        room = self._endpoint.max_context - len(prompt) - self._options.draft_depth - 1
+        if room < 1:
+            raise ValueError(
+                f"evaluate.questions: a prompt of {len(prompt)} tokens ({question.id}) fills the context of "
+                f"{self._endpoint.max_context} tokens that {self._endpoint.url} has: shorten it, or start the server "
+                "with a longer context"
+            )
+        seed = int(digest([self._options.seed, len(texts), question.id])[:8], 16)
+        return Asked(prompt, min(question.max_tokens or self._options.max_tokens, room), seed)
