@@ -107,9 +107,10 @@ class Answerer:
         """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""
         seed = f"{self._options.seed}/{len(texts)}/{question.id}"
         max_tokens = question.max_tokens or self._options.max_tokens
+        name = f"evaluate.questions: the prompt of question {question.id}"
         messages, tokenizer = question.history(texts), self._verifier.tokenizer
         if not has_images(messages):
-            return Request(prompt_tokens(tokenizer, messages), max_tokens, seed)
+            return Request(prompt_tokens(tokenizer, messages), max_tokens, seed, name)
         addresses = conversation_images(messages)
         try:
             image_tokenizer: Any = ImageTokenizer(tokenizer, self._images.read(addresses))
@@ -117,7 +118,7 @@ class Answerer:
             inputs = self._images.model_inputs(torch.tensor(prompt), addresses)
         except NoExactSpanError as error:
             raise ValueError(f"evaluate.questions: question {question.id}: {error}") from None
-        return Request(prompt, max_tokens, seed, self._verifier.place(inputs))
+        return Request(prompt, max_tokens, seed, name, self._verifier.place(inputs))
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
         for request in requests:

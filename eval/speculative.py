@@ -69,6 +69,7 @@ class Request:
     prompt: list[int]
     max_tokens: int
     seed: str = ""  # of a sampled answer
+    name: str = ""  # to speak of it in errors
     inputs: dict[str, Any] = field(default_factory=dict)  # of the verifier besides tokens: pixels
 
 
@@ -132,8 +133,8 @@ class Speculator:
             room = self.cached.context - len(request.prompt) - self._depth - 1
             if room < 1:
                 raise ValueError(
-                    f"a prompt of {len(request.prompt)} tokens fills the verifier's context of {self.cached.context}: "
-                    "shorten it"
+                    f"{request.name or 'a prompt'} of {len(request.prompt)} tokens fills the verifier's context of "
+                    f"{self.cached.context}: shorten it"
                 )
             request.max_tokens = min(request.max_tokens, room)
         self._requests = requests
