@@ -20,7 +20,7 @@ from ..conf.schema import Config
 from ..data_synthesis.chat import prompt_tokens
 from ..data_synthesis.endpoints import Endpoint, RequestError
 from ..data_synthesis.handshake import refusal
-from ..models.verifier import load_tokenizer
+from ..models.verifier import load_config, load_tokenizer
 from .questions import Question
 from .results import RECORDS, TRAINED
 from .served_engines import Asked, ServingEngine, open_engine
@@ -57,6 +57,7 @@ class _Questioning:
         self._options = config.evaluate
         self._config, self._target, self._journal, self._progress = config, target, journal, progress
         self._tokenizer = load_tokenizer(config.verifier)
+        self._positions = load_config(config.verifier).max_position_embeddings
         assert self._options.endpoint is not None
         connections = replace(config.synthesize, concurrency=self._options.batch_size)
         self._endpoint = Endpoint(self._options.endpoint, connections)
@@ -139,18 +140,19 @@ class _Questioning:
         return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
 
     def _asked(self, question: Question, texts: list[str]) -> Asked:
-        """Make the request for the next answer, with the room for it that evaluation in this process leaves.
+        """Make the request for the next answer, cut only where evaluation in this process would cut it.
 
         Raises:
-            ValueError: the prompt leaves none.
+            ValueError: the server has no room for it.
         """
         prompt = prompt_tokens(self._tokenizer, question.history(texts))
-        room = self._endpoint.max_context - len(prompt) - self._options.draft_depth - 1
-        if room < 1:
+        taken = len(prompt) + self._options.draft_depth + 1
+        max_tokens = min(question.max_tokens or self._options.max_tokens, self._positions - taken)
+        if max_tokens < 1 or taken + max_tokens > self._endpoint.max_context:
             raise ValueError(
-                f"evaluate.questions: a prompt of {len(prompt)} tokens ({question.id}) fills the context of "
-                f"{self._endpoint.max_context} tokens that {self._endpoint.url} has: shorten it, or start the server "
-                "with a longer context"
+                f"a prompt of {len(prompt)} tokens ({question.id}) and an answer do not fit into the "
+                f"{self._endpoint.max_context} tokens of {self._endpoint.url}: shorten the question, lower "
+                "evaluate.max_tokens, or start the server with a longer context; what is done is saved"
             )
         seed = int(digest([self._options.seed, len(texts), question.id])[:8], 16)
-        return Asked(prompt, min(question.max_tokens or self._options.max_tokens, room), seed)
+        return Asked(prompt, max_tokens, seed)

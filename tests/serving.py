@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,30 @@ import transformers
 from builders import Run
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.chat import prompt_tokens
+from servers import free_port, model_server
 
 COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+
+
+@contextlib.contextmanager
+def vllm_server(folder: Path, verifier: Path, *options: str, head: Path | None = None) -> Iterator[str]:
+    """Run vLLM's server on the CPU in float32, with a draft head of 3 tokens if there is one; give its endpoint."""
+    port = free_port()
+    command = [os.environ["FLEDGE_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", *options]
+    command += ["--model", str(verifier), "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    if head is not None:
+        speculation = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
+        command += ["--speculative-config", json.dumps(speculation)]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with model_server(command, port, folder / "server.log", environment) as endpoint:
+        yield endpoint
 
 
 def in_vllms_environment(script: str, argument: Path) -> tuple[dict[str, Any] | None, str]:

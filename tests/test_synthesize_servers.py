@@ -1,7 +1,6 @@
 """Real servers answer as the verifier in this process does."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from fledge.data_synthesis.conversations import read_conversations
 from fledge.models.embedded.corpus import prompts as embedded_prompts
 from omegaconf.errors import ConfigKeyError
 from servers import free_port, model_server
+from serving import vllm_server
 
 SAME = ("messages", "finish_reasons", "unanswered_turns", "usage", "temperature")
 
@@ -81,18 +81,7 @@ def test_the_benchmark_measures_the_whole_stage(tiny_verifier_folder):
 
 @pytest.mark.serving
 def test_vllm_gives_the_tokens_that_the_verifier_in_this_process_gives(tmp_path, tiny_verifier_folder, rows):
-    port = free_port()
-    command = [os.environ["FLEDGE_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(tiny_verifier_folder), "--dtype", "float32", "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    with model_server(command, port, tmp_path / "server.log", environment) as endpoint:
+    with vllm_server(tmp_path, tiny_verifier_folder) as endpoint:
         _, theirs = regenerated(tmp_path / "theirs", tiny_verifier_folder, rows, f"synthesize.endpoints=[{endpoint}]")
     _, ours = regenerated(tmp_path / "ours", tiny_verifier_folder, rows)
     check_same(ours, theirs, *SAME, "sequences")

@@ -29,14 +29,13 @@ def main() -> None:
         dtype="float32",
         enforce_eager=True,
         max_num_seqs=1,
-        max_model_len=1024,
         disable_log_stats=False,
         speculative_config={
             "method": "eagle3",
             "model": request["head"],
             "num_speculative_tokens": request["num_draft_tokens"],
         },
-        **request.get("engine", {}),
+        **{"max_model_len": 1024, **request.get("engine", {})},
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=request["max_tokens"]), use_tqdm=False)
