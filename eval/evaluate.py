@@ -20,6 +20,11 @@ from .tracking import track
 
 def evaluate(config: Config) -> None:
     """Decode the questions speculatively and write runs/<name>/evaluation/."""
+    if config.verifier.tensor_parallel:
+        raise ValueError(
+            "verifier.tensor_parallel must be false in evaluate, which is one process: verifier.device=auto spreads a "
+            "verifier over several GPUs, evaluate.engine=server measures in an engine"
+        )
     by_server = config.evaluate.engine is EvaluateEngine.server
     source, head, verifier = _named_head(config) if by_server else _own_head(config)
     questions = load_questions(config.evaluate) + _heldout(config)
