@@ -23,7 +23,7 @@ from ..models.verifier import load_whole_config, takes_images
 from .chat import Message, NoExactSpanError, PlacedImage, Sequence
 from .images import UnreadableImagesError, load_images
 
-_PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say of each token whether it is an image's
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say of each token whether it is an image's
 
 
 @dataclass(frozen=True)
@@ -221,5 +221,5 @@ class ImageReader:
             raise UnreadableImagesError("its images are not those that its tokens were made with")
         inputs, processor = images.model_inputs, self._processor
         assert processor is not None
-        kinds = {name: processor.create_mm_token_type_ids([token_ids]) for name in _PER_TOKEN if name in inputs}
+        kinds = {name: processor.create_mm_token_type_ids([token_ids]) for name in PER_TOKEN if name in inputs}
         return {**inputs, **{name: torch.tensor(value) for name, value in kinds.items()}}

@@ -10,8 +10,9 @@ Where draft tokens were drawn from q, their draws are used (speculative sampling
 is chosen with probability min(1, p(x) / q(x)), and else a token drawn from max(p - q, 0), normalised, which is never x.
 That is distributed as p too, and accepts sum min(p, q), the most that is possible.
 
-The numbers by which is drawn belong to the places of an answer's tokens, whatever rounds they come about in. A proposal
-that is not drawn therefore changes nothing at all: the answer is, token for token, that of the verifier alone.
+Token t of an answer is always drawn by the answer's random number t, whatever round it comes about in. A proposal that
+is not drawn therefore changes nothing: the answer is, token for token, that of the verifier alone (but where a number
+is so near to a token's border, or two logits to each other, that the rounding of a forward of other length decides).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class AcceptanceRule:
     top_p: float = 1.0
     top_k: int | None = None
     draft_sampling: DraftSampling = DraftSampling.greedy
-    kernels: bool = True  # on a GPU: choose in a Triton kernel
+    kernels: bool = True  # on a GPU: whoever works by this rule does so in Triton kernels
 
     @classmethod
     def of(cls, options: EvaluateConfig) -> AcceptanceRule:

@@ -55,14 +55,9 @@ class Answerer:
         self._verifier = verifier
         self._rule = AcceptanceRule.of(options)
         self._drafters = self._make_drafters(config, head)
-        self._speculator = Speculator(
-            verifier,
-            list(self._drafters.values()),
-            self._rule,
-            options.batch_size,
-            options.cuda_graphs,
-            options.kernels,
-        )
+        self._alone = NoDraft()
+        drafters = [self._alone, *self._drafters.values()]
+        self._speculator = Speculator(verifier, drafters, self._rule, options.batch_size, options.cuda_graphs)
         self._images = ImageReader(config.verifier, config.dump.max_images)
         self._checked: set[bool] = set()  # with images, and without
 
@@ -75,8 +70,7 @@ class Answerer:
 
         def decoder(head: DraftHead) -> DraftDecoder:
             shape = options.num_draft_tokens, options.tree_depth, options.tree_top_k
-            how = self._rule, options.batch_size, options.kernels
-            return DraftDecoder(head.to(device, dtype), embedding, *shape, *how)
+            return DraftDecoder(head.to(device, dtype), embedding, *shape, self._rule, options.batch_size)
 
         drafters: dict[str, Drafter] = {TRAINED: decoder(head)}
         if options.baselines:
@@ -126,7 +120,7 @@ class Answerer:
                 self._speculator.cached.check(request.prompt, request.inputs)
                 self._checked.add(bool(request.inputs))
         self._speculator.prefill(requests)
-        alone = self._speculator.decode(NoDraft())
+        alone = self._speculator.decode(self._alone)
         answers: list[dict[str, Any]] = [
             {
                 "text": str(self._verifier.tokenizer.decode(decoded.tokens, skip_special_tokens=True)),

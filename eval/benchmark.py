@@ -132,19 +132,16 @@ class Bench:
         rule = AcceptanceRule(options.temperature, draft_sampling=sampling, kernels=options.kernels)
         shape = options.num_draft_tokens, options.tree_depth or None, options.tree_top_k
         embedding = self.verifier.model.get_input_embeddings().weight
-        self.drafter = DraftDecoder(self.head, embedding, *shape, rule, options.batch_size, options.kernels)
-        how = options.batch_size, options.cuda_graphs, options.kernels
-        self.speculator = Speculator(self.verifier, [self.drafter], rule, *how)
+        self.drafter = DraftDecoder(self.head, embedding, *shape, rule, options.batch_size)
+        self.speculator = Speculator(self.verifier, [self.drafter], rule, options.batch_size, options.cuda_graphs)
         generator = torch.Generator().manual_seed(options.seed)
         prompts = torch.randint(options.vocab_size, (options.batch_size, options.prompt_tokens), generator=generator)
-        self._requests = [Request(prompt, 2 * options.rounds, str(n)) for n, prompt in enumerate(prompts.tolist())]
-        self.speculator.prefill(self._requests)
+        limit = 2 * options.rounds
+        self.speculator.prefill([Request(prompt, limit, str(n)) for n, prompt in enumerate(prompts.tolist())])
 
     def run(self, drafter: Drafter, rounds: int) -> tuple[int, float]:
         """Answer for about so many rounds; give how many there were, and their wall seconds."""
-        for request in self._requests:
-            request.max_tokens = rounds + 1
-        answers = self.speculator.decode(drafter)
+        answers = self.speculator.decode(drafter, rounds + 1)
         return max(len(answer.drafted) for answer in answers), sum(answer.seconds for answer in answers)
 
     def seconds(self, drafter: Drafter) -> dict[str, float]:

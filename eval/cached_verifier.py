@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..data_synthesis.image_reader import PER_TOKEN
 from ..models.kernels import run_on
 from ..models.verifier import Verifier, VerifierOutput
 from .proposal import Tree
@@ -29,7 +30,7 @@ _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_atte
 class _StaticLayer(CacheLayerMixin):
     """Keys and values [B, slots, heads, D] of one layer, which are views of its cache's."""
 
-    def __init__(self, cache: StaticCache, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, cache: SlotCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self._cache = cache
         self._held = keys, values
@@ -54,15 +55,15 @@ class _StaticLayer(CacheLayerMixin):
         return self._cache.num_read, 0
 
     def get_seq_length(self) -> int:
-        """Give 0 for a prompt, else 1: positions are always given, and this tells no more than which of both it is."""
-        return self._cache.num_seen
+        """Give 0 for a prompt, else 1: positions are always given, and models ask this to tell whether it is one."""
+        return int(not self._cache.is_prompt)
 
     def get_max_length(self) -> int:
         """Give the number of slots."""
         return self._held[0].shape[1]
 
 
-class StaticCache(Cache):
+class SlotCache(Cache):
     """A cache of B sequences with the memory for `num_slots` tokens each.
 
     Args:
@@ -85,7 +86,7 @@ class StaticCache(Cache):
         super().__init__(layers=[_StaticLayer(self, *views[i : i + 2]) for i in range(0, len(views), 2)])
         self.sequences = slice(None)  # that a forward is of
         self.rows = self.slots = torch.empty(0)  # [b, 1] and [b, n], where its tokens are written
-        self.num_read = self.num_seen = 0
+        self.num_read, self.is_prompt = 0, True
 
     def move(self, sources: Tensor, targets: Tensor, kernels: bool = False) -> None:
         """Copy keys and values between slots [B, n] of each sequence, all at once.
@@ -123,15 +124,15 @@ class CachedVerifier:
         probe = DynamicCache()
         verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=probe)
         self._like = probe
-        self.cache = StaticCache(probe, num_sequences, 0)
+        self.cache = SlotCache(probe, num_sequences, 0)
 
     def reserve(self, num_slots: int) -> bool:
         """Take memory for sequences of this many tokens; give whether it is new, and all content gone."""
         if num_slots <= self.num_slots:
             return False
-        self.cache = StaticCache(self._like, 0, 0)  # the old one goes first
+        self.cache = SlotCache(self._like, 0, 0)  # the old one goes first
         self.num_slots = round_up(num_slots)
-        self.cache = StaticCache(self._like, self.num_sequences, self.num_slots)
+        self.cache = SlotCache(self._like, self.num_sequences, self.num_slots)
         return True
 
     def forward(
@@ -141,6 +142,7 @@ class CachedVerifier:
         num_read: int,
         sequences: slice = slice(None),
         tree: Tree | None = None,
+        is_prompt: bool = False,
         **arguments: Any,
     ) -> VerifierOutput:
         """Run the model on tokens that stand in the slots after the committed ones.
@@ -151,6 +153,7 @@ class CachedVerifier:
             num_read: how many slots are read, at least those of the longest sequence with its new tokens.
             sequences: which b of the batch's; all by default.
             tree: that the tokens are the nodes of; None where each follows the one before it.
+            is_prompt: whether nothing is committed yet.
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         slots = lengths[:, None] + steps
@@ -158,7 +161,7 @@ class CachedVerifier:
         cache = self.cache
         cache.sequences, cache.slots, cache.num_read = sequences, slots, num_read
         cache.rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        cache.num_seen = int(sequences == slice(None))
+        cache.is_prompt = is_prompt
         seen = visible(lengths, slots, num_read, tree.ancestors if tree else None)
         return self.verifier.forward(
             tokens,
@@ -169,21 +172,24 @@ class CachedVerifier:
         )
 
     def check(self, tokens: list[int], inputs: dict[str, Any] | None = None) -> None:
-        """Check on a text that it ends with the logits here that the model itself gives: as a node of a tree.
+        """Check on a text that it ends with the logits here that the model itself gives.
+
+        All but its last two tokens are read as a prompt, and these as a tree, with a wrong token between them.
 
         Args:
-            inputs: of the verifier besides tokens, pixels; then the text is read in one.
+            tokens: three at least.
+            inputs: of the verifier besides tokens: pixels, and what it says of each token.
 
         Raises:
             ValueError: it does not, so that masks and positions mean something else to this model.
         """
-        model = self.verifier.model
+        model, alone = self.verifier.model, CachedVerifier(self.verifier, 1)  # in memory of its own
         text = torch.tensor([tokens], device=self.verifier.device)
-        whole = self.verifier.forward(text, use_cache=False, logits_to_keep=1, **(inputs or {}))
+        inputs = inputs or {}
+        whole = self.verifier.forward(text, use_cache=False, logits_to_keep=1, **inputs)
         expected = whole.logits[0, -1].float()
-        self.reserve(text.shape[1] + 2)
-        found = self._read(text, inputs) if inputs else self._read_as_node(text)
-        off = float((found.float() - expected).abs().mean() / expected.std())
+        found = alone._read_as_node(text, inputs).float()
+        off = float((found - expected).abs().mean() / expected.std())
         if not off < (1e-3 if model.dtype is torch.float32 else 0.05):
             raise ValueError(
                 f"verifier.path {model.name_or_path!r}: {type(model).__name__} gives other logits with fledge's cache "
@@ -191,19 +197,16 @@ class CachedVerifier:
                 "cannot decode with it: evaluate it with evaluate.engine=server"
             )
 
-    def _read(self, text: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Give the logits [V] at the end of a text [1, T]."""
-        output = self.forward(text, text.new_zeros(1), text.shape[1], slice(0, 1), logits_to_keep=1, **inputs)
-        return output.logits[0, -1]
-
-    def _read_as_node(self, text: Tensor) -> Tensor:
-        """Give the same where the last token is a node of a tree, after another that is not of the text."""
-        start = torch.tensor([text.shape[1] - 2], device=text.device)
-        self._read(text[:, :-2], {})
-        fed = torch.cat([text[:, -2:-1], 1 - text[:, -1:].clamp(max=1), text[:, -1:]], 1)  # and a wrong token between
+    def _read_as_node(self, text: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Give the logits [V] at the end of a text [1, T] whose last token is a node of a tree."""
+        length = text.shape[1] - 2
+        self.reserve(length + 3)
+        of_prompt = {name: x[:, :length] if name in PER_TOKEN else x for name, x in inputs.items()}
+        self.forward(text[:, :-2], text.new_zeros(1), length, is_prompt=True, logits_to_keep=1, **of_prompt)
+        fed = torch.cat([text[:, -2:-1], 1 - text[:, -1:].clamp(max=1), text[:, -1:]], 1)
         branches = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], device=text.device).bool()
         tree = Tree(text.new_zeros(1, 2), text.new_tensor([[0, 1, 1]]), branches, 1)
-        return self.forward(fed, start, text.shape[1] + 1, slice(0, 1), tree).logits[0, -1]
+        return self.forward(fed, text.new_tensor([length]), length + 3, tree=tree).logits[0, -1]
 
     def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor, tree: Tree | None) -> Any:
         """Give the mask that the model takes: one, or one for each kind of attention that its layers have."""

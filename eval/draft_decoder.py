@@ -25,10 +25,8 @@ class DraftDecoder:
     Args:
         embedding: the verifier's token embedding [V, H].
         tree_depth: None drafts a chain.
-        kernels: on a GPU, make a step's input in a Triton kernel.
     """
 
-    name = "draft head"
     on_device = True  # proposes without a look at values on the host
 
     def __init__(
@@ -40,7 +38,6 @@ class DraftDecoder:
         tree_top_k: int = 8,
         rule: AcceptanceRule = GREEDY,
         num_sequences: int = 1,
-        kernels: bool = True,
     ) -> None:
         if tree_depth is not None and tree_top_k > head.config.draft_vocab_size:
             raise ValueError(
@@ -54,7 +51,7 @@ class DraftDecoder:
         self.rule = rule
         self._target_ids = head.target_ids
         self._num_sequences = num_sequences
-        self._kernels = kernels and run_on(embedding.device)
+        self._kernels = rule.kernels and run_on(embedding.device)
         # Rows that a proposal takes after those of the verifier's states.
         self.num_draft_rows = num_draft_tokens if tree_depth is None else tree_depth * tree_top_k
         width = (num_sequences, head.config.hidden_size)
@@ -182,7 +179,9 @@ class DraftDecoder:
             keys, values = self._cache[layer, :, sequences]
             keys[rows, slots], values[rows, slots] = k, v
             q, k, v = (states.transpose(1, 2) for states in (q, keys[:, :num_read], values[:, :num_read]))
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            if q.is_cuda:  # where torch has no fast kernel for grouped queries with a mask
+                k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=not q.is_cuda)
             return out.transpose(1, 2).flatten(0, 1)
 
         cos, sin = (table[positions.flatten()] for table in self._rotary)

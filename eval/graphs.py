@@ -12,7 +12,7 @@ _WARM_UPS = 2  # before a capture: what is compiled or allocated once, then is
 
 
 class Graphs:
-    """Runs functions once as they are and then, captured, from their graphs.
+    """Runs functions twice as they are and from then on, captured, from their graphs.
 
     A function reads and writes memory that stays where it is, and gives one tensor, which the next run writes over.
     """
@@ -28,6 +28,7 @@ class Graphs:
         """Forget every graph, for the memory that they use has moved."""
         self._captured.clear()
         self._runs.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # a pool ends with the last graph in it
 
     def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
         """Run a function, of which this is the same key and the same memory as before, or its graph."""
@@ -42,13 +43,14 @@ class Graphs:
 
     def _capture(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
         """Capture a function, which does not run it, and run it; where it cannot be captured, go on without graphs."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
                 result = function()
         except RuntimeError as error:  # the verifier looks at values on the host: experts chosen there, for example
             self._possible = False
-            reason = " ".join(str(error).split())[:200]
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            reason = " ".join(str(error.__context__ or error).split())[:200]
             print(f"evaluate: no CUDA graphs, for a round cannot be captured: {reason}", file=sys.stderr)
             return function()
         self._captured[key] = graph, result

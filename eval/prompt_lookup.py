@@ -12,7 +12,6 @@ from .proposal import NOTHING, Proposal
 class PromptLookup:
     """Proposes what followed the first occurrence of the last tokens in the text so far."""
 
-    name = "prompt lookup"
     on_device = False
     num_draft_rows = 0
 
@@ -54,7 +53,6 @@ class PromptLookup:
 class NoDraft:
     """Proposes nothing: the verifier decodes alone."""
 
-    name = "verifier alone"
     on_device = True
     num_draft_tokens = depth = num_draft_rows = 0
 

@@ -7,7 +7,7 @@ every round    draft:  a chain or a tree of tokens (eval/draft_decoder.py)
                        choice beside them (the bonus token; eval/acceptance.py, eval/proposal.py)
                commit: both caches keep what was accepted, and nothing of what was not
 
-A round reads nothing back from the device but, at its end, the new tokens and their number.
+A round reads nothing back from the device but, at its end, the new tokens and their number (prompt lookup: the text).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .proposal import Proposal, Way, find_way
 class Drafter(Protocol):
     """Whatever proposes tokens."""
 
-    name: str
     on_device: bool  # so that a round with it can be a CUDA graph
     num_draft_tokens: int  # of a proposal, at most
     depth: int  # draft tokens of a proposal that can be accepted
@@ -80,7 +79,9 @@ class Decoded:
     tokens: list[int]  # end-of-turn included, cut at max_tokens
     drafted: list[int] = field(default_factory=list)  # draft tokens proposed, by round
     accepted: list[int] = field(default_factory=list)  # of them accepted; in the last round those beyond the end too
-    seconds: float = 0.0  # after prefill; a round's are shared out among the sequences that it was for
+    # Of its rounds, each shared out among the sequences that it was for. Reading the prompt is left out, by verifier
+    # and by head; on a GPU the first rounds of a length, in which a graph is captured, are in.
+    seconds: float = 0.0
 
 
 class Speculator:
@@ -88,8 +89,7 @@ class Speculator:
 
     Args:
         num_sequences: B.
-        cuda_graphs: on a GPU, capture a round and replay it.
-        kernels: on a GPU, find the way and bring its slots together in Triton kernels.
+        cuda_graphs: on one GPU, capture a round and replay it.
     """
 
     def __init__(
@@ -99,20 +99,20 @@ class Speculator:
         rule: AcceptanceRule = GREEDY,
         num_sequences: int = 1,
         cuda_graphs: bool = True,
-        kernels: bool = True,
     ) -> None:
         self.verifier = verifier
         self.cached = CachedVerifier(verifier, num_sequences)
         self.rule = rule
-        self._kernels = kernels
+        self._drafters = list(drafters)
         self._num_nodes = max((drafter.num_draft_tokens for drafter in drafters), default=0)
         self._depth = max((drafter.depth for drafter in drafters), default=0)
         self._num_rows = max((drafter.num_draft_rows for drafter in drafters), default=0)
         self._num_sequences = num_sequences
         device = verifier.device
-        self._graphs = Graphs(device) if cuda_graphs and device.type == "cuda" else None
+        one_gpu = device.type == "cuda" and len(set(getattr(verifier.model, "hf_device_map", {}).values())) < 2
+        self._graphs = Graphs(device) if cuda_graphs and one_gpu else None
         self._requests: list[Request] = []
-        self._num_slots = 0
+        self._limits: list[int] = []  # of tokens, for each
         self._aux: list[Tensor] = []  # of prompts read together [b, P, A*H]
         # Of every sequence: tokens in the caches, the text's last token (which is not), tokens of the prompt, and
         # whether it goes on. Always the same memory, which graphs read and write.
@@ -129,6 +129,7 @@ class Speculator:
             ValueError: a prompt leaves no room in the verifier's context.
         """
         assert 0 < len(requests) <= self._num_sequences
+        self._limits = []
         for request in requests:
             room = self.cached.context - len(request.prompt) - self._depth - 1
             if room < 1:
@@ -136,20 +137,16 @@ class Speculator:
                     f"{request.name or 'a prompt'} of {len(request.prompt)} tokens fills the verifier's context of "
                     f"{self.cached.context}: shorten it"
                 )
-            request.max_tokens = min(request.max_tokens, room)
+            self._limits.append(min(request.max_tokens, room))
         self._requests = requests
-        # The last round begins with a token to go at most, and adds no more than the nodes of a proposal and one.
-        self._num_slots = max(len(request.prompt) + request.max_tokens for request in requests) + self._depth
-        self._num_slots += max(self._num_nodes, self._num_rows) + 2
-        if self.cached.reserve(self._num_slots) and self._graphs:
-            self._graphs.clear()
+        self._reserve()
         self._draw_numbers()
         self._aux, self._first = [], []
         for places in self._alike():
             first, length = requests[places.start], len(requests[places.start].prompt)
             tokens = torch.tensor([request.prompt for request in requests[places]], device=self.verifier.device)
             output = self.cached.forward(
-                tokens, self._lengths[places].zero_(), length, places, logits_to_keep=1, **first.inputs
+                tokens, self._lengths[places].zero_(), length, places, is_prompt=True, logits_to_keep=1, **first.inputs
             )
             chosen = self.rule.choose(output.logits, _nothing(tokens), self._draws[places, :1])
             self._aux.append(output.aux_hidden_states)
@@ -163,10 +160,19 @@ class Speculator:
             yield slice(start, stop)
             start = stop
 
+    def _reserve(self) -> None:
+        """Take the memory that the requests need, in the caches of all; graphs of the old one are good for nothing."""
+        # The last round begins with a token to go at most, and adds no more than the nodes of a proposal and one.
+        longest = max(len(r.prompt) + limit for r, limit in zip(self._requests, self._limits, strict=True))
+        num_slots = longest + self._depth + max(self._num_nodes, self._num_rows) + 2
+        moved = [self.cached.reserve(num_slots), *(drafter.reserve(num_slots) for drafter in self._drafters)]
+        if any(moved) and self._graphs:
+            self._graphs.clear()
+
     def _draw_numbers(self) -> None:
         if not self.rule.temperature:
             return
-        most = max(request.max_tokens for request in self._requests) + 2 * self._depth + 2
+        most = max(self._limits) + 2 * self._depth + 2
         if most > self._draws.shape[1]:
             self._draws = self._draws.new_zeros(self._num_sequences, round_up(most), NUM_DRAWS)
             if self._graphs:
@@ -175,23 +181,27 @@ class Speculator:
             self._draws[place] = uniform_draws(request.seed, self._draws.shape[1]).to(self._draws.device)
 
     @torch.no_grad()
-    def decode(self, drafter: Drafter) -> list[Decoded]:
-        """Answer the prompts, with tokens that are, or are distributed as, the verifier's own, whatever is proposed."""
-        requests = self._requests
-        if drafter.reserve(self._num_slots) and self._graphs:
-            self._graphs.clear()
+    def decode(self, drafter: Drafter, max_tokens: int | None = None) -> list[Decoded]:
+        """Answer the prompts, with tokens that are, or are distributed as, the verifier's own, whatever is proposed.
+
+        Args:
+            max_tokens: of an answer, where that is less than its request allows.
+        """
+        limits = [min(limit, max_tokens or limit) for limit in self._limits]
+        assert drafter in self._drafters or not drafter.num_draft_tokens, "a drafter that no memory was taken for"
         self._start(drafter)
         answers = [Decoded([first]) for first in self._first]
         ends = self.verifier.end_token_ids
-        lengths = [len(request.prompt) for request in requests]
-        going = [not _ended(a.tokens, a.tokens, ends, r.max_tokens) for a, r in zip(answers, requests, strict=True)]
+        prompts = [len(request.prompt) for request in self._requests]
+        lengths = list(prompts)
+        going = [not _ended(a.tokens, a.tokens, ends, limit) for a, limit in zip(answers, limits, strict=True)]
         self._set_going(going)
         while any(going):
             started = time.perf_counter()
             num_read = round_up(max(lengths) + 2 + max(drafter.num_draft_tokens, drafter.num_draft_rows))
             told = self._run_round(drafter, num_read).tolist()  # the one wait for the device
             share = (time.perf_counter() - started) / sum(going)
-            for place, (answer, request) in enumerate(zip(answers, requests, strict=True)):
+            for place, answer in enumerate(answers):
                 if not going[place]:
                     continue
                 drafted, accepted, *new = told[place]
@@ -201,11 +211,13 @@ class Speculator:
                 answer.drafted.append(drafted)
                 answer.accepted.append(accepted)
                 answer.seconds += share
-                going[place] = not _ended(answer.tokens, new, ends, request.max_tokens)
+                going[place] = not _ended(answer.tokens, new, ends, limits[place])
+                if not going[place]:
+                    lengths[place] = prompts[place]
             if not all(going):
                 self._set_going(going)
-        for answer, request in zip(answers, requests, strict=True):
-            answer.tokens = _cut(answer.tokens, ends)[: request.max_tokens]
+        for answer, limit in zip(answers, limits, strict=True):
+            answer.tokens = _cut(answer.tokens, ends)[:limit]
         return answers
 
     def _start(self, drafter: Drafter) -> None:
@@ -223,14 +235,16 @@ class Speculator:
         self._prompts.copy_(self._lengths)
 
     def _set_going(self, going: list[bool]) -> None:
+        """Say which sequences go on; the others idle at the end of their prompts, away from the context's end."""
         padded = [*going, *[False] * (self._num_sequences - len(going))]
         self._going.copy_(torch.tensor(padded))
+        self._lengths.copy_(torch.where(self._going, self._lengths, self._prompts))
 
     def _run_round(self, drafter: Drafter, num_read: int) -> Tensor:
         run: Callable[[], Tensor] = lambda: self._round(drafter, num_read)  # noqa: E731
         if self._graphs is None or not drafter.on_device:
             return run()
-        return self._graphs.run((id(drafter), num_read), run)
+        return self._graphs.run((drafter, num_read), run)
 
     def _round(self, drafter: Drafter, num_read: int) -> Tensor:
         """Draft, verify, accept, commit; give for each sequence [drafted, accepted, new tokens ...] (int64)."""
@@ -240,7 +254,7 @@ class Speculator:
         fed = torch.cat([self._last[:, None], tokens if drafter.on_device else tokens.clamp(min=0)], 1)
         output = self.cached.forward(fed, lengths, num_read, tree=tree)
         numbers = self._numbers(fed.shape[1], tree.depths if tree else None)
-        way = find_way(proposal, self.rule.choose(output.logits, proposal, numbers), self._kernels)
+        way = find_way(proposal, self.rule.choose(output.logits, proposal, numbers), self.rule.kernels)
         aux = output.aux_hidden_states  # of a chain, those of the way come first
         if tree is not None:
             self._compact(way)
@@ -264,12 +278,14 @@ class Speculator:
     def _compact(self, way: Way) -> None:
         """Bring what was accepted of a tree together in the verifier's cache."""
         targets = self._lengths[:, None] + torch.arange(way.nodes.shape[1], device=way.nodes.device)
-        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets, self._kernels)
+        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets, self.rule.kernels)
 
 
 def answer_alone(verifier: Verifier, prompt: list[int], max_tokens: int) -> list[int]:
     """Give the verifier's own greedy answer."""
     speculator = Speculator(verifier, [])
+    if len(prompt) > 2:
+        speculator.cached.check(prompt)
     speculator.prefill([Request(prompt, max_tokens)])
     return speculator.decode(NoDraft())[0].tokens
 

@@ -143,7 +143,8 @@ class Verifier:
             if self._positions is None:
                 return None
             blocks = torch.floor((self._positions.to(queries.device).float() + 1) / attention.floor_scale)
-            return queries * (torch.log1p(blocks) * attention.attn_scale + 1)[..., None].to(queries.dtype)
+            scale = torch.log1p(blocks) * attention.attn_scale + 1
+            return (queries * scale[..., None]).to(queries.dtype)  # rounded once, as the model does
 
         attention.q_proj.register_forward_hook(scale)
 

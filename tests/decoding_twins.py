@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from fledge.eval.acceptance import AcceptanceRule
 from fledge.eval.benchmark import Options, make_models
-from fledge.eval.cached_verifier import StaticCache
+from fledge.eval.cached_verifier import SlotCache
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.prompt_lookup import NoDraft
 from fledge.eval.proposal import Proposal, find_way, grow_tree
@@ -154,7 +154,7 @@ def check_moved(nodes: Tensor, heads: int, head_dim: int, dtype: torch.dtype) ->
         like.update(*torch.zeros(2, *shape, dtype=dtype, device=nodes.device), layer)
     lengths = torch.randint(0, 30, (sequences,), generator=generator).to(nodes.device)
     slots = 30 + int(nodes.max()) + num_nodes + 1
-    caches = [StaticCache(like, sequences, slots) for _ in range(2)]
+    caches = [SlotCache(like, sequences, slots) for _ in range(2)]
     for held in zip(*(cache.tensors for cache in caches), strict=True):
         values = torch.randn(held[0].shape, generator=generator)
         for one in held:
@@ -194,12 +194,9 @@ class Loop:
 
     def speculator(self, shape: str, rule: AcceptanceRule, **options: bool) -> tuple[Speculator, DraftDecoder]:
         """Give a speculator that has read the prompts, and its drafter."""
-        kernels = options.get("kernels", False)
-        rule = replace(rule, kernels=kernels)
+        rule = replace(rule, kernels=options.pop("kernels", False))
         num_tokens, *tree = SHAPES[shape]
-        drafter = DraftDecoder(
-            self.head, self.embedding, num_tokens, *(tree or [None, 1]), rule, len(self.prompts), kernels
-        )
+        drafter = DraftDecoder(self.head, self.embedding, num_tokens, *(tree or [None, 1]), rule, len(self.prompts))
         speculator = Speculator(self.verifier, [drafter], rule, len(self.prompts), **options)
         speculator.prefill([Request(prompt, self.max_tokens, str(n)) for n, prompt in enumerate(self.prompts)])
         return speculator, drafter

@@ -14,7 +14,6 @@ class Oracle:
         wrong: the share of tokens that are another instead, drawn by `seed`.
     """
 
-    name = "oracle"
     on_device = False
     num_draft_rows = 0
 

@@ -22,7 +22,9 @@ from decoding_twins import (
 )
 from fledge.conf.schema import DraftSampling
 from fledge.eval.acceptance import AcceptanceRule
+from fledge.eval.prompt_lookup import NoDraft
 from fledge.eval.proposal import find_way
+from fledge.eval.speculative import Request
 from fledge.models import ttt_attention
 from fledge.models.kernels import choosing
 from fledge.train.plain import PlainTTTModule
@@ -169,7 +171,8 @@ def test_drawn_drafts_are_accepted_or_replaced_as_by_the_twin(sequences, drafts,
 def test_the_way_is_the_twins_and_its_slots_come_together_as_by_the_twin(make, num_nodes, kind):
     proposal = make(16, num_nodes, "cuda", 3)
     choices = choices_for(proposal, kind, 3)
-    check_way(proposal, choices)
+    accepted = check_way(proposal, choices)
+    assert (accepted > 0) == (num_nodes > 0) if kind == "all" else accepted == 0 or kind == "some"
     nodes = find_way(proposal, choices).nodes
     for heads, head_dim, dtype in ((8, 128, torch.bfloat16), (3, 400, torch.float32), (2, 48, torch.float16)):
         check_moved(nodes, heads, head_dim, dtype)
@@ -188,6 +191,25 @@ def test_the_loop_with_graphs_and_kernels_equals_the_loop_without(shape, name, c
     if name != "drawn":
         assert [a.tokens for a in found] == [a.tokens for a in alone]
     assert sum(sum(a.accepted) for a in found) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_follow_caches_that_grow_drafters_that_take_turns_and_checks_between(dtype):
+    """With the same kernels a graph gives the very bits of the rounds it was captured from."""
+    loop, found = Loop("cuda", dtype), []
+    for cuda_graphs in (True, False):
+        speculator, drafter = loop.speculator("chain", RULES["sampled"], kernels=True, cuda_graphs=cuda_graphs)
+        alone = NoDraft()
+        answers = []
+        for length in (9, 90, 20, 200, 30):
+            prompts = [[(7 * i + place) % 40 for i in range(length)] for place in range(3)]
+            speculator.cached.check(prompts[0])
+            speculator.prefill([Request(prompt, 60, str(length)) for prompt in prompts])
+            for one in (alone, drafter, alone, drafter):
+                answers += [(a.tokens, a.accepted) for a in speculator.decode(one)]
+        assert (speculator._graphs is not None and len(speculator._graphs._captured) > 1) is cuda_graphs
+        found.append(answers)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

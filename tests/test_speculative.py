@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from builders import make_head
 from fledge.conf.schema import DraftConfig
 from fledge.data_synthesis.chat import prompt_tokens
@@ -136,6 +139,24 @@ def test_a_prompt_that_fills_the_context_is_refused_and_one_that_nearly_does_is_
         answer_alone(verifier, [5] * limit, 4)
     (decoded,) = answers_of(verifier, drafter_of("chain", random_head, 1), [[5] * (limit - 8)])
     assert 0 < len(decoded.tokens) <= 3
+
+
+def test_a_sequence_that_has_ended_stays_within_the_context_while_others_go_on():
+    """GPT-2 has a table of positions, and none beyond the context."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=40, bos_token_id=None, eos_token_id=None
+    )
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    verifier = Verifier(plain, SimpleNamespace(eos_token_id=None, eos_token=None), [0])
+    prompts = [list(range(39)), [3, 5, 7]]
+    expected = [generated(verifier, prompt, limit) for prompt, limit in zip(prompts, (20, 50), strict=True)]
+    oracle = Oracle(expected, 5, wrong=0.5)
+    speculator = Speculator(verifier, [oracle], num_sequences=2)
+    speculator.prefill([Request(prompt, 50) for prompt in prompts])
+    answers = [answer.tokens for answer in speculator.decode(oracle)]
+    assert answers == [expected[0][: len(answers[0])], expected[1]]
+    assert 15 <= len(answers[0]) <= 20
 
 
 # -- the verifier's cache ----------------------------------------------------------------------------------------------

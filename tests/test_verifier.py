@@ -143,7 +143,7 @@ def test_greedy_speculation_is_lossless(tmp_path, verifier, name):
     speculator.prefill([Request(prompt, 50) for prompt in prompts])
     for drafter in drafters:
         answers = speculator.decode(drafter)
-        assert [answer.tokens for answer in answers] == expected, drafter.name
+        assert [answer.tokens for answer in answers] == expected
         assert max(map(len, expected)) < 10 or drafter.depth == 0 or sum(answers[0].accepted + answers[1].accepted) > 10
 
 
