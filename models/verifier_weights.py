@@ -133,7 +133,8 @@ def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
 
     Artifacts made with one identity are refused with another.
     """
-    return {"fingerprint": VerifierWeights(config).fingerprint(), **verifier_outline(config)}
+    outline = verifier_outline(config)
+    return {"fingerprint": VerifierWeights(config).fingerprint(), **outline}
 
 
 def verifier_outline(config: VerifierConfig) -> dict[str, Any]:
