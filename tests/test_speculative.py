@@ -41,7 +41,7 @@ def plain_answers(verifier, prompts) -> list[list[int]]:
 
 def generated(verifier: Verifier, prompt: list[int], max_tokens: int) -> list[int]:
     output = verifier.model.generate(
-        torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=verifier.end_token_ids
+        torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=verifier.end_token_ids or None
     )
     return output[0, len(prompt) :].tolist()
 
@@ -145,7 +145,7 @@ def test_a_sequence_that_has_ended_stays_within_the_context_while_others_go_on()
     """GPT-2 has a table of positions, and none beyond the context."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=40, bos_token_id=None, eos_token_id=None
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=128, bos_token_id=None, eos_token_id=None
     )
     plain = transformers.GPT2LMHeadModel(config).eval()
     verifier = Verifier(plain, SimpleNamespace(eos_token_id=None, eos_token=None), [0])
