@@ -8,7 +8,7 @@ import pytest
 from builders import copy_until_dump
 from fledge.conf.artifact import read_manifest
 from fledge.conf.schema import Config, LastStates, StateDtype, validate
-from fledge.slurm.plan import make_plan
+from fledge.slurm.plan import make_plan, plan
 from fledge.slurm.verifier_shape import verifier_shape
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -128,8 +128,21 @@ def test_the_command_prints_a_table_or_json_and_keeps_it(run):
     assert printed["price"] == pytest.approx(2 * hours)
 
 
-@pytest.mark.parametrize("last", LastStates)
-@pytest.mark.parametrize("dtype", [StateDtype.float32, StateDtype.bfloat16, StateDtype.float8])
+def test_the_plan_in_the_walk_is_what_the_command_named_there_prints(capsys):
+    text = (Path(fledge.conf.__file__).parents[1] / "docs" / "maverick.md").read_text()
+    command = next(line.split() for line in text.splitlines() if line.startswith("    fledge plan"))
+    plan(composed(*command[2:]))
+    assert capsys.readouterr().out in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last"),
+    [
+        (StateDtype.bfloat16, LastStates.all),
+        (StateDtype.float8, LastStates.all),
+        (StateDtype.float8, LastStates.counted),
+    ],
+)
 def test_a_dump_is_as_large_as_planned_within_a_hundredth(dtype, last, finished, run):
     (run.path).mkdir(parents=True)
     (run.path / "conversations").symlink_to(finished.path / "conversations")
