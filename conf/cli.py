@@ -33,6 +33,7 @@ COMMANDS = {
         "fledge.data_synthesis.inspect_store:inspect_store",
         "print what a store holds, and whether it is sound",
     ),
+    "plan": ("fledge.slurm.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
     "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
@@ -54,6 +55,7 @@ commands:
 {commands}
 
   fledge demo                                        every stage on a laptop, in minutes
+  fledge plan experiment=llama31_8b name=first       disk, memory and hours, before it begins
   fledge run experiment=llama31_8b name=first        a whole run
   fledge train experiment=llama31_8b name=first train.lr=5e-5
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs

@@ -68,6 +68,15 @@ class EvaluateEngine(Enum):
     server = "server"  # a running vLLM or SGLang that serves verifier and head, at evaluate.endpoint
 
 
+class Gpu(Enum):
+    """A kind of GPU, for `fledge plan`; slurm/gpus.py has their figures."""
+
+    a100 = "a100"
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
+
+
 class DraftSampling(Enum):
     """How a draft head chooses its tokens where the verifier samples."""
 
@@ -135,6 +144,7 @@ class VerifierConfig:
         False  # torchrun's ranks hold one verifier together, by the plan that transformers has for it
     )
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
+    shapes: dict[str, Any] = field(default_factory=dict)  # its config.json's sizes, for `fledge plan` without the hub
 
 
 @dataclass
@@ -366,6 +376,29 @@ class CompareConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What `fledge plan` counts with where the run has no artifacts yet."""
+
+    verifier_config: str | None = None  # path of a config.json; None: the verifier's folder, verifier.shapes or the hub
+    conversations: int | None = None  # None: those of the run, else data.limit
+    mean_tokens: float = 1000.0  # a conversation, prompts and answers
+    counted_share: float = 0.6  # of its tokens, those that the verifier writes
+    gpu: Gpu = Gpu.h100
+    gpu_memory_gib: float | None = None  # of one GPU; None: its kind's
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    ranks_per_node: int | None = None  # of training; None: one a GPU; online, a rank's verifier takes its share of them
+    disk_tb: float | None = None  # free space for the run, in 10^12 bytes; None: of the disk that runs_dir is on
+    price_per_gpu_hour: float | None = None
+    decode_utilisation: float = 0.05  # of the GPUs' peak while a server answers many requests at a time
+    read_utilisation: float = 0.3  # while the verifier reads whole conversations
+    train_utilisation: float = 0.3
+    acceptance_length: float = 2.5  # of the head, for the time that decoding the questions takes
+    json: bool = False  # print JSON instead of the table
+    save: bool = False  # write plan.json to the run folder too
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides the run's own files; train/tracking.py has the table of training's."""
 
@@ -396,6 +429,7 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
@@ -455,6 +489,7 @@ def validate(config: Config) -> None:
     _validate_synthesize(config.synthesize)
     _validate_dump(config)
     _validate_evaluate(config.evaluate)
+    _validate_plan(config.plan)
     if config.train.data_workers < 0:
         raise ValueError(f"train.data_workers must be at least 0, got {config.train.data_workers}")
     for number, store in enumerate(config.train.stores):
@@ -572,6 +607,26 @@ def _validate_evaluate_engine(options: EvaluateConfig) -> None:
             "evaluate.draft_sampling must be left out with evaluate.engine=server: how drafts are chosen is set where "
             "the server is started"
         )
+
+
+def _validate_plan(options: PlanConfig) -> None:
+    for name in ("num_nodes", "gpus_per_node"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"plan.{name} must be at least 1, got {value}")
+    if options.ranks_per_node is not None and (
+        options.ranks_per_node < 1 or options.gpus_per_node % options.ranks_per_node
+    ):
+        raise ValueError(
+            f"plan.ranks_per_node must divide plan.gpus_per_node={options.gpus_per_node}, got {options.ranks_per_node}"
+        )
+    for name in ("conversations", "mean_tokens", "gpu_memory_gib", "disk_tb", "price_per_gpu_hour"):
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"plan.{name} must be above 0 and finite, got {value}")
+    for name in ("counted_share", "decode_utilisation", "read_utilisation", "train_utilisation"):
+        if not 0 < (value := getattr(options, name)) <= 1:
+            raise ValueError(f"plan.{name} must be above 0 and at most 1, got {value}")
+    if not 1 <= options.acceptance_length < math.inf:
+        raise ValueError(f"plan.acceptance_length must be at least 1, got {options.acceptance_length}")
 
 
 def _validate_data(data: DataConfig) -> None:

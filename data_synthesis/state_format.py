@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
+TOKEN_BYTES = 5  # of a token beside its states: its id and its place in the mask
 _LARGEST = 448.0  # of float8_e4m3fn
 
 

@@ -24,7 +24,7 @@ from .images import conversation_images
 from .record import Engine, TransformersEngine, check_first
 from .shard import Sample, Shard
 from .split import conversation_id
-from .state_format import StateFormat
+from .state_format import TOKEN_BYTES, StateFormat
 from .store import HiddenStateStore
 from .vllm_engine import VllmEngine, check_readable
 from .writer import BackgroundWriter
@@ -124,7 +124,7 @@ def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: li
     """Print what the missing shards need, and refuse what the disk cannot hold."""
     tokens, counted = (sum(plan.entries[number][name] for number in missing) for name in ("tokens", "counted_tokens"))
     layers, width = len(settings["aux_layers"]), settings["verifier"]["hidden_size"]
-    per_token = state_format(settings).bytes_per_token(layers, width, counted / tokens) + 5  # token and mask
+    per_token = state_format(settings).bytes_per_token(layers, width, counted / tokens) + TOKEN_BYTES
     needed, free = tokens * per_token, shutil.disk_usage(folder).free
     print(
         f"dump: {tokens} tokens to record, {per_token / 1000:.3g} kB each: {needed / 2**30:.2f} GiB to write, "

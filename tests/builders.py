@@ -19,14 +19,14 @@ from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, V
 from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.split import is_heldout
-from fledge.data_synthesis.store import COUNTS_FILE, checksums_beside, write_index
+from fledge.data_synthesis.store import COUNTS_FILE, VOCABULARY_FILE, checksums_beside, write_index
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.formats import checkpoint_steps
-from fledge.models.verifier import verifier_identity
+from fledge.models.verifier import load_config, special_token_ids, verifier_identity
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
 
@@ -116,7 +116,13 @@ def make_head(
 
 
 def write_store(
-    folder: Path, like: Path, masks: dict[str, str], share: float = 0.0, seed: int = 0, states: bool = True
+    folder: Path,
+    like: Path,
+    masks: dict[str, str],
+    share: float = 0.0,
+    seed: int = 0,
+    states: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A whole store of random tokens and states, of the verifier of another: a sample's mask by its id, as "00110"."""
     settings = {**read_manifest(like, "hidden_states")["settings"], "heldout_share": share}
@@ -127,7 +133,8 @@ def write_store(
     for name, text in masks.items():
         mask = torch.tensor([int(digit) for digit in text], dtype=torch.uint8)
         ids = torch.randint(0, vocab, (len(mask),), generator=generator, dtype=torch.int32)
-        made = (torch.randn(len(mask), width, generator=generator) if states else None for width in (aux, hidden))
+        drawn = (torch.randn(len(mask), width, generator=generator) for width in (aux, hidden))
+        made = [part.to(dtype) if states else None for part in drawn]
         samples.append(Sample(name, ids, mask, *made))
         if not is_heldout(name, share):
             counts += torch.bincount(ids[mask.bool()], minlength=vocab)
@@ -138,6 +145,26 @@ def write_store(
         save_file({"token_counts": counts}, folder / COUNTS_FILE)
         write_index(folder, shards)
         target.finish(shards=shards, files=checksums_beside(folder))
+    return folder
+
+
+def make_store(folder: Path, config: Config, masks: dict[str, str]) -> Path:
+    """A whole store of random tokens and states, in `train.dtype`, of a verifier that has dumped nothing."""
+    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    settings = {
+        "verifier": verifier_identity(config.verifier),
+        "conversations": "none",
+        "heldout_share": 0.0,
+        "aux_layers": list(head.aux_layers),
+        "state_dtype": config.train.dtype.value,
+        "last_states": "all",
+    }
+    with artifact(folder.with_name("like"), "hidden_states", settings) as like:
+        like.finish(shards=[])
+    write_store(folder, like.folder, masks, dtype=getattr(torch, config.train.dtype.value))
+    counts = load_file(folder / COUNTS_FILE)["token_counts"]
+    vocabulary = build_vocabulary(counts, config.draft.vocab_size, special_token_ids(config.verifier))
+    save_file({"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}, folder / VOCABULARY_FILE)
     return folder
 
 

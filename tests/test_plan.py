@@ -1,0 +1,180 @@
+"""The plan: every recipe has one, nothing is loaded for it, and its figures are those of what it plans."""
+
+import json
+from pathlib import Path
+
+import fledge.conf
+import pytest
+from builders import copy_until_dump
+from fledge.conf.artifact import read_manifest
+from fledge.conf.schema import Config, LastStates, StateDtype, validate
+from fledge.slurm.plan import make_plan, plan
+from fledge.slurm.verifier_shape import verifier_shape
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from transformers import AutoConfig
+
+EXPERIMENTS = sorted(path.stem for path in (Path(fledge.conf.__file__).parent / "experiment").glob("*.yaml"))
+RECIPES = [name for name in EXPERIMENTS if name != "demo"]
+
+# Published sizes, in 10^9 parameters: of all, and of those that a token meets (Meta's and Qwen's model cards).
+PUBLISHED = {
+    "llama31_8b": (8.03, 8.03),
+    "llama31_405b_fp4": (405.9, 405.9),
+    "llama4_maverick": (401.6, 17.2),
+    "qwen3_8b": (8.19, 8.19),
+}
+
+
+def composed(*overrides: str) -> Config:
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
+        config = OmegaConf.to_object(compose(config_name="config", overrides=list(overrides)))
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_is_valid(experiment):
+    config = composed(f"experiment={experiment}", "name=x")
+    assert config.verifier.path != "???"
+
+
+@pytest.mark.parametrize("experiment", RECIPES)
+def test_every_recipe_has_a_plan_without_the_hub(experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    made = make_plan(composed(f"experiment={experiment}", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=100"))
+    assert made["verifier"]["sizes from"] == "verifier.shapes"
+    assert made["warnings"] == [] or experiment == "llama4_maverick"  # BF16 fills more than a node of H100s
+
+
+def test_a_verifier_in_bf16_that_no_node_holds_is_warned_of_by_name(tmp_path):
+    made = make_plan(composed("experiment=llama4_maverick", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=1"))
+    first, second = made["warnings"]
+    assert "the verifier's weights are 746.38 GiB, a node's GPUs have 632.00 GiB" in first
+    assert "set dump.dtype=float8 and dump.last_states=counted, train.hidden_states=online" in second
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_parameters_are_those_published(experiment):
+    """Within 1 %, and 6 % of the active ones, which makers round; the image tower of Maverick (0.9) is not counted."""
+    shape = verifier_shape(composed(f"experiment={experiment}", "name=x"))
+    total, active = PUBLISHED[experiment]
+    assert shape.parameters / 1e9 == pytest.approx(total, rel=0.01)
+    active_with_embedding = shape.active + shape.text.vocab_size * shape.text.hidden_size
+    assert active_with_embedding / 1e9 == pytest.approx(active, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "gigabytes"),
+    [("llama4_maverick_fp8", 417), ("llama4_maverick_w4a16", 228), ("llama31_405b_fp4", 233)],
+)
+def test_quantised_weights_take_what_their_bits_do(experiment, gigabytes):
+    assert verifier_shape(composed(f"experiment={experiment}", "name=x")).weight_bytes / 1e9 == pytest.approx(
+        gigabytes, rel=0.02
+    )
+
+
+def test_a_config_json_goes_before_the_shapes(tmp_path):
+    path = tmp_path / "config.json"
+    AutoConfig.for_model("llama", num_hidden_layers=9, hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path)
+    config = composed("experiment=llama31_8b", "name=x", f"plan.verifier_config={path}")
+    assert verifier_shape(config).text.num_hidden_layers == 9
+    with pytest.raises(ValueError, match=r"plan.verifier_config must be the path of a config.json, got /nowhere"):
+        verifier_shape(composed("experiment=llama31_8b", "name=x", "plan.verifier_config=/nowhere"))
+
+
+def test_what_does_not_fit_a_gpu_is_said_with_the_option_to_change(tmp_path):
+    common = ["experiment=llama31_8b", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=100"]
+    for options, sentence in {
+        ("plan.gpu_memory_gib=8",): "train.checkpoint_activations=true, or train.batch_tokens lower",
+        ("train.hidden_states=online", "plan.gpu_memory_gib=20"): "set plan.ranks_per_node lower",
+        ("plan.num_nodes=2",): "train.packs_per_step=8 must be a multiple of the 16 ranks: set it to 16",
+        ("plan.mean_tokens=9000",): "train.batch_tokens=8192 is cut or dropped: raise it",
+        ("plan.gpu_memory_gib=1",): "serve it over several nodes",
+    }.items():
+        made = make_plan(composed(*common, *options))
+        assert any(sentence in warning for warning in made["warnings"]), (options, made["warnings"])
+
+
+def test_without_any_number_of_conversations_the_option_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"plan.conversations is required"):
+        make_plan(composed("experiment=llama31_8b", "name=x", f"runs_dir={tmp_path}", "data.limit=null"))
+
+
+def test_tokens_are_those_of_the_artifacts_where_there_are_some(finished, run):
+    copy_until_dump(finished, run)
+    counts = read_manifest(run.path / "hidden_states", "hidden_states")["counts"]
+    stored = make_plan(composed(*run.arguments()))
+    assert [stored["tokens"][name] for name in ("tokens", "counted")] == [counts["tokens"], counts["counted_tokens"]]
+    (run.path / "hidden_states" / "manifest.json").unlink()
+    answered = make_plan(composed(*run.arguments()))
+    written = read_manifest(run.path / "conversations", "conversations")["counts"]["completion_tokens"]
+    assert answered["tokens"]["counted"] == written
+    assert "plan.counted_share" in answered["tokens"]["source"]
+
+
+def test_the_command_prints_a_table_or_json_and_keeps_it(run):
+    options = ["plan.mean_tokens=200", "plan.conversations=1000", "plan.gpus_per_node=1", "plan.disk_tb=1"]
+    options += ["plan.price_per_gpu_hour=2"]
+    text = run("plan", *options).stdout
+    for part in ("disk", "memory of a GPU in training (ZeRO 1", "time", "nothing to warn of: all of it fits"):
+        assert part in text
+    printed = json.loads(run("plan", *options, "plan.json=true", "plan.save=true").stdout)
+    assert printed == json.loads((run.path / "plan.json").read_text())
+    hours = sum(stage["hours"] for stage in printed["stages"].values())
+    assert printed["price"] == pytest.approx(2 * hours)
+
+
+def test_the_plan_in_the_walk_is_what_the_command_named_there_prints(capsys):
+    text = (Path(fledge.conf.__file__).parents[1] / "docs" / "maverick.md").read_text()
+    command = next(line.split() for line in text.splitlines() if line.startswith("    fledge plan"))
+    plan(composed(*command[2:]))
+    assert capsys.readouterr().out in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last"),
+    [
+        (StateDtype.bfloat16, LastStates.all),
+        (StateDtype.float8, LastStates.all),
+        (StateDtype.float8, LastStates.counted),
+    ],
+)
+def test_a_dump_is_as_large_as_planned_within_a_hundredth(dtype, last, finished, run):
+    (run.path).mkdir(parents=True)
+    (run.path / "conversations").symlink_to(finished.path / "conversations")
+    options = [f"dump.dtype={dtype.name}", f"dump.last_states={last.value}", "dump.shard_tokens=100000"]
+    run("dump", *options)
+    planned = make_plan(composed(*run.arguments(*options)))["disk"]["hidden states"]
+    measured = sum(path.stat().st_size for path in (run.path / "hidden_states").glob("shard-*.safetensors"))
+    print(f"planned {planned}, measured {measured}")
+    assert planned == pytest.approx(measured, rel=0.01)
+
+
+def test_a_checkpoint_is_as_large_as_planned_within_a_twentieth(finished):
+    made = make_plan(composed(*finished.arguments(), "plan.gpus_per_node=1"))
+    (planned,) = (size for name, size in made["disk"].items() if name.startswith("checkpoints"))
+    folder = next((finished.path / "training" / "checkpoints").glob("step-*"))
+    measured = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    keep = composed(*finished.arguments()).train.keep_checkpoints
+    print(f"planned {planned / (keep + 2)}, measured {measured}")
+    assert planned / (keep + 2) == pytest.approx(measured, rel=0.05)
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_ranks(tmp_path):
+    def memory(*options: str) -> dict[str, int]:
+        made = make_plan(composed("experiment=llama31_8b", "name=x", f"runs_dir={tmp_path}", *options))
+        return made["training"]["memory by phase"]["forward"]
+
+    usual, long, many = memory(), memory("train.batch_tokens=16384"), memory("plan.num_nodes=2")
+    assert long["activations of the unroll"] == 2 * usual["activations of the unroll"]
+    assert many["Adam's two moments"] == usual["Adam's two moments"] // 2
+    assert (
+        memory("train.checkpoint_activations=true")["activations of the unroll"]
+        < 0.5 * usual["activations of the unroll"]
+    )
+    online = memory("train.hidden_states=online", "plan.ranks_per_node=4")
+    assert online["verifier's weights"] == pytest.approx(16.06e9 / 2, rel=0.01)
