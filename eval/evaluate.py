@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import artifact, differences, file_digest, read_manifest, write_json
+from ..conf.artifact import artifact, differences, file_digest, made_with, read_manifest, write_json
 from ..conf.schema import Config, EvaluateEngine
 from ..models.draft_head import DraftHead
 from ..models.formats import WEIGHTS, head_folder, load_head
@@ -14,7 +14,7 @@ from .answers import answer_questions
 from .questions import Question, load_heldout, load_questions, questions_identity
 from .report import print_table, write_report
 from .results import ACCEPTANCE, summarise
-from .server import answer_by_server
+from .server import answer_by_server, check_server
 from .tracking import track
 
 
@@ -29,7 +29,10 @@ def evaluate(config: Config) -> None:
     source, head, verifier = _named_head(config) if by_server else _own_head(config)
     questions = load_questions(config.evaluate) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
-    with artifact(config.run_folder / "evaluation", "evaluation", settings, config.overwrite) as target:
+    folder = config.run_folder / "evaluation"
+    if by_server and made_with(folder, settings) is None:
+        check_server(config, questions)
+    with artifact(folder, "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):
             if head is None:
                 answer_by_server(config, questions, target)

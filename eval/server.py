@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,23 @@ from ..data_synthesis.handshake import refusal
 from ..models.verifier import load_config, load_tokenizer
 from .questions import Question
 from .results import RECORDS, TRAINED
-from .served_engines import Asked, ServingEngine, open_engine
+from .served_engines import Asked, Served, ServingEngine, open_engine
+
+_LOOK_EVERY_S = 5.0
+
+
+def check_server(config: Config, questions: list[Question]) -> None:
+    """Make sure that the server's answers to these questions can be measured, before anything is written.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    pictured = next((question.id for question in questions if question.images), None)
+    if pictured is not None:
+        raise ValueError(
+            f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
+        )
+    asyncio.run(_Questioning(config).check(questions))
 
 
 def answer_by_server(config: Config, questions: list[Question], target: Artifact) -> None:
@@ -34,42 +50,51 @@ def answer_by_server(config: Config, questions: list[Question], target: Artifact
     Raises:
         ValueError: the server is not one whose answers can be measured.
     """
-    pictured = next((question.id for question in questions if question.images), None)
-    if pictured is not None:
-        raise ValueError(
-            f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
-        )
     journal = Journal(target.folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
     try:
         if left:
             progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-            asyncio.run(_Questioning(config, target, journal, progress).run(left))
+            asyncio.run(_Questioning(config).answer(left, target, journal, progress))
             progress.close()
     finally:
         journal.close()
 
 
 class _Questioning:
-    """One start of the evaluation against a server."""
+    """A server and the questions put to it."""
 
-    def __init__(self, config: Config, target: Artifact, journal: Journal, progress: Progress) -> None:
-        self._options = config.evaluate
-        self._config, self._target, self._journal, self._progress = config, target, journal, progress
+    def __init__(self, config: Config) -> None:
+        self._config, self._options = config, config.evaluate
         self._tokenizer = load_tokenizer(config.verifier)
         self._positions = load_config(config.verifier).max_position_embeddings
         assert self._options.endpoint is not None
         connections = replace(config.synthesize, concurrency=self._options.batch_size)
         self._endpoint = Endpoint(self._options.endpoint, connections)
 
-    async def run(self, questions: list[Question]) -> None:
+    async def check(self, questions: list[Question]) -> None:
+        """Open the server, and see whether the prompts that are known before any answer have room."""
         try:
-            self._engine = await self._open()
-            self._told()
+            await self._open()
             for question in questions:
                 for turn in range(len(question.turns) if question.answers is not None else 1):
                     self._asked(question, [""] * turn)
-            await self._answer(iter(questions))
+        finally:
+            await self._endpoint.close()
+
+    async def answer(self, questions: list[Question], target: Artifact, journal: Journal, progress: Progress) -> None:
+        """Open the server and put the questions to it, evaluate.batch_size of them at a time."""
+        waiting = iter(questions)
+
+        async def one_after_the_other() -> None:
+            for question in waiting:
+                journal.append([await self._record(question)])
+                progress.update()
+
+        try:
+            self._engine = await self._open()
+            self._tell(target)
+            await self._all([one_after_the_other() for _ in range(self._options.batch_size)])
         finally:
             await self._endpoint.close()
 
@@ -84,27 +109,20 @@ class _Questioning:
                 "verifier with the head"
             ) from None
 
-    def _told(self) -> None:
+    def _tell(self, target: Artifact) -> None:
         """Put into the manifest who answers; an evaluation that another has begun is not gone on with."""
         served = {"engine": self._engine.name, "model": self._endpoint.model, "definition": self._engine.definition}
-        begun = self._target.manifest.get("served", served)
+        begun = target.manifest.get("served", served)
         if begun != served:
             raise ValueError(
-                f"{self._target.folder} was begun with {begun['engine']} serving {begun['model']}, and "
-                f"{self._endpoint.url} is {served['engine']} serving {served['model']}: choose another name, or delete "
-                "the folder"
+                f"{target.folder} was begun with {begun['engine']} serving {begun['model']}, and {self._endpoint.url} "
+                f"is {served['engine']} serving {served['model']}: choose another name, or delete the folder"
             )
-        self._target.save(served=served)
+        target.save(served=served)
 
-    async def _answer(self, questions: Iterator[Question]) -> None:
-        """Answer the questions, evaluate.batch_size of them at a time."""
-
-        async def one_after_the_other() -> None:
-            for question in questions:
-                self._journal.append([await self._record(question)])
-                self._progress.update()
-
-        tasks = [asyncio.create_task(one_after_the_other()) for _ in range(self._options.batch_size)]
+    async def _all(self, work: list[Coroutine[Any, Any, None]]) -> None:
+        """Run everything to its end, or to the first trouble."""
+        tasks = [asyncio.create_task(one) for one in work]
         try:
             await asyncio.gather(*tasks)
         except RequestError as trouble:
@@ -126,7 +144,7 @@ class _Questioning:
         answers: list[dict[str, Any]] = []
         for _ in question.turns:
             asked = self._asked(question, [answer["text"] for answer in answers])
-            served = await self._engine.ask(asked)
+            served = await self._ask(asked)
             counted = {**served.counts.as_dict(), "output_tokens": served.output_tokens, "seconds": served.seconds}
             answers.append(
                 {
@@ -138,6 +156,20 @@ class _Questioning:
                 }
             )
         return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
+
+    async def _ask(self, asked: Asked) -> Served:
+        """Ask, and look now and then whether the server is there: vLLM, told to stop, leaves requests hanging."""
+        answer = asyncio.create_task(self._engine.ask(asked))
+        try:
+            while not (await asyncio.wait([answer], timeout=_LOOK_EVERY_S))[0]:
+                try:
+                    await self._endpoint.models()
+                except RequestError as trouble:
+                    if not trouble.busy:
+                        raise
+            return answer.result()
+        finally:
+            answer.cancel()
 
     def _asked(self, question: Question, texts: list[str]) -> Asked:
         """Make the request for the next answer, cut only where evaluation in this process would cut it.

@@ -17,6 +17,7 @@ from fledge.eval.evaluate import evaluate
 from servers import faulty_server, free_port, model_server
 from sglang_double import ACCEPTED, LETTER, SECRET, rounds, sglang_double
 
+TRIALS = 2  # requests that are no questions: before anything is written, and before the first question
 QUESTIONS = [
     {"question_id": 1, "category": "math", "turns": ["What is one and one?", "And two more?"]},
     {"question_id": 2, "category": "stem", "turns": ["Why is the sky blue?"]},
@@ -107,6 +108,8 @@ def test_an_sglang_without_a_head(configuration, verifier_config):
         with pytest.raises(ValueError, match="serves without a draft head: start it with --speculative-algorithm"):
             evaluate(configuration(server.endpoint))
         assert server.asked == []
+        config = configuration(server.endpoint)
+    assert not config.run_folder.exists(), "or its settings would stand in the way of better ones"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_sglang_is_asked_the_tokens_of_the_template_and_its_counts_are_summed(co
     with sglang_double("the-verifier", older=older) as server:
         config = configuration(server.endpoint, model="the-verifier")
         evaluate(config)
-    _, *asked = server.asked
+    asked = server.asked[TRIALS:]
     said = tokenizer.decode([LETTER] * 24)
     first, second = ({"role": "user", "content": turn} for turn in QUESTIONS[0]["turns"])
     third = {"role": "user", "content": QUESTIONS[1]["turns"][0]}
@@ -192,7 +195,7 @@ def test_a_tree_is_counted_by_depth(configuration, verifier_config):
 
 
 def test_a_server_that_dies_leaves_what_is_done_and_the_same_command_goes_on(configuration, verifier_config, capsys):
-    with sglang_double(verifier_config.path, die_after=3) as server:  # the trial, and the first question's two turns
+    with sglang_double(verifier_config.path, die_after=TRIALS + 2) as server:
         config = configuration(server.endpoint)
         with pytest.raises(SystemExit) as stopped:
             evaluate(config)
@@ -201,13 +204,13 @@ def test_a_server_that_dies_leaves_what_is_done_and_the_same_command_goes_on(con
     assert [record["id"] for record in records_of(config)] == ["q/1"]
     with sglang_double(verifier_config.path) as server:  # at another address
         evaluate(configuration(server.endpoint))
-        assert len(server.asked) == 2, "the trial, and the second question"
+        assert len(server.asked) == 2, "a trial, and the second question"
     assert [record["id"] for record in records_of(config)] == ["q/1", "q/2"]
     evaluate(configuration("http://127.0.0.1:9/v1"))  # complete: nobody is asked
 
 
 def test_another_engine_does_not_go_on_with_what_one_has_begun(configuration, verifier_config):
-    with sglang_double(verifier_config.path, die_after=3) as server, pytest.raises(SystemExit):
+    with sglang_double(verifier_config.path, die_after=TRIALS + 2) as server, pytest.raises(SystemExit):
         evaluate(configuration(server.endpoint))
     with (
         sglang_double(verifier_config.path, version="0.1") as server,

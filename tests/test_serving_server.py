@@ -76,15 +76,15 @@ def test_a_named_head_brings_what_training_told(finished, endpoint, run):
     ] == pytest.approx(walked)
 
 
-def test_sampled_answers_are_the_same_at_the_same_seed(finished, endpoint, run):
-    sampled = by_server(endpoint, "evaluate.temperature=1.0", "evaluate.heldout_prompts=0")
-    for name in ("one", "again"):
-        dataclasses.replace(run, name=name)("evaluate", *sampled)
-    other = dataclasses.replace(run, name="other")
-    other("evaluate", *sampled, "evaluate.seed=1")
-    one, again = (told(dataclasses.replace(run, name=name)) for name in ("one", "again"))
-    assert one == again
-    assert told(other)[1] != one[1]
+def test_sampled_answers_are_counted_too(endpoint, run):
+    out = run("evaluate", *by_server(endpoint, "evaluate.temperature=1.0", "evaluate.heldout_prompts=0")).stdout
+    results = json.loads((run.path / "evaluation" / "acceptance.json").read_text())
+    assert (results["temperature"], results["seed"], "draft_sampling" in results) == (1.0, 0, False)
+    gained = results["num_drafts"] + results["num_accepted_tokens"]
+    answers = 2 * results["num_questions"]
+    assert gained <= results["num_output_tokens"] + 3 * answers, "the last round may end beyond the answer"
+    assert results["num_output_tokens"] <= gained + answers, "the prompt's forward gives a token"
+    assert "how drafts are chosen is the server's" in out
 
 
 def test_other_requests_at_the_server_are_noticed(finished, endpoint, run):
@@ -120,7 +120,7 @@ def test_a_server_without_a_head_is_refused_and_so_are_batches_it_does_not_count
         message = run("evaluate", *by_server(endpoint), code=2).stderr
         assert f"{endpoint} serves without a draft head (its /metrics have no vllm:spec_decode counters)" in message
     with vllm_server(tmp_path, finished.verifier, head=head) as endpoint:
-        message = run("evaluate", *by_server(endpoint, "evaluate.batch_size=2"), code=2).stderr
+        message = run("evaluate", *by_server(endpoint, "evaluate.batch_size=2"), code=2).stderr  # by the same name
         assert "evaluate.batch_size=2 needs a server that counts each request: start it with --per-request" in message
 
 
