@@ -18,12 +18,12 @@ from transformers import AutoConfig
 EXPERIMENTS = sorted(path.stem for path in (Path(fledge.conf.__file__).parent / "experiment").glob("*.yaml"))
 RECIPES = [name for name in EXPERIMENTS if name != "demo"]
 
-# Published sizes, in 10^9 parameters: of all, and of those that a token meets (Meta's and Qwen's model cards).
+# Sizes as the hub and the makers round them, in 10^9 parameters: of all, and of those that a token meets.
 PUBLISHED = {
     "llama31_8b": (8.03, 8.03),
-    "llama31_405b_fp4": (405.9, 405.9),
-    "llama4_maverick": (401.6, 17.2),
-    "qwen3_8b": (8.19, 8.19),
+    "llama31_405b_fp4": (406, 406),
+    "llama4_maverick": (402, 17),
+    "qwen3_8b": (8.2, 8.2),
 }
 
 
@@ -59,22 +59,28 @@ def test_a_verifier_in_bf16_that_no_node_holds_is_warned_of_by_name(tmp_path):
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
 def test_parameters_are_those_published(experiment):
-    """Within 1 %, and 6 % of the active ones, which makers round; the image tower of Maverick (0.9) is not counted."""
+    """Within 1 %, and 2 % of the rounded 17; of Maverick the text decoder alone is counted, its image tower has 0.9."""
     shape = verifier_shape(composed(f"experiment={experiment}", "name=x"))
     total, active = PUBLISHED[experiment]
     assert shape.parameters / 1e9 == pytest.approx(total, rel=0.01)
     active_with_embedding = shape.active + shape.text.vocab_size * shape.text.hidden_size
-    assert active_with_embedding / 1e9 == pytest.approx(active, rel=0.01)
+    assert active_with_embedding / 1e9 == pytest.approx(active, rel=0.02)
+
+
+EXPERTS = 24 * 128 * 3 * 5120 * 8192  # of Maverick's 24 layers with experts
 
 
 @pytest.mark.parametrize(
-    ("experiment", "gigabytes"),
-    [("llama4_maverick_fp8", 417), ("llama4_maverick_w4a16", 228), ("llama31_405b_fp4", 233)],
+    ("experiment", "expected"),
+    [
+        ("llama4_maverick_fp8", EXPERTS + 2 * (400.7e9 - EXPERTS)),
+        ("llama4_maverick_w4a16", EXPERTS * (4 + 16 / 128) / 8 + 2 * (400.7e9 - EXPERTS)),
+        ("llama31_405b_fp4", 401.65e9 * 4.5 / 8 + 2 * 4.2e9),  # embedding and lm_head stay in BF16
+    ],
 )
-def test_quantised_weights_take_what_their_bits_do(experiment, gigabytes):
-    assert verifier_shape(composed(f"experiment={experiment}", "name=x")).weight_bytes / 1e9 == pytest.approx(
-        gigabytes, rel=0.02
-    )
+def test_quantised_weights_take_what_their_bits_do(experiment, expected):
+    shape = verifier_shape(composed(f"experiment={experiment}", "name=x"))
+    assert shape.weight_bytes == pytest.approx(expected, rel=0.001)
 
 
 def test_a_config_json_goes_before_the_shapes(tmp_path):
