@@ -35,7 +35,7 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
         ("train.lrr=1", ["train.lrr is not an option", "did you mean train.lr?", "allowed are"]),
         ("train.lr=fast", ["train.lr", "'fast'", "Float"]),
         ("tracking.wandb=cloud", ["tracking.wandb", "'cloud'", "online, offline, disabled"]),
-        ("experiment=demoo", ["demoo", "demo llama31_8b llama4_maverick"]),
+        ("experiment=demoo", ["demoo", "demo llama31_405b_fp4 llama31_8b llama4_maverick"]),
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "between 0 and 3", "4"]),
         ("train.dtype=bfloat16 deepspeed=zero0", ["deepspeed.zero_stage", "bfloat16"]),
         ("train.lr", ["train.lr", "missing EQUAL"]),
