@@ -14,7 +14,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MAKE) types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # A real vLLM on the CPU and the speculators library, in an environment of their own (3.8 GB), kept in the user's cache.
 # torch's CPU build is on PyTorch's own index: where pip does not know it, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
