@@ -33,6 +33,8 @@ COMMANDS = {
         "print what a store holds, and whether it is sound",
     ),
     "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
+    "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
+    "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
 
@@ -59,6 +61,8 @@ commands:
   srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
   fledge preview experiment=llama31_8b name=first preview.id=ID        one conversation, as it is trained on
   fledge inspect runs/first/hidden_states --verify    what a store holds; every checksum compared
+  fledge submit experiment=llama31_8b cluster=slurm_gpu name=first --dry-run      the job files, printed
+  fledge status runs/first                           where a submitted run stands
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
@@ -86,22 +90,33 @@ def main(arguments: list[str] | None = None) -> None:
         overrides = [o for o in ("experiment=demo", "name=demo") if o.split("=")[0] not in named] + overrides
     if command == "inspect":
         overrides = inspect_overrides(overrides)
+    if command == "submit":
+        overrides = ["submit.dry_run=true" if override == "--dry-run" else override for override in overrides]
+    if command == "status":
+        overrides = place_overrides(overrides, "status.run")
     run_command(command, overrides)
 
 
 def inspect_overrides(arguments: list[str]) -> list[str]:
-    """Turn `STORE --verify`, and what else may stand there, into overrides: a store names its verifier by itself."""
-    flags = {"--verify": "inspect.verify=true"}
-    overrides = [flags.get(argument, argument) for argument in arguments]
+    """Turn `STORE --verify`, and what else may stand there, into overrides."""
+    return place_overrides(
+        ["inspect.verify=true" if argument == "--verify" else argument for argument in arguments], "inspect.store"
+    )
+
+
+def place_overrides(arguments: list[str], option: str) -> list[str]:
+    """Turn a place among the arguments into the override of `option`; what is there names its verifier by itself."""
+    overrides = list(arguments)
     for number, argument in enumerate(arguments):
         after_option = number > 0 and arguments[number - 1] in ("--cfg", "-c", "--package", "-p")
         if os.path.isdir(argument) or not ("=" in argument or argument.startswith("-") or after_option):
-            overrides[number] = "inspect.store='{}'".format(argument.replace("'", "\\'"))
+            overrides[number] = "{}='{}'".format(option, argument.replace("'", "\\'"))
             break
     named = {override.split("=")[0] for override in overrides}
     if "experiment" in named:
         return overrides
-    return [o for o in ("name=inspect", "verifier.path=recorded") if o.split("=")[0] not in named] + overrides
+    defaults = f"name={option.partition('.')[0]}", "verifier.path=recorded"
+    return [o for o in defaults if o.split("=")[0] not in named] + overrides
 
 
 def run_command(command: str, overrides: list[str]) -> None:
