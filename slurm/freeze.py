@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from .. import __version__
@@ -34,11 +33,11 @@ hydra:
 """
 
 
-def freeze(config: Config, folder: Path) -> dict[str, Any]:
+def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Write configuration and code into the folder of a submission; give what is to be recorded of them."""
     write_atomic(folder / f"{FROZEN}.yaml", _HEADER + OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
     _copy_package(folder / CODE / "fledge")
-    return {"fledge": __version__, "overrides": list(HydraConfig.get().overrides.task), "git": git_state(PACKAGE)}
+    return {"fledge": __version__, "overrides": overrides, "git": git_state(PACKAGE)}
 
 
 def _copy_package(target: Path) -> None:

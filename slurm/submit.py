@@ -11,6 +11,8 @@ import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 from ..conf.artifact import write_atomic
 from ..conf.run import STAGES
 from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, ServerKind
@@ -40,7 +42,7 @@ def submit(config: Config) -> None:
     _refuse_if_queued(config.run_folder)
     folder.mkdir(parents=True)
     (folder / LOGS).mkdir()  # or Slurm, which does not make it, lets the job fail
-    about = freeze(config, folder)
+    about = freeze(config, folder, list(HydraConfig.get().overrides.task))
     shutil.copy2(TEMPLATES / COMMON, folder)
     for job in jobs:
         write_atomic(folder / job.file, job.text)

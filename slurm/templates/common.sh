@@ -123,8 +123,12 @@ serve() { # URL SECONDS COMMAND...
   echo "$url" >"$file.starting"
   trap 'rm -f "$file.starting" "$file.healthy"' EXIT
   "${@:3}" &
-  local server=$! answered=""
-  while [[ -z $stopping ]] && ! array_has_ended; do
+  local server=$! answered="" ended=""
+  while [[ -z $stopping ]]; do
+    if array_has_ended; then
+      ended=yes
+      break
+    fi
     if ! kill -0 "$server" 2>/dev/null; then
       wait "$server" || code=$?
       [[ -n $answered ]] || fail "the server ended with exit code ${code:-0} before it answered"
@@ -147,16 +151,18 @@ serve() { # URL SECONDS COMMAND...
     sleep 1
   done
   kill -s KILL "$server" 2>/dev/null || true # what is left of its step ends with the job
-  array_has_ended || restart "stopped by $stopping"
+  [[ -n $ended ]] || array_has_ended || restart "stopped by $stopping"
   tell "done"
   exit 0
 }
 
-# Say whether Slurm knows the array no more; where it does not answer, or the array is not known yet: no.
+# Say whether Slurm knows the array no more. Not while it does not answer, gives a list without this very job, or the
+# array is not known yet.
 array_has_ended() {
   local array known
-  array=$(cat "$jobs/synthesize.job" 2>/dev/null) || return 1
+  array=$(cat "$jobs/synthesize.job" 2>/dev/null) && [[ -n $array ]] || return 1
   known=$(squeue --noheader --user="$(id -un)" --format=%F) || return 1
+  grep --quiet --line-regexp "$SLURM_ARRAY_JOB_ID" <<<"$known" || return 1
   ! grep --quiet --line-regexp "$array" <<<"$known"
 }
 
