@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 
-.PHONY: demo test test-serving lint types clean
+.PHONY: demo test test-serving test-slurm lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
@@ -27,6 +27,11 @@ $(VLLM)/.installed: Makefile tests/torchvision_on_cpu.py
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python tests/torchvision_on_cpu.py
 	touch $@
+
+# A real Slurm of two logical nodes on this machine, as root: Debian's packages, installed where they are missing.
+test-slurm: $(STAMP)
+	command -v slurmctld slurmd sbatch munged >/dev/null || apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge
+	$(BIN)/pytest -m slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff format .

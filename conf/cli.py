@@ -35,6 +35,8 @@ COMMANDS = {
     ),
     "plan": ("fledge.slurm.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
     "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
+    "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
+    "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
 
@@ -63,6 +65,8 @@ commands:
   fledge preview experiment=llama31_8b name=first preview.id=ID        one conversation, as it is trained on
   fledge inspect runs/first/hidden_states --verify    what a store holds; every checksum compared
   fledge compare first second compare.folder=report   what two runs accept, side by side
+  fledge submit experiment=llama31_8b cluster=slurm_gpu name=first --dry-run      the job files, printed
+  fledge status runs/first                           where a submitted run stands
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
@@ -92,6 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
         overrides = inspect_overrides(overrides)
     if command == "compare":
         overrides = compare_overrides(overrides)
+    if command == "submit":
+        overrides = ["submit.dry_run=true" if override == "--dry-run" else override for override in overrides]
+    if command == "status":
+        overrides = status_overrides(overrides)
     run_command(command, overrides)
 
 
@@ -102,6 +110,14 @@ def inspect_overrides(arguments: list[str]) -> list[str]:
     for number in _positional(arguments)[:1]:
         overrides[number] = f"inspect.store={_quoted(arguments[number])}"
     return _without_verifier("inspect", overrides)
+
+
+def status_overrides(arguments: list[str]) -> list[str]:
+    """Turn `RUN`, and what else may stand there, into overrides."""
+    overrides = list(arguments)
+    for number in _positional(arguments)[:1]:
+        overrides[number] = f"status.run={_quoted(arguments[number])}"
+    return _without_verifier("status", overrides)
 
 
 def compare_overrides(arguments: list[str]) -> list[str]:

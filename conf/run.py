@@ -12,6 +12,7 @@ from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 
+from .place import Place
 from .schema import Config
 
 EXIT_AGAIN = 75  # stopped by a signal, with everything saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -29,15 +30,15 @@ def run(config: Config) -> None:
     for number, stage in enumerate(STAGES, 1):
         print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
         command = [sys.executable, "-m", "fledge", stage, *overrides]
-        code = _run_stage(command, config.train.num_processes if stage == "train" else 1)
+        code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
         if code:
             print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
             sys.exit(code)
     print(f"run {config.name} is complete in {config.run_folder} ({time.monotonic() - started:.0f} s)")
 
 
-def _run_stage(command: list[str], num_processes: int) -> int:
-    """Run a stage to its end and give its exit code.
+def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> int:
+    """Run a stage to its end, a process in each environment, and give its exit code.
 
     A signal that asks to stop goes on to its processes; a keyboard's reaches them by itself. A process that ends
     because another has ended does so with 1, which therefore counts least.
@@ -51,7 +52,7 @@ def _run_stage(command: list[str], num_processes: int) -> int:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda _number, _frame: None)
     try:
-        processes += [subprocess.Popen(command, env=environment) for environment in _environments(num_processes)]
+        processes += [subprocess.Popen(command, env=environment) for environment in environments]
         first: list[int | None] = []  # codes when the first process failed
         while None in (codes := [process.poll() for process in processes]):
             if not first and any(codes):
@@ -67,16 +68,25 @@ def _run_stage(command: list[str], num_processes: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _environments(num_processes: int) -> list[dict[str, str] | None]:
+def environments(num_processes: int, node: Place | None = None) -> list[dict[str, str] | None]:
     """Give the environment of each process; several find each other by what torchrun would give them.
 
     (torchrun itself turns every exit code into 1 and dies of SIGUSR1.)
+
+    Args:
+        node: the place of this node's launcher among those of all nodes; None: it is the only one.
     """
-    if num_processes == 1:
+    node = node or Place()
+    if num_processes * node.world == 1:
         return [None]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes))}
-    sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-    shared = {**threads, **os.environ, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    sizes = {"WORLD_SIZE": str(num_processes * node.world), "LOCAL_WORLD_SIZE": str(num_processes)}
+    meeting = {"MASTER_ADDR": node.address, "MASTER_PORT": str(node.port or _free_port())}
+    shared = {**threads, **os.environ, **sizes, **meeting}
+    first = node.rank * num_processes
+    return [{**shared, "RANK": str(first + rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

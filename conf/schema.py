@@ -132,6 +132,24 @@ class TooLong(Enum):
     drop = "drop"
 
 
+class ContainerKind(Enum):
+    """How jobs enter their container."""
+
+    none = "none"  # they run on the node itself
+    pyxis = "pyxis"  # srun --container-image=...
+    apptainer = "apptainer"  # srun apptainer exec ...
+
+
+class ServerKind(Enum):
+    """What serves the verifier while a job array asks it."""
+
+    none = "none"  # nothing: the verifier runs in the tasks of the array
+    vllm = "vllm"
+    sglang = "sglang"
+    trtllm = "trtllm"
+    custom = "custom"  # cluster.server.command
+
+
 @dataclass
 class VerifierConfig:
     """The frozen model whose output is preserved."""
@@ -279,7 +297,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest that stay, beside the best
     max_skipped_steps: int = 5  # in a row, for gradients that are not finite; then training stops
     data_workers: int = 2  # processes a rank reads packed batches with; 0: it reads them itself
-    num_processes: int = 1  # processes `fledge run` starts for this stage; elsewhere the launcher decides
+    num_processes: int = 1  # that `fledge run` starts, and `fledge submit` on each node; elsewhere the launcher decides
     collective_timeout_s: int = 1800  # a rank that lets the others wait longer ends the run
     verify_checksums: bool = True  # read every shard once before the first step
 
@@ -409,6 +427,87 @@ class TrackingConfig:
 
 
 @dataclass
+class JobConfig:
+    """What Slurm is asked for, for the jobs of one stage."""
+
+    partition: str | None = None  # None: cluster.partition
+    tasks: int = 1  # of a job array: servers, or parts that synthesize and dump are done in
+    at_once: int | None = None  # tasks of the array that run at a time; None: as many as there is room for
+    nodes: int = 1  # of one job; more than one for training only
+    gpus: int = 0  # on each node
+    cpus: int = 4  # on each node
+    memory_gib: int | None = None  # on each node; 0: all there is, None: what the partition gives
+    hours: float = 24.0  # time limit; a stage that reaches it is saved and goes on in another start
+
+
+@dataclass
+class ServerConfig(JobConfig):
+    """The servers of the verifier, one a job of the array."""
+
+    kind: ServerKind = ServerKind.none
+    command: list[str] = field(default_factory=list)  # kind custom; {port} and {model} stand for what they say
+    options: list[str] = field(default_factory=list)  # further arguments, such as [--tensor-parallel-size, "8"]
+    ready_s: int = 3600  # how long the array waits for a server that answers /health
+    venv: str | None = None  # None: cluster.venv
+    image: str | None = None  # None: cluster.container.image
+    env: dict[str, str] = field(default_factory=dict)  # beside cluster.env
+
+
+@dataclass
+class ContainerConfig:
+    """A container that every stage runs in."""
+
+    kind: ContainerKind = ContainerKind.none
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working folder
+
+
+@dataclass
+class ClusterConfig:
+    """How `fledge submit` asks Slurm for jobs. Values of env and scratch may name variables of the job, as $USER."""
+
+    partition: str | None = None  # None: the cluster's default, as with account and qos
+    account: str | None = None
+    qos: str | None = None
+    gpu_request: str = "gpus-per-node"  # the option of sbatch that asks for GPUs: gpus-per-node, or gres
+    gpu_type: str | None = None  # such as h100
+    warn_s: int = 300  # before its time limit a job is told to save: more than a dump's shard or a checkpoint takes
+    max_restarts: int = 3  # starts in a row that bring no progress; then the job fails
+    address: str | None = None  # under which other nodes reach services of one; None: its host name
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    modules: list[str] = field(default_factory=list)  # module load ...
+    venv: str | None = None  # folder of the virtual environment that has fledge's dependencies
+    setup: list[str] = field(default_factory=list)  # further shell lines before a stage, verbatim
+    python: str = "python"
+    scratch: str | None = None  # a node's own disk: TMPDIR is a fresh folder there
+    env: dict[str, str] = field(default_factory=dict)
+    sbatch: list[str] = field(default_factory=list)  # further options of every job, such as --constraint=ib
+    srun: list[str] = field(default_factory=list)  # further options of every step, such as --mpi=none
+    server: ServerConfig = field(default_factory=ServerConfig)
+    synthesize: JobConfig = field(default_factory=JobConfig)
+    dump: JobConfig = field(default_factory=JobConfig)
+    train: JobConfig = field(default_factory=JobConfig)
+    evaluate: JobConfig = field(default_factory=JobConfig)
+    export: JobConfig = field(default_factory=JobConfig)
+
+
+@dataclass
+class SubmitConfig:
+    """What `fledge submit` does."""
+
+    dry_run: bool = False  # print the job files and submit nothing
+    stages: list[str] = field(default_factory=lambda: ["synthesize", "dump", "train", "evaluate", "export"])
+
+
+@dataclass
+class StatusConfig:
+    """What `fledge status RUN` shows."""
+
+    run: str | None = None  # its folder; None: that of `name`
+    lines: int = 6  # of the log of each job that runs or failed
+
+
+@dataclass
 class Config:
     """One run: a name, a folder, and the options of every stage."""
 
@@ -431,6 +530,9 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
 
     @property
     def run_folder(self) -> Path:

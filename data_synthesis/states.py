@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from ..conf.artifact import digest
@@ -18,6 +20,7 @@ from ..conf.journal import read_line
 from ..conf.place import Place, find_place, own_gpus
 from ..conf.progress import Progress
 from ..conf.schema import Config, DumpEngine, LastStates
+from ..conf.signals import StopSignals
 from ..models.verifier import Verifier
 from .image_reader import ImageReader
 from .images import conversation_images
@@ -29,6 +32,7 @@ from .store import HiddenStateStore
 from .vllm_engine import VllmEngine, check_readable
 from .writer import BackgroundWriter
 
+_ESTIMATES = 2  # the first warms up
 _NAMED = 8  # samples with states that are not finite; the rest are counted
 
 
@@ -51,39 +55,74 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     mine = [number for number in missing if number % num_writers == writer]
     if not mine:  # of ranks together, all find so: nobody else writes these
         return
+    stop = _Stop(together)
     if together and place.rank:
         with _engine(config, settings, place, plan) as engine:
-            for samples in _readings(config, plan, mine):
+            for number, samples in enumerate(_readings(config, plan, mine), -_ESTIMATES):
+                if number >= 0 and stop.wanted:
+                    break
                 for _ in engine.read(samples):
                     pass
-        return
-    with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine:
-        _record(config, settings, plan, mine, engine, scratch)
+    else:
+        with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine:
+            _record(config, settings, plan, mine, engine, scratch, stop)
+    stop.exit_if_stopped()
+
+
+class _Stop:
+    """Whether a signal has asked to stop; of ranks that hold one verifier together, all hear it at the same shard."""
+
+    def __init__(self, together: bool) -> None:
+        self._together, self._signals, self._stopped = together, StopSignals(), False
+
+    @property
+    def wanted(self) -> bool:
+        flag = self._signals.received is not None
+        if self._together and dist.is_initialized():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            word = torch.tensor(int(flag), device=device)
+            dist.all_reduce(word, dist.ReduceOp.MAX)
+            flag = bool(word)
+        self._stopped = self._stopped or flag
+        return flag
+
+    def exit_if_stopped(self) -> None:
+        if self._stopped:
+            print(f"dump: stopped by {self._signals.name}; the same command goes on", file=sys.stderr, flush=True)
+            sys.exit(self._signals.exit_code)
 
 
 def _readings(config: Config, plan: HiddenStateStore, shards: list[int]) -> Iterator[list[Sample]]:
-    """Give what a writer lets the verifier read: a batch twice, by which the time is estimated, then its shards."""
+    """Give what a writer lets the verifier read: a batch `_ESTIMATES` times, which tells the time, then its shards."""
     batch: list[Sample] = []
     for sample in _samples(config, plan, shards[0]):
         if batch and sum(len(other.input_ids) for other in [*batch, sample]) > config.dump.batch_tokens:
             break
         batch.append(sample)
-    yield from (batch, batch)
+    yield from [batch] * _ESTIMATES
     for number in shards:
         yield _samples(config, plan, number)
 
 
 def _record(
-    config: Config, settings: dict[str, Any], plan: HiddenStateStore, mine: list[int], engine: Engine, scratch: Path
+    config: Config,
+    settings: dict[str, Any],
+    plan: HiddenStateStore,
+    mine: list[int],
+    engine: Engine,
+    scratch: Path,
+    stop: _Stop,
 ) -> None:
-    """Record shards."""
+    """Record shards; a signal stops between two."""
     form, made_with, folder = state_format(settings), digest(settings), config.hidden_states_folder
     readings = _readings(config, plan, mine)
     num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
-    _estimate_time(engine, [next(readings), next(readings)], num_tokens)
+    _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
     progress, suspects = Progress("dump", num_tokens, "token"), 0
     with BackgroundWriter(folder, scratch) as out:
         for number, samples in zip(mine, readings, strict=True):
+            if stop.wanted:
+                break
             shard = Shard.of(samples, out.spare_buffers())
             shard.made_with = made_with
             for sample, aux, last in engine.read(samples):

@@ -1,1 +1,1 @@
-"""Slurm job templates and the submitter. Empty until `fledge submit` lands; `srun python -m fledge.train` works."""
+"""A run as Slurm jobs: `fledge submit` renders and chains them, `fledge status` tells where they stand."""

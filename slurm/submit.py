@@ -1,0 +1,182 @@
+"""`fledge submit`: a run as Slurm jobs, each of which begins when the one before has ended well.
+
+Everything of a submission is in runs/NAME/jobs/N/: job files, `frozen.yaml`, `code/`, `logs/`, what the jobs tell
+(`events/`, `servers/`, `restarts/`), and `submission.json`, which names the jobs.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from datetime import datetime, timezone
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from ..conf.artifact import write_atomic
+from ..conf.run import STAGES
+from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, ServerKind
+from .freeze import freeze
+from .queue import cancel, has_slurm, job_states, submit_file
+from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
+from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model
+
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+
+
+def submit(config: Config) -> None:
+    """Submit the stages of a run; with `submit.dry_run` print their job files."""
+    check_cluster(config)
+    number = max(submissions(config.run_folder), default=0) + 1
+    folder = config.run_folder / JOBS / str(number)
+    jobs = render_jobs(config, folder)
+    if config.submit.dry_run:
+        for job in jobs:
+            print(f"##### {folder / job.file}\n{job.text}")
+        return
+    if not has_slurm():
+        raise ValueError(
+            "fledge submit needs Slurm's commands, and sbatch is not there: start it on a login node of the cluster, "
+            "or give --dry-run to see the job files"
+        )
+    _refuse_if_queued(config.run_folder)
+    folder.mkdir(parents=True)
+    (folder / LOGS).mkdir()  # or Slurm, which does not make it, lets the job fail
+    about = freeze(config, folder, list(HydraConfig.get().overrides.task))
+    shutil.copy2(TEMPLATES / COMMON, folder)
+    for job in jobs:
+        write_atomic(folder / job.file, job.text)
+    ids = _chain(jobs, folder)
+    records = [JobRecord(job.stage, job.file, ids[job.stage], job.tasks) for job in jobs]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_submission(folder, {"name": config.name, "submitted": now, **about}, records)
+    if SERVER in ids:
+        write_atomic(folder / "synthesize.job", ids["synthesize"] + "\n")
+    for job in jobs:
+        print(f"{job.stage:<10} job {ids[job.stage]}{f', {job.tasks} tasks' if (job.tasks or 1) > 1 else ''}")
+    print(f"submitted from {folder}; `fledge status {config.run_folder}` tells where they stand")
+
+
+def _chain(jobs: list[Job], folder: Path) -> dict[str, str]:
+    """Submit job files one after the other; where one is refused, none stays."""
+    ids: dict[str, str] = {}
+    before: Job | None = None
+    try:
+        for job in jobs:
+            ids[job.stage] = submit_file(folder / job.file, _dependency(before, ids))
+            before = job
+    except BaseException:
+        cancel(list(ids.values()))
+        shutil.rmtree(folder)
+        raise
+    return ids
+
+
+def _dependency(before: Job | None, ids: dict[str, str]) -> str | None:
+    """Give what a job waits for: any server that has begun, or the end of the stage before."""
+    if before is None:
+        return None
+    if before.stage == SERVER:
+        return "?".join(f"after:{ids[SERVER]}_{task}" for task in range(before.tasks or 1))
+    return f"afterok:{ids[before.stage]}"
+
+
+def _refuse_if_queued(run_folder: Path) -> None:
+    for folder in submissions(run_folder).values():
+        for record in read_submission(folder)[1]:
+            states = job_states(record.id)
+            if states is None:
+                raise ValueError("Slurm does not answer (scontrol show job): try again when it does")
+            if live := [state for state in states if state.live]:
+                raise ValueError(
+                    f"job {record.id} ({record.stage}) of {folder} is {live[0].state.lower()}: wait for it, or "
+                    f"cancel it with scancel, before {run_folder} is submitted again"
+                )
+
+
+def check_cluster(config: Config) -> None:
+    """Refuse what no job could do.
+
+    Raises:
+        ValueError: names the option.
+    """
+    cluster = config.cluster
+    unknown = [stage for stage in config.submit.stages if stage not in STAGES]
+    if unknown or not config.submit.stages:
+        raise ValueError(f"submit.stages must name some of {', '.join(STAGES)}, got {config.submit.stages}")
+    for stage in (SERVER, *STAGES):
+        _check_job(stage, getattr(cluster, stage))
+    if cluster.warn_s < 1 or cluster.max_restarts < 1:
+        raise ValueError("cluster.warn_s and cluster.max_restarts must be at least 1")
+    if cluster.gpu_request not in ("gpus-per-node", "gres"):
+        raise ValueError(f"cluster.gpu_request must be gpus-per-node or gres, got {cluster.gpu_request}")
+    if cluster.container.kind is not ContainerKind.none and not cluster.container.image:
+        raise ValueError(
+            f"cluster.container.image is required with cluster.container.kind={cluster.container.kind.value}"
+        )
+    ranks = config.train.num_processes * cluster.train.nodes
+    if config.train.packs_per_step % ranks:
+        raise ValueError(
+            f"train.packs_per_step must be a multiple of the {ranks} processes of cluster.train.nodes="
+            f"{cluster.train.nodes} and train.num_processes={config.train.num_processes}, got "
+            f"{config.train.packs_per_step}"
+        )
+    if cluster.train.gpus and config.train.num_processes > cluster.train.gpus:
+        raise ValueError(
+            f"train.num_processes must be at most cluster.train.gpus={cluster.train.gpus}, a process a GPU, got "
+            f"{config.train.num_processes}"
+        )
+    if config.synthesize.num_shards > 1 or config.dump.num_writers > 1:
+        raise ValueError(
+            "synthesize.num_shards and dump.num_writers are set by cluster.synthesize.tasks and cluster.dump.tasks: "
+            "leave them out"
+        )
+    _check_server(config)
+    _check_text(config, cluster)
+
+
+def _check_job(stage: str, options: JobConfig) -> None:
+    for name in ("tasks", "nodes", "cpus", "at_once"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"cluster.{stage}.{name} must be at least 1, got {value}")
+    if options.nodes > 1 and stage != "train":
+        raise ValueError(f"cluster.{stage}.nodes must be 1, got {options.nodes}: only training spreads over nodes")
+    if options.tasks > 1 and stage not in (SERVER, "synthesize", "dump"):
+        raise ValueError(f"cluster.{stage}.tasks must be 1, got {options.tasks}: {stage} is one job")
+    if options.hours <= 0 or options.gpus < 0 or (options.memory_gib or 0) < 0:
+        raise ValueError(f"cluster.{stage}.hours must be above 0, gpus and memory_gib at least 0")
+
+
+def _check_server(config: Config) -> None:
+    server = config.cluster.server
+    if (server.kind is ServerKind.custom) != bool(server.command):
+        raise ValueError("cluster.server.command must be given with cluster.server.kind=custom, and only then")
+    if server.kind is ServerKind.none:
+        return
+    if config.synthesize.endpoints:
+        raise ValueError("synthesize.endpoints must be empty with cluster.server.kind, which names the servers itself")
+    if server.kind is not ServerKind.custom and served_model(config) == "embedded":
+        raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
+    if server.command and not any("{port}" in word for word in server.command):
+        raise ValueError("cluster.server.command must say {port} where the server takes its port")
+    if secret := [word for word in [*server.command, *server.options] if re.match(r"--api[-_]key", word)]:
+        raise ValueError(
+            f"cluster.server must not have {secret[0].partition('=')[0]}, job files hold no keys: the environment of "
+            "fledge submit goes to its jobs (VLLM_API_KEY, and OPENAI_API_KEY for who asks)"
+        )
+
+
+def _check_text(config: Config, cluster: ClusterConfig) -> None:
+    for where, env in (("cluster.env", cluster.env), ("cluster.server.env", cluster.server.env)):
+        for name, value in env.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"{where}: {name!r} is no name of a variable")
+            if _SECRET.search(name) and not value.startswith("$"):
+                raise ValueError(
+                    f"{where}.{name} must not be given, job files hold no keys: set it where fledge submit is started, "
+                    "whose environment goes to the jobs"
+                )
+    texts = [config.name, config.runs_dir, *cluster.env.values(), *cluster.sbatch, *cluster.server.options]
+    if broken := [text for text in texts if "\n" in text]:
+        raise ValueError(f"names, paths and options of jobs must be one line each, got {broken[0]!r}")

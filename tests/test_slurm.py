@@ -1,0 +1,281 @@
+"""Job files and what is told of them, without Slurm: quoting, chains, errors; runs of which only artifacts are left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from builders import copy_until_dump
+from fledge.conf.place import Place
+from fledge.conf.run import environments
+from fledge.conf.schema import Config, SourceConfig
+from fledge.slurm.freeze import freeze
+from fledge.slurm.queue import _parse
+from fledge.slurm.records import JobRecord, write_submission
+from fledge.slurm.render import TEMPLATES, directive, expand
+from fledge.slurm.status import status
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTAINER = ("cluster.container.image='/im ages/it.sqsh'", "cluster.container.mounts=['/da ta:/da ta']")
+VARIANTS = {
+    "here": ("cluster=one_machine",),
+    "gpus": ("cluster=slurm_gpu", "cluster.gpu_type=h100", "cluster.gpu_request=gres", "cluster.modules=[cuda/12]"),
+    "venv": (
+        "cluster=slurm_gpu",
+        "cluster.venv='$HOME/my env'",
+        "cluster.scratch='$TMP'",
+        "cluster.setup=[ulimit -n 9]",
+    ),
+    "pyxis": ("cluster=slurm_gpu", "cluster.container.kind=pyxis", *CONTAINER),
+    "apptainer": ("cluster=slurm_gpu", "cluster.container.kind=apptainer", *CONTAINER),
+    "sglang": ("cluster=slurm_gpu", "cluster.server.kind=sglang", "cluster.server.tasks=3"),
+    "trtllm": ("cluster=slurm_gpu", "cluster.server.kind=trtllm", "cluster.account=a", "cluster.qos=high"),
+    "custom": (
+        "cluster=one_machine",
+        "cluster.server.kind=custom",
+        "cluster.server.command=[my server,'{model}','{port}']",
+    ),
+}
+PLACES = ("name='it\\'s a \"run\" $HOME `id`'", "runs_dir='/pla ce/50%/\"q\"'", "verifier.path='/a model'")
+
+
+def fledge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fledge", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def printed(*options: str) -> dict[str, str]:
+    """Give the job files that --dry-run prints, by stage."""
+    done = fledge("submit", "experiment=demo", "train.packs_per_step=2", *PLACES, *options, "--dry-run", PATH="/none")
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"^##### (.*)$\n", done.stdout, flags=re.MULTILINE)
+    return {Path(name).stem: text for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_job_files_are_clean_to_shellcheck_and_say_nothing_of_this_machine(variant, tmp_path):
+    jobs = printed(*VARIANTS[variant])
+    served = variant != "here"
+    assert list(jobs) == [*(["server"] if served else []), "synthesize", "dump", "train", "evaluate", "export"]
+    for stage, text in jobs.items():
+        (tmp_path / f"{stage}.sbatch").write_text(text)
+        for word in (str(ROOT), str(Path.home()), sys.prefix, os.uname().nodename):
+            if len(word) > 3:
+                assert word not in text
+    files = [*tmp_path.glob("*.sbatch"), TEMPLATES / "common.sh"]
+    check = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([check, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_paths_and_values_reach_the_shell_as_they_are(tmp_path):
+    """What a job would run: its srun replaced by what prints its arguments, a line each."""
+    text = printed(*VARIANTS["custom"], "+cluster.env.WORDS='a  b \"c\" `id` $(id) $ONE'")["server"]
+    (tmp_path / "common.sh").write_text(
+        'begin() { :; }\nfree_port() { echo 1; }\nserve() { printf "%s\\n" "$@" "$WORDS"; }\n'
+    )
+    text = re.sub(r"^jobs=.*$", f"jobs='{tmp_path}'", text, flags=re.MULTILINE)
+    environment = {**os.environ, "ONE": "1", "SLURM_ARRAY_TASK_ID": "0"}
+    run = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.endswith('my server\n/a model\n1\na  b "c" `id` $(id) 1\n')
+    assert """sbatch '/pla ce/50%/"q"/it'"'"'s a "run" $HOME `id`/jobs/1/server.sbatch'""" in text
+    assert '--output="/pla ce/50%%/\\"q\\"/it\'s a \\"run\\" $HOME `id`/jobs/1/logs/server-%A_%a.log"' in text
+
+
+def test_words_are_quoted_for_slurm_and_for_the_shell():
+    assert directive("mem", "64G") == "--mem=64G"
+    assert directive("job-name", 'a "b" \\') == '--job-name="a \\"b\\" \\\\"'
+    assert expand("plain/path-1") == "plain/path-1"
+    assert expand('$HOME/a "b" $(id) `id` $5') == '"$HOME/a \\"b\\" \\$(id) \\`id\\` \\$5"'
+
+
+def test_arrays_parts_and_processes_are_those_of_the_cluster():
+    options = (
+        "cluster.synthesize.tasks=5",
+        "cluster.synthesize.at_once=2",
+        "cluster.dump.tasks=3",
+        "train.num_processes=2",
+    )
+    jobs = printed("cluster=one_machine", *options, "train.packs_per_step=4")
+    assert "#SBATCH --array=0-4%2\n" in jobs["synthesize"]
+    assert 'synthesize.shard="$SLURM_ARRAY_TASK_ID" synthesize.num_shards=5' in jobs["synthesize"]
+    assert 'dump.writer="$SLURM_ARRAY_TASK_ID" dump.num_writers=3' in jobs["dump"]
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in jobs["train"]
+    assert "-m fledge.slurm.node 2 train " in jobs["train"]
+    assert "#SBATCH --array=0-0\n" in printed("cluster=one_machine", "train.hidden_states=online")["dump"]
+    together = printed("cluster=one_machine", "cluster.dump.gpus=4", "verifier.tensor_parallel=true")["dump"]
+    assert "-m fledge.slurm.node 4 dump " in together
+
+
+def test_servers_are_started_in_their_engines_words():
+    served = {kind: printed(*VARIANTS[kind])["server"] for kind in ("gpus", "sglang", "trtllm")}
+    where = "'/a model' --host 0.0.0.0 --port \"$port\""
+    assert f"vllm serve {where} --tensor-parallel-size 8" in served["gpus"]
+    assert f"python -m sglang.launch_server --model-path {where}" in served["sglang"]
+    assert f"trtllm-serve {where}" in served["trtllm"]
+    assert "#SBATCH --array=0-2\n" in served["sglang"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["cluster=slurmgpu"], ["slurmgpu", "one_machine", "slurm_gpu"]),
+        (["cluster=one_machine"], ["sbatch is not there", "login node", "--dry-run"]),
+        (["cluster=one_machine", "train.packs_per_step=1"], ["train.packs_per_step", "multiple of the 2 processes"]),
+        (["cluster=one_machine", "submit.stages=[trian]"], ["submit.stages", "trian", "train"]),
+        (["cluster=one_machine", "cluster.dump.nodes=2"], ["cluster.dump.nodes must be 1"]),
+        (["cluster=one_machine", "cluster.server.kind=custom"], ["cluster.server.command must be given"]),
+        (["cluster=one_machine", "cluster.server.kind=vllm"], ["verifier.path", "embedded"]),
+        (["cluster=one_machine", "+cluster.env.HF_TOKEN=hf_secret"], ["cluster.env.HF_TOKEN", "hold no keys"]),
+        (
+            ["cluster=slurm_gpu", "verifier.path=x", "cluster.server.options=[--api-key,secret]"],
+            ["--api-key", "VLLM_API_KEY"],
+        ),
+        (["cluster=one_machine", "dump.num_writers=2"], ["cluster.dump.tasks"]),
+        (["cluster=one_machine", "cluster.container.kind=pyxis"], ["cluster.container.image is required"]),
+    ],
+)
+def test_what_no_job_could_do_is_refused_in_one_sentence(tmp_path, options, words):
+    given = ("experiment=demo", "name=x", f"runs_dir={tmp_path}", "train.packs_per_step=2", *options)
+    done = fledge("submit", *given, PATH="/none")
+    assert done.returncode == 2, done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if line.strip())
+    assert all(word in line for word in words), line
+    assert "secret" not in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_node_is_a_part_of_the_ranks_of_all():
+    second = Place(rank=1, world=3, address="n1", port=4711)
+    told = [environment or {} for environment in environments(2, second)]
+    assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in told] == [
+        ("2", "0", "6", "2"),
+        ("3", "1", "6", "2"),
+    ]
+    assert {(e["MASTER_ADDR"], e["MASTER_PORT"]) for e in told} == {("n1", "4711")}
+    assert environments(1) == [None]
+
+
+def test_jobs_are_read_as_slurm_shows_them():
+    line = (
+        "JobId=8 ArrayJobId=3 ArrayTaskId=0 JobName=x JobState=FAILED Reason=NonZeroExitCode Requeue=1 "
+        "Restarts=2 BatchFlag=1 Reboot=0 ExitCode=2:0 NodeList=n0 ReqNodeList=(null)"
+    )
+    state = _parse(line)
+    assert (state.id, state.task, state.state, state.reason) == ("3", 0, "FAILED", "NonZeroExitCode")
+    assert (state.exit_code, state.restarts, state.nodes, state.live) == ("2:0", 2, "n0", False)
+    assert _parse(line.replace("ArrayTaskId=0", "ArrayTaskId=0-3").replace("FAILED", "PENDING")).task is None
+
+
+def make_submission(run_folder: Path, events: dict[str, str]) -> Path:
+    folder = run_folder / "jobs" / "1"
+    (folder / "events").mkdir(parents=True)
+    (folder / "logs").mkdir()
+    jobs = [JobRecord("dump", "dump.sbatch", "3", 2)]
+    jobs += [JobRecord(stage, f"{stage}.sbatch", str(id_), None) for id_, stage in enumerate(("train", "evaluate"), 4)]
+    write_submission(folder, {"submitted": "today", "git": {"commit": "a" * 40, "dirty": True}}, jobs)
+    for name, text in events.items():
+        (folder / "events" / name).write_text(text)
+    return folder
+
+
+def test_status_tells_what_failed_and_why_from_events_alone(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/none")
+    run_folder = tmp_path / "it's a run"
+    for name in ("prompts", "conversations", "hidden_states"):
+        shutil.copytree(finished.path / name, run_folder / name)
+    began, done = "t0\t8\tbegun\tn0, start 1\n", "t1\t8\tdone\t\n"
+    failed = "t1\t4\tagain\tstopped by SIGUSR1\nt2\t4\tbegun\tn0, start 2\nt3\t4\tfailed\texit code 2\n"
+    folder = make_submission(run_folder, {"dump-0": began + done, "dump-1": began, "train": began + failed})
+    (folder / "logs" / "train-4.log").write_text("many\nlines\nfledge: error: the disk is full\n")
+    config = Config()
+    config.status.run, config.status.lines = str(run_folder), 2
+    status(config)
+    out = capsys.readouterr().out
+    for text in (
+        "commit aaaaaaaaaa with changes",
+        "synthesize done       64 of 64 conversations",
+        "1 done, 1 running",
+        "dump-1: job 3_1 running: since t0",
+        "train: job 4 failed: exit code 2, start 2",
+        "evaluate: job 5 cancelled: train failed",
+        "export     not submitted",
+        "  | lines\n  | fledge: error: the disk is full\n",
+    ):
+        assert text in out, out
+    assert "many" not in out
+
+
+def test_status_of_a_run_that_was_not_submitted_is_that_of_its_artifacts(finished):
+    by_name = fledge("status", finished.name, f"runs_dir={finished.folder}")
+    assert by_name.returncode == 0, by_name.stderr
+    assert "never submitted" in by_name.stdout
+    assert re.search(r"train +done +step 24 of 24, loss \d", by_name.stdout)
+    assert re.search(r"evaluate +done +acceptance length \d\.\d\d\n", by_name.stdout)
+    assert fledge("status", str(finished.path)).stdout == by_name.stdout
+    missing = fledge("status", "nowhere")
+    assert missing.returncode == 2
+    assert "runs/nowhere is not there" in missing.stderr
+
+
+@pytest.mark.parametrize("stage", ["dump", "evaluate"])
+def test_a_signal_stops_a_stage_with_everything_saved(stage, finished, run):
+    grows = {"dump": "hidden_states/shard-*.safetensors", "evaluate": "evaluation/questions.jsonl"}[stage]
+    copy_until_dump(finished, run)
+    if stage == "dump":
+        shutil.rmtree(run.path / "hidden_states")
+    else:
+        shutil.copytree(finished.path / "training", run.path / "training")
+    options = {"dump": ["dump.shard_tokens=60", "dump.batch_tokens=64"], "evaluate": ["evaluate.max_tokens=64"]}[stage]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(run.command(stage, *options), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not any(path.stat().st_size for path in run.path.glob(grows)):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGUSR1)
+        _, error = process.communicate()
+    assert process.returncode == 75, error
+    assert f"{stage}: stopped by SIGUSR1" in error
+    assert "Traceback" not in error
+    before = {path: path.read_bytes() for path in run.path.glob(grows)}
+    run(stage, *options)
+    assert all(path.read_bytes().startswith(content) for path, content in before.items()), "nothing is made twice"
+
+
+def test_a_frozen_run_is_its_configuration_and_its_code(tmp_path):
+    folder = tmp_path / "it's frozen"
+    folder.mkdir()
+    config = Config(name="it's a run")
+    config.verifier.path, config.train.lr, config.verifier.chat_template_kwargs = (
+        "/a model",
+        0.5,
+        {"date": "1 May: now"},
+    )
+    config.data.sources = [SourceConfig(path="x", weight=2.0)]
+    about = freeze(config, folder, ["train.lr=0.5"])
+    assert about["overrides"] == ["train.lr=0.5"]
+    assert re.fullmatch(r"[0-9a-f]{40}", about["git"]["commit"])
+    code = {"PYTHONPATH": str(folder / "code")}
+    shown = fledge("train", "--config-dir", str(folder), "--config-name", "frozen", "--cfg", "job", **code)
+    assert shown.returncode == 0, shown.stderr
+    assert OmegaConf.create(shown.stdout) == OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    found = subprocess.run(
+        [sys.executable, "-c", "import fledge; print(fledge.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **code},
+    )
+    assert found.stdout.startswith(str(folder))
+    copied = folder / "code" / "fledge"
+    assert not (copied / "tests").exists()
+    assert (copied / "slurm" / "templates" / "common.sh").is_file()
+    assert (copied / "conf" / "experiment" / "demo.yaml").is_file()
