@@ -62,11 +62,7 @@ commands:
   fledge train experiment=llama31_8b name=first train.lr=5e-5
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
   srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
-  fledge preview experiment=llama31_8b name=first preview.id=ID        one conversation, as it is trained on
-  fledge inspect runs/first/hidden_states --verify    what a store holds; every checksum compared
-  fledge compare first second compare.folder=report   what two runs accept, side by side
   fledge submit experiment=llama31_8b cluster=slurm_gpu name=first --dry-run      the job files, printed
-  fledge status runs/first                           where a submitted run stands
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 

@@ -698,12 +698,8 @@ def _validate_evaluate_engine(options: EvaluateConfig) -> None:
         if options.endpoint is not None:
             raise ValueError("evaluate.engine must be server with evaluate.endpoint: set it, or leave the endpoint out")
         return
-    if options.endpoint is None:
-        raise ValueError(
-            "evaluate.endpoint is required with evaluate.engine=server: the base URL of a vLLM or SGLang that serves "
-            "the verifier with the head, such as http://localhost:8000/v1"
-        )
-    _validate_url("evaluate.endpoint must be a base URL", options.endpoint)
+    if options.endpoint is not None:  # evaluate requires it, and says so; other commands do not
+        _validate_url("evaluate.endpoint must be a base URL", options.endpoint)
     if options.draft_sampling is DraftSampling.sampled:
         raise ValueError(
             "evaluate.draft_sampling must be left out with evaluate.engine=server: how drafts are chosen is set where "

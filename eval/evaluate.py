@@ -26,6 +26,11 @@ def evaluate(config: Config) -> None:
             "verifier over several GPUs, evaluate.engine=server measures in an engine"
         )
     by_server = config.evaluate.engine is EvaluateEngine.server
+    if by_server and config.evaluate.endpoint is None:
+        raise ValueError(
+            "evaluate.endpoint is required with evaluate.engine=server: the base URL of a vLLM or SGLang that serves "
+            "the verifier with the head, such as http://localhost:8000/v1"
+        )
     source, head, verifier = _named_head(config) if by_server else _own_head(config)
     questions = load_questions(config.evaluate) + _heldout(config)
     settings = _settings(config, source, verifier, questions)

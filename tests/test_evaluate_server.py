@@ -72,7 +72,7 @@ def test_an_address_is_required_and_must_be_one(configuration):
         ("http://me:key@host/v1", "without a key .*got host/v1$"),
     ):
         with pytest.raises(ValueError, match=words):
-            configuration(endpoint)
+            evaluate(configuration(endpoint))
     with pytest.raises(ValueError, match=r"evaluate\.engine must be server with evaluate\.endpoint"):
         configuration("http://host/v1", engine=EvaluateEngine.transformers)
 
