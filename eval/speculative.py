@@ -188,7 +188,9 @@ class Speculator:
             max_tokens: of an answer, where that is less than its request allows.
         """
         limits = [min(limit, max_tokens or limit) for limit in self._limits]
-        assert drafter in self._drafters or not drafter.num_draft_tokens, "a drafter that no memory was taken for"
+        assert drafter.num_draft_tokens <= self._num_nodes, "more than memory was taken for"
+        assert drafter.depth <= self._depth, "more than memory was taken for"
+        assert drafter in self._drafters or not drafter.num_draft_rows, "a drafter that no memory was taken for"
         self._start(drafter)
         answers = [Decoded([first]) for first in self._first]
         ends = self.verifier.end_token_ids
