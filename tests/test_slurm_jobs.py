@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,10 @@ class Submitted:
     def events(self, name: str) -> list[str]:
         return [event.kind for event in read_events(self.folder, name)]
 
-    def wait_for(self, *names: str, seconds: float = 400) -> None:
+    def wait_for(self, *names: str, seconds: float = 300) -> None:
         """Wait until tasks have ended."""
         try:
-            wait_until(lambda: all(self.events(name)[-1:] in (["done"], ["failed"]) for name in names), seconds)
+            wait_until(lambda: all(self.events(name)[-1:] in (["done"], ["failed"]) for name in names), seconds, 1)
         except AssertionError:
             raise AssertionError(self.told()) from None
 
@@ -70,6 +71,7 @@ class Submitted:
         """Have Slurm start a requeued job at once: it would wait two minutes."""
         job = self.record(stage).id
         wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 60)
+        time.sleep(2)  # slurmd refuses a job within the second in which its last start was revoked
         slurm("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def told(self) -> str:
