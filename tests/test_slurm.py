@@ -72,7 +72,8 @@ def test_job_files_are_clean_to_shellcheck_and_say_nothing_of_this_machine(varia
                 assert word not in text
     files = [*tmp_path.glob("*.sbatch"), TEMPLATES / "common.sh"]
     check = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([check, *files], capture_output=True, text=True, check=False)
+    kept_as_they_are = "--exclude=SC2016"  # paths and values with $ and ` stand in single quotes for that
+    done = subprocess.run([check, kept_as_they_are, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
