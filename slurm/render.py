@@ -80,7 +80,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters |= {"quote": shlex.quote, "expand": expand}
+    environment.filters |= {"quote": quoted, "expand": expand}
     return environment
 
 
@@ -90,6 +90,11 @@ def expand(value: str) -> str:
         return value
     escaped = re.sub(r'([\\`"])', r"\\\1", value)
     return '"' + re.sub(r"\$(?![A-Za-z_{])", r"\\$", escaped) + '"'
+
+
+def quoted(value: str) -> str:
+    """Quote for the shell as it is; what looks like a variable in plain quotes would be taken for a mistake."""
+    return '"' + re.sub(r'([\\`"$])', r"\\\1", value) + '"' if re.search(r"[$`]", value) else shlex.quote(value)
 
 
 def directive(name: str, value: object) -> str:
@@ -163,11 +168,11 @@ def _srun(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[s
     if container.kind is ContainerKind.pyxis and image:
         mounts = "".join(f",{_double_quoted(mount)}" for mount in container.mounts)
         given += [
-            f"--container-image={shlex.quote(image)}",
+            f"--container-image={quoted(image)}",
             f'--container-mounts="$PWD:$PWD,$jobs:$jobs,${{jobs%/jobs/*}}:${{jobs%/jobs/*}}{mounts}"',
             '--container-workdir="$PWD"',
         ]
-    return given + [shlex.quote(option) for option in cluster.srun]
+    return given + [quoted(option) for option in cluster.srun]
 
 
 def _double_quoted(text: str) -> str:
@@ -182,7 +187,7 @@ def _inside(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list
     mounts = [
         f'--bind "{mount}"' for mount in ("$PWD", "${jobs%/jobs/*}", *map(_double_quoted, cluster.container.mounts))
     ]
-    return ["apptainer exec", *(["--nv"] if options.gpus else []), *mounts, '--pwd "$PWD"', shlex.quote(image)]
+    return ["apptainer exec", *(["--nv"] if options.gpus else []), *mounts, '--pwd "$PWD"', quoted(image)]
 
 
 def _image(cluster: ClusterConfig, is_server: bool) -> str | None:
@@ -220,7 +225,7 @@ def served_model(config: Config) -> str:
 
 def _server_command(config: Config) -> list[str]:
     """Give the server's command, quoted."""
-    server, model = config.cluster.server, shlex.quote(served_model(config))
+    server, model = config.cluster.server, quoted(served_model(config))
     options = [expand(option) for option in server.options]
     where = ["--host", "0.0.0.0", "--port", '"$port"']
     if server.kind is ServerKind.vllm:

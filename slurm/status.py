@@ -45,8 +45,8 @@ def status(config: Config) -> None:
     run_folder = find_run(config)
     found = submissions(run_folder)
     folder = found[max(found)] if found else None
-    frozen = folder / f"{FROZEN}.yaml" if folder else None
-    options: Any = OmegaConf.to_container(OmegaConf.load(frozen)) if frozen and frozen.is_file() else {}
+    told = (folder / f"{FROZEN}.yaml" if folder else run_folder, run_folder / "training" / "config.yaml")
+    options: Any = next((OmegaConf.to_container(OmegaConf.load(path)) for path in told if path.is_file()), {})
     progress = stage_progress(run_folder, options)
     about, records = read_submission(folder) if folder else ({}, [])
     print(_heading(run_folder, folder, about))
@@ -153,7 +153,7 @@ def _stage_line(stage: str, tasks: list[TaskStatus], complete: bool, progress: s
     else:
         state = DONE if complete else "not submitted"
     line = f"{stage:<10} {state:<10} {progress}".rstrip()
-    told = [task for task in tasks if task.state != DONE and (len(tasks) > 1 or task.detail)]
+    told = [task for task in tasks if task.detail or (task.state != DONE and len(tasks) > 1)]
     if len(tasks) == 1 and not told:
         return f"{line}  (job {tasks[0].job})"
     return "\n".join([line, *(f"  {t.name}: job {t.job} {t.state}{f': {t.detail}' if t.detail else ''}" for t in told)])

@@ -87,7 +87,7 @@ def test_paths_and_values_reach_the_shell_as_they_are(tmp_path):
     environment = {**os.environ, "ONE": "1", "SLURM_ARRAY_TASK_ID": "0"}
     run = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True, env=environment)
     assert run.stdout.endswith('my server\n/a model\n1\na  b "c" `id` $(id) 1\n')
-    assert """sbatch '/pla ce/50%/"q"/it'"'"'s a "run" $HOME `id`/jobs/1/server.sbatch'""" in text
+    assert """sbatch "/pla ce/50%/\\"q\\"/it's a \\"run\\" \\$HOME \\`id\\`/jobs/1/server.sbatch"\n""" in text
     assert '--output="/pla ce/50%%/\\"q\\"/it\'s a \\"run\\" $HOME `id`/jobs/1/logs/server-%A_%a.log"' in text
 
 
