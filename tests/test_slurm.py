@@ -72,8 +72,7 @@ def test_job_files_are_clean_to_shellcheck_and_say_nothing_of_this_machine(varia
                 assert word not in text
     files = [*tmp_path.glob("*.sbatch"), TEMPLATES / "common.sh"]
     check = Path(sys.executable).with_name("shellcheck")
-    kept_as_they_are = "--exclude=SC2016"  # paths and values with $ and ` stand in single quotes for that
-    done = subprocess.run([check, kept_as_they_are, *files], capture_output=True, text=True, check=False)
+    done = subprocess.run([check, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -219,7 +218,7 @@ def test_status_of_a_run_that_was_not_submitted_is_that_of_its_artifacts(finishe
     by_name = fledge("status", finished.name, f"runs_dir={finished.folder}")
     assert by_name.returncode == 0, by_name.stderr
     assert "never submitted" in by_name.stdout
-    assert re.search(r"train +done +step 24 of 24, .*loss \d", by_name.stdout)
+    assert re.search(r"train +done +step 24 of 24, loss \d", by_name.stdout)
     assert re.search(r"evaluate +done +acceptance length \d\.\d\d\n", by_name.stdout)
     assert fledge("status", str(finished.path)).stdout == by_name.stdout
     missing = fledge("status", "nowhere")
