@@ -102,18 +102,20 @@ def main(arguments: list[str] | None = None) -> None:
 def inspect_overrides(arguments: list[str]) -> list[str]:
     """Turn `STORE --verify`, and what else may stand there, into overrides: a store names its verifier by itself."""
     flags = {"--verify": "inspect.verify=true"}
-    overrides = [flags.get(argument, argument) for argument in arguments]
-    for number in _positional(arguments)[:1]:
-        overrides[number] = f"inspect.store={_quoted(arguments[number])}"
-    return _without_verifier("inspect", overrides)
+    return _place_override("inspect", "store", [flags.get(argument, argument) for argument in arguments])
 
 
 def status_overrides(arguments: list[str]) -> list[str]:
     """Turn `RUN`, and what else may stand there, into overrides."""
+    return _place_override("status", "run", arguments)
+
+
+def _place_override(command: str, option: str, arguments: list[str]) -> list[str]:
+    """Turn the first place among the arguments into an option of the command."""
     overrides = list(arguments)
     for number in _positional(arguments)[:1]:
-        overrides[number] = f"status.run={_quoted(arguments[number])}"
-    return _without_verifier("status", overrides)
+        overrides[number] = f"{command}.{option}={_quoted(arguments[number])}"
+    return _without_verifier(command, overrides)
 
 
 def compare_overrides(arguments: list[str]) -> list[str]:

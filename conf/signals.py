@@ -6,8 +6,10 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 from .run import EXIT_AGAIN
 
@@ -37,6 +39,11 @@ class StopSignals:
     def exit_code(self) -> int:
         """Give the code to end with: 130 after a keyboard's signal, else the one that asks for another start."""
         return 128 + signal.SIGINT if self.received is signal.SIGINT else EXIT_AGAIN
+
+    def exit(self, stage: str) -> NoReturn:
+        """End a stage that a signal has asked to stop, everything saved."""
+        print(f"{stage}: stopped by {self.name}; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(self.exit_code)
 
 
 def end_with_parent(_worker: int = 0) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,8 +87,7 @@ class _Stop:
 
     def exit_if_stopped(self) -> None:
         if self._stopped:
-            print(f"dump: stopped by {self._signals.name}; the same command goes on", file=sys.stderr, flush=True)
-            sys.exit(self._signals.exit_code)
+            self._signals.exit("dump")
 
 
 def _readings(config: Config, plan: HiddenStateStore, shards: list[int]) -> Iterator[list[Sample]]:

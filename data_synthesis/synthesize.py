@@ -71,8 +71,7 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
         finally:
             outcomes.close()
         if signals.received:
-            print(f"synthesize: stopped by {signals.name}; the same command goes on", file=sys.stderr)
-            sys.exit(signals.exit_code)
+            signals.exit("synthesize")
         _finish(target, outcomes, num_prompts)
 
 

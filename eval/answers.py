@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from ..models.vocabulary import VocabularyMap
 from .acceptance import AcceptanceRule
 from .draft_decoder import DraftDecoder
 from .prompt_lookup import NoDraft, PromptLookup
+from .proposal import Drafter
 from .questions import HELDOUT, Question
 from .results import LOOKUP, RECORDS, TRAINED, UNTRAINED
-from .speculative import Decoded, Drafter, Request, Speculator
+from .speculative import Decoded, Request, Speculator
 
 
 def answer_questions(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
@@ -42,8 +42,7 @@ def answer_questions(config: Config, head: DraftHead, questions: list[Question],
         for group in _groups(left, config.evaluate.batch_size):
             if signals.received:
                 journal.close()
-                print(f"evaluate: stopped by {signals.name}; the same command goes on", file=sys.stderr, flush=True)
-                sys.exit(signals.exit_code)
+                signals.exit("evaluate")
             journal.append(answerer.answer(group))
             progress.update(len(group))
         progress.close()
@@ -93,12 +92,7 @@ class Answerer:
 
     def answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         """Answer a group of questions, turn by turn; give their records."""
-        records: list[dict[str, Any]] = [
-            {"id": question.id, "category": question.category, "turns": list(question.turns)}
-            | ({"images": len(question.images)} if question.images else {})
-            | {"answers": []}
-            for question in questions
-        ]
+        records = [question.record([]) for question in questions]
         texts: list[list[str]] = [[] for _ in questions]
         for turn in range(max(len(question.turns) for question in questions)):
             asked = [number for number, question in enumerate(questions) if turn < len(question.turns)]

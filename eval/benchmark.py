@@ -32,7 +32,8 @@ from .cached_verifier import round_up
 from .draft_decoder import DraftDecoder
 from .graphs import Graphs
 from .prompt_lookup import NoDraft
-from .speculative import Drafter, Request, Speculator
+from .proposal import Drafter
+from .speculative import Request, Speculator
 
 
 @dataclass

@@ -119,7 +119,10 @@ class CachedVerifier:
         config = verifier.model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         self._kinds = _attention_kinds(verifier)
-        self._spans = {_SLIDING: getattr(config, "sliding_window", None), _CHUNKED: _chunk_size(config)}
+        self._spans = {
+            _SLIDING: getattr(config, "sliding_window", None),
+            _CHUNKED: getattr(config, "attention_chunk_size", None),
+        }
         self._additive = config._attn_implementation == "eager"
         probe = DynamicCache()
         verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=probe)
@@ -264,7 +267,3 @@ def _attention_kinds(verifier: Verifier) -> list[str]:
             f"be taken out of ({', '.join(unknown) or 'recurrent'} layers): evaluate it with evaluate.engine=server"
         )
     return kinds
-
-
-def _chunk_size(config: Any) -> int | None:
-    return getattr(config, "attention_chunk_size", None)

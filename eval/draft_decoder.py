@@ -9,10 +9,10 @@ from ..models.draft_head import DraftHead
 from ..models.kernels import run_on
 from .acceptance import GREEDY, AcceptanceRule
 from .cached_verifier import round_up, visible
-from .proposal import Proposal, grow_tree
+from .proposal import Drafter, NewRows, Proposal, grow_tree
 
 
-class DraftDecoder:
+class DraftDecoder(Drafter):
     """Proposes tokens with a draft head and its key-value cache: a chain, or a tree as EAGLE-2 grows it.
 
     Row r of the cache is fed token r+1 with the state of position r. `extend` adds rows from the verifier's states;
@@ -27,7 +27,7 @@ class DraftDecoder:
         tree_depth: None drafts a chain.
     """
 
-    on_device = True  # proposes without a look at values on the host
+    on_device = True
 
     def __init__(
         self,
@@ -73,28 +73,15 @@ class DraftDecoder:
         return True
 
     @torch.no_grad()
-    def extend(
-        self,
-        fed: Tensor,
-        aux_hidden_states: Tensor,
-        lengths: Tensor,
-        counts: Tensor,
-        num_read: int,
-        sequences: slice = slice(None),
-    ) -> None:
-        """Add rows: tokens fed [b, n], each the successor of the position whose aux states [b, n, A*H] stand beside it.
-
-        Args:
-            lengths: int64 [b], rows there are.
-            counts: int64 [b], how many of the n are to stay, at least one; the others are written over.
-            num_read: rows that are read, at least those of the longest sequence.
-        """
+    def extend(self, rows: NewRows, aux_hidden_states: Tensor) -> None:
+        """Add rows: of each position its aux states [b, n, A*H] and the token that came next."""
+        fed, lengths, counts, num_read, sequences = rows
         slots = lengths[:, None] + torch.arange(fed.shape[1], device=fed.device)
         seen = visible(lengths, slots, num_read, None)
         state, normed = self._run(fed, self.head.fuse(aux_hidden_states), slots, slots, seen, sequences)
-        rows = torch.arange(len(fed), device=fed.device)
-        self._state[sequences] = state[rows, counts - 1]
-        self._normed[sequences] = normed[rows, counts - 1]
+        each = torch.arange(len(fed), device=fed.device)
+        self._state[sequences] = state[each, counts - 1]
+        self._normed[sequences] = normed[each, counts - 1]
         self._last[sequences] = lengths + counts - 1
 
     @torch.no_grad()

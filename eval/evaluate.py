@@ -43,9 +43,8 @@ def evaluate(config: Config) -> None:
                 answer_by_server(config, questions, target)
             else:
                 answer_questions(config, head, questions, target.folder)
-            results = summarise(
-                config, source, {"verifier": verifier}, questions, target.folder, target.manifest.get("served")
-            )
+            served = target.manifest.get("served")
+            results = summarise(config, source, verifier, questions, target.folder, served)
             write_json(target.folder / ACCEPTANCE, results)
             track(config, source, settings, target.folder, results)
             target.finish()

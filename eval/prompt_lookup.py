@@ -6,14 +6,11 @@ import torch
 from torch import LongTensor, Tensor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .proposal import NOTHING, Proposal
+from .proposal import NOTHING, Drafter, NewRows, Proposal
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Proposes what followed the first occurrence of the last tokens in the text so far."""
-
-    on_device = False
-    num_draft_rows = 0
 
     def __init__(self, num_draft_tokens: int, num_sequences: int = 1, max_matching_ngram_size: int = 2) -> None:
         self.num_draft_tokens = self.depth = num_draft_tokens
@@ -22,22 +19,11 @@ class PromptLookup:
         )
         self._texts = [[NOTHING] for _ in range(num_sequences)]  # but for their first tokens
 
-    def reserve(self, num_slots: int) -> bool:
-        """Need no memory."""
-        return False
-
-    def extend(
-        self,
-        fed: Tensor,
-        aux_hidden_states: Tensor,
-        lengths: Tensor,
-        counts: Tensor,
-        num_read: int,
-        sequences: slice = slice(None),
-    ) -> None:
+    def extend(self, rows: NewRows, aux_hidden_states: Tensor) -> None:
         """Add tokens of the texts; the states are not used."""
-        places = range(len(self._texts))[sequences]
-        for place, tokens, length, count in zip(places, fed.tolist(), lengths.tolist(), counts.tolist(), strict=True):
+        told = (values.tolist() for values in (rows.fed, rows.lengths, rows.counts))
+        places = range(len(self._texts))[rows.sequences]
+        for place, tokens, length, count in zip(places, *told, strict=True):
             self._texts[place] = self._texts[place][:length] + tokens[:count]
 
     def propose(self, draws: Tensor, num_read: int) -> Proposal:
@@ -50,26 +36,10 @@ class PromptLookup:
         return Proposal(torch.tensor(found, device=draws.device))
 
 
-class NoDraft:
+class NoDraft(Drafter):
     """Proposes nothing: the verifier decodes alone."""
 
     on_device = True
-    num_draft_tokens = depth = num_draft_rows = 0
-
-    def reserve(self, num_slots: int) -> bool:
-        """Need no memory."""
-        return False
-
-    def extend(
-        self,
-        fed: Tensor,
-        aux_hidden_states: Tensor,
-        lengths: Tensor,
-        counts: Tensor,
-        num_read: int,
-        sequences: slice = slice(None),
-    ) -> None:
-        """Ignore the texts."""
 
     def propose(self, draws: Tensor, num_read: int) -> Proposal:
         """Propose no token."""

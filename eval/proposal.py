@@ -11,6 +11,7 @@ a token after each; from node 0 on, the way goes to the child that is the token 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,41 @@ class Proposal:
     def depth(self) -> int:
         """Draft tokens that can be accepted."""
         return self.tokens.shape[1] if self.tree is None else self.tree.depth
+
+
+class NewRows(NamedTuple):
+    """Positions that texts have come to, and the token that came next after each: rows of a drafter's cache."""
+
+    fed: Tensor  # int64 [b, n], that token
+    lengths: Tensor  # int64 [b], how many positions were known before
+    counts: Tensor  # int64 [b], how many of the n are now, at least one; the others are to be written over
+    num_read: int  # at least the positions of the longest text
+    sequences: slice = slice(None)  # which b of the batch's
+
+
+class Drafter:
+    """Whatever proposes tokens; by itself it needs no memory and learns nothing."""
+
+    on_device = False  # proposes without a look at values on the host, so that a round can be a CUDA graph
+    num_draft_tokens = 0  # of a proposal, at most
+    depth = 0  # draft tokens of a proposal that can be accepted
+    num_draft_rows = 0  # that a proposal takes in the drafter's cache beyond those of the text
+
+    def reserve(self, num_slots: int) -> bool:
+        """Take memory for sequences of this many tokens; give whether it is new, and all content gone."""
+        return False
+
+    def extend(self, rows: NewRows, aux_hidden_states: Tensor) -> None:
+        """Learn new rows, beside each the aux states [b, n, A*H] that the verifier had at its position."""
+
+    def propose(self, draws: Tensor, num_read: int) -> Proposal:
+        """Propose tokens for every sequence.
+
+        Args:
+            draws: float64 [B, depth, NUM_DRAWS], uniform numbers, one row a depth.
+            num_read: at least the positions of the longest text, and what a proposal takes beyond.
+        """
+        raise NotImplementedError
 
 
 @dataclass

@@ -81,6 +81,11 @@ class Question:
             first["content"] = [*shown, {"type": "text", "text": first["content"]}]
         return messages
 
+    def record(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
+        """Give the line of questions.jsonl, whose form eval/results.py tells."""
+        images = {"images": len(self.images)} if self.images else {}
+        return {"id": self.id, "category": self.category, "turns": list(self.turns), **images, "answers": answers}
+
 
 def questions_identity(questions: list[Question]) -> str:
     """Name what is asked: the questions as they are and the content of the images that are on this machine."""

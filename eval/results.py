@@ -35,7 +35,7 @@ def asked(folder: Path) -> list[Record]:
 def summarise(
     config: Config,
     source: Path | None,
-    record: dict[str, Any],
+    verifier: dict[str, Any],
     questions: list[Question],
     folder: Path,
     served: dict[str, Any] | None = None,
@@ -44,11 +44,11 @@ def summarise(
 
     Args:
         source: the head's folder; None where nobody says which head a server has.
-        record: what is known of the head, with the identity of its verifier.
+        verifier: what is known of its identity.
         served: of a server {engine, model, definition}.
     """
-    answered = asked(folder)
-    heldout = [r for r in read_journal(folder / RECORDS) if r["category"] == HELDOUT]
+    records = list(read_journal(folder / RECORDS))
+    answered, heldout = ([r for r in records if (r["category"] == HELDOUT) is kind] for kind in (False, True))
     num = config.evaluate.draft_depth
     names = list(answered[0]["answers"][0]["drafters"])
     categories = list(dict.fromkeys(question.category for question in questions if question.category != HELDOUT))
@@ -61,9 +61,9 @@ def summarise(
         **conditions(config, answered),
         "definition": DEFINITION,
         **(served or {}),
-        "verifier": record["verifier"],
+        "verifier": verifier,
         "head": os.path.relpath(source, config.run_folder) if source else None,
-        **_lossless([*answered, *heldout]),
+        **_lossless(records),
         "verifier_alone_tokens_per_s": alone_tokens_per_s(answered),
         "by_category": {name: drafters([r for r in answered if r["category"] == name]) for name in categories},
         **_by_modality(answered, drafters),

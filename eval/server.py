@@ -155,7 +155,7 @@ class _Questioning:
                     "drafters": {TRAINED: counted},
                 }
             )
-        return {"id": question.id, "category": question.category, "turns": list(question.turns), "answers": answers}
+        return question.record(answers)
 
     async def _ask(self, asked: Asked) -> Served:
         """Ask, and look now and then whether the server is there: vLLM, told to stop, leaves requests hanging."""

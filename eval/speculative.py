@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,39 +26,7 @@ from .acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, uniform_draws
 from .cached_verifier import CachedVerifier, round_up
 from .graphs import Graphs
 from .prompt_lookup import NoDraft
-from .proposal import Proposal, Way, find_way
-
-
-class Drafter(Protocol):
-    """Whatever proposes tokens."""
-
-    on_device: bool  # so that a round with it can be a CUDA graph
-    num_draft_tokens: int  # of a proposal, at most
-    depth: int  # draft tokens of a proposal that can be accepted
-    num_draft_rows: int  # that a proposal takes in the drafter's cache beyond those of the text
-
-    def reserve(self, num_slots: int) -> bool:
-        """Take memory for sequences of this many tokens; give whether it is new, and all content gone."""
-
-    def extend(
-        self,
-        fed: Tensor,
-        aux_hidden_states: Tensor,
-        lengths: Tensor,
-        counts: Tensor,
-        num_read: int,
-        sequences: slice = slice(None),
-    ) -> None:
-        """Learn that position by position the verifier had these aux states [b, n, A*H] and `fed` [b, n] came next.
-
-        Args:
-            lengths, counts: int64 [b], how many positions were known before, and how many of the n are.
-            num_read: at least the tokens of the longest sequence.
-            sequences: which b of the batch's.
-        """
-
-    def propose(self, draws: Tensor, num_read: int) -> Proposal:
-        """Propose tokens for every sequence; `draws` [B, depth, NUM_DRAWS] are uniform numbers, one row a depth."""
+from .proposal import Drafter, NewRows, Proposal, Way, find_way
 
 
 @dataclass
@@ -113,7 +81,8 @@ class Speculator:
         self._graphs = Graphs(device) if cuda_graphs and one_gpu else None
         self._requests: list[Request] = []
         self._limits: list[int] = []  # of tokens, for each
-        self._aux: list[Tensor] = []  # of prompts read together [b, P, A*H]
+        # Prompts read together: their places, their tokens [b, P], and the aux states of these [b, P, A*H].
+        self._read: list[tuple[slice, Tensor, Tensor]] = []
         # Of every sequence: tokens in the caches, the text's last token (which is not), tokens of the prompt, and
         # whether it goes on. Always the same memory, which graphs read and write.
         self._lengths, self._last, self._prompts = torch.zeros(3, num_sequences, dtype=torch.int64, device=device)
@@ -141,7 +110,7 @@ class Speculator:
         self._requests = requests
         self._reserve()
         self._draw_numbers()
-        self._aux, self._first = [], []
+        self._read, self._first = [], []
         for places in self._alike():
             first, length = requests[places.start], len(requests[places.start].prompt)
             tokens = torch.tensor([request.prompt for request in requests[places]], device=self.verifier.device)
@@ -149,7 +118,7 @@ class Speculator:
                 tokens, self._lengths[places].zero_(), length, places, is_prompt=True, logits_to_keep=1, **first.inputs
             )
             chosen = self.rule.choose(output.logits, _nothing(tokens), self._draws[places, :1])
-            self._aux.append(output.aux_hidden_states)
+            self._read.append((places, tokens, output.aux_hidden_states))
             self._first += chosen[:, 0].tolist()
 
     def _alike(self) -> Iterator[slice]:
@@ -224,15 +193,13 @@ class Speculator:
 
     def _start(self, drafter: Drafter) -> None:
         """Take every sequence back to its prompt and first token."""
-        device = self.verifier.device
         self._lengths.zero_()
         self._last.zero_()
-        self._last[: len(self._first)] = torch.tensor(self._first, device=device)
-        for places, aux in zip(self._alike(), self._aux, strict=True):
-            prompts = torch.tensor([request.prompt for request in self._requests[places]], device=device)
+        self._last[: len(self._first)] = torch.tensor(self._first, device=self._last.device)
+        for places, prompts, aux in self._read:
             fed = torch.cat([prompts[:, 1:], self._last[places, None]], 1)
             counts = torch.full_like(self._lengths[places], prompts.shape[1])
-            drafter.extend(fed, aux, self._lengths[places], counts, prompts.shape[1], places)
+            drafter.extend(NewRows(fed, self._lengths[places], counts, prompts.shape[1], places), aux)
             self._lengths[places] = counts
         self._prompts.copy_(self._lengths)
 
@@ -262,7 +229,7 @@ class Speculator:
             self._compact(way)
             aux = aux.gather(1, way.nodes[:, :, None].expand(-1, -1, aux.shape[-1]))
         counts = torch.where(going, way.accepted + 1, 1)
-        drafter.extend(way.tokens, aux, lengths, counts, num_read)
+        drafter.extend(NewRows(way.tokens, lengths, counts, num_read), aux)
         last = way.tokens.gather(1, way.accepted[:, None])[:, 0]
         self._last.copy_(torch.where(going, last, self._last))
         lengths.add_(torch.where(going, counts, 0))

@@ -14,7 +14,7 @@ from ..data_synthesis.state_format import TOKEN_BYTES, StateFormat
 from ..models.draft_head import DraftHeadConfig
 from ..train.cost import plain_flops
 from .gpus import GPUS
-from .training_memory import TrainingShape, trained_parameters
+from .training_memory import TrainingShape
 from .verifier_shape import VerifierShape
 
 CHARS_A_TOKEN = 5.0  # of a conversation's line, its JSON counted
@@ -73,7 +73,7 @@ def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingS
     newest stay, and the best, while one more is written.
     """
     options = config.train
-    every, _ = trained_parameters(shape)
+    every, _ = shape.parameters
     exports = 2 if config.export.format is ExportFormat.all else 1
     checkpoint = checkpoint_bytes(shape)
     stored = tokens.tokens * (
@@ -91,7 +91,7 @@ def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingS
 
 def checkpoint_bytes(shape: TrainingShape) -> int:
     """Give the bytes of one checkpoint, over all ranks."""
-    every, trained = trained_parameters(shape)
+    every, trained = shape.parameters
     return 2 * every * shape.item + (12 if shape.zero_stage else 8) * trained
 
 

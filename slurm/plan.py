@@ -15,7 +15,7 @@ from ..data_synthesis.state_format import TOKEN_BYTES
 from ..models.draft_head import DraftHeadConfig
 from .amounts import Tokens, costs, disk, find_tokens, store_bytes
 from .gpus import GPUS
-from .training_memory import TrainingShape, peak, trained_parameters, training_memory
+from .training_memory import TrainingShape, peak, training_memory
 from .verifier_shape import VerifierShape, verifier_shape
 
 RESERVED = 2 * 2**30  # of a GPU: CUDA's context, NCCL, fragments
@@ -71,7 +71,7 @@ def make_plan(config: Config) -> dict[str, Any]:
             "weights": verifier.weight_bytes,
             "cache of a conversation": round(verifier.cache_bytes(tokens.mean)),
         },
-        "head": {"parameters": trained_parameters(shape)[0], "trained": trained_parameters(shape)[1]},
+        "head": dict(zip(("parameters", "trained"), shape.parameters, strict=True)),
         "tokens": {**asdict(tokens), "mean": tokens.mean},
         "disk": disk(config, tokens, head, shape),
         "gpus": {

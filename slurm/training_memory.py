@@ -9,6 +9,7 @@ own (its norms keep less, DeepSpeed's buckets are allocated whole, products in 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -41,6 +42,12 @@ class TrainingShape:
     def item(self) -> int:
         """Bytes of a weight."""
         return self.dtype.itemsize
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """All parameters of the head, and those that are trained."""
+        every = count_parameters(self.head)
+        return every, every - (0 if self.train_lm_head else self.head.draft_vocab_size * self.head.hidden_size)
 
     @property
     def narrow(self) -> bool:
@@ -80,15 +87,9 @@ def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:
     return largest, sums[largest]
 
 
-def trained_parameters(shape: TrainingShape) -> tuple[int, int]:
-    """Give all parameters, and those that are trained."""
-    every = count_parameters(shape.head)
-    return every, every - (0 if shape.train_lm_head else shape.head.draft_vocab_size * shape.head.hidden_size)
-
-
 def _always(shape: TrainingShape) -> dict[str, int]:
     """Give what a rank keeps from the first step to the last."""
-    every, trained = trained_parameters(shape)
+    every, trained = shape.parameters
     head, stage = shape.head, shape.zero_stage
     share = shape.ranks if stage else 1
     on_device = not shape.offload_optimizer
@@ -114,7 +115,7 @@ def _kept_gradients(shape: TrainingShape, trained: int) -> int:
 
 def _accumulated(shape: TrainingShape) -> dict[str, int]:
     """Give the gradients of packs before, while a further one is computed."""
-    _, trained = trained_parameters(shape)
+    _, trained = shape.parameters
     if shape.micro_batches == 1 or shape.zero_stage == 3:
         return {"gradients of the packs before": 0}
     if shape.zero_stage == 2:
@@ -123,7 +124,7 @@ def _accumulated(shape: TrainingShape) -> dict[str, int]:
 
 
 def _gathered(shape: TrainingShape) -> dict[str, int]:
-    every, _ = trained_parameters(shape)
+    every, _ = shape.parameters
     return {"weights gathered (ZeRO 3)": every * shape.item if shape.zero_stage == 3 and shape.ranks > 1 else 0}
 
 
@@ -196,7 +197,7 @@ def _loss(shape: TrainingShape) -> dict[str, int]:
 
 def _backward(shape: TrainingShape) -> dict[str, int]:
     """Give what the backward pass has of its own: a gradient as it is handed on, and where it is sent from."""
-    head, (_, trained) = shape.head, trained_parameters(shape)
+    head, (_, trained) = shape.head, shape.parameters
     matrix = head.draft_vocab_size * head.hidden_size if shape.train_lm_head else 0
     has_bucket = shape.zero_stage == 2 or (shape.zero_stage == 1 and not shape.narrow)
     bucket = BUCKET if shape.device == "cuda" else min(BUCKET, trained // 2)
@@ -208,7 +209,7 @@ def _backward(shape: TrainingShape) -> dict[str, int]:
 
 def _update(shape: TrainingShape) -> dict[str, int]:
     """Give what the optimizer's step adds: gradients, the flat copy of a rank's share, and Adam's denominator."""
-    _, trained = trained_parameters(shape)
+    _, trained = shape.parameters
     if shape.offload_optimizer:
         return {"gradients and Adam's step": trained * shape.item}
     if shape.zero_stage == 0:

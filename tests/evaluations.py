@@ -70,7 +70,7 @@ def evaluation(
         journal.append(records)
         journal.close()
         head = run / "training" / "checkpoints" / "step-1"
-        results = summarise(config, head, {"verifier": VERIFIER}, questions, target.folder)
+        results = summarise(config, head, VERIFIER, questions, target.folder)
         write_json(target.folder / ACCEPTANCE, results)
         if finished:
             target.finish()

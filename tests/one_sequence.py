@@ -6,7 +6,7 @@ import torch
 from fledge.eval.acceptance import NUM_DRAWS
 from fledge.eval.cached_verifier import round_up
 from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.proposal import Proposal
+from fledge.eval.proposal import NewRows, Proposal
 from fledge.models.draft_head import DraftHead
 
 
@@ -21,7 +21,7 @@ class OneSequence:
     def extend(self, fed: list[int], aux_hidden_states: torch.Tensor) -> None:
         count, rows = torch.tensor([len(fed)]), torch.tensor([self.num_rows])
         num_read = round_up(self.num_rows + len(fed))
-        self._decoder.extend(torch.tensor([fed]), aux_hidden_states[None], rows, count, num_read)
+        self._decoder.extend(NewRows(torch.tensor([fed]), rows, count, num_read), aux_hidden_states[None])
         self.num_rows += len(fed)
         self._state, self._normed = self._decoder._state, self._decoder._normed
 

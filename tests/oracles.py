@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fledge.eval.proposal import Proposal, Tree
+from fledge.eval.proposal import Drafter, NewRows, Proposal, Tree
 
 
-class Oracle:
+class Oracle(Drafter):
     """Proposes the continuation of known answers as a chain.
 
     Args:
@@ -14,22 +14,16 @@ class Oracle:
         wrong: the share of tokens that are another instead, drawn by `seed`.
     """
 
-    on_device = False
-    num_draft_rows = 0
-
     def __init__(self, answers: list[list[int]], num_draft_tokens: int, wrong: float = 0.0, seed: int = 0) -> None:
         self.answers, self.wrong = answers, wrong
         self.num_draft_tokens = self.depth = num_draft_tokens
         self.known = [0] * len(answers)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def reserve(self, num_slots: int) -> bool:
-        return False
-
-    def extend(self, fed, aux_hidden_states, lengths, counts, num_read, sequences=slice(None)) -> None:
-        assert fed.shape == aux_hidden_states.shape[:2]
-        places = range(len(self.answers))[sequences]
-        for place, length, count in zip(places, lengths.tolist(), counts.tolist(), strict=True):
+    def extend(self, rows: NewRows, aux_hidden_states: torch.Tensor) -> None:
+        assert rows.fed.shape == aux_hidden_states.shape[:2]
+        places = range(len(self.answers))[rows.sequences]
+        for place, length, count in zip(places, rows.lengths.tolist(), rows.counts.tolist(), strict=True):
             self.known[place] = self.known[place] + count if length else 1
 
     def continuation(self, place: int) -> list[int]:

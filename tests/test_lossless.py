@@ -6,7 +6,8 @@ import pytest
 import torch
 from architectures import make_model, save_verifier
 from fledge.eval.prompt_lookup import NoDraft
-from fledge.eval.speculative import Decoded, Drafter, Request, Speculator
+from fledge.eval.proposal import Drafter
+from fledge.eval.speculative import Decoded, Request, Speculator
 from fledge.models.verifier import Verifier
 from oracles import Oracle, TreeOracle
 

@@ -15,8 +15,8 @@ from fledge.eval.cached_verifier import CachedVerifier
 from fledge.eval.draft_decoder import DraftDecoder
 from fledge.eval.metrics import Counts
 from fledge.eval.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.proposal import Proposal, Tree, find_way, grow_tree
-from fledge.eval.speculative import Decoded, Drafter, Request, Speculator, answer_alone
+from fledge.eval.proposal import Drafter, Proposal, Tree, find_way, grow_tree
+from fledge.eval.speculative import Decoded, Request, Speculator, answer_alone
 from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.embedded.corpus import questions
 from fledge.models.verifier import Verifier, VerifierWeights
