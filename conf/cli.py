@@ -7,8 +7,9 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -159,7 +160,7 @@ def run_command(command: str, overrides: list[str]) -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
-    sys.argv = [f"fledge {command}", *overrides]
+    sys.argv = [f"fledge {command}", *map(_free_override, overrides)]
     task = _task(command, show_traceback)
     try:
         hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
@@ -167,6 +168,22 @@ def run_command(command: str, overrides: list[str]) -> None:
         if show_traceback:
             raise
         _fail(explain(error))
+
+
+def _free_override(override: str) -> str:
+    """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: false}`."""
+    option = override.partition("=")[0]
+    free = any(option == name or option.startswith(f"{name}.") for name in _free_options(Config))
+    return f"++{override}" if free else override
+
+
+def _free_options(kind: type, prefix: str = "") -> Iterator[str]:
+    """Give the options that are dictionaries of any names."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield from _free_options(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif get_origin(hint) is dict:
+            yield prefix + name
 
 
 def _task(command: str, show_traceback: bool) -> Any:

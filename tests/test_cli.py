@@ -8,6 +8,7 @@ from builders import Run
 from fledge.conf.artifact import differences
 from fledge.conf.cli import COMMANDS, main
 from fledge.conf.schema import Config, validate
+from omegaconf import OmegaConf
 
 
 def fails(capfd, *arguments: str) -> str:
@@ -49,6 +50,13 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
 def test_a_wrong_option_is_named_with_what_is_allowed(capfd, override, words):
     message = fails(capfd, "train", "experiment=demo", "name=x", *override.split())
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("override", ["={enable_thinking: false}", ".enable_thinking=false"])
+def test_variables_of_a_chat_template_are_given_by_any_name_beside_those_of_the_experiment(capfd, override):
+    main(["dump", "experiment=llama31_8b", "name=x", f"verifier.chat_template_kwargs{override}", "--cfg", "job"])
+    given = OmegaConf.create(capfd.readouterr().out).verifier.chat_template_kwargs
+    assert given == {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 def test_a_missing_required_option_is_named(capfd):

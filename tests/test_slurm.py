@@ -78,7 +78,7 @@ def test_job_files_are_clean_to_shellcheck_and_say_nothing_of_this_machine(varia
 
 def test_paths_and_values_reach_the_shell_as_they_are(tmp_path):
     """What a job would run: its srun replaced by what prints its arguments, a line each."""
-    text = printed(*VARIANTS["custom"], "+cluster.env.WORDS='a  b \"c\" `id` $(id) $ONE'")["server"]
+    text = printed(*VARIANTS["custom"], "cluster.env.WORDS='a  b \"c\" `id` $(id) $ONE'")["server"]
     (tmp_path / "common.sh").write_text(
         'begin() { :; }\nfree_port() { echo 1; }\nserve() { printf "%s\\n" "$@" "$WORDS"; }\n'
     )
@@ -134,7 +134,7 @@ def test_servers_are_started_in_their_engines_words():
         (["cluster=one_machine", "cluster.dump.nodes=2"], ["cluster.dump.nodes must be 1"]),
         (["cluster=one_machine", "cluster.server.kind=custom"], ["cluster.server.command must be given"]),
         (["cluster=one_machine", "cluster.server.kind=vllm"], ["verifier.path", "embedded"]),
-        (["cluster=one_machine", "+cluster.env.HF_TOKEN=hf_secret"], ["cluster.env.HF_TOKEN", "hold no keys"]),
+        (["cluster=one_machine", "cluster.env.HF_TOKEN=hf_secret"], ["cluster.env.HF_TOKEN", "hold no keys"]),
         (
             ["cluster=slurm_gpu", "verifier.path=x", "cluster.server.options=[--api-key,secret]"],
             ["--api-key", "VLLM_API_KEY"],

@@ -57,6 +57,11 @@ class Submitted:
     def record(self, stage: str) -> JobRecord:
         return next(job for job in read_submission(self.folder)[1] if job.stage == stage)
 
+    def job(self, stage: str) -> str:
+        """Give the id of a job, of an array of one that of its task."""
+        record = self.record(stage)
+        return record.id if record.tasks is None else f"{record.id}_0"
+
     def events(self, name: str) -> list[str]:
         return [event.kind for event in read_events(self.folder, name)]
 
@@ -69,7 +74,7 @@ class Submitted:
 
     def start_again(self, stage: str) -> None:
         """Have Slurm start a requeued job at once: it would wait two minutes."""
-        job = self.record(stage).id
+        job = self.job(stage)
         wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 60)
         time.sleep(2)  # slurmd refuses a job within the second in which its last start was revoked
         slurm("scontrol", "update", f"jobid={job}", "starttime=now")
@@ -98,9 +103,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Pat
     whole = Submitted(Run(folder / "runs", tiny_verifier_folder))
     (folder / "hub").mkdir()
     command = "[transformers,serve,'{model}',--device,cpu,--host,127.0.0.1,--port,'{port}']"
-    hub = f"+cluster.server.env.HF_HUB_CACHE={quoted(folder / 'hub')}"
+    hub = f"cluster.server.env.HF_HUB_CACHE={quoted(folder / 'hub')}"
     whole(
-        "cluster.server.kind=custom", f"cluster.server.command={command}", hub, "+cluster.server.env.HF_HUB_OFFLINE='1'"
+        "cluster.server.kind=custom", f"cluster.server.command={command}", hub, "cluster.server.env.HF_HUB_OFFLINE='1'"
     )
     whole.wait_for("export", "server-0")
     return whole
@@ -167,6 +172,35 @@ def test_training_preempted_twice_gives_the_weights_of_an_uninterrupted_one(pipe
     )
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_every_stage_preempted_goes_on_and_those_that_wait_for_it_begin_then(submitted):
+    options = ("data.sources=[{path:embedded,limit:1500}]", "evaluate.questions_per_category=null")
+    tasks = ("cluster.synthesize.tasks=1", "cluster.dump.tasks=1", "submit.stages=[synthesize,dump,train,evaluate]")
+    submitted(*options, *tasks, "evaluate.max_tokens=96", "evaluate.batch_size=1", "evaluate.baselines=false")
+    grows = {
+        "synthesize": "conversations/conversations.jsonl",
+        "dump": "hidden_states/shard-*.safetensors",
+        "evaluate": "evaluation/questions.jsonl",
+    }
+    kept: dict[Path, bytes] = {}
+    for stage, pattern in grows.items():
+        name = submitted.record(stage).names[0]
+        wait_until(lambda: any(p.stat().st_size for p in submitted.run.path.glob(pattern)), 180, 0.01)  # noqa: B023
+        slurm(
+            "scancel", *(["--signal=TERM"] if stage == "dump" else ["--signal=USR1", "--batch"]), submitted.job(stage)
+        )
+        wait_until(lambda: submitted.events(name)[-1] in ("again", "done"), 60)  # noqa: B023
+        assert submitted.events(name)[-1] == "again", f"{stage} was at its end before the signal came"
+        kept |= {path: path.read_bytes() for path in submitted.run.path.glob(pattern)}
+        submitted.start_again(stage)
+    submitted.wait_for("evaluate")
+    assert all(submitted.events(submitted.record(stage).names[0]).count("begun") == 2 for stage in grows)
+    assert len(kept) > len(grows)
+    assert all(path.read_bytes().startswith(content) for path, content in kept.items()), "nothing is made twice"
+    told = submitted.told()
+    assert "1500 of 1500 conversations" in told
+    assert told.count("done") >= 4
 
 
 def test_nothing_runs_twice_at_once(pipeline, submitted):
