@@ -171,7 +171,7 @@ def run_command(command: str, overrides: list[str]) -> None:
 
 
 def _free_override(override: str) -> str:
-    """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: false}`."""
+    """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`."""
     option = override.partition("=")[0]
     free = any(option == name or option.startswith(f"{name}.") for name in _free_options(Config))
     return f"++{override}" if free else override

@@ -97,16 +97,20 @@ def submitted(tmp_path: Path, tiny_verifier_folder: Path) -> Submitted:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Path) -> Submitted:
-    """A run of which Slurm has done every stage, the verifier behind a server."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that put the verifier behind a server."""
+    command = "[transformers,serve,'{model}',--device,cpu,--host,127.0.0.1,--port,'{port}']"
+    hub = f"cluster.server.env.HF_HUB_CACHE={quoted(tmp_path_factory.mktemp('hub'))}"
+    offline = "cluster.server.env.HF_HUB_OFFLINE='1'"
+    return ["cluster.server.kind=custom", f"cluster.server.command={command}", hub, offline]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Path, served: list[str]) -> Submitted:
+    """A run of which Slurm has done every stage."""
     folder = tmp_path_factory.mktemp("it's the pipeline")
     whole = Submitted(Run(folder / "runs", tiny_verifier_folder))
-    (folder / "hub").mkdir()
-    command = "[transformers,serve,'{model}',--device,cpu,--host,127.0.0.1,--port,'{port}']"
-    hub = f"cluster.server.env.HF_HUB_CACHE={quoted(folder / 'hub')}"
-    whole(
-        "cluster.server.kind=custom", f"cluster.server.command={command}", hub, "cluster.server.env.HF_HUB_OFFLINE='1'"
-    )
+    whole(*served)
     whole.wait_for("export", "server-0")
     return whole
 
@@ -241,6 +245,24 @@ def test_a_server_that_does_not_start_fails_the_array(submitted):
     told = submitted.told()
     assert "the server ended with exit code 3 before it answered" in told
     assert "every server has failed" in told
+
+
+def test_a_server_that_dies_is_started_again_and_so_is_who_asked_it(submitted, served):
+    options = ("submit.stages=[synthesize]", "cluster.synthesize.tasks=1", "synthesize.server_wait_s=5")
+    submitted(*served, *options, "data.sources=[{path:embedded,limit:400}]", "synthesize.concurrency=2")
+    conversations = submitted.run.path / "conversations" / "conversations.jsonl"
+    wait_until(lambda: conversations.is_file() and conversations.stat().st_size, 120, 0.05)
+    slurm("scancel", "--signal=KILL", f"{submitted.job('server')}.0")  # its step: the server, not the job
+    wait_until(lambda: submitted.events("server-0")[-1] == "again", 60)
+    wait_until(lambda: submitted.events("synthesize-0")[-1] == "again", 90)
+    before = conversations.read_bytes()
+    submitted.start_again("server")
+    submitted.start_again("synthesize")
+    submitted.wait_for("synthesize-0", "server-0")
+    assert submitted.events("server-0") == ["begun", "healthy", "again", "begun", "healthy", "done"]
+    assert submitted.events("synthesize-0") == ["begun", "again", "begun", "done"]
+    assert conversations.read_bytes().startswith(before)
+    assert "400 of 400 conversations" in submitted.told()
 
 
 def test_starts_without_progress_are_bounded(submitted, tmp_path):

@@ -116,6 +116,11 @@ free_port() {
   echo "$port"
 }
 
+# Say whether a server is well.
+answers() { # URL
+  curl --silent --fail --noproxy '*' --max-time 5 --output /dev/null "${1%/v1}/health"
+}
+
 # Run a server until the array that asks it has ended. servers/N.starting, then N.healthy, holds its address.
 serve() { # URL SECONDS COMMAND...
   local url=$1 deadline=$((SECONDS + $2)) file=$jobs/servers/${job#server-}
@@ -136,7 +141,7 @@ serve() { # URL SECONDS COMMAND...
     fi
     if [[ ! -e $file.healthy ]]; then
       ((SECONDS < deadline)) || fail "no answer from ${url%/v1}/health in $2 s (cluster.server.ready_s)"
-      if curl --silent --fail --noproxy '*' --max-time 5 --output /dev/null "${url%/v1}/health"; then
+      if answers "$url"; then
         answered=yes
         mv "$file.starting" "$file.healthy"
         tell healthy "$url"
@@ -166,10 +171,19 @@ array_has_ended() {
   ! grep --quiet --line-regexp "$array" <<<"$known"
 }
 
+# Say whether a server that was healthy still is: where a node was lost, it has left its address.
+any_answers() {
+  local file
+  for file in "$jobs"/servers/*.healthy; do
+    [[ ! -e $file ]] || ! answers "$(<"$file")" || return 0
+  done
+  return 1
+}
+
 # Wait until a server is healthy; set `endpoints` to those there are: more may be healthy soon.
 wait_for_servers() { # NUMBER SECONDS
   local deadline=$((SECONDS + $2))
-  until compgen -G "$jobs/servers/*.healthy" >/dev/null; do
+  until any_answers; do
     [[ -z $stopping ]] || restart "stopped by $stopping"
     (($(find "$jobs/servers" -name '*.failed' | wc -l) < $1)) || fail "every server has failed"
     ((SECONDS < deadline)) || restart "no server was healthy in $2 s (cluster.server.ready_s)"
