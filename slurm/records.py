@@ -36,7 +36,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """A line that a job has told: begun, healthy, stopping, again, done, failed."""
+    """A line that a job has told: begun, healthy, stopping, again, cancelled, done, failed."""
 
     time: str
     job: str

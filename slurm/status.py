@@ -26,6 +26,7 @@ _OF_EVENTS = {
     "again": WAITING,
     "done": DONE,
     "failed": FAILED,
+    "cancelled": CANCELLED,
 }
 
 

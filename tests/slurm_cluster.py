@@ -82,14 +82,16 @@ def slurm_cluster(num_nodes: int = 2, remember_s: int = 3600) -> Iterator[Path]:
         wait_until(lambda: slurm("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle"] * num_nodes, 60)
         yield folder
     finally:
-        for job in slurm("squeue", "--noheader", "--format=%A").split():
-            slurm("scancel", job)
-        wait_until(lambda: not slurm("squeue", "--noheader", "--format=%A").split(), 60)
-        for daemon in reversed(daemons):
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait()
-        os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            for job in slurm("squeue", "--noheader", "--format=%A").split():
+                slurm("scancel", job)
+            wait_until(lambda: not slurm("squeue", "--noheader", "--format=%A").split(), 60)
+        finally:
+            for daemon in reversed(daemons):
+                daemon.send_signal(signal.SIGTERM)
+                daemon.wait()
+            os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def configure(folder: Path, num_nodes: int, remember_s: int) -> Path:

@@ -68,7 +68,11 @@ class Submitted:
     def wait_for(self, *names: str, seconds: float = 300) -> None:
         """Wait until tasks have ended."""
         try:
-            wait_until(lambda: all(self.events(name)[-1:] in (["done"], ["failed"]) for name in names), seconds, 1)
+            wait_until(
+                lambda: all(self.events(name)[-1:] in (["done"], ["failed"], ["cancelled"]) for name in names),
+                seconds,
+                1,
+            )
         except AssertionError:
             raise AssertionError(self.told()) from None
 
@@ -220,6 +224,9 @@ def test_nothing_runs_twice_at_once(pipeline, submitted):
     assert failed.job == other
     assert f"job {job} is at work on it" in failed.detail
     slurm("scancel", job)
+    wait_until(lambda: submitted.events("train")[-1] == "cancelled", 60)
+    wait_until(lambda: "JobState=CANCELLED" in slurm("scontrol", "show", "job", job), 60)  # for good: not requeued
+    assert "train      cancelled" in submitted.told()
 
 
 def test_a_failing_stage_stops_what_follows_and_ends_the_server(submitted, tmp_path):
@@ -249,7 +256,7 @@ def test_a_server_that_does_not_start_fails_the_array(submitted):
 
 def test_a_server_that_dies_is_started_again_and_so_is_who_asked_it(submitted, served):
     options = ("submit.stages=[synthesize]", "cluster.synthesize.tasks=1", "synthesize.server_wait_s=5")
-    submitted(*served, *options, "data.sources=[{path:embedded,limit:400}]", "synthesize.concurrency=2")
+    submitted(*served, *options, "data.sources=[{path:embedded,limit:150}]", "synthesize.concurrency=2")
     conversations = submitted.run.path / "conversations" / "conversations.jsonl"
     wait_until(lambda: conversations.is_file() and conversations.stat().st_size, 120, 0.05)
     slurm("scancel", "--signal=KILL", f"{submitted.job('server')}.0")  # its step: the server, not the job
@@ -262,7 +269,7 @@ def test_a_server_that_dies_is_started_again_and_so_is_who_asked_it(submitted, s
     assert submitted.events("server-0") == ["begun", "healthy", "again", "begun", "healthy", "done"]
     assert submitted.events("synthesize-0") == ["begun", "again", "begun", "done"]
     assert conversations.read_bytes().startswith(before)
-    assert "400 of 400 conversations" in submitted.told()
+    assert "150 of 150 conversations" in submitted.told()
 
 
 def test_starts_without_progress_are_bounded(submitted, tmp_path):

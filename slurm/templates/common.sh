@@ -97,8 +97,17 @@ run() { # COMMAND...
   esac
 }
 
+# Say whether Slurm ends this job, and not for its time limit: somebody has cancelled it.
+is_cancelled() {
+  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --states=all --format='%T %r') == @(COMPLETING|CANCELLED)" None" ]]
+}
+
 restart() { # WHY
   local count before now
+  if is_cancelled; then
+    tell cancelled "$1"
+    exit "$again"
+  fi
   read -r count before <"$jobs/restarts/$job"
   now=$(progress)
   if [[ $now == "$before" ]]; then count=$((count + 1)); else count=0; fi
