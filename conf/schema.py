@@ -224,6 +224,7 @@ class SynthesizeConfig:
     batch_size: int = 64  # conversations generated together in this process
     seed: int = 0  # of answers sampled in this process; servers have their own
     endpoints: list[str] = field(default_factory=list)  # http://HOST:PORT/v1 of servers; none: the verifier runs here
+    servers: str | None = None  # or a folder in which servers write theirs, NAME.healthy: those of `fledge submit`
     model: str | None = None  # what the servers call the verifier, with evaluate.engine=server too; None: verifier.path
     request: dict[str, Any] = field(default_factory=dict)  # further fields of every request, in the server's words
     concurrency: int = 256  # requests in flight at one endpoint, at most: fewer where it pushes back
@@ -234,6 +235,11 @@ class SynthesizeConfig:
     grace_s: float = 60.0  # for what is in flight when a signal asks to stop
     shard: int = 0  # answer prompts shard, shard + num_shards, ... only: one task of a job array
     num_shards: int = 1
+
+    @property
+    def by_servers(self) -> bool:
+        """Whether servers answer, and not the verifier in this process."""
+        return bool(self.endpoints or self.servers)
 
 
 @dataclass
@@ -479,7 +485,7 @@ class ClusterConfig:
     venv: str | None = None  # folder of the virtual environment that has fledge's dependencies
     setup: list[str] = field(default_factory=list)  # further shell lines before a stage, verbatim
     python: str = "python"
-    scratch: str | None = None  # a node's own disk: TMPDIR is a fresh folder there
+    scratch: str | None = None  # TMPDIR of the jobs: a node's own disk, there on every node
     env: dict[str, str] = field(default_factory=dict)
     sbatch: list[str] = field(default_factory=list)  # further options of every job, such as --constraint=ib
     srun: list[str] = field(default_factory=list)  # further options of every step, such as --mpi=none
@@ -629,6 +635,9 @@ def validate(config: Config) -> None:
         raise ValueError(f"train.max_steps must be at least 1, got {config.train.max_steps}")
     if config.draft.aux_layers is not None and not config.draft.aux_layers:
         raise ValueError("draft.aux_layers must name at least one layer, got []; null takes the default ones")
+    layers = config.draft.aux_layers or []
+    if len(set(layers)) < len(layers) or any(layer < 0 for layer in layers):
+        raise ValueError(f"draft.aux_layers must be different layers, counted from 0, got {layers}")
     if config.tracking.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "tracking.tensorboard needs the package tensorboard, which is not installed: "

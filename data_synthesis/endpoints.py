@@ -80,9 +80,13 @@ class RequestError(Exception):
 
 
 class Endpoint:
-    """One server: its client, its window, and whether it is up."""
+    """One server: its client, its window, and whether it is up.
 
-    def __init__(self, url: str, options: SynthesizeConfig) -> None:
+    Args:
+        by_proxy: ask through the proxy that the environment names, if it does.
+    """
+
+    def __init__(self, url: str, options: SynthesizeConfig, by_proxy: bool = True) -> None:
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=options.concurrency + 1, max_keepalive_connections=options.concurrency + 1
         )
@@ -102,7 +106,7 @@ class Endpoint:
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,  # retries are ours: they may go to another server
             timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout),
+            http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout, trust_env=by_proxy),
         )
 
     @property

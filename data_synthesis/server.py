@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
@@ -25,29 +27,41 @@ from .prompts import Prompt
 from .split import is_heldout
 
 _TICK_S = 0.1
+_LOOK_S = 5.0  # between two looks for new servers
 _HOPELESS = 50  # conversations that fail before any is made: nothing more is tried
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.5, 30.0  # between the tries of a request, doubling
 
 
 def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, signals: StopSignals) -> None:
-    """Answer the prompts that are wanted, as many at once as the servers of `synthesize.endpoints` take.
+    """Answer the prompts that are wanted, as many at once as the servers take.
+
+    They are those of `synthesize.endpoints`, and those that have written their addresses to `synthesize.servers` by
+    now or do so later, as one does that was started again.
 
     Raises:
-        ValueError: no server answers, or one serves something else than the verifier.
+        ValueError: no server of `synthesize.endpoints` answers, or one serves something else than the verifier.
     """
     wanted = (prompt for prompt in prompts if outcomes.wants(prompt.id))
     first = next(wanted, None)
     if first is None:
         return
-    _allow_open_files(config)
     gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
     asyncio.run(_Regeneration(config, outcomes, signals).run(itertools.chain([first], wanted)))
 
 
-def _allow_open_files(config: Config) -> None:
+def _addresses(folder: str | None) -> list[str]:
+    """Give what the servers have written that are healthy by now."""
+    found = []
+    for file in sorted(Path(folder).glob("*.healthy")) if folder else ():
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            found.append(file.read_text().strip())
+    return [url for url in found if url]
+
+
+def _allow_open_files(connections: int) -> None:
     """Raise the limit of open files to what the connections need, as far as it may be raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 256 + config.synthesize.concurrency * len(config.synthesize.endpoints)
+    needed = 256 + connections
     if soft != resource.RLIM_INFINITY and soft < needed:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
@@ -67,6 +81,8 @@ class _Regeneration:
 
     async def run(self, prompts: Iterable[Prompt]) -> None:
         self._pool = Pool([Endpoint(url, self._options) for url in self._options.endpoints])
+        self._pool.endpoints += self._new_endpoints()
+        _allow_open_files(self._most)
         self._changed = asyncio.Event()  # a conversation has ended, or no new one is wanted
         opening = asyncio.create_task(self._open_endpoints())
         others = [opening]
@@ -88,11 +104,23 @@ class _Regeneration:
         if self._error:
             raise self._error
 
+    @property
+    def _most(self) -> int:
+        """Conversations at once."""
+        return self._options.concurrency * len(self._pool.endpoints)
+
+    def _new_endpoints(self) -> list[Endpoint]:
+        """Give the servers that have written their addresses since; they are asked by no proxy."""
+        known = {endpoint.url for endpoint in self._pool.endpoints}
+        urls = [url for url in _addresses(self._options.servers) if url not in known]
+        return [Endpoint(url, self._options, by_proxy=False) for url in urls]
+
     async def _feed(self, prompts: Iterable[Prompt]) -> None:
         """Start a conversation whenever an endpoint has a place free."""
-        most = self._options.concurrency * len(self._options.endpoints)
         for prompt in prompts:
-            while len(self._rows) >= most and not self._pool.closed:  # some are between two tries, without a place
+            while (
+                len(self._rows) >= self._most and not self._pool.closed
+            ):  # some are between two tries, without a place
                 self._changed.clear()
                 await self._changed.wait()
             endpoint = await self._pool.take()
@@ -136,11 +164,17 @@ class _Regeneration:
 
     async def _watch(self) -> None:
         """Look at the clock: signals, pauses that are over, servers that stay away."""
-        last_up = time.monotonic()
+        last_up = looked = time.monotonic()
         while True:
             await asyncio.sleep(_TICK_S)
             if self._signals.received:
                 self._close()
+            if time.monotonic() - looked > _LOOK_S:
+                looked = time.monotonic()
+                for endpoint in self._new_endpoints():
+                    self._pool.endpoints.append(endpoint)
+                    self._check(endpoint)
+                _allow_open_files(self._most)
             if any(endpoint.up for endpoint in self._pool.endpoints):
                 last_up = time.monotonic()
             elif time.monotonic() - last_up > self._options.server_wait_s:
@@ -225,7 +259,7 @@ class _Regeneration:
         for trouble in found:
             if trouble is not None and not isinstance(trouble, RequestError):
                 raise trouble
-        if all(found):
+        if all(found) and not self._options.servers:  # some may still come
             why = "; ".join(f"{endpoint.url}: {trouble}" for endpoint, trouble in troubles.items())
             raise ValueError(
                 f"synthesize.endpoints: no server answers ({why}): "

@@ -49,7 +49,7 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
-            **({"request": options.request} if options.endpoints else here),
+            **({"request": options.request} if options.by_servers else here),
         },
     }
 
@@ -65,7 +65,7 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
         outcomes, signals = Outcomes(folder, options.max_attempts), StopSignals()
         num_prompts = len(range(options.shard, prompts.count, options.num_shards))
         outcomes.show(Progress("synthesize", num_prompts, "conversation", done=outcomes.num_done))
-        answer = answer_by_servers if options.endpoints else answer_here
+        answer = answer_by_servers if options.by_servers else answer_here
         try:
             answer(config, prompts.read(options.shard, options.num_shards), outcomes, signals)
         finally:

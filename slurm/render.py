@@ -15,6 +15,9 @@ from ..conf.schema import ClusterConfig, Config, ContainerKind, HiddenStates, Jo
 TEMPLATES = Path(__file__).with_name("templates")
 COMMON = "common.sh"  # what job files source
 SERVER = "server"
+_SERVERS = (
+    """"synthesize.servers='${jobs//\\'/\\\\\\'}/servers'\""""  # where they write their addresses; quoted for Hydra
+)
 _WAIT_S = 120  # for the other tasks of a step once one has ended
 _ARRAYS = (SERVER, "synthesize", "dump")
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
@@ -213,7 +216,7 @@ def _arguments(config: Config, stage: str, tasks: int | None, with_servers: bool
     """Give the overrides of a stage, quoted: which part is this task's, and who answers."""
     task = '"$SLURM_ARRAY_TASK_ID"'
     if stage == "synthesize":
-        asked = ['"synthesize.endpoints=[$endpoints]"'] if with_servers else []
+        asked = [_SERVERS] if with_servers else []
         return [f"synthesize.shard={task}", f"synthesize.num_shards={tasks}", *asked]
     return [f"dump.writer={task}", f"dump.num_writers={tasks}"] if stage == "dump" else []
 

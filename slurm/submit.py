@@ -154,8 +154,10 @@ def _check_server(config: Config) -> None:
         raise ValueError("cluster.server.command must be given with cluster.server.kind=custom, and only then")
     if server.kind is ServerKind.none:
         return
-    if config.synthesize.endpoints:
-        raise ValueError("synthesize.endpoints must be empty with cluster.server.kind, which names the servers itself")
+    if config.synthesize.by_servers:
+        raise ValueError(
+            "synthesize.endpoints and servers must be empty with cluster.server.kind, which names the servers itself"
+        )
     if server.kind is not ServerKind.custom and served_model(config) == "embedded":
         raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
     if server.command and not any("{port}" in word for word in server.command):

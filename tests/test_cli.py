@@ -41,6 +41,8 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
         ("train.dtype=bfloat16 deepspeed=zero0", ["deepspeed.zero_stage", "bfloat16"]),
         ("train.lr", ["train.lr", "missing EQUAL"]),
         ("draft.aux_layers=[]", ["draft.aux_layers", "at least one"]),
+        ("draft.aux_layers=[1,1,3]", ["draft.aux_layers", "different layers", "[1, 1, 3]"]),
+        ("draft.aux_layers=[-1,3]", ["draft.aux_layers", "counted from 0"]),
         ("data.limit=0", ["data.limit must be at least 1", "got 0"]),
         ("data.sources=[{path:embedded,limit:-5}]", ["data.sources[0].limit must be at least 1", "null", "got -5"]),
         ("data.min_turns=3 data.max_turns=2", ["data.max_turns must be at least data.min_turns=3", "got 2"]),

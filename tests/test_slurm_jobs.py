@@ -58,9 +58,9 @@ class Submitted:
         return next(job for job in read_submission(self.folder)[1] if job.stage == stage)
 
     def job(self, stage: str) -> str:
-        """Give the id of a job, of an array of one that of its task."""
+        """Give the id of a job, of an array that of its last task."""
         record = self.record(stage)
-        return record.id if record.tasks is None else f"{record.id}_0"
+        return record.id if record.tasks is None else f"{record.id}_{record.tasks - 1}"
 
     def events(self, name: str) -> list[str]:
         return [event.kind for event in read_events(self.folder, name)]
@@ -184,16 +184,16 @@ def test_training_preempted_twice_gives_the_weights_of_an_uninterrupted_one(pipe
 
 def test_every_stage_preempted_goes_on_and_those_that_wait_for_it_begin_then(submitted):
     options = ("data.sources=[{path:embedded,limit:1500}]", "evaluate.questions_per_category=null")
-    tasks = ("cluster.synthesize.tasks=1", "cluster.dump.tasks=1", "submit.stages=[synthesize,dump,train,evaluate]")
-    submitted(*options, *tasks, "evaluate.max_tokens=96", "evaluate.batch_size=1", "evaluate.baselines=false")
+    stages = "submit.stages=[synthesize,dump,train,evaluate]"
+    submitted(*options, stages, "evaluate.max_tokens=96", "evaluate.batch_size=1", "evaluate.baselines=false")
     grows = {
-        "synthesize": "conversations/conversations.jsonl",
+        "synthesize": "conversations/part-00001-of-00002/conversations.jsonl",
         "dump": "hidden_states/shard-*.safetensors",
         "evaluate": "evaluation/questions.jsonl",
     }
     kept: dict[Path, bytes] = {}
     for stage, pattern in grows.items():
-        name = submitted.record(stage).names[0]
+        name = submitted.record(stage).names[-1]
         wait_until(lambda: any(p.stat().st_size for p in submitted.run.path.glob(pattern)), 180, 0.01)  # noqa: B023
         slurm(
             "scancel", *(["--signal=TERM"] if stage == "dump" else ["--signal=USR1", "--batch"]), submitted.job(stage)
@@ -203,7 +203,10 @@ def test_every_stage_preempted_goes_on_and_those_that_wait_for_it_begin_then(sub
         kept |= {path: path.read_bytes() for path in submitted.run.path.glob(pattern)}
         submitted.start_again(stage)
     submitted.wait_for("evaluate")
-    assert all(submitted.events(submitted.record(stage).names[0]).count("begun") == 2 for stage in grows)
+    for stage in grows:
+        *others, last = submitted.record(stage).names
+        assert submitted.events(last).count("begun") == 2
+        assert all(submitted.events(other) == ["begun", "done"] for other in others), "one task is not the array"
     assert len(kept) > len(grows)
     assert all(path.read_bytes().startswith(content) for path, content in kept.items()), "nothing is made twice"
     told = submitted.told()
@@ -227,6 +230,18 @@ def test_nothing_runs_twice_at_once(pipeline, submitted):
     wait_until(lambda: submitted.events("train")[-1] == "cancelled", 60)
     wait_until(lambda: "JobState=CANCELLED" in slurm("scontrol", "show", "job", job), 60)  # for good: not requeued
     assert "train      cancelled" in submitted.told()
+
+
+def test_a_cancelled_array_does_not_come_back(submitted):
+    submitted("submit.stages=[synthesize,dump]", "data.sources=[{path:embedded,limit:1500}]")
+    wait_until(lambda: len(list(submitted.run.path.glob("conversations/part-*/conversations.jsonl"))) == 2, 120)
+    array = submitted.record("synthesize").id
+    slurm("scancel", array)
+    wait_until(lambda: all(submitted.events(f"synthesize-{task}")[-1] == "cancelled" for task in range(2)), 60)
+    wait_until(lambda: slurm("scontrol", "show", "job", array).count("JobState=CANCELLED") == 2, 60)
+    told = submitted.told()
+    assert "synthesize cancelled" in told
+    assert "dump       cancelled" in told
 
 
 def test_a_failing_stage_stops_what_follows_and_ends_the_server(submitted, tmp_path):
@@ -254,20 +269,18 @@ def test_a_server_that_does_not_start_fails_the_array(submitted):
     assert "every server has failed" in told
 
 
-def test_a_server_that_dies_is_started_again_and_so_is_who_asked_it(submitted, served):
-    options = ("submit.stages=[synthesize]", "cluster.synthesize.tasks=1", "synthesize.server_wait_s=5")
+def test_a_server_that_dies_is_started_again_and_asked_again(submitted, served):
+    options = ("submit.stages=[synthesize]", "cluster.synthesize.tasks=1")
     submitted(*served, *options, "data.sources=[{path:embedded,limit:150}]", "synthesize.concurrency=2")
     conversations = submitted.run.path / "conversations" / "conversations.jsonl"
     wait_until(lambda: conversations.is_file() and conversations.stat().st_size, 120, 0.05)
     slurm("scancel", "--signal=KILL", f"{submitted.job('server')}.0")  # its step: the server, not the job
     wait_until(lambda: submitted.events("server-0")[-1] == "again", 60)
-    wait_until(lambda: submitted.events("synthesize-0")[-1] == "again", 90)
     before = conversations.read_bytes()
     submitted.start_again("server")
-    submitted.start_again("synthesize")
     submitted.wait_for("synthesize-0", "server-0")
     assert submitted.events("server-0") == ["begun", "healthy", "again", "begun", "healthy", "done"]
-    assert submitted.events("synthesize-0") == ["begun", "again", "begun", "done"]
+    assert submitted.events("synthesize-0") == ["begun", "done"], "it has found the new address"
     assert conversations.read_bytes().startswith(before)
     assert "150 of 150 conversations" in submitted.told()
 

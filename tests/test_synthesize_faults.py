@@ -193,6 +193,28 @@ def test_servers_that_die_or_go_away_for_a_while_lose_nothing(tmp_path, byte_ver
     assert counts["failed"] == 3
 
 
+def test_servers_that_write_their_addresses_are_found_later_too_and_asked_by_no_proxy(
+    tmp_path, byte_verifier, monkeypatch
+):
+    servers = tmp_path / "it's where"
+    servers.mkdir()
+    option = "synthesize.servers='{}'".format(str(servers).replace("'", "\\'"))
+    run = Regeneration(tmp_path, byte_verifier, make_rows(150), "synthesize.concurrency=8", option)
+    with faulty_server(latency_s=0.05, die_after=60) as mortal, faulty_server(latency_s=0.05) as other:
+        (servers / "0.healthy").write_text(f"{mortal}\n")
+        (servers / "1.starting").write_text(f"{other}\n")
+        with monkeypatch.context() as context:
+            context.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+            process = run.start()
+        while process.poll() is None and run.lines() < 10:
+            time.sleep(0.01)
+        (servers / "1.starting").rename(servers / "1.healthy")
+        printed = "".join(process.communicate(timeout=120))
+        assert process.returncode == 0, printed
+        assert stats(other)["requests"] > 100
+    assert run.check()["failed"] == 3
+
+
 def test_requests_in_flight_adapt_to_what_the_server_takes(tmp_path, byte_verifier):
     run = Regeneration(tmp_path, byte_verifier, make_rows(200), "synthesize.concurrency=256")
     with faulty_server(latency_s=0.05, at_most=12) as endpoint:

@@ -1,21 +1,28 @@
 # shellcheck shell=bash disable=SC2154 # jobs, artifact, grows, max_restarts: set by the job
-# shellcheck disable=SC2034 # endpoints: read by the job
 # What the jobs of `fledge submit` do around their stage: one of a kind at a time, signals passed on, another start
 # where the stage asks for one, and a line in events/ for everything that `fledge status` tells.
 
 again=75 # exit code of a stage that a signal has stopped, with everything saved
+# The id of this job alone: that of an array's last task is, by itself, the whole array's.
+me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+me=${me:-$SLURM_JOB_ID}
 stopping=""
 pid=""
 
 tell() { # EVENT [DETAIL]
-  printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$SLURM_JOB_ID" "$1" "${2-}" >>"$jobs/events/$job"
+  printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$me" "$1" "${2-}" >>"$jobs/events/$job"
 }
 
 fail() { # WHY [CODE]
   echo "fledge: error: $job: $1" >&2
   tell failed "$1"
-  [[ $job != server-* ]] || touch "$jobs/servers/${job#server-}.failed"
+  out_of_service
   exit "${2:-1}"
+}
+
+# Tell those who wait for this server, if it is one, that it will not come.
+out_of_service() {
+  [[ $job != server-* ]] || touch "$jobs/servers/${job#server-}.failed"
 }
 
 # Print what grows while the stage gets on.
@@ -37,14 +44,14 @@ is_running() { # JOB
 # alone. A killed job leaves it; the next finds that its owner does not run.
 claim() {
   local lock=$jobs/../locks/$job owner
-  while ! ln -s "$SLURM_JOB_ID" "$lock" 2>/dev/null; do
+  while ! ln -s "$me" "$lock" 2>/dev/null; do
     owner=$(readlink "$lock") || fail "$lock cannot be made"
-    [[ $owner != "$SLURM_JOB_ID" ]] || return 0
+    [[ $owner != "$me" ]] || return 0
     ! is_running "$owner" || fail "job $owner is at work on it: wait for its end, or cancel it"
     [[ $(readlink "$lock") != "$owner" ]] || rm -f "$lock"
   done
   sleep 1
-  [[ $(readlink "$lock") == "$SLURM_JOB_ID" ]] || fail "another job has begun it at the same time"
+  [[ $(readlink "$lock") == "$me" ]] || fail "another job has begun it at the same time"
 }
 
 begin() { # NAME
@@ -99,13 +106,14 @@ run() { # COMMAND...
 
 # Say whether Slurm ends this job, and not for its time limit: somebody has cancelled it.
 is_cancelled() {
-  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --states=all --format='%T %r') == @(COMPLETING|CANCELLED)" None" ]]
+  [[ $(squeue --noheader --jobs="$me" --states=all --format='%T %r') == @(COMPLETING|CANCELLED)" None" ]]
 }
 
 restart() { # WHY
   local count before now
   if is_cancelled; then
     tell cancelled "$1"
+    out_of_service
     exit "$again"
   fi
   read -r count before <"$jobs/restarts/$job"
@@ -114,8 +122,19 @@ restart() { # WHY
   echo "$count $now" >"$jobs/restarts/$job"
   ((count < max_restarts)) || fail "$count starts in a row brought no progress; the last: $1"
   tell again "$1"
-  scontrol requeue "$SLURM_JOB_ID" || true # unless Slurm has done so: it pre-empts
+  requeue
   exit "$again"
+}
+
+# Have Slurm start this job again. It may be too busy to listen, or has done so by itself, where it pre-empts.
+requeue() {
+  local said
+  for _ in {1..10}; do
+    ! said=$(scontrol requeue "$me" 2>&1) || return 0
+    echo "fledge: $said" >&2
+    sleep 6
+  done
+  fail "Slurm does not start it again: $said"
 }
 
 # Give a port that nobody listens on, another in each start.
@@ -137,16 +156,20 @@ serve() { # URL SECONDS COMMAND...
   echo "$url" >"$file.starting"
   trap 'rm -f "$file.starting" "$file.healthy"' EXIT
   "${@:3}" &
-  local server=$! answered="" ended=""
+  local server=$! answered="" ended="" look=0 code=0
   while [[ -z $stopping ]]; do
-    if array_has_ended; then
-      ended=yes
-      break
+    if ((SECONDS >= look)); then
+      if array_has_ended; then
+        ended=yes
+        break
+      fi
+      look=$((SECONDS + 15)) # Slurm is not to be asked all the time
     fi
     if ! kill -0 "$server" 2>/dev/null; then
       wait "$server" || code=$?
-      [[ -n $answered ]] || fail "the server ended with exit code ${code:-0} before it answered"
-      restart "the server ended with exit code ${code:-0}"
+      # 0, 138, 143: a pre-emption may tell the server alone, by SIGTERM
+      [[ -n $answered || $code == @(0|138|143) ]] || fail "the server ended with exit code $code before it answered"
+      restart "the server ended with exit code $code"
     fi
     if [[ ! -e $file.healthy ]]; then
       ((SECONDS < deadline)) || fail "no answer from ${url%/v1}/health in $2 s (cluster.server.ready_s)"
@@ -189,14 +212,11 @@ any_answers() {
   return 1
 }
 
-# Wait until a server is healthy; set `endpoints` to those there are: more may be healthy soon.
-wait_for_servers() { # NUMBER SECONDS
-  local deadline=$((SECONDS + $2))
+# Wait until a server is healthy, which may first have to wait for a node.
+wait_for_servers() { # NUMBER
   until any_answers; do
     [[ -z $stopping ]] || restart "stopped by $stopping"
-    (($(find "$jobs/servers" -name '*.failed' | wc -l) < $1)) || fail "every server has failed"
-    ((SECONDS < deadline)) || restart "no server was healthy in $2 s (cluster.server.ready_s)"
+    (($(find "$jobs/servers" -name '*.failed' | wc -l) < $1)) || fail "every server has failed, or was cancelled"
     sleep 2
   done
-  endpoints=$(cat "$jobs"/servers/*.healthy "$jobs"/servers/*.starting 2>/dev/null | paste -sd, || true)
 }
