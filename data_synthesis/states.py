@@ -28,7 +28,7 @@ from .shard import Sample, Shard
 from .split import conversation_id
 from .state_format import TOKEN_BYTES, StateFormat
 from .store import HiddenStateStore
-from .vllm_engine import VllmEngine, check_readable
+from .vllm_engine import VllmDiedError, VllmEngine, check_readable
 from .writer import BackgroundWriter
 
 _ESTIMATES = 2  # the first warms up
@@ -55,16 +55,20 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     if not mine:  # of ranks together, all find so: nobody else writes these
         return
     stop = _Stop(together)
-    if together and place.rank:
-        with _engine(config, settings, place, plan) as engine:
-            for number, samples in enumerate(_readings(config, plan, mine), -_ESTIMATES):
-                if number >= 0 and stop.wanted:
-                    break
-                for _ in engine.read(samples):
-                    pass
-    else:
-        with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine:
-            _record(config, settings, plan, mine, engine, scratch, stop)
+    try:
+        if together and place.rank:
+            with _engine(config, settings, place, plan) as engine:
+                for number, samples in enumerate(_readings(config, plan, mine), -_ESTIMATES):
+                    if number >= 0 and stop.wanted:
+                        break
+                    for _ in engine.read(samples):
+                        pass
+        else:
+            with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine:
+                _record(config, settings, plan, mine, engine, scratch, stop)
+    except VllmDiedError:
+        stop.exit_if_signalled()  # Slurm tells every process of a step, and vLLM's end of it
+        raise
     stop.exit_if_stopped()
 
 
@@ -87,6 +91,10 @@ class _Stop:
 
     def exit_if_stopped(self) -> None:
         if self._stopped:
+            self._signals.exit("dump")
+
+    def exit_if_signalled(self) -> None:
+        if self._signals.received:
             self._signals.exit("dump")
 
 

@@ -54,6 +54,10 @@ _CHECKS = 4  # samples of every reading whose last state must give vLLM's own pr
 _MEMORY = Path("/dev/shm")
 
 
+class VllmDiedError(ValueError):
+    """vLLM's processes have ended by themselves."""
+
+
 class VllmEngine:
     """The verifier in vLLM.
 
@@ -201,9 +205,9 @@ class VllmEngine:
             )
         return answer
 
-    def _death(self) -> ValueError:
+    def _death(self) -> VllmDiedError:
         code = self._process.wait()
-        return ValueError(
+        return VllmDiedError(
             f"dump.engine=vllm: vLLM ended (exit code {code}), having said: {last_words(self._log.read_text())} (whole "
             f"log: {self._log}; its options are dump.vllm_options)"
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, copy_until_dump
 from fledge.conf.schema import Config, Device, Dtype, DumpConfig, VerifierConfig
 from fledge.data_synthesis.record import TransformersEngine
 from fledge.data_synthesis.shard import Sample
@@ -212,6 +213,19 @@ def test_a_worker_that_dies_is_told_with_its_last_words(tmp_path, verifier_confi
     ):
         VllmEngine(configure(tmp_path, verifier_config), [1, 3, 4])
     assert "Traceback" in (tmp_path / "run" / "vllm-00000.log").read_text()
+
+
+def test_a_signal_that_ends_vllm_too_asks_for_another_start(finished, run, tmp_path):
+    copy_until_dump(finished, run)
+    shutil.rmtree(run.path / "hidden_states")
+    vllm = tmp_path / "python"
+    vllm.write_text('#!/bin/sh\nkill -TERM "$2"\nexit 3\n')  # as Slurm does with all processes of a step
+    vllm.chmod(0o755)
+    done = run("dump", "dump.engine=vllm", f"dump.vllm_python={vllm}", code=75)
+    assert "dump: stopped by SIGTERM; the same command goes on" in done.stderr
+    vllm.write_text("#!/bin/sh\nexit 3\n")
+    done = run("dump", "dump.engine=vllm", f"dump.vllm_python={vllm}", code=2)
+    assert "vLLM ended (exit code 3)" in done.stderr
 
 
 def test_options_that_fledge_sets_are_refused(tmp_path, verifier_config):
