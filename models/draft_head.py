@@ -36,16 +36,17 @@ class Lookup(NamedTuple):
     matrix: Tensor  # [V, H]
 
 
-# Rotary embeddings of the Llama family, which every engine computes alike.
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# Rotary embeddings of the Llama family, which every engine computes alike: not `dynamic`, which SGLang scales at any
+# length and transformers, so training, beyond the maximal one only.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope_of(verifier: Any) -> dict[str, Any]:
     """Give the rotary parameters a head takes from its verifier.
 
     A head rotates whole head dimensions by one position: of several sets (by layer type) it takes that of full
-    attention, and sections by image axis, equal on text, or a partial rotation are not taken over. Kinds outside the
-    Llama family (longrope) give way to the default one with their base.
+    attention, and sections by image axis, equal on text, or a partial rotation are not taken over. Other kinds
+    (longrope, dynamic) give way to the default one with their base.
     """
     parameters = dict(getattr(verifier, "rope_parameters", None) or {})
     if isinstance(parameters.get("full_attention"), dict):

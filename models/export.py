@@ -44,7 +44,7 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         verifier=verifier_location(config.verifier),
         verifier_layers=record["verifier"]["num_layers"],
         revision=config.verifier.revision,
-        num_draft_tokens=config.evaluate.num_draft_tokens,
+        num_draft_tokens=config.evaluate.draft_depth,  # a chain as deep as the tree that was evaluated
         imported_from=record.get("imported_from"),
     )
     texts = _texts(config, served, source)

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .kernels import run_on
 
+MAX_HEAD_DIM = 128  # of the Triton kernels
+
 
 class Span(NamedTuple):
     """Rows of one document that follow each other."""
@@ -111,7 +113,7 @@ class SplitAttention:
 
 
 def _has_triton(q: Tensor) -> bool:
-    fits = q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 128
+    fits = q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM
     return fits and run_on(q.device)
 
 
@@ -154,7 +156,8 @@ class JoinedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, *own = ctx.saved_tensors
         grad = grad.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over spans
         for queries, document, first, last in _places(ctx.spans):
             inputs = grad[queries], q[queries], out[queries], lse[queries]
             dq[queries] = _flash_backward_into(
@@ -180,7 +183,7 @@ class JoinedAttention(torch.autograd.Function):
                 dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
                 own_grads.append(dkey.index_copy_(0, place, _grouped(dscore * q, v).sum(2)))
                 own_grads.append(dvalue.index_copy_(0, place, _grouped(weight * grad, v).sum(2)))
-        return None, None, dq, dk, dv, *own_grads
+        return None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *own_grads
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -248,7 +251,10 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of q, k and v where `out` and `lse` are those of a softmax these keys are a part of."""
+    """Give the gradients of q, k and v where `out` and `lse` are those of a softmax these keys are a part of.
+
+    Those of k and v may be wider than they, as sums of many blocks have to be.
+    """
     if _has_kernel(q):
         *inputs, grad4, out4 = (
             *_as_batch(q, k, v),
@@ -260,7 +266,8 @@ def flash_backward(
         return _from_batch(dq), dk.sum(0).transpose(0, 1), dv.sum(0).transpose(0, 1)
     scale = q.shape[-1] ** -0.5
     delta = (grad * out).sum(-1, dtype=lse.dtype)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over blocks
     for rows in _row_blocks(len(q), len(k) * q.shape[1]):
         weights, _ = _block_softmax(q, k, rows, causal, lse)
         towards = torch.einsum("nkgd,mkd->nkgm", _grouped(grad[rows], k), v)

@@ -110,6 +110,7 @@ def test_special_and_end_tokens_are_kept(verifier_config, verifier):
         ({"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, ("default", 1e6)),
         ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, ("default", 1e4)),
         ({"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0]}, ("default", 1e4)),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, ("default", 1e4)),
         (
             {
                 "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0},

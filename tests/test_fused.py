@@ -206,6 +206,24 @@ def blockwise(monkeypatch):
     monkeypatch.setattr(ttt_attention, "_row_blocks", lambda n, _: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
 
 
+def test_gradients_of_keys_are_summed_over_blocks_in_float32(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(512, 2, 16, generator=generator).to(torch.bfloat16) for _ in range(4))
+    exact = [x.double() for x in (q, k, v)]
+    out, lse = ttt_attention.flash_forward(*exact, True)
+    expected = ttt_attention.flash_backward(grad.double(), *exact, out, lse, True)[1:]
+    monkeypatch.setattr(ttt_attention, "_has_kernel", lambda _: False)
+
+    def errors() -> list[float]:
+        found = ttt_attention.flash_backward(grad, q, k, v, out.to(q.dtype), lse.float(), True)[1:]
+        return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
+
+    whole = errors()
+    blockwise(monkeypatch)
+    in_blocks = errors()
+    assert all(few < 1.5 * one for few, one in zip(in_blocks, whole, strict=True)), (in_blocks, whole)
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
 def test_split_attention_equals_the_plain_form_forward_and_backward(heads, kv_heads, kernel, monkeypatch):

@@ -132,9 +132,16 @@ def slurm_environments() -> list[dict[str, str]]:
 
 
 class Pair:
-    """Two ranks of training, each with options of its own."""
+    """Two ranks of training, each with options of its own, or a working folder."""
 
-    def __init__(self, run: Run, environments: list[dict[str, str]], *own: str, common: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        run: Run,
+        environments: list[dict[str, str]],
+        *own: str,
+        common: tuple[str, ...] = (),
+        folders: tuple[Path | None, Path | None] = (None, None),
+    ) -> None:
         self.processes = [
             subprocess.Popen(
                 run.command("train", "train.packs_per_step=2", *common, *([option] if option else [])),
@@ -142,8 +149,9 @@ class Pair:
                 stderr=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                cwd=folder,
             )
-            for option, environment in zip(own or ("", ""), environments, strict=True)
+            for option, environment, folder in zip(own or ("", ""), environments, folders, strict=True)
         ]
 
     def end(self, timeout_s: float = 120) -> list[tuple[int, str]]:
@@ -217,6 +225,28 @@ def test_ranks_with_different_stores_end_at_once_and_name_them(dumped):
         assert "rank 1 from rank 0 in hidden_states" in said
         assert "0123456789abcdef" in said
     assert not (dumped.path / "training").exists()
+
+
+def test_ranks_that_see_other_folders_do_not_take_a_checkpoint_for_saved(dumped, tmp_path):
+    common = (f"dump.folder={dumped.path / 'hidden_states'}", "runs_dir=here", "train.max_steps=2")
+    nodes = tmp_path / "node0", tmp_path / "node1"
+    for node in nodes:
+        node.mkdir()
+    first, second = Pair(dumped, torch_environments(), common=common, folders=nodes).end()
+    assert first[0] == 2
+    assert "runs_dir must be one folder that all nodes see: rank 1 has written its part" in first[1]
+    assert second[0] != 0
+    assert not any(checkpoint_steps(node / "here" / "run" / "training" / "checkpoints") for node in nodes)
+
+
+def test_ranks_that_would_go_on_from_different_checkpoints_end_at_once(finished, dumped, tmp_path):
+    common = (f"dump.folder={dumped.path / 'hidden_states'}", "runs_dir=here")
+    nodes = tmp_path / "node0", tmp_path / "node1"
+    shutil.copytree(finished.path / "training", nodes[0] / "here" / "run" / "training")
+    nodes[1].mkdir()
+    for code, said in Pair(dumped, torch_environments(), common=common, folders=nodes).end():
+        assert code == 2
+        assert "rank 1 from rank 0 in newest checkpoint in runs_dir: [24] -> []" in said
 
 
 def test_a_killed_rank_ends_the_others_with_a_message(dumped):

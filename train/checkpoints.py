@@ -56,7 +56,7 @@ def save_checkpoint(
         keep: how many of the newest checkpoints stay, beside the best.
 
     Raises:
-        ValueError: it cannot be written; the checkpoints before it are as they were.
+        ValueError: it cannot be written, or the ranks' folders differ; the checkpoints before it are as they were.
     """
     saving = folder / _SAVING
     try:
@@ -72,6 +72,7 @@ def save_checkpoint(
         raise _not_written(saving, error, what, "; the same command goes on from the checkpoint before") from error
     dist.barrier()
     if dist.get_rank() == 0:
+        _check_parts(saving)
         for path in saving.rglob("*"):
             if path.is_file():
                 sync(path)
@@ -92,7 +93,7 @@ def _write(engine: Any, head: DraftHead, saving: Path, state: TrainerState, reco
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save(rng, saving / f"rng-{dist.get_rank()}.pt")
+    torch.save(rng, saving / _rng_file(dist.get_rank()))
     parameters = list(head.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() == 0:
@@ -101,6 +102,20 @@ def _write(engine: Any, head: DraftHead, saving: Path, state: TrainerState, reco
             write_json(saving / HELDOUT_WALKS, values.pop("walks"))
             layout = {"num_processes": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
             write_json(saving / STATE, values | layout)
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank}.pt"
+
+
+def _check_parts(saving: Path) -> None:
+    """Refuse a checkpoint that some rank has written its part of elsewhere: nothing could go on from it."""
+    for rank in range(dist.get_world_size()):
+        if not (saving / _rng_file(rank)).is_file():
+            raise ValueError(
+                f"runs_dir must be one folder that all nodes see: rank {rank} has written its part of the checkpoint "
+                f"to another {saving}"
+            )
 
 
 def _not_written(target: Path, error: Exception, what: str, or_else: str) -> ValueError:
@@ -165,7 +180,7 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
     dist.barrier()
     if converts and dist.get_rank() == 0:
         shutil.rmtree(folder / _UNIVERSAL)
-    rng_path = newest / f"rng-{dist.get_rank()}.pt"
+    rng_path = newest / _rng_file(dist.get_rank())
     if rng_path.is_file():  # a rank that was not there before keeps the state it has from its start
         rng = torch.load(rng_path, weights_only=True)
         torch.set_rng_state(rng["cpu"])

@@ -22,6 +22,7 @@ from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..conf.signals import StopSignals
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
+from ..models.ttt_attention import MAX_HEAD_DIM
 from ..models.verifier import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
 from .data import TrainingData
@@ -59,8 +60,8 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
         data = stack.enter_context(TrainingData(config, shape, ranks.rank, ranks.world, ranks.device.type == "cuda"))
         head = given or DraftHead(shape, data.vocabulary)
         settings = _settings(config, data, head)
-        ranks.agree(settings)
         saved = checkpoint_steps(config.training_folder / "checkpoints")
+        ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
         resumed = made_with(config.training_folder, settings) if saved else None
         if resumed and resumed.complete:
             if ranks.rank == 0:
@@ -115,6 +116,8 @@ class Trainer:
         is_online = config.train.hidden_states is HiddenStates.online
         self.online = OnlineStates.load(config, head.config.aux_layers, ranks.gpus) if is_online else None
         options = config.train
+        if options.triton and head.config.head_dim > MAX_HEAD_DIM and self.rank == 0:
+            print(f"train: train.triton has no kernel for heads of {head.config.head_dim}, above {MAX_HEAD_DIM}")
         self.module = TTTModule(
             self.head,
             options.ttt_steps,
@@ -139,7 +142,7 @@ class Trainer:
         self.micro_batches = micro_batches(config)
         self.packs_per_step = options.packs_per_step
         self.num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // self.packs_per_step)
-        self.draft_lengths = sorted({config.evaluate.num_draft_tokens, config.train.ttt_steps})
+        self.draft_lengths = sorted({config.evaluate.draft_depth, config.train.ttt_steps})
         self.meter = Meter(self.head.config, config.draft.train_lm_head, ranks, self.dtype)
 
     def run(self, signals: StopSignals) -> None:
@@ -216,7 +219,7 @@ class Trainer:
         state.acceptance = self.acceptance.tolist()
         state.walks = self.walks if walked else {}
         if walked:
-            num = self.config.evaluate.num_draft_tokens
+            num = self.config.evaluate.draft_depth
             found, measure = total(self.walks[num].values()).acceptance_length, digest([num, sorted(self.walks[num])])
             if state.best_step is None or measure != state.best_measure or found > state.best_acceptance_length:
                 state.best_step, state.best_acceptance_length, state.best_measure = state.step, found, measure
