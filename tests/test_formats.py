@@ -595,6 +595,15 @@ def test_serving_notes_name_the_engines_that_read_the_format(tmp_path, config):
     )
 
 
+def test_engines_are_told_to_draft_a_chain_as_deep_as_the_tree_that_was_evaluated(tmp_path, config):
+    options = config.evaluate
+    options.num_draft_tokens, options.tree_depth, options.tree_top_k = 60, 7, 10
+    folder = exported(tmp_path, config)
+    assert '"num_speculative_tokens": 7' in (folder / "plain" / "SERVING.md").read_text()
+    assert "max_draft_len: 7\n" in (folder / "plain" / "trtllm.yaml").read_text()
+    assert '"speculative_tokens": 7' in (folder / "speculators" / "config.json").read_text()
+
+
 def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, small_verifier):
     folder = exported(tmp_path, config)
     card = (folder / "plain" / "README.md").read_text()
