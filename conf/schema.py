@@ -244,7 +244,7 @@ class DumpConfig:
     engine: DumpEngine = DumpEngine.transformers
     dtype: StateDtype | None = None  # that states are stored in; None: verifier.dtype
     last_states: LastStates = LastStates.all
-    max_length: int = 4096  # tokens; longer conversations are left out and counted
+    max_length: int = 4096  # tokens of a sample; answers that end beyond are left out and counted
     max_images: int = 5  # conversations with more are left out and counted; 0: all that have any
     keep_truncated: bool = False  # train on answers cut by synthesize.max_tokens too
     batch_tokens: int = 8192  # tokens (padding included) of one verifier forward, in online training too

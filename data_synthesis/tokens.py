@@ -27,12 +27,12 @@ from ..conf.signals import end_with_parent
 from .chat import NoExactSpanError, Sequence
 from .conversations import FILE, Catalogue, Place
 from .images import UnreadableImagesError
-from .sequences import SequenceReader, leading_answers, num_whole_answers
+from .sequences import SequenceReader, answers_within, leading_answers, num_whole_answers
 from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
 from .store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
 
-COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "template", "images")
+COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template", "images")
 _WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
 _CHUNK = 32  # conversations that a process is given at a time
 
@@ -65,11 +65,12 @@ class Tokeniser:
         reasons = record["finish_reasons"]
         whole = len(reasons) if self._options.keep_truncated else num_whole_answers(reasons)
         found = dict(enumerate(leading_answers(sequences, whole)))
-        fitting = {n: s for n, s in found.items() if len(s.token_ids) <= self._options.max_length}
+        fitting = {n: kept for n, s in found.items() for kept in answers_within(s, self._options.max_length)}
         counts = Counter(
             truncated_answers=len(reasons) - whole,
             truncated=int(not found),
             too_long=len(found) - len(fitting),
+            cut_answers=sum(len(found[n].answers) - len(kept.answers) for n, kept in fitting.items()),
             conversations=int(bool(fitting)),
         )
         return Tokenised(fitting, counts)
@@ -223,6 +224,7 @@ def left_out(counts: dict[str, int], max_length: int) -> str:
     images = f", {counts['images']} conversations whose images cannot be read" if counts["images"] else ""
     return (
         f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
-        f"{counts['too_long']} sequences longer than dump.max_length={max_length}, "
+        f"{counts['too_long']} sequences of which no answer ends within dump.max_length={max_length}, "
+        f"{counts.get('cut_answers', 0)} answers beyond it of others, "
         f"{counts['template']} conversations without an exact loss mask{images}"
     )
