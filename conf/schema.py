@@ -205,7 +205,7 @@ class DataConfig:
     limit: int | None = None  # prompts of all sources together, shared out by their weights; None: all
     heldout_share: float = 0.02  # share of conversations, chosen by id, answered greedily and never trained on
     seed: int = 0  # of what limits choose, of the order, and of the embedded prompts
-    exclude: list[str] = field(default_factory=list)  # evaluation questions: prompts like them are left out
+    exclude: list[str] = field(default_factory=list)  # evaluation questions, id:subset too: no prompts like them
     deduplicate: bool = True  # of prompts that say the same, only one is taken
     min_chars: int = 1  # characters of the user's side, all turns together
     max_chars: int | None = None
