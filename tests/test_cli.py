@@ -59,6 +59,11 @@ def test_variables_of_a_chat_template_are_given_by_any_name_beside_those_of_the_
     assert given == {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
+def test_a_malformed_row_of_the_large_public_datasets_is_counted_and_stops_nothing(capfd):
+    main(["synthesize", "experiment=llama31_8b", "name=x", "--cfg", "job"])
+    assert OmegaConf.create(capfd.readouterr().out).data.malformed_rows == "skip"
+
+
 def test_a_missing_required_option_is_named(capfd):
     assert "name is required" in fails(capfd, "train", "experiment=demo")
 
