@@ -205,7 +205,7 @@ class DataConfig:
     limit: int | None = None  # prompts of all sources together, shared out by their weights; None: all
     heldout_share: float = 0.02  # share of conversations, chosen by id, answered greedily and never trained on
     seed: int = 0  # of what limits choose, of the order, and of the embedded prompts
-    exclude: list[str] = field(default_factory=list)  # evaluation questions: prompts like them are left out
+    exclude: list[str] = field(default_factory=list)  # evaluation questions, id:subset too: no prompts like them
     deduplicate: bool = True  # of prompts that say the same, only one is taken
     min_chars: int = 1  # characters of the user's side, all turns together
     max_chars: int | None = None
@@ -250,7 +250,7 @@ class DumpConfig:
     engine: DumpEngine = DumpEngine.transformers
     dtype: StateDtype | None = None  # that states are stored in; None: verifier.dtype
     last_states: LastStates = LastStates.all
-    max_length: int = 4096  # tokens; longer conversations are left out and counted
+    max_length: int = 4096  # tokens of a sample; answers that end beyond are left out and counted
     max_images: int = 5  # conversations with more are left out and counted; 0: all that have any
     keep_truncated: bool = False  # train on answers cut by synthesize.max_tokens too
     batch_tokens: int = 8192  # tokens (padding included) of one verifier forward, in online training too

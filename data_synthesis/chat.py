@@ -14,6 +14,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Message = dict[str, Any]  # role and content: a text, or OpenAI content parts; an answer's reasoning_content beside
 
+# What stands between reasoning and final answer where special tokens alone mark it, and these: gpt-oss, Gemma 4.
+_FINAL_MARKERS = {"<|channel|>final<|message|>": ("<|channel|>", "<|message|>"), "<channel|>": ("<channel|>",)}
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -75,6 +77,17 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Mes
     return _render(tokenizer, _without_reasoning(messages), add_generation_prompt=True)
 
 
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Give what an answer in tokens says: without special tokens, and without the reasoning that those alone mark."""
+    added = tokenizer.get_added_vocab()
+    for marker, special in _FINAL_MARKERS.items():
+        if added.keys() >= set(special):
+            sought = tokenizer.encode(marker, add_special_tokens=False)
+            ends = range(len(tokens), len(sought) - 1, -1)
+            tokens = tokens[next((end for end in ends if tokens[end - len(sought) : end] == sought), 0) :]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 def template_turns(
     tokenizer: PreTrainedTokenizerBase,
     messages: abc.Sequence[Message],
@@ -126,7 +139,7 @@ def _turn(
         if _MARKS.search(tokenizer.get_chat_template()):
             return _marked_turn(tokenizer, answered, tokens, end_token_ids, cut)
         raise NoExactSpanError(_parting(tokenizer, prompt, tokens))
-    lost = _left_out(message, _answer_text(tokenizer, history, answered, end_token_ids))
+    lost = _left_out(message, _rendered_answer(tokenizer, history, answered, end_token_ids))
     if lost:
         raise NoExactSpanError(f"the chat template leaves out or changes {lost[:40]!r}")
     answer = tokens[len(prompt) :]
@@ -165,7 +178,7 @@ def _marked_turn(
     return Turn(before, answer[:end] + closing)
 
 
-def _answer_text(
+def _rendered_answer(
     tokenizer: PreTrainedTokenizerBase,
     history: abc.Sequence[Message],
     answered: list[Message],

@@ -14,7 +14,7 @@ from ..conf.artifact import digest
 from ..conf.schema import Config, SynthesizeConfig
 from ..conf.signals import StopSignals
 from ..models.verifier import Verifier
-from .chat import NoExactSpanError, Turn, prompt_tokens
+from .chat import NoExactSpanError, Turn, answer_text, prompt_tokens
 from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from .outcomes import Outcomes
 from .prompts import Prompt, images_of
@@ -131,7 +131,7 @@ def converse(
         seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in asked]]), 16) % 2**63
         answers = generate(verifier, list(contexts.values()), options, temperature, seed, deadline)
         for conversation, context, (tokens, ended) in zip(asked, contexts.values(), answers, strict=True):
-            text = str(verifier.tokenizer.decode(tokens, skip_special_tokens=True))
+            text = answer_text(verifier.tokenizer, tokens)
             reason = "stop" if ended else "length"
             conversation.add(Answer(text, reason, len(context), len(tokens), turn=Turn(context, tokens)))
 

@@ -26,7 +26,7 @@ from .store import TOKENS_FOLDER, HiddenStateStore
 from .tokens import left_out
 
 RECORDED = "recorded"  # verifier.path of this command, unless another is given: the store's own
-_SCANNED = 64  # samples whose states are read where not all are
+_SCANNED = 64  # samples whose states are measured
 _SHOWN_TOKENS = 400
 
 
@@ -45,19 +45,30 @@ def inspect_store(config: Config) -> None:
         return
     store = HiddenStateStore(folder, with_states=manifest["settings"].get("states", True))
     _print_facts(_statistics(store))
-    if options.verify:
-        progress = Progress("checksums", len(store.entries), "shard")
-        for number in range(len(store.entries)):
-            store.verify(number, len(store.entries))
-            progress.update()
-        progress.close()
+    wrong = _verify(store) if options.verify else []
     _print_facts({"checksums": "all right" if options.verify else "not compared (inspect --verify)"})
-    scanned = range(len(store)) if options.verify else _spread(len(store))
-    wrong = _print_states(store, scanned) if store.with_states else []
+    if store.with_states:
+        wrong_of_some, read = _print_states(store)
+        of = f"of all {len(store)}" if options.verify else f"of those with {read} tokens that were read"
+        wrong = wrong if options.verify else wrong_of_some
+        _print_facts({"finite": f"{len(wrong)} samples are not, {of}"})
     _print_sample(config, store)
     if wrong:
         print(f"\nnot finite: {', '.join(wrong[:20])}{' ...' if len(wrong) > 20 else ''}")
         sys.exit(1)
+
+
+def _verify(store: HiddenStateStore) -> list[str]:
+    """Compare all checksums; give the samples whose states are not finite."""
+    wrong: list[str] = []
+    progress = Progress("checksums", len(store.entries), "shard")
+    for number in range(len(store.entries)):
+        store.verify(number, len(store.entries))
+        if store.with_states:
+            wrong += store.not_finite(number)
+        progress.update()
+    progress.close()
+    return wrong
 
 
 def _print_facts(facts: dict[str, str]) -> None:
@@ -117,14 +128,14 @@ def _spread(num_samples: int) -> Iterable[int]:
     return sorted({number * num_samples // _SCANNED for number in range(_SCANNED)})
 
 
-def _print_states(store: HiddenStateStore, samples: Iterable[int]) -> list[str]:
-    """Print the size of the states of samples, layer by layer, and give those that are not finite."""
+def _print_states(store: HiddenStateStore) -> tuple[list[str], int]:
+    """Print the size of the states of some samples, layer by layer; give those not finite, and the others' tokens."""
     layers = store.manifest["settings"]["aux_layers"]
     squares, largest = torch.zeros(len(layers) + 1, dtype=torch.float64), torch.zeros(len(layers) + 1)
     rows = torch.zeros(len(layers) + 1, dtype=torch.int64)
     wrong: list[str] = []
     read = 0
-    for index in samples:
+    for index in _spread(len(store)):
         sample = store[index]
         states = _by_layer(sample, len(layers))
         if not all(part.isfinite().all() for part in states):
@@ -138,8 +149,7 @@ def _print_states(store: HiddenStateStore, samples: Iterable[int]) -> list[str]:
     for name, square, count, most in zip([*map(str, layers), "last"], squares, rows, largest, strict=True):
         print(f"{'layer ' + name if name != 'last' else 'last state':<13} ", end="")
         print(f"root mean square {(square / count.clamp(min=1)).sqrt():.3g}, largest {most:.3g}")
-    print(f"{'finite':<13} {len(wrong)} samples are not, of those with {read} tokens that were read")
-    return wrong
+    return wrong, read
 
 
 def _by_layer(sample: Sample, num_layers: int) -> list[Tensor]:

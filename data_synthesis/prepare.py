@@ -21,10 +21,11 @@ from ..conf.artifact import MANIFEST, Artifact, artifact, commit, digest, file_d
 from ..conf.progress import Progress
 from ..conf.schema import Config, DataConfig, MalformedRows, SourceConfig
 from .likeness import Questions, fingerprint, hash64
-from .prompts import Prompt, prompt_of, text_of
+from .prompts import FIELDS, Prompt, prompt_of, text_of
 from .sources import EMBEDDED, is_gone, is_local, local_files, read_rows, source_name, split_names
 
 FILE = "prompts.jsonl"
+_EXAM_FIELDS = ("question", "article")  # of evaluation questions alone: GSM8K, CNN/DailyMail
 REFUSALS = (  # why a row is not taken
     "malformed",
     "too_few_turns",
@@ -137,8 +138,12 @@ def _exclude_settings(path: str, before: str | None = None) -> str:
     return digest([file_digest(file) for file in files])
 
 
-def _splits(path: str) -> list[SourceConfig]:
-    return [SourceConfig(path=path, split=split) for split in split_names(path)]
+def _splits(entry: str) -> list[SourceConfig]:
+    """Give all splits of an entry of data.exclude: a path, a hub id, or a hub id and its configuration, `id:subset`."""
+    path, _, subset = entry.rpartition(":")
+    if not path or is_gone(entry) or is_local(entry):
+        path, subset = entry, ""
+    return [SourceConfig(path=path, subset=subset or None, split=s) for s in split_names(path, subset or None)]
 
 
 def _make(data: DataConfig, target: Artifact) -> None:
@@ -200,19 +205,26 @@ def _shares(data: DataConfig) -> list[int | None]:
 
 
 def _load_questions(exclude: list[str]) -> Questions:
-    """Load evaluation questions of any form that prompts may have, from all splits."""
+    """Load evaluation questions of any form that prompts may have, or with a question or article, from all splits."""
     texts: list[str] = []
     for path in exclude:
         before = len(texts)
         for source in _splits(path):
-            for number, (place, row) in enumerate(read_rows(source)):
+            for number, (place, row) in enumerate(read_rows(source, whole=True)):
                 try:
-                    texts += map(text_of, prompt_of(row, "", number).turns)
+                    texts += map(text_of, prompt_of(_asking(row), "", number).turns)
                 except ValueError as error:
                     raise ValueError(f"data.exclude: {place} {error}") from None
         if len(texts) == before:
             raise ValueError(f"data.exclude: {path} holds no question")
     return Questions(texts)
+
+
+def _asking(row: Any) -> Any:
+    """Give an evaluation question that no prompt looks like as a prompt; other rows as they are."""
+    if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):
+        return next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
+    return row
 
 
 def _read_source(

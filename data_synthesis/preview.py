@@ -17,7 +17,7 @@ from ..models.verifier import tokenizer_identity
 from .chat import Sequence, has_images
 from .conversations import read_conversations
 from .images import UnreadableImagesError
-from .sequences import SequenceReader, has_recorded_tokens, leading_answers, num_whole_answers
+from .sequences import SequenceReader, answers_within, has_recorded_tokens, leading_answers, num_whole_answers
 from .split import is_heldout
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal might obey
@@ -98,11 +98,11 @@ def _left_out(record: dict[str, Any], sequences: list[Sequence], options: DumpCo
         sequences = leading_answers(sequences, num_whole)
         yield f"trained on without the truncated answer: {_sizes(sequences)}"
     for number, sequence in enumerate(sequences, 1):
-        if len(sequence.token_ids) > options.max_length:
-            yield (
-                f"dump leaves out sequence {number}: its {len(sequence.token_ids)} tokens are more than "
-                f"dump.max_length={options.max_length}"
-            )
+        kept = answers_within(sequence, options.max_length)
+        if kept != [sequence]:
+            what = f"cuts sequence {number} to {_sizes(kept)}" if kept else f"leaves out sequence {number}"
+            size = len(sequence.token_ids)
+            yield f"dump {what}: its {size} tokens are more than dump.max_length={options.max_length}"
 
 
 def _sizes(sequences: Iterable[Sequence]) -> str:

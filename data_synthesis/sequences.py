@@ -109,3 +109,8 @@ def leading_answers(sequences: abc.Iterable[Sequence], number: int) -> list[Sequ
             images = tuple(image for image in sequence.images if image.span[1] <= end)
             kept.append(Sequence(sequence.token_ids[:end], spans, images))
     return kept
+
+
+def answers_within(sequence: Sequence, max_length: int) -> list[Sequence]:
+    """Give a sequence up to the end of its last answer that ends within so many tokens; none without one."""
+    return leading_answers([sequence], sum(end <= max_length for _, end in sequence.answers))

@@ -199,7 +199,8 @@ class _Regeneration:
                 else:
                     conversation.add(answer)
         except RequestError as trouble:
-            failed = Failure(trouble.reason, trouble.detail)
+            of_request = trouble.lasting and not trouble.refuses_us  # another start would be told the same
+            failed = Failure(trouble.reason, trouble.detail, final=of_request)
             if not trouble.lasting:
                 self._failed(prompt, failed)  # another start may do better
                 return

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ class Shard:
                     self.tensors[key] = self._memory(key, rows, value)
                 self.tensors[key][place] = value.cpu()
         told = encoded if scale is None else scale
-        # The bounds are NaN or infinite where a value is; isfinite() would take thirty times as long on the CPU.
-        return not told.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(told))
+        return _is_finite(told)
 
     def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
         """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""
@@ -150,6 +150,11 @@ class Shard:
 
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Say so by the bounds, NaN or infinite where a value is; isfinite() would take thirty times as long on the CPU."""
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def shard_name(number: int) -> str:
@@ -267,6 +272,15 @@ class MappedShard:
 
     def _altered(self, what: str) -> ValueError:
         return ValueError(f"{self._path}: {what} does not have its checksum, the file was altered: {CURE}")
+
+    def not_finite(self) -> list[int]:
+        """Give the samples whose states are not finite, without decoding: a float8 state's scale tells it."""
+        found: set[int] = set()
+        for name, scale, offsets in ((*AUX_STATES, "sample_offsets"), (*LAST_STATES, "last_offsets")):
+            told = self.tensors[scale if scale in self.tensors else name]
+            borders = self.tensors[offsets if offsets in self.tensors else "sample_offsets"].tolist()
+            found |= {n for n, (a, b) in enumerate(pairwise(borders)) if not _is_finite(told[a:b])}
+        return sorted(found)
 
     def states(self, number: int, place: slice) -> dict[str, Any]:
         """Give the states of a sample; last states that are not kept are zeros."""

@@ -58,14 +58,14 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
         yield from _READERS[file.suffix](file, whole)
 
 
-def split_names(path: str) -> list[str]:
+def split_names(path: str, subset: str | None = None) -> list[str]:
     """Name the splits of a folder or a dataset of the hub; a file is all "train"."""
     if is_local(path) and Path(path).is_file():
         return ["train"]
     from datasets import get_dataset_split_names
 
     with _reading(path):
-        return list(get_dataset_split_names(path))
+        return list(get_dataset_split_names(path, subset))
 
 
 def is_local(path: str) -> bool:

@@ -124,6 +124,10 @@ class HiddenStateStore:
         for number in range(share, len(self._shards), shares):
             self.map_shard(number).verify()
 
+    def not_finite(self, number: int) -> list[str]:
+        """Read the states of a shard; give the ids of the samples in which some are not finite."""
+        return [self.ids[self._first_samples[number] + sample] for sample in self.map_shard(number).not_finite()]
+
     def map_shard(self, number: int) -> MappedShard:
         """Give a shard, mapped."""
         shard = self._shards[number]

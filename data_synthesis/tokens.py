@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,12 +28,13 @@ from ..conf.signals import end_with_parent
 from .chat import NoExactSpanError, Sequence
 from .conversations import FILE, Catalogue, Place
 from .images import UnreadableImagesError
-from .sequences import SequenceReader, leading_answers, num_whole_answers
+from .sequences import SequenceReader, answers_within, leading_answers, num_whole_answers
 from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
 from .store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
 
-COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "template", "images")
+COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template", "images")
+_NOTE_EVERY_S = 5.0  # the manifest lists all shards, so noting each would write it ever longer
 _WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
 _CHUNK = 32  # conversations that a process is given at a time
 
@@ -65,18 +67,21 @@ class Tokeniser:
         reasons = record["finish_reasons"]
         whole = len(reasons) if self._options.keep_truncated else num_whole_answers(reasons)
         found = dict(enumerate(leading_answers(sequences, whole)))
-        fitting = {n: s for n, s in found.items() if len(s.token_ids) <= self._options.max_length}
+        fitting = {n: kept for n, s in found.items() for kept in answers_within(s, self._options.max_length)}
         counts = Counter(
             truncated_answers=len(reasons) - whole,
             truncated=int(not found),
             too_long=len(found) - len(fitting),
+            cut_answers=sum(len(found[n].answers) - len(kept.answers) for n, kept in fitting.items()),
             conversations=int(bool(fitting)),
         )
         return Tokenised(fitting, counts)
 
 
 def write_tokens(config: Config, target: Artifact) -> None:
-    """Make or complete a store of tokens; a killed start goes on after its last shard.
+    """Make or complete a store of tokens; a killed start goes on after the last shard that was noted.
+
+    Shards that were not noted yet are written again, with the same bytes.
 
     Raises:
         ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
@@ -109,12 +114,15 @@ def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> Non
     taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(COUNTS, 0) | manifest.get("counts", {}))
     progress = Progress("tokens", len(catalogue.places), "conversation", done=taken)
     samples: list[Sample] = []
-    size = 0
+    size, noted_at = 0, time.monotonic()
 
     def close_shard() -> None:
+        nonlocal noted_at
         entries.append(write_shard(target.folder, len(entries), Shard.of(samples)))
         samples.clear()
-        target.save(shards=entries, taken=taken, counts=counts)
+        if time.monotonic() - noted_at >= _NOTE_EVERY_S:
+            target.save(shards=entries, taken=taken, counts=counts)
+            noted_at = time.monotonic()
 
     with _tokenised(config, catalogue, taken) as results:
         for place, result in zip(catalogue.places[taken:], results, strict=True):
@@ -163,7 +171,7 @@ def _in_order(pool: ProcessPoolExecutor, places: list[Place], workers: int) -> I
     except BrokenProcessPool:
         raise ValueError(
             f"a process of dump.token_workers={workers} was killed: see whether memory ran out, set fewer, and start "
-            "the same command again; it goes on after the shards written"
+            "the same command again; it goes on after the shards noted"
         ) from None
 
 
@@ -223,6 +231,7 @@ def left_out(counts: dict[str, int], max_length: int) -> str:
     images = f", {counts['images']} conversations whose images cannot be read" if counts["images"] else ""
     return (
         f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
-        f"{counts['too_long']} sequences longer than dump.max_length={max_length}, "
+        f"{counts['too_long']} sequences of which no answer ends within dump.max_length={max_length}, "
+        f"{counts.get('cut_answers', 0)} answers beyond it of others, "
         f"{counts['template']} conversations without an exact loss mask{images}"
     )

@@ -12,7 +12,7 @@ from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..conf.signals import StopSignals
-from ..data_synthesis.chat import NoExactSpanError, has_images, prompt_tokens
+from ..data_synthesis.chat import NoExactSpanError, answer_text, has_images, prompt_tokens
 from ..data_synthesis.image_reader import ImageReader, ImageTokenizer
 from ..data_synthesis.images import conversation_images, template_messages
 from ..models.draft_head import DraftHead, initialise
@@ -128,7 +128,7 @@ class Answerer:
         alone = self._speculator.decode(self._alone)
         answers: list[dict[str, Any]] = [
             {
-                "text": str(self._verifier.tokenizer.decode(decoded.tokens, skip_special_tokens=True)),
+                "text": answer_text(self._verifier.tokenizer, decoded.tokens),
                 "prompt_tokens": len(request.prompt),
                 "output_tokens": len(decoded.tokens),
                 "seconds_alone": decoded.seconds,

@@ -19,6 +19,7 @@ CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _CHUNK = 1 << 22  # of drawn numbers in memory
 _TINY = 1e-30
+_FEWEST = 4  # questions of an interval: of three, one draw in nine is of one question alone, and spread over anything
 
 Record = dict[str, Any]  # a line of questions.jsonl
 
@@ -140,10 +141,10 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
     (docs/experiments.md). Where all questions accepted alike both bounds are that value.
 
     Returns:
-        None where fewer than two questions had a round: one question says nothing of how questions differ.
+        None where fewer than four questions had a round: they say too little of how questions differ.
     """
     side = _by_question(records, drafter, num_positions)
-    if np.count_nonzero(side[0]) < 2:
+    if np.count_nonzero(side[0]) < _FEWEST:
         return None
     return _interval([side], 1 + _ratio(side), (1.0, 1.0 + num_positions))
 
@@ -161,7 +162,7 @@ def paired_difference(
     """
     sides = [_by_question(side, drafter, num) for side, num in zip((ours, theirs), num_positions, strict=True)]
     difference = _ratio(sides[0]) - _ratio(sides[1])
-    if min(np.count_nonzero(drafts) for drafts, _ in sides) < 2:
+    if min(np.count_nonzero(drafts) for drafts, _ in sides) < _FEWEST:
         return difference, None
     return difference, _interval(sides, difference, (-float(num_positions[1]), float(num_positions[0])))
 

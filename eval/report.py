@@ -139,10 +139,12 @@ def _faithfulness(results: dict[str, Any]) -> list[str]:
             "token for token."
         )
     elif "model" in results:
-        lines.append(
-            f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; seconds include the "
-            "reading of prompts."
+        seconds = (
+            "seconds include the reading of prompts"
+            if results.get("batch_size", 1) == 1
+            else "requests overlapped, so tokens/s is not told"
         )
+        lines.append(f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; {seconds}.")
     return lines
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..conf.schema import Config, EvaluateConfig
-from ..data_synthesis.chat import prompt_tokens
+from ..data_synthesis.chat import answer_text, prompt_tokens
 from ..data_synthesis.endpoints import Endpoint, RequestError
 from ..data_synthesis.handshake import find_model
 from ..models.verifier import load_config, load_end_token_ids, load_tokenizer
@@ -154,7 +154,7 @@ class _Engine:
             raise ValueError(f"{self._endpoint.url} read {read} tokens of a prompt of {len(asked.prompt)}")
 
     def _text(self, tokens: list[int] | None, otherwise: str) -> str:
-        return otherwise if tokens is None else str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return otherwise if tokens is None else answer_text(self._tokenizer, tokens)
 
 
 class Vllm(_Engine):

@@ -4,7 +4,7 @@
 
 prints its port. An answer repeats the last user turn and hashes all that was asked, so that `answer_to` says what it
 must be, and an answer under another's id is seen. What must happen every time is asked for by a word in a user turn:
-CUT (the answer ends early, finish_reason "length"), TOO LONG (400), EMPTY (an empty answer).
+CUT (the answer ends early, finish_reason "length"), TOO LONG and REFUSED (400), EMPTY (an empty answer).
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ class Faulty:
             return 404, {"error": {"message": f"The model `{request['model']}` does not exist.", "code": 404}}
         if "TOO LONG" in said:
             return 400, {"error": {"message": "This model's maximum context length is 9 tokens.", "code": 400}}
+        if "REFUSED" in said:
+            return 400, {"error": {"message": "This request is not to our taste.", "code": 400}}
         return 200, completion(request, offers_tokens=not self.options.no_token_ids)
 
 

@@ -4,6 +4,7 @@ import pytest
 from fledge.data_synthesis.chat import (
     Sequence,
     Turn,
+    answer_text,
     check_messages,
     has_images,
     join_turns,
@@ -44,6 +45,33 @@ def with_template(tokenizer, template):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
     return changed
+
+
+@pytest.mark.parametrize(
+    ("special", "reasoning", "marker"),
+    [
+        (
+            ["<|channel|>", "<|message|>", "<|start|>", "<|end|>"],
+            "<|channel|>analysis<|message|>Easy: add.<|end|><|start|>assistant",
+            "<|channel|>final<|message|>",
+        ),
+        (["<|channel>", "<channel|>"], "<|channel>thought\nEasy: add.", "<channel|>"),
+    ],
+)
+def test_reasoning_that_special_tokens_mark_is_no_part_of_an_answers_text(verifier, special, reasoning, marker):
+    tokenizer = with_template(verifier.tokenizer, verifier.tokenizer.chat_template)
+    tokenizer.add_tokens(special, special_tokens=True)
+
+    def text_of(said):
+        return answer_text(tokenizer, tokenizer.encode(said, add_special_tokens=False))
+
+    assert text_of(f"{reasoning}{marker}It is 5.{tokenizer.eos_token}") == "It is 5."
+    assert text_of(f"{reasoning}{marker}No.{reasoning}{marker}It is 5.") == "It is 5."
+    assert text_of(f"{reasoning}{marker}") == ""
+    assert text_of("It is 5." + tokenizer.eos_token) == "It is 5."
+    assert "Easy: add." in text_of(reasoning), "cut within it: there is nothing else"
+    tokens = verifier.tokenizer.encode(f"a{marker}b", add_special_tokens=False)
+    assert answer_text(verifier.tokenizer, tokens).startswith("a<"), "to this tokenizer it is text"
 
 
 def test_what_a_template_writes_after_the_end_of_turn_is_not_the_verifiers(verifier):

@@ -54,11 +54,16 @@ def test_a_wrong_option_is_named_with_what_is_allowed(capfd, override, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("override", ["={enable_thinking: false}", ".enable_thinking=false"])
+@pytest.mark.parametrize("override", ["={date_string: 26 Jul 2024}", ".date_string=26 Jul 2024"])
 def test_variables_of_a_chat_template_are_given_by_any_name_beside_those_of_the_experiment(capfd, override):
-    main(["dump", "experiment=llama31_8b", "name=x", f"verifier.chat_template_kwargs{override}", "--cfg", "job"])
+    main(["dump", "experiment=qwen3_8b", "name=x", f"verifier.chat_template_kwargs{override}", "--cfg", "job"])
     given = OmegaConf.create(capfd.readouterr().out).verifier.chat_template_kwargs
     assert given == {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+def test_a_malformed_row_of_the_large_public_datasets_is_counted_and_stops_nothing(capfd):
+    main(["synthesize", "experiment=llama31_8b", "name=x", "--cfg", "job"])
+    assert OmegaConf.create(capfd.readouterr().out).data.malformed_rows == "skip"
 
 
 def test_a_missing_required_option_is_named(capfd):
@@ -186,7 +191,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_makes_anew(finished, r
     run("dump", "dump.max_length=50", "overwrite=true")
     manifest = json.loads((run.path / "hidden_states" / "manifest.json").read_text())
     assert manifest["settings"]["max_length"] == 50
-    assert manifest["counts"]["too_long"] > 0
+    assert manifest["counts"]["too_long"] + manifest["counts"]["cut_answers"] > 0
 
 
 def test_an_impossible_draft_vocabulary_is_refused_before_the_dump(finished, run):

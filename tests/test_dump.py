@@ -105,13 +105,33 @@ def test_what_is_left_out_is_counted_by_cause(run_of, verifier_config, capsys):
     config.dump.max_length = 4
     dump(config)
     assert stored(config).keys() == {"good", "half"}
-    named = ("conversations", "truncated_answers", "truncated", "too_long", "template", "images")
-    assert {name: counts(config)[name] for name in named} == dict(zip(named, (2, 1, 1, 1, 1, 1), strict=True))
+    named = ("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template", "images")
+    assert {name: counts(config)[name] for name in named} == dict(zip(named, (2, 1, 1, 1, 0, 1, 1), strict=True))
     out = capsys.readouterr().out
     assert "dump: marker is left out: answer 1" in out
     assert "dump: picture is left out: it has images, which the verifier does not take" in out
     assert "1 conversations whose images cannot be read" in out
-    assert "1 sequences longer than dump.max_length=4" in out
+    assert "1 sequences of which no answer ends within dump.max_length=4, 0 answers beyond it of others" in out
+
+
+def test_a_sequence_that_is_too_long_keeps_the_answers_that_end_within(run_of, capsys):
+    three = sequence([U, A, EOT, U, B, EOT, U, C, EOT], (1, 3), (4, 6), (7, 9))
+    config = run_of(record("x", "u", "a", "v", "b", "w", "c", sequences=[three]))
+    found = {}
+    for config.dump.max_length in (9, 8, 6, 5, 3):
+        config.overwrite = True
+        dump(config)
+        found[config.dump.max_length] = (*stored(config)["x"], counts(config)["cut_answers"])
+    masks = ([0, 1, 1], [0, 1, 1] * 2, [0, 1, 1] * 3)
+    of = {cut: (three["token_ids"][: len(mask)], mask, cut) for cut, mask in zip((2, 1, 0), masks, strict=True)}
+    assert found == {9: of[0], 8: of[1], 6: of[1], 5: of[2], 3: of[2]}
+    assert counts(config)["too_long"] == 0
+    assert (
+        "0 sequences of which no answer ends within dump.max_length=3, 2 answers beyond it" in capsys.readouterr().out
+    )
+    config.dump.max_length = 2
+    with pytest.raises(ValueError, match=r"1 sequences of which no answer ends within dump\.max_length=2, 0 answers"):
+        dump(config)
 
 
 def test_a_store_of_nothing_is_refused_with_the_causes(run_of):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from builders import conversation_record, conversations_run, recorded_sequence
 from fledge.conf.cli import inspect_overrides
-from fledge.conf.schema import Config, HiddenStates, InspectConfig, StateDtype
+from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.inspect_store import inspect_store
+from fledge.data_synthesis.record import TransformersEngine
 from fledge.data_synthesis.shard import Shard, write_shard
 from fledge.data_synthesis.store import HiddenStateStore, checksums_beside, write_index
 from fledge.models.verifier import load_tokenizer
@@ -94,8 +95,8 @@ def test_verify_reads_everything_and_names_what_was_altered(config, capsys):
         inspected(config, capsys)
 
 
-@pytest.mark.parametrize("dtype", [StateDtype.float32, StateDtype.float8])
-def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [StateDtype.float32, StateDtype.bfloat16, StateDtype.float8])
+def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, tmp_path, monkeypatch):
     config.dump.dtype, config.dump.folder = dtype, str(tmp_path / "store")
     dump(config)
     folder = config.hidden_states_folder
@@ -120,6 +121,33 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
     with pytest.raises(SystemExit) as stopped:
         inspected(config, capsys)
     assert stopped.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "not finite: b"
+    monkeypatch.setattr("fledge.data_synthesis.inspect_store._SCANNED", 1)
+    assert inspected(config, capsys)["finite"].startswith("0 samples are not, of those with 5 tokens")
+    read = []
+    getitem = HiddenStateStore.__getitem__
+    monkeypatch.setattr(HiddenStateStore, "__getitem__", lambda self, n: (read.append(n), getitem(self, n))[1])
+    with pytest.raises(SystemExit):
+        inspected(config, capsys, verify=True)
+    out = capsys.readouterr().out
+    assert "finite        1 samples are not, of all 2" in out
+    assert out.splitlines()[-1] == "not finite: b"
+    assert read == [0, 0], "measured, and shown: the others are not decoded"
+
+
+@pytest.mark.parametrize("dtype", [StateDtype.float16, StateDtype.float8])
+def test_last_states_that_are_kept_where_they_count_are_looked_at_too(config, capsys, dtype, tmp_path, monkeypatch):
+    def too_large(self, given):
+        for number, aux, last in read(self, given):
+            yield number, aux, (last.fill_(torch.inf) if given[number].id == "b" else last)
+
+    read = TransformersEngine.read
+    monkeypatch.setattr(TransformersEngine, "read", too_large)
+    config.dump.dtype, config.dump.folder = dtype, str(tmp_path / "store")
+    config.dump.last_states = LastStates.counted
+    dump(config)
+    with pytest.raises(SystemExit):
+        inspected(config, capsys, verify=True)
     assert capsys.readouterr().out.splitlines()[-1] == "not finite: b"
 
 

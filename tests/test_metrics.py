@@ -116,16 +116,19 @@ def test_95_of_100_paired_intervals_hold_the_difference_and_are_narrower_than_tw
     assert narrower == 200
 
 
-def test_one_question_has_no_interval_and_alike_ones_have_their_value():
+def test_three_questions_have_no_interval_and_alike_ones_have_their_value():
     assert acceptance_interval([], NAME, 3) is None
-    assert acceptance_interval([record([2, 1]), record([])], NAME, 3) is None
-    assert acceptance_interval([record([2, 1])] * 3, NAME, 3) == [2.5, 2.5]
-    assert acceptance_interval([record([0, 0])] * 3, NAME, 3) == [1.0, 1.0]
-    assert paired_difference([record([2])], [record([1])], NAME, (3, 3)) == (1.0, None)
+    few = [record([2, 1]), record([3]), record([0, 1])]
+    assert acceptance_interval([*few, record([])], NAME, 3) is None
+    assert acceptance_interval([*few, record([2])], NAME, 3) is not None
+    assert acceptance_interval([record([2, 1])] * 4, NAME, 3) == [2.5, 2.5]
+    assert acceptance_interval([record([0, 0])] * 4, NAME, 3) == [1.0, 1.0]
+    assert paired_difference([record([2])] * 3, [record([1])] * 3, NAME, (3, 3)) == (1.0, None)
+    assert paired_difference([record([2])] * 4, [record([1])] * 4, NAME, (3, 3)) == (1.0, [1.0, 1.0])
 
 
 def test_an_interval_is_the_same_at_every_call_and_possible():
-    few = [record([3, 3]), record([0, 1])]
+    few = [record([3, 3]), record([0, 1]), record([2]), record([1, 1])]
     interval = acceptance_interval(few, NAME, 3)
     assert interval == acceptance_interval(few, NAME, 3)
     assert 1.0 <= interval[0] < count(few, NAME, 3).acceptance_length < interval[1] <= 4.0

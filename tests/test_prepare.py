@@ -233,6 +233,25 @@ def test_questions_of_every_split_of_a_folder_are_left_out(tmp_path):
     assert ids(prepare(tmp_path, source, exclude=[str(tmp_path / "exam")])) == ["p/train/2"]
 
 
+def test_questions_of_gsm8k_and_cnn_dailymail_are_left_out_of_a_configuration_of_the_hub_too(tmp_path, monkeypatch):
+    rows = [{"prompt": f"The {name} one"} for name in ("question", "article", "hub", "x")]
+    source = SourceConfig(path=written(tmp_path / "p.jsonl", rows))
+    exams = [written(tmp_path / "gsm8k:main.jsonl", [{"question": "The question one?", "answer": "The x one"}])]
+    exams.append(str(tmp_path / "cnn.parquet"))
+    table = [{"prompt": None, "article": "The article one.", "highlights": "The x one", "id": "1"}]
+    pq.write_table(pa.Table.from_pylist(table), exams[1])
+    asked = []
+
+    def load_dataset(path, subset, **options):
+        asked.append((path, subset, options["split"]))
+        return datasets.Dataset.from_list([{"question": "The hub one?", "answer": "The x one"}])
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, subset: [f"{subset} of {path}"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert ids(prepare(tmp_path, source, exclude=[*exams, "openai/gsm8k:main"])) == ["p/train/3"]
+    assert asked == [("openai/gsm8k", "main", "main of openai/gsm8k")]
+
+
 def test_a_complete_artifact_is_not_read_again_and_a_changed_file_is_refused_by_name(tmp_path, capsys):
     source = prompts(tmp_path, 20)
     first = prepare(tmp_path, source)
@@ -363,8 +382,8 @@ def test_configurations_without_sense_are_refused(tmp_path):
     source.streaming = True
     with pytest.raises(ValueError, match=r"streaming must be false for files"):
         prepare(tmp_path, source)
-    written(tmp_path / "q.jsonl", [{"question": "a?"}])
-    with pytest.raises(ValueError, match=r"data.exclude: .*q.jsonl line 1 has the fields question"):
+    written(tmp_path / "q.jsonl", [{"task": "a?"}])
+    with pytest.raises(ValueError, match=r"data.exclude: .*q.jsonl line 1 has the fields task"):
         prepare(tmp_path, prompts(tmp_path, 2), exclude=[str(tmp_path / "q.jsonl")])
 
 

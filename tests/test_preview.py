@@ -97,7 +97,16 @@ def test_what_dump_would_leave_out_is_said_with_the_cause(tmp_path, verifier_con
     assert printed(config, capsys)[-1] == "3 sequences, 18 tokens, 6 of them written by the verifier"
     config.dump.max_length = 8
     assert printed(config, capsys)[-1] == "dump leaves out sequence 2: its 9 tokens are more than dump.max_length=8"
-    config.preview.id = "b"
+    sequences[1]["answers"] = [[2, 4], [7, 9]]
+    config = conversations_run(
+        tmp_path / "2", verifier_config, record("a", "a", "b", "c", "d", sequences=sequences[1:2])
+    )
+    config.dump.max_length = 8
+    assert printed(config, capsys)[-1] == (
+        "dump cuts sequence 1 to 4 tokens, 2 of them written by the verifier: its 9 tokens are more than "
+        "dump.max_length=8"
+    )
+    config = conversations_run(tmp_path / "3", verifier_config, picture)
     assert printed(config, capsys)[-1] == "dump leaves it out: it has images, which the verifier does not take"
 
 

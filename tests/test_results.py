@@ -9,12 +9,14 @@ import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.schema import EvaluateEngine
 from fledge.eval.plots import draw
+from fledge.eval.questions import HELDOUT
 from fledge.eval.report import print_table, write_report
 from fledge.eval.results import asked, questions_digest
 
 QUESTIONS = [
     question_record([3, 3], [2], name="q/1"),
-    question_record([0, 1, 2], [1], name="q/2"),
+    question_record([0, 1, 2], name="q/2"),
+    question_record([1], name="q/2b"),
     question_record([1, 1], [3, 0], name="q/3", category="stem"),
 ]
 
@@ -30,12 +32,12 @@ def test_figures_of_the_parts_add_up_and_carry_their_interval_and_speed_up(tmp_p
     results = evaluation(tmp_path / "run", QUESTIONS)
     assert (results["num_drafts"], results["num_accepted_tokens"]) == (11, 17)
     assert results["acceptance_length"] == 1 + 17 / 11
-    assert results["macro_acceptance_length"] == pytest.approx((1 + 8 / 3 + 1 + 4 / 4 + 1 + 5 / 4) / 3)
+    assert results["macro_acceptance_length"] == pytest.approx(1 + (8 / 3 + 3 / 3 + 1 / 1 + 5 / 4) / 4)
     low, high = results["acceptance_length_interval"]
     assert 1 <= low < results["acceptance_length"] < high <= 4
     math, stem = (results["by_category"][name]["trained head"] for name in ("math", "stem"))
     assert math["num_drafts"] + stem["num_drafts"] == 11
-    assert math["acceptance_length_interval"]
+    assert math["acceptance_length_interval"] is None, "three questions"
     assert stem["acceptance_length_interval"] is None, "one question"
     tokens, answers, rounds = 17 + 11 + 6, 6, 11
     assert results["verifier_alone_tokens_per_s"] == pytest.approx(10.0)
@@ -71,7 +73,7 @@ def test_a_tree_is_told_by_depth_and_its_shape_is_named(tmp_path, capsys):
 
 
 def test_a_server_leaves_open_what_it_cannot_tell(tmp_path, capsys):
-    records = [question_record([3, 1], [0], name=f"q/{i}", server=True) for i in range(3)]
+    records = [question_record([3, 1], [0], name=f"q/{i}", server=True) for i in range(4)]
     results = evaluation(tmp_path / "run", records, engine=EvaluateEngine.server, endpoint="http://h/v1")
     assert results["acceptance_length"] == 1 + 4 / 3
     assert results["verifier_alone_tokens_per_s"] is None
@@ -83,6 +85,21 @@ def test_a_server_leaves_open_what_it_cannot_tell(tmp_path, capsys):
     assert re.search(
         r"\| trained head +\| +2\.33 \| +\[2\.33, 2\.33\] \| +0\.67 \| +0\.33 \| +0\.33 \| +\d+ \| +- \|", out
     )
+
+
+def test_requests_that_overlap_at_a_server_tell_no_tokens_per_second(tmp_path, capsys):
+    records = [question_record([3, 1], [0], name=f"q/{i}", server=True) for i in range(4)]
+    heldout = question_record([1], name="h/1", category=HELDOUT, server=True)
+    by_server = {"engine": EvaluateEngine.server, "endpoint": "http://h/v1"}
+    one = evaluation(tmp_path / "one", [*records, heldout], **by_server)
+    several = evaluation(tmp_path / "several", [*records, heldout], batch_size=2, **by_server)
+    for results, known in ((one, True), (several, False)):
+        told = [results, results["by_category"]["math"]["trained head"], results["heldout"]["decoded"]]
+        assert [part["tokens_per_s"] is not None for part in told] == [known] * 3
+    assert several["acceptance_length"] == one["acceptance_length"]
+    assert asked(tmp_path / "several" / "evaluation")[0]["answers"][0]["drafters"]["trained head"]["seconds"] > 0
+    _, out = reported(tmp_path / "several", capsys)
+    assert re.search(r"\| trained head .*\| +- \| +- \| +12 \|\n", out)
 
 
 def test_text_and_images_are_told_apart_where_a_question_has_images(tmp_path, capsys):
@@ -102,7 +119,7 @@ def test_the_report_states_conditions_intervals_and_conditional_acceptance_and_s
     low, high = results["acceptance_length_interval"]
     assert report.startswith(f"# Acceptance length 2.55 [{low:.2f}, {high:.2f}]\n")
     for words in (
-        "3 questions (q.jsonl)",
+        "4 questions (q.jsonl)",
         "3 draft tokens a round (chain)",
         "temperature 0",
         "bfloat16",

@@ -11,6 +11,7 @@ from builders import Run
 from fledge.conf.artifact import artifact
 from fledge.conf.journal import read_journal
 from fledge.conf.schema import SynthesizeConfig
+from fledge.data_synthesis import in_process
 from fledge.data_synthesis.chat import Turn
 from fledge.data_synthesis.conversations import (
     CONTEXT_FULL,
@@ -172,3 +173,23 @@ def test_a_prompt_that_the_chat_template_refuses_fails_alone(verifier):
     assert refused.ended_by.reason == "the chat template refuses it"
     assert "no system message" in refused.ended_by.detail
     assert len(answered.answers) == 1
+
+
+def test_reasoning_marked_by_special_tokens_is_recorded_and_not_read_before_the_next_turn(verifier, monkeypatch):
+    thinking = copy.copy(verifier)
+    thinking.tokenizer = copy.deepcopy(verifier.tokenizer)
+    thinking.tokenizer.add_tokens(["<|channel>", "<channel|>"], special_tokens=True)
+    said = thinking.tokenizer.encode("<|channel>thought\nEasy.<channel|>It is 5.", add_special_tokens=False)
+    read = []
+
+    def generate(_verifier, contexts, *_):
+        read.extend(thinking.tokenizer.decode(context) for context in contexts)
+        return [([*said, thinking.tokenizer.eos_token_id], True) for _ in contexts]
+
+    monkeypatch.setattr(in_process, "generate", generate)
+    conversation = asked("Add 2 and 3.", "Sure?")
+    converse(thinking, [conversation], 0.0, SynthesizeConfig(max_tokens=8))
+    assert [answer.text for answer in conversation.answers] == ["It is 5.", "It is 5."]
+    assert "It is 5." in read[1]
+    assert "Easy." not in read[1]
+    assert conversation.answers[0].turn.answer[:-1] == said

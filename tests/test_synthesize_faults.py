@@ -224,6 +224,18 @@ def test_requests_in_flight_adapt_to_what_the_server_takes(tmp_path, byte_verifi
     assert did["rate_limited"] < 0.3 * did["requests"], did
 
 
+def test_what_a_server_refuses_for_good_is_not_tried_again_by_another_start(tmp_path, byte_verifier):
+    rows = [{"id": f"r{n}", "turns": [f"row {n}", "second?" + " REFUSED" * (n == 2)]} for n in range(3)]
+    run = Regeneration(tmp_path, byte_verifier, [*rows, {"id": "r3", "turns": ["row 3 REFUSED"]}])
+    with faulty_server() as endpoint:
+        run.finish(endpoint)
+        counts = run.check()
+        assert stats(endpoint)["requests"] - 2 == 2 * 3 + 1
+    assert (counts["failed_because"], counts["cut_short"]) == ({"HTTP 400": 1}, 1)
+    (failure,) = read_journal(run.journal.with_name("failures.jsonl"))
+    assert (failure["id"], failure["final"]) == ("rows/train/r3", True)
+
+
 def test_no_server_and_another_model_are_said_in_one_sentence(tmp_path, byte_verifier):
     run = Regeneration(tmp_path, byte_verifier, make_rows(3))
     nobody = f"http://127.0.0.1:{free_port()}/v1"

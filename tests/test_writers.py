@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import conversation_record, conversations_run, recorded_sequence
-from fledge.conf.artifact import read_manifest
+from fledge.conf.artifact import Artifact, read_manifest
 from fledge.conf.schema import Config, HiddenStates, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.record import TransformersEngine
@@ -246,7 +246,10 @@ def test_processes_tokenise_as_one_does(spoken, tmp_path):
     assert one.manifest["digest"] == two.manifest["digest"]
 
 
-def test_tokenising_goes_on_after_the_shards_that_a_kill_has_left(spoken, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("note_every_s", "kept"), [(0.0, 2), (60.0, 0)])
+def test_tokenising_goes_on_after_the_shards_that_a_kill_has_left(spoken, tmp_path, monkeypatch, note_every_s, kept):
+    noting = f"from fledge.data_synthesis import tokens; tokens._NOTE_EVERY_S = {note_every_s}; "
+    monkeypatch.setattr(sys.modules[__name__], "START", noting + START)
     dump(into(spoken, tmp_path / "whole"))
     whole = read_manifest(tmp_path / "whole", "hidden_states")
     process = start(into(spoken, tmp_path / "killed", token_workers=2), tmp_path)
@@ -260,7 +263,16 @@ def test_tokenising_goes_on_after_the_shards_that_a_kill_has_left(spoken, tmp_pa
     dump(into(spoken, tmp_path / "killed"))
     again = read_manifest(tmp_path / "killed", "hidden_states")
     assert (again["shards"], again["counts"]) == (whole["shards"], whole["counts"])
-    assert sum(left[p.name] == p.stat().st_ino for p in (tmp_path / "killed").glob("shard-*") if p.name in left) >= 2
+    assert sum(left[p.name] == p.stat().st_ino for p in (tmp_path / "killed").glob("shard-*") if p.name in left) >= kept
+
+
+def test_not_every_shard_of_tokens_has_the_manifest_written_again(spoken, tmp_path, monkeypatch):
+    saved = []
+    save = Artifact.save
+    monkeypatch.setattr(Artifact, "save", lambda self, **fields: (saved.append(fields), save(self, **fields)))
+    dump(into(spoken, tmp_path / "store"))
+    assert len(read_manifest(tmp_path / "store", "hidden_states")["shards"]) > 5
+    assert sum("taken" in fields for fields in saved) == 1, "at the end"
 
 
 def test_files_beside_the_shards_that_are_lost_are_made_again_without_the_verifier(config, tmp_path, monkeypatch):
