@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,12 @@ class Job:
         return f"{self.stage}.sbatch"
 
 
+def stage_before(stage: str, stages: Sequence[str]) -> str | None:
+    """Give which of the stages submitted, in their order, a stage waits for: export needs a head, no evaluation."""
+    before = [name for name in stages[: stages.index(stage)] if (name, stage) != ("evaluate", "export")]
+    return before[-1] if before else None
+
+
 def render_jobs(config: Config, folder: Path) -> list[Job]:
     """Give the job files of the stages of `submit.stages`, in their order, for a submission in `folder`."""
     stages = [stage for stage in STAGES if stage in config.submit.stages]
@@ -46,14 +53,14 @@ def _render(config: Config, folder: Path, stage: str, stages: list[str]) -> Job:
     cluster = config.cluster
     options: JobConfig = getattr(cluster, stage)
     tasks = _tasks(config, stage) if stage in _ARRAYS else None
-    before = stages[: stages.index(stage)]
+    before = stage_before(stage, stages)
     artifact, grows = _progress(config, stage)
     is_server = stage == SERVER
     values = {
         "about": f"Stage {stage} of run {config.name}."
         if not is_server
         else f"The verifier's servers of {config.name}.",
-        "after": f"{before[-1]}{' has begun' if before[-1] == SERVER else ' has ended well'}" if before else "",
+        "after": f"{before}{' has begun' if before == SERVER else ' has ended well'}" if before else "",
         "file": str(folder / f"{stage}.sbatch"),
         "folder": str(folder),
         "directives": _directives(config, folder, stage, options, tasks),

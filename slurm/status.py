@@ -15,6 +15,7 @@ from .freeze import FROZEN
 from .progress import stage_progress
 from .queue import JobState, job_states
 from .records import JobRecord, read_events, read_submission, submissions
+from .render import stage_before
 
 _TAIL_BYTES = 1 << 16
 DONE, RUNNING, WAITING, FAILED, CANCELLED, UNKNOWN = "done", "running", "waiting", "failed", "cancelled", "unknown"
@@ -136,13 +137,14 @@ def _joined(*parts: str) -> str:
 
 def _name_causes(tasks: dict[str, list[TaskStatus]]) -> None:
     """Say of jobs that can never begin which stage is to blame."""
-    cause = ""
+    causes: dict[str, str] = {}
     for stage, of_stage in tasks.items():
+        cause = causes.get(stage_before(stage, list(tasks)) or "", "")
         for task in of_stage:
             if cause and task.state in (CANCELLED, WAITING):
                 task.state, task.detail = CANCELLED, f"{cause} failed"
         if stage in STAGES and any(task.state in (FAILED, CANCELLED) for task in of_stage):
-            cause = cause or stage
+            causes[stage] = cause or stage
 
 
 def _stage_line(stage: str, tasks: list[TaskStatus], complete: bool, progress: str) -> str:

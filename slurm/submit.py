@@ -1,4 +1,4 @@
-"""`fledge submit`: a run as Slurm jobs, each of which begins when the one before has ended well.
+"""`fledge submit`: a run as Slurm jobs, each of which begins when what it needs has ended well.
 
 Everything of a submission is in runs/NAME/jobs/N/: job files, `frozen.yaml`, `code/`, `logs/`, what the jobs tell
 (`events/`, `servers/`, `restarts/`), and `submission.json`, which names the jobs.
@@ -19,7 +19,7 @@ from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, Serve
 from .freeze import freeze
 from .queue import cancel, has_slurm, job_states, submit_file
 from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
-from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model
+from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model, stage_before
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
 
@@ -60,11 +60,11 @@ def submit(config: Config) -> None:
 def _chain(jobs: list[Job], folder: Path) -> dict[str, str]:
     """Submit job files one after the other; where one is refused, none stays."""
     ids: dict[str, str] = {}
-    before: Job | None = None
+    by_stage = {job.stage: job for job in jobs}
     try:
         for job in jobs:
-            ids[job.stage] = submit_file(folder / job.file, _dependency(before, ids))
-            before = job
+            before = stage_before(job.stage, list(by_stage))
+            ids[job.stage] = submit_file(folder / job.file, _dependency(by_stage[before], ids) if before else None)
     except BaseException:
         cancel(list(ids.values()))
         shutil.rmtree(folder)
@@ -72,10 +72,8 @@ def _chain(jobs: list[Job], folder: Path) -> dict[str, str]:
     return ids
 
 
-def _dependency(before: Job | None, ids: dict[str, str]) -> str | None:
+def _dependency(before: Job, ids: dict[str, str]) -> str:
     """Give what a job waits for: any server that has begun, or the end of the stage before."""
-    if before is None:
-        return None
     if before.stage == SERVER:
         return "?".join(f"after:{ids[SERVER]}_{task}" for task in range(before.tasks or 1))
     return f"afterok:{ids[before.stage]}"

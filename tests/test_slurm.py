@@ -20,7 +20,7 @@ from fledge.slurm.freeze import freeze
 from fledge.slurm.queue import _parse
 from fledge.slurm.records import JobRecord, write_submission
 from fledge.slurm.render import TEMPLATES, directive, expand
-from fledge.slurm.status import status
+from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +153,23 @@ def test_what_no_job_could_do_is_refused_in_one_sentence(tmp_path, options, word
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_waits_for_training_and_no_evaluation(tmp_path):
+    """Slurm's command replaced by one that numbers the jobs and writes down what they wait for."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    sbatch = folder / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/told\nwc -l <{tmp_path}/told\n')
+    sbatch.chmod(0o755)
+    given = ("experiment=demo", "name=x", f"runs_dir={tmp_path}", "cluster=one_machine", "train.packs_per_step=2")
+    done = fledge("submit", *given, PATH=f"{folder}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    first, *others = (tmp_path / "told").read_text().splitlines()
+    assert first.endswith("synthesize.sbatch")
+    assert others == [f"--dependency=afterok:{job}" for job in (1, 2, 3, 3)]
+    assert "after train has ended well" in printed("cluster=one_machine")["export"]
+    assert " after " not in printed("cluster=one_machine", "submit.stages=[evaluate,export]")["export"].split("sbatch")[0]
+
+
 def test_a_node_is_a_part_of_the_ranks_of_all():
     second = Place(rank=1, world=3, address="n1", port=4711)
     told = [environment or {} for environment in environments(2, second)]
@@ -185,6 +202,16 @@ def make_submission(run_folder: Path, events: dict[str, str]) -> Path:
     for name, text in events.items():
         (folder / "events" / name).write_text(text)
     return folder
+
+
+def test_a_failed_evaluation_is_no_cause_for_an_export(tmp_path):
+    stages = (("dump", DONE), ("train", DONE), ("evaluate", FAILED), ("export", WAITING))
+    tasks = {stage: [TaskStatus(stage, "1", state, "", tmp_path)] for stage, state in stages}
+    _name_causes(tasks)
+    assert tasks["export"][0].state == WAITING
+    tasks["train"][0].state = FAILED
+    _name_causes(tasks)
+    assert (tasks["export"][0].state, tasks["export"][0].detail) == (CANCELLED, "train failed")
 
 
 def test_status_tells_what_failed_and_why_from_events_alone(finished, tmp_path, capsys, monkeypatch):
