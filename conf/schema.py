@@ -337,6 +337,11 @@ class EvaluateConfig:
     checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
 
     @property
+    def lacks_server(self) -> bool:
+        """Whether a server is to answer, and none is named."""
+        return self.engine is EvaluateEngine.server and self.endpoint is None
+
+    @property
     def draft_depth(self) -> int:
         """Draft tokens that a round can accept."""
         return self.tree_depth or self.num_draft_tokens

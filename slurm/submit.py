@@ -102,6 +102,12 @@ def check_cluster(config: Config) -> None:
     unknown = [stage for stage in config.submit.stages if stage not in STAGES]
     if unknown or not config.submit.stages:
         raise ValueError(f"submit.stages must name some of {', '.join(STAGES)}, got {config.submit.stages}")
+    if "evaluate" in config.submit.stages and config.evaluate.lacks_server:
+        raise ValueError(
+            "evaluate.endpoint is required with evaluate.engine=server and evaluate among submit.stages: set "
+            "submit.stages=[synthesize,dump,train,export], serve the verifier with the export, then "
+            "`fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`"
+        )
     for stage in (SERVER, *STAGES):
         _check_job(stage, getattr(cluster, stage))
     if cluster.warn_s < 1 or cluster.max_restarts < 1:

@@ -139,6 +139,10 @@ def test_servers_are_started_in_their_engines_words():
             ["cluster=slurm_gpu", "verifier.path=x", "cluster.server.options=[--api-key,secret]"],
             ["--api-key", "VLLM_API_KEY"],
         ),
+        (
+            ["cluster=one_machine", "evaluate.engine=server"],
+            ["evaluate.endpoint is required", "submit.stages=[synthesize,dump,train,export]", "fledge evaluate"],
+        ),
         (["cluster=one_machine", "dump.num_writers=2"], ["cluster.dump.tasks"]),
         (["cluster=one_machine", "cluster.container.kind=pyxis"], ["cluster.container.image is required"]),
     ],
@@ -167,7 +171,9 @@ def test_an_export_waits_for_training_and_no_evaluation(tmp_path):
     assert first.endswith("synthesize.sbatch")
     assert others == [f"--dependency=afterok:{job}" for job in (1, 2, 3, 3)]
     assert "after train has ended well" in printed("cluster=one_machine")["export"]
-    assert " after " not in printed("cluster=one_machine", "submit.stages=[evaluate,export]")["export"].split("sbatch")[0]
+    assert (
+        " after " not in printed("cluster=one_machine", "submit.stages=[evaluate,export]")["export"].split("sbatch")[0]
+    )
 
 
 def test_a_node_is_a_part_of_the_ranks_of_all():
