@@ -27,6 +27,7 @@ class VerifierShape:
     active: int  # parameters that a token meets, embedding left out
     weight_bytes: int  # of all, as they are stored
     active_bytes: int
+    loaded_bytes: int  # of all, as transformers holds them: what only stores weights in few bits is dequantised
     fp8_inputs: bool  # its products run in fp8
 
     def forward_bytes(self, tokens: int, num_aux: int) -> int:
@@ -83,15 +84,17 @@ def verifier_shape(config: Config) -> VerifierShape:
     scheme = _Scheme(quantisation(whole), 8.0 * getattr(torch, config.verifier.dtype.value).itemsize)
     share = _expert_share(text)
     total = active = 0
-    weight_bits = active_bits = 0.0
+    weight_bits = active_bits = loaded_bits = 0.0
     for name, parameter in model.named_parameters():
         number, bits = parameter.numel(), scheme.bits(name, parameter.dim())
         total, weight_bits = total + number, weight_bits + number * bits
+        loaded_bits += number * (scheme.dense if scheme.dequantised else bits)
         if "embed_tokens" in name and not getattr(whole, "tie_word_embeddings", False):
             continue
         met = share if ".experts." in name else 1.0
         active, active_bits = active + round(number * met), active_bits + number * met * bits
-    return VerifierShape(text, source, total, active, round(weight_bits / 8), round(active_bits / 8), scheme.fp8_inputs)
+    weights, met_weights, loaded = (round(bits / 8) for bits in (weight_bits, active_bits, loaded_bits))
+    return VerifierShape(text, source, total, active, weights, met_weights, loaded, scheme.fp8_inputs)
 
 
 def _expert_share(text: Any) -> float:
@@ -104,8 +107,8 @@ class _Scheme:
     """How many bits weights are stored in."""
 
     def __init__(self, stated: dict[str, Any] | None, dense_bits: float) -> None:
-        self._dense, self._bits = dense_bits, dense_bits
-        self.fp8_inputs = False
+        self.dense, self._bits = dense_bits, dense_bits
+        self.fp8_inputs = self.dequantised = False
         self._ignored: list[str] = []
         if stated is None:
             return
@@ -116,14 +119,15 @@ class _Scheme:
             self._bits = weights["num_bits"] + (16 / weights["group_size"] if weights.get("group_size") else 0)
         inputs = groups[0].get("input_activations") if groups else None
         self.fp8_inputs = self._bits == 8 and (not groups or inputs is not None)
+        self.dequantised = len(groups) == 1 and inputs is None  # models/quantised.py
         self._ignored = [*(stated.get("ignore") or []), *(stated.get("modules_to_not_convert") or [])]
 
     def bits(self, name: str, dimensions: int) -> float:
         """Give the bits a weight of that name takes: embeddings, norms, routers and what is left out stay dense."""
         module = name.removesuffix(".weight")
         if dimensions < 2 or any(part in module for part in ("embed_tokens", "lm_head", "router", "vision")):
-            return self._dense
+            return self.dense
         for ignored in self._ignored:
             if re.match(ignored[3:], module) if ignored.startswith("re:") else ignored in module:
-                return self._dense
+                return self.dense
         return self._bits

@@ -52,9 +52,24 @@ def test_every_recipe_has_a_plan_without_the_hub(experiment, tmp_path, monkeypat
 
 def test_a_verifier_in_bf16_that_no_node_holds_is_warned_of_by_name(tmp_path):
     made = make_plan(composed("experiment=llama4_maverick", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=1"))
-    first, second = made["warnings"]
+    first, second, third = made["warnings"]
     assert "the verifier's weights are 746.38 GiB, a node's GPUs have 632.00 GiB" in first
-    assert "set dump.dtype=float8 and dump.last_states=counted, train.hidden_states=online" in second
+    assert (
+        "transformers loads them, 746.38 GiB, and a node's GPUs have 632.00 GiB: set evaluate.engine=server" in second
+    )
+    assert "set dump.dtype=float8 and dump.last_states=counted, train.hidden_states=online" in third
+
+
+def test_weights_that_transformers_dequantises_are_counted_as_it_loads_them(tmp_path):
+    given = ["experiment=llama4_maverick_w4a16", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=100"]
+    (said,) = make_plan(composed(*given, "evaluate.engine=transformers"))["warnings"]
+    assert "transformers loads them, 746.38 GiB dequantised, and a node's GPUs have 632.00 GiB" in said
+    online = make_plan(composed(*given, "train.hidden_states=online", "plan.ranks_per_node=1"))
+    assert online["training"]["memory by phase"]["forward"]["verifier's weights"] == pytest.approx(
+        400.7e9 * 2 / 8, 0.01
+    )
+    fp8 = verifier_shape(composed("experiment=llama4_maverick_fp8", "name=x"))
+    assert fp8.loaded_bytes == fp8.weight_bytes
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
