@@ -451,7 +451,9 @@ class ServerConfig(JobConfig):
 
     kind: ServerKind = ServerKind.none
     command: list[str] = field(default_factory=list)  # kind custom; {port} and {model} stand for what they say
-    options: list[str] = field(default_factory=list)  # further arguments, such as [--tensor-parallel-size, "8"]
+    tensor_parallel: int | None = None  # GPUs that share one copy; None: all of the job
+    max_length: int | None = 8192  # tokens of prompt and answer; None: the verifier's own context
+    options: list[str] = field(default_factory=list)  # further arguments, such as [--quantization, fp8]
     ready_s: int = 3600  # how long the array waits for a server that answers /health
     venv: str | None = None  # None: cluster.venv
     image: str | None = None  # None: cluster.container.image

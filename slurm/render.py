@@ -11,13 +11,23 @@ from pathlib import Path
 import jinja2
 
 from ..conf.run import STAGES
-from ..conf.schema import ClusterConfig, Config, ContainerKind, HiddenStates, JobConfig, ServerKind
+from ..conf.schema import ClusterConfig, Config, ContainerKind, HiddenStates, JobConfig, ServerConfig, ServerKind
 
 TEMPLATES = Path(__file__).with_name("templates")
 COMMON = "common.sh"  # what job files source
 SERVER = "server"
 _WAIT_S = 120  # for the other tasks of a step once one has ended
 _ARRAYS = (SERVER, "synthesize", "dump")
+_SERVERS = {
+    ServerKind.vllm: "vllm serve",
+    ServerKind.sglang: "python -m sglang.launch_server --model-path",
+    ServerKind.trtllm: "trtllm-serve",
+}
+_SIZES = {  # the options of GPUs that share a copy, of copies, of the longest conversation
+    ServerKind.vllm: ("--tensor-parallel-size", "--data-parallel-size", "--max-model-len"),
+    ServerKind.sglang: ("--tp-size", "--dp-size", "--context-length"),
+    ServerKind.trtllm: ("--tp_size", "", "--max_seq_len"),  # one copy a server
+}
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
 
@@ -230,16 +240,29 @@ def served_model(config: Config) -> str:
     return config.synthesize.model or config.verifier.path
 
 
+def server_copies(server: ServerConfig) -> int:
+    """Give the copies of the verifier that the GPUs of one server hold."""
+    return server.gpus // server.tensor_parallel if server.gpus and server.tensor_parallel else 1
+
+
+def _server_sizes(server: ServerConfig) -> list[str]:
+    """Give the GPUs of a copy, the copies and the longest conversation in an engine's words."""
+    shared, copies, length = _SIZES[server.kind]
+    several = server_copies(server)
+    given = {
+        shared: server.gpus // several if server.gpus else None,
+        copies: several if several > 1 else None,
+        length: server.max_length,
+    }
+    return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+
+
 def _server_command(config: Config) -> list[str]:
     """Give the server's command, quoted."""
     server, model = config.cluster.server, quoted(served_model(config))
     options = [expand(option) for option in server.options]
     where = ["--host", "0.0.0.0", "--port", '"$port"']
-    if server.kind is ServerKind.vllm:
-        return ["vllm serve", model, *where, *options]
-    if server.kind is ServerKind.sglang:
-        return ["python -m sglang.launch_server --model-path", model, *where, *options]
-    if server.kind is ServerKind.trtllm:
-        return ["trtllm-serve", model, *where, *options]
+    if server.kind in _SERVERS:
+        return [_SERVERS[server.kind], model, *where, *_server_sizes(server), *options]
     words = [expand(word.replace("{model}", served_model(config))) for word in server.command]
     return [word.replace("{port}", "$port") for word in words] + options

@@ -19,7 +19,7 @@ from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, Serve
 from .freeze import freeze
 from .queue import cancel, has_slurm, job_states, submit_file
 from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
-from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model, stage_before
+from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model, server_copies, stage_before
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
 
@@ -162,12 +162,34 @@ def _check_server(config: Config) -> None:
         raise ValueError("synthesize.endpoints must be empty with cluster.server.kind, which names the servers itself")
     if server.kind is not ServerKind.custom and served_model(config) == "embedded":
         raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
+    if server.kind is not ServerKind.custom:
+        _check_server_sizes(config)
     if server.command and not any("{port}" in word for word in server.command):
         raise ValueError("cluster.server.command must say {port} where the server takes its port")
     if secret := [word for word in [*server.command, *server.options] if re.match(r"--api[-_]key", word)]:
         raise ValueError(
             f"cluster.server must not have {secret[0].partition('=')[0]}, job files hold no keys: the environment of "
             "fledge submit goes to its jobs (VLLM_API_KEY, and OPENAI_API_KEY for who asks)"
+        )
+
+
+def _check_server_sizes(config: Config) -> None:
+    server, answer = config.cluster.server, config.synthesize.max_tokens
+    shared = server.tensor_parallel
+    if shared is not None and (shared < 1 or server.gpus % shared):
+        raise ValueError(
+            f"cluster.server.tensor_parallel must divide cluster.server.gpus={server.gpus}, or be null for all, "
+            f"got {shared}"
+        )
+    if server.kind is ServerKind.trtllm and server_copies(server) > 1:
+        raise ValueError(
+            f"cluster.server.tensor_parallel must be cluster.server.gpus={server.gpus} with cluster.server.kind=trtllm, "
+            f"which serves one copy, got {shared}: start more servers (cluster.server.tasks) with fewer GPUs"
+        )
+    if server.max_length is not None and server.max_length <= answer:
+        raise ValueError(
+            f"cluster.server.max_length must be above synthesize.max_tokens={answer}, prompts come on top, "
+            f"got {server.max_length}"
         )
 
 

@@ -9,18 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from builders import copy_until_dump
 from fledge.conf.place import Place
 from fledge.conf.run import environments
-from fledge.conf.schema import Config, SourceConfig
+from fledge.conf.schema import Config, ServerConfig, ServerKind, SourceConfig
 from fledge.slurm.freeze import freeze
 from fledge.slurm.queue import _parse
 from fledge.slurm.records import JobRecord, write_submission
-from fledge.slurm.render import TEMPLATES, directive, expand
+from fledge.slurm.render import TEMPLATES, _server_sizes, directive, expand
 from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status
+from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,10 +120,53 @@ def test_arrays_parts_and_processes_are_those_of_the_cluster():
 def test_servers_are_started_in_their_engines_words():
     served = {kind: printed(*VARIANTS[kind])["server"] for kind in ("gpus", "sglang", "trtllm")}
     where = "'/a model' --host 0.0.0.0 --port \"$port\""
-    assert f"vllm serve {where} --tensor-parallel-size 8" in served["gpus"]
-    assert f"python -m sglang.launch_server --model-path {where}" in served["sglang"]
-    assert f"trtllm-serve {where}" in served["trtllm"]
+    assert f"vllm serve {where} --tensor-parallel-size 8 --max-model-len 8192\n" in served["gpus"]
+    sglang = f"python -m sglang.launch_server --model-path {where}"
+    assert f"{sglang} --tp-size 8 --context-length 8192\n" in served["sglang"]
+    assert f"trtllm-serve {where} --tp_size 8 --max_seq_len 8192\n" in served["trtllm"]
     assert "#SBATCH --array=0-2\n" in served["sglang"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "shared", "length", "words"),
+    [
+        ("vllm", 8, 2, None, "--tensor-parallel-size 2 --data-parallel-size 4"),
+        ("vllm", 8, 1, 4096, "--tensor-parallel-size 1 --data-parallel-size 8 --max-model-len 4096"),
+        ("vllm", 0, None, None, ""),
+        ("sglang", 8, 4, 4096, "--tp-size 4 --dp-size 2 --context-length 4096"),
+        ("trtllm", 4, 4, None, "--tp_size 4"),
+    ],
+)
+def test_copies_and_lengths_of_a_server(kind, gpus, shared, length, words):
+    server = ServerConfig(kind=ServerKind(kind), gpus=gpus, tensor_parallel=shared, max_length=length)
+    assert " ".join(_server_sizes(server)) == words
+
+
+def refused(change: Callable[[Config], None]) -> str:
+    """Give the sentence by which a changed configuration is refused."""
+    config = Config(name="x")
+    config.verifier.path, config.cluster.server.gpus = "/a model", 8
+    config.cluster.server.kind = ServerKind.vllm
+    check_cluster(config)
+    change(config)
+    with pytest.raises(ValueError, match="must") as error:
+        check_cluster(config)
+    return str(error.value)
+
+
+def test_sizes_that_no_server_could_have_are_refused():
+    def three(config: Config) -> None:
+        config.cluster.server.tensor_parallel = 3
+
+    def copies(config: Config) -> None:
+        config.cluster.server.tensor_parallel, config.cluster.server.kind = 4, ServerKind.trtllm
+
+    def short(config: Config) -> None:
+        config.cluster.server.max_length = config.synthesize.max_tokens
+
+    assert "cluster.server.tensor_parallel must divide cluster.server.gpus=8" in refused(three)
+    assert "start more servers (cluster.server.tasks) with fewer GPUs" in refused(copies)
+    assert "cluster.server.max_length must be above synthesize.max_tokens=1024" in refused(short)
 
 
 @pytest.mark.parametrize(
