@@ -183,8 +183,8 @@ def _check_server_sizes(config: Config) -> None:
         )
     if server.kind is ServerKind.trtllm and server_copies(server) > 1:
         raise ValueError(
-            f"cluster.server.tensor_parallel must be cluster.server.gpus={server.gpus} with cluster.server.kind=trtllm, "
-            f"which serves one copy, got {shared}: start more servers (cluster.server.tasks) with fewer GPUs"
+            f"cluster.server.tensor_parallel must be cluster.server.gpus={server.gpus} with kind=trtllm, which serves "
+            f"one copy, got {shared}: start more servers (cluster.server.tasks) with fewer GPUs"
         )
     if server.max_length is not None and server.max_length <= answer:
         raise ValueError(

@@ -5,14 +5,11 @@ from pathlib import Path
 
 import fledge.conf
 import pytest
-from builders import copy_until_dump
+from builders import composed, copy_until_dump
 from fledge.conf.artifact import read_manifest
-from fledge.conf.schema import Config, LastStates, StateDtype, validate
+from fledge.conf.schema import LastStates, StateDtype
 from fledge.slurm.plan import make_plan, plan
 from fledge.slurm.verifier_shape import verifier_shape
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 EXPERIMENTS = sorted(path.stem for path in (Path(fledge.conf.__file__).parent / "experiment").glob("*.yaml"))
@@ -25,15 +22,6 @@ PUBLISHED = {
     "llama4_maverick": (402, 17),
     "qwen3_8b": (8.2, 8.2),
 }
-
-
-def composed(*overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
-        config = OmegaConf.to_object(compose(config_name="config", overrides=list(overrides)))
-    assert isinstance(config, Config)
-    validate(config)
-    return config
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

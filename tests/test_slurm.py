@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import copy_until_dump
+from builders import composed, copy_until_dump
 from fledge.conf.place import Place
 from fledge.conf.run import environments
 from fledge.conf.schema import Config, ServerConfig, ServerKind, SourceConfig
@@ -167,6 +167,17 @@ def test_sizes_that_no_server_could_have_are_refused():
     assert "cluster.server.tensor_parallel must divide cluster.server.gpus=8" in refused(three)
     assert "start more servers (cluster.server.tasks) with fewer GPUs" in refused(copies)
     assert "cluster.server.max_length must be above synthesize.max_tokens=1024" in refused(short)
+
+
+def test_every_submission_that_is_written_down_is_one(tmp_path):
+    pages = [ROOT / "README.md", ROOT / "conf" / "cli.py", *(ROOT / "docs").glob("*.md")]
+    joined = "\n".join(page.read_text().replace("\\\n", " ") for page in pages)
+    commands = re.findall(
+        r"^ *fledge submit (experiment=.*?)(?:  +#.*|  +the job files, printed)?$", joined, re.MULTILINE
+    )
+    assert len(commands) >= 4
+    for words in {" ".join(command.split()).removesuffix(" --dry-run") for command in commands}:
+        check_cluster(composed(*words.split()))
 
 
 @pytest.mark.parametrize(
