@@ -18,10 +18,10 @@ from fledge.conf.place import Place
 from fledge.conf.run import environments
 from fledge.conf.schema import Config, ServerConfig, ServerKind, SourceConfig
 from fledge.slurm.freeze import freeze
-from fledge.slurm.queue import _parse
+from fledge.slurm.queue import _parse, array_tasks
 from fledge.slurm.records import JobRecord, write_submission
 from fledge.slurm.render import TEMPLATES, _server_sizes, directive, expand
-from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status
+from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
 from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
 
@@ -249,9 +249,40 @@ def test_jobs_are_read_as_slurm_shows_them():
         "Restarts=2 BatchFlag=1 Reboot=0 ExitCode=2:0 NodeList=n0 ReqNodeList=(null)"
     )
     state = _parse(line)
-    assert (state.id, state.task, state.state, state.reason) == ("3", 0, "FAILED", "NonZeroExitCode")
+    assert (state.id, state.tasks, state.state, state.reason) == ("3", {0}, "FAILED", "NonZeroExitCode")
     assert (state.exit_code, state.restarts, state.nodes, state.live) == ("2:0", 2, "n0", False)
-    assert _parse(line.replace("ArrayTaskId=0", "ArrayTaskId=0-3").replace("FAILED", "PENDING")).task is None
+    assert _parse(line.replace("ArrayTaskId=0 ", "ArrayTaskId=2-3,7%4 ")).tasks == {2, 3, 7}
+    for named in ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "REQUEUE_FED", "RESV_DEL_HOLD"):
+        assert _parse(line.replace("FAILED", named)).live, "it may still run"
+
+
+def test_tasks_of_an_array_are_read_as_slurm_writes_them():
+    written = {"5": {5}, "0,2-5%4": {0, 2, 3, 4, 5}, "0-10:5": {0, 5, 10}, "1-3,8-9": {1, 2, 3, 8, 9}, "0": {0}}
+    assert {text: array_tasks(text) for text in written} == written
+    assert array_tasks("") is None
+    assert array_tasks("1-3,5,...") is None
+
+
+def test_what_waits_says_nothing_of_tasks_that_slurm_has_forgotten(tmp_path, monkeypatch):
+    (tmp_path / "events").mkdir()
+    ended = {"0": "done\t", "2": "again\tstopped by SIGUSR1"}
+    for task, told in ended.items():
+        (tmp_path / "events" / f"dump-{task}").write_text(f"t0\t8\tbegun\tn0, start 1\nt1\t8\t{told}\n")
+    record = JobRecord("dump", "dump.sbatch", "3", 6)
+
+    def told(*lines: str) -> list[tuple[str, str]]:
+        monkeypatch.setattr("fledge.slurm.status.job_states", lambda _: [_parse(line) for line in lines])
+        return [(task.state, task.detail) for task in task_statuses(tmp_path, record)]
+
+    waiting = "JobId=3 ArrayJobId=3 ArrayTaskId=4-5%4 JobState=PENDING Reason=JobArrayTaskLimit"
+    left = (CANCELLED, "left the queue without having begun")
+    again = (CANCELLED, "left the queue without having begun again")
+    later = (WAITING, "JobArrayTaskLimit")
+    assert told(waiting) == [(DONE, ""), left, again, left, later, later]
+    assert told() == [(DONE, ""), left, again, left, left, left]
+    held = "JobId=4 ArrayJobId=3 ArrayTaskId=2 JobState=REQUEUE_HOLD Reason=job_requeued_in_held_state"
+    assert told(held)[2][0] == WAITING
+    assert told(held)[2][1].startswith("requeue_hold, job_requeued_in_held_state, last: stopped by SIGUSR1")
 
 
 def make_submission(run_folder: Path, events: dict[str, str]) -> Path:
