@@ -21,7 +21,7 @@ from .queue import cancel, has_slurm, job_states, submit_file
 from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
 from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model, server_copies, stage_before
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+_SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORECASE)
 
 
 def submit(config: Config) -> None:

@@ -154,6 +154,17 @@ def refused(change: Callable[[Config], None]) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_APIKEY", "TOKEN", "DB_PASSWORD", "CLIENT_SECRET"],
+)
+def test_variables_that_may_be_keys_are_refused_and_others_with_such_words_are_not(name):
+    def given(config: Config) -> None:
+        config.cluster.env = {"TOKENIZERS_PARALLELISM": "false", "MAX_TOKENS": "9", "KEYBOARD": "us", name: "x"}
+
+    assert f"cluster.env.{name} must not be given" in refused(given)
+
+
 def test_sizes_that_no_server_could_have_are_refused():
     def three(config: Config) -> None:
         config.cluster.server.tensor_parallel = 3
