@@ -109,7 +109,7 @@ def check_cluster(config: Config) -> None:
             "`fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`"
         )
     for stage in (SERVER, *STAGES):
-        _check_job(stage, getattr(cluster, stage))
+        _check_job(stage, getattr(cluster, stage), cluster.warn_s)
     if cluster.warn_s < 1 or cluster.max_restarts < 1:
         raise ValueError("cluster.warn_s and cluster.max_restarts must be at least 1")
     if cluster.gpu_request not in ("gpus-per-node", "gres"):
@@ -139,7 +139,7 @@ def check_cluster(config: Config) -> None:
     _check_text(config, cluster)
 
 
-def _check_job(stage: str, options: JobConfig) -> None:
+def _check_job(stage: str, options: JobConfig, warn_s: int) -> None:
     for name in ("tasks", "nodes", "cpus", "at_once"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -150,6 +150,11 @@ def _check_job(stage: str, options: JobConfig) -> None:
         raise ValueError(f"cluster.{stage}.tasks must be 1, got {options.tasks}: {stage} is one job")
     if options.hours <= 0 or options.gpus < 0 or (options.memory_gib or 0) < 0:
         raise ValueError(f"cluster.{stage}.hours must be above 0, gpus and memory_gib at least 0")
+    if options.hours * 3600 <= warn_s:
+        raise ValueError(
+            f"cluster.{stage}.hours must be more than cluster.warn_s={warn_s} seconds, or it is told to stop from its "
+            f"start, got {options.hours}"
+        )
 
 
 def _check_server(config: Config) -> None:

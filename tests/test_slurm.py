@@ -165,6 +165,16 @@ def test_variables_that_may_be_keys_are_refused_and_others_with_such_words_are_n
     assert f"cluster.env.{name} must not be given" in refused(given)
 
 
+def test_a_job_that_is_told_to_stop_from_its_start_is_refused():
+    def brief(config: Config) -> None:
+        config.cluster.export.hours, config.cluster.warn_s = 0.1, 600
+
+    assert "cluster.export.hours must be more than cluster.warn_s=600 seconds" in refused(brief)
+    for cluster in ("one_machine", "slurm_gpu"):
+        given = ("train.packs_per_step=2", "verifier.path=x")
+        check_cluster(composed("experiment=demo", "name=x", f"cluster={cluster}", *given))
+
+
 def test_sizes_that_no_server_could_have_are_refused():
     def three(config: Config) -> None:
         config.cluster.server.tensor_parallel = 3
