@@ -466,7 +466,9 @@ class ContainerConfig:
 
     kind: ContainerKind = ContainerKind.none
     image: str | None = None
-    mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working folder
+    mounts: list[str] = field(
+        default_factory=list
+    )  # FROM:TO, beside the working folder and the paths that options name
 
 
 @dataclass

@@ -83,8 +83,8 @@ def _render(config: Config, folder: Path, stage: str, stages: list[str]) -> Job:
         "is_array": tasks is not None,
         "waits_for_servers": stage == "synthesize" and SERVER in stages,
         "address": cluster.address if is_server or options.nodes > 1 else None,
-        "srun": " ".join(_srun(cluster, options, is_server)),
-        "inside": " ".join(_inside(cluster, options, is_server)),
+        "srun": " ".join(_srun(config, options, is_server)),
+        "inside": " ".join(_inside(config, options, is_server)),
         "module": _module(config, stage),
         "arguments": "".join(f" {argument}" for argument in _arguments(config, stage, tasks, SERVER in stages)),
         "command": " ".join(_server_command(config)) if is_server else "",
@@ -111,7 +111,7 @@ def expand(value: str) -> str:
 
 def quoted(value: str) -> str:
     """Quote for the shell as it is; what looks like a variable in plain quotes would be taken for a mistake."""
-    return '"' + re.sub(r'([\\`"$])', r"\\\1", value) + '"' if re.search(r"[$`]", value) else shlex.quote(value)
+    return f'"{_literal(value)}"' if re.search(r"[$`]", value) else shlex.quote(value)
 
 
 def directive(name: str, value: object) -> str:
@@ -171,8 +171,29 @@ def _progress(config: Config, stage: str) -> tuple[Path, str]:
     }[stage]
 
 
-def _srun(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[str]:
+def mounted_paths(config: Config) -> list[str]:
+    """Give the absolute paths that a configuration names, for a container to have, but those that its mounts bring."""
+    named = [
+        config.runs_dir,
+        config.verifier.path,
+        config.synthesize.model,
+        config.dump.folder,
+        *(store.folder for store in config.train.stores),
+        *(source.path for source in config.data.sources),
+        *config.data.exclude,
+        config.train.init_from,
+        config.evaluate.questions,
+        config.evaluate.checkpoint,
+        config.export.checkpoint,
+    ]
+    paths = list(dict.fromkeys(Path(path) for path in named if path and Path(path).is_absolute()))
+    inside = [Path(mount.split(":")[1]) for mount in config.cluster.container.mounts if ":" in mount]
+    return [str(path) for path in paths if path not in inside and not {*paths, *inside} & {*path.parents}]
+
+
+def _srun(config: Config, options: JobConfig, is_server: bool) -> list[str]:
     """Give the options of a step, quoted: a task a node, of which the others may still end well when one has ended."""
+    cluster = config.cluster
     container = cluster.container
     given = [
         f"--nodes={options.nodes}",
@@ -183,7 +204,8 @@ def _srun(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[s
     ]
     image = _image(cluster, is_server)
     if container.kind is ContainerKind.pyxis and image:
-        mounts = "".join(f",{_double_quoted(mount)}" for mount in container.mounts)
+        named = [f"{_literal(path)}:{_literal(path)}" for path in mounted_paths(config)]
+        mounts = "".join(f",{mount}" for mount in [*named, *map(_double_quoted, container.mounts)])
         given += [
             f"--container-image={quoted(image)}",
             f'--container-mounts="$PWD:$PWD,$jobs:$jobs,${{jobs%/jobs/*}}:${{jobs%/jobs/*}}{mounts}"',
@@ -196,14 +218,18 @@ def _double_quoted(text: str) -> str:
     return expand(text).removeprefix('"').removesuffix('"')
 
 
-def _inside(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[str]:
+def _literal(text: str) -> str:
+    """Give a text as it stands in double quotes, nothing of it left to the shell."""
+    return re.sub(r'([\\`"$])', r"\\\1", text)
+
+
+def _inside(config: Config, options: JobConfig, is_server: bool) -> list[str]:
     """Give the command, quoted, that enters a container; nothing where srun does."""
-    image = _image(cluster, is_server)
-    if cluster.container.kind is not ContainerKind.apptainer or not image:
+    container, image = config.cluster.container, _image(config.cluster, is_server)
+    if container.kind is not ContainerKind.apptainer or not image:
         return []
-    mounts = [
-        f'--bind "{mount}"' for mount in ("$PWD", "${jobs%/jobs/*}", *map(_double_quoted, cluster.container.mounts))
-    ]
+    own = ["$PWD", "${jobs%/jobs/*}", *map(_literal, mounted_paths(config))]
+    mounts = [f'--bind "{mount}"' for mount in [*own, *map(_double_quoted, container.mounts)]]
     return ["apptainer exec", *(["--nv"] if options.gpus else []), *mounts, '--pwd "$PWD"', quoted(image)]
 
 

@@ -19,7 +19,17 @@ from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, Serve
 from .freeze import freeze
 from .queue import cancel, has_slurm, job_states, submit_file
 from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
-from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model, server_copies, stage_before
+from .render import (
+    COMMON,
+    SERVER,
+    TEMPLATES,
+    Job,
+    mounted_paths,
+    render_jobs,
+    served_model,
+    server_copies,
+    stage_before,
+)
 
 _SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORECASE)
 
@@ -41,6 +51,8 @@ def submit(config: Config) -> None:
         )
     _refuse_if_queued(config.run_folder)
     folder.mkdir(parents=True)
+    if config.dump.folder and config.cluster.container.kind is not ContainerKind.none:
+        config.hidden_states_folder.mkdir(parents=True, exist_ok=True)  # containers mount what is there
     (folder / LOGS).mkdir()  # or Slurm, which does not make it, lets the job fail
     about = freeze(config, folder, list(HydraConfig.get().overrides.task))
     shutil.copy2(TEMPLATES / COMMON, folder)
@@ -118,6 +130,9 @@ def check_cluster(config: Config) -> None:
         raise ValueError(
             f"cluster.container.image is required with cluster.container.kind={cluster.container.kind.value}"
         )
+    mounted = mounted_paths(config) if cluster.container.kind is not ContainerKind.none else []
+    if unfit := [path for path in mounted if re.search("[:,]", path)]:
+        raise ValueError(f"paths that containers mount must be without colons and commas, got {unfit[0]}")
     ranks = config.train.num_processes * cluster.train.nodes
     if config.train.packs_per_step % ranks:
         raise ValueError(

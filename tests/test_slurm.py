@@ -16,11 +16,19 @@ import pytest
 from builders import composed, copy_until_dump
 from fledge.conf.place import Place
 from fledge.conf.run import environments
-from fledge.conf.schema import Config, ServerConfig, ServerKind, SourceConfig
+from fledge.conf.schema import (
+    Config,
+    ContainerConfig,
+    ContainerKind,
+    ServerConfig,
+    ServerKind,
+    SourceConfig,
+    StoreConfig,
+)
 from fledge.slurm.freeze import freeze
 from fledge.slurm.queue import _parse, array_tasks
 from fledge.slurm.records import JobRecord, write_submission
-from fledge.slurm.render import TEMPLATES, _server_sizes, directive, expand
+from fledge.slurm.render import TEMPLATES, _server_sizes, directive, expand, render_jobs
 from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
 from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
@@ -154,6 +162,35 @@ def refused(change: Callable[[Config], None]) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("kind", list(ContainerKind))
+def test_a_container_has_every_absolute_path_that_options_name_once(kind):
+    config = Config(name="x", runs_dir="runs")
+    config.verifier.path, config.synthesize.model, config.dump.folder = "/mo dels/$a", "org/name", "/scratch/states"
+    config.train.stores = [StoreConfig(folder=folder) for folder in ("/scratch/states", "/other", "/other/deeper", "b")]
+    config.data.sources = [SourceConfig(path="/data/prompts.jsonl"), SourceConfig(path="/hub/brought/in")]
+    config.cluster.container = ContainerConfig(kind=kind, image="i", mounts=["$HUB:/hub"])
+    job = next(job.text for job in render_jobs(config, Path("runs/x/jobs/1")) if job.stage == "dump")
+    paths = ["/mo dels/\\$a", "/scratch/states", "/other", "/data/prompts.jsonl"]
+    if kind is ContainerKind.pyxis:
+        named = ",".join(f"{path}:{path}" for path in paths)
+        assert (
+            f'--container-mounts="$PWD:$PWD,$jobs:$jobs,${{jobs%/jobs/*}}:${{jobs%/jobs/*}},{named},$HUB:/hub"' in job
+        )
+    elif kind is ContainerKind.apptainer:
+        binds = " ".join(f'--bind "{path}"' for path in ["$PWD", "${jobs%/jobs/*}", *paths, "$HUB:/hub"])
+        assert f"apptainer exec {binds} --pwd" in job
+    else:
+        assert "/mo dels" not in job
+
+
+def test_a_path_that_no_container_can_mount_is_refused():
+    def given(config: Config) -> None:
+        config.cluster.container = ContainerConfig(kind=ContainerKind.pyxis, image="i")
+        config.dump.folder = "/scratch/a,b"
+
+    assert "must be without colons and commas, got /scratch/a,b" in refused(given)
+
+
 @pytest.mark.parametrize(
     "name",
     ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_APIKEY", "TOKEN", "DB_PASSWORD", "CLIENT_SECRET"],
@@ -242,8 +279,10 @@ def test_an_export_waits_for_training_and_no_evaluation(tmp_path):
     sbatch.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/told\nwc -l <{tmp_path}/told\n')
     sbatch.chmod(0o755)
     given = ("experiment=demo", "name=x", f"runs_dir={tmp_path}", "cluster=one_machine", "train.packs_per_step=2")
-    done = fledge("submit", *given, PATH=f"{folder}:/usr/bin:/bin")
+    container = ("cluster.container.kind=pyxis", "cluster.container.image=i", f"dump.folder={tmp_path}/states")
+    done = fledge("submit", *given, *container, PATH=f"{folder}:/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "states").is_dir(), "a container mounts what is there"
     first, *others = (tmp_path / "told").read_text().splitlines()
     assert first.endswith("synthesize.sbatch")
     assert others == [f"--dependency=afterok:{job}" for job in (1, 2, 3, 3)]
