@@ -86,6 +86,46 @@ def test_quantised_weights_take_what_their_bits_do(experiment, expected):
     assert shape.weight_bytes == pytest.approx(expected, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("stated", "bits"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4 + 8 / 16),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "mxfp4"}, 4 + 8 / 32),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}},
+            },
+            4.5,
+        ),
+    ],
+)
+def test_every_known_method_says_its_bits(stated, bits):
+    layers = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)  # matrices of Llama-3.1-8B
+    config = composed("experiment=llama31_8b", "name=x")
+    dense = verifier_shape(config).weight_bytes
+    config.verifier.shapes["quantization_config"] = stated
+    assert verifier_shape(config).weight_bytes == pytest.approx(dense - layers * 2 + layers * bits / 8, rel=1e-6)
+    assert verifier_shape(config).fp8_inputs is (stated["quant_method"] in ("fp8", "modelopt") and bits == 8)
+    config.verifier.shapes["quantization_config"] = {**stated, "modules_to_not_convert": ["model.layers.*.mlp"]}
+    kept = 32 * 3 * 4096 * 14336
+    expected = dense - (layers - kept) * 2 + (layers - kept) * bits / 8
+    assert verifier_shape(config).weight_bytes == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stated", [{"quant_method": "magic"}, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}])
+def test_weights_of_an_unknown_method_are_not_counted_as_dense(stated):
+    config = composed("experiment=llama31_8b", "name=x")
+    config.verifier.shapes["quantization_config"] = stated
+    with pytest.raises(ValueError, match=f"{' '.join(stated.values())}, and how many bits .* is not known"):
+        verifier_shape(config)
+
+
 def test_a_config_json_goes_before_the_shapes(tmp_path):
     path = tmp_path / "config.json"
     AutoConfig.for_model("llama", num_hidden_layers=9, hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path)
