@@ -180,6 +180,10 @@ def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> list[str]
 
 def _cure(config: Config, largest: str) -> str:
     if largest.startswith("verifier's weights"):
+        if (config.plan.ranks_per_node or config.plan.gpus_per_node) == 1:
+            smaller = config.train.checkpoint_activations and config.deepspeed.offload_optimizer
+            saving = "" if smaller else "train.checkpoint_activations=true and deepspeed=zero2_offload, or "
+            return f"set {saving}train.hidden_states=offline, or take larger GPUs (plan.gpu) or more a node"
         return "set plan.ranks_per_node lower, so that a rank has more GPUs, or train.hidden_states=offline"
     if largest.startswith("activations") and not config.train.checkpoint_activations:
         return "set train.checkpoint_activations=true, or train.batch_tokens lower"

@@ -141,9 +141,9 @@ class _Scheme:
         groups = list((stated.get("config_groups") or {}).values())
         bits = _stored_bits(stated, groups)
         if bits is None:
-            method = " ".join(str(stated[name]) for name in ("quant_method", "quant_algo") if name in stated)
+            told = " ".join(str(stated[name]) for name in ("quant_method", "quant_algo") if name in stated)
             raise ValueError(
-                f"verifier.path {path!r} is quantised by {method}, and how many bits its weights take is not known: "
+                f"verifier.path {path!r} is quantised by {told}, and how many bits its weights take is not known: "
                 "give plan.verifier_config=, its config.json without quantization_config, for a plan of dense weights"
             )
         self._bits = bits

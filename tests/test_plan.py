@@ -140,12 +140,28 @@ def test_what_does_not_fit_a_gpu_is_said_with_the_option_to_change(tmp_path):
     for options, sentence in {
         ("plan.gpu_memory_gib=8",): "train.checkpoint_activations=true, or train.batch_tokens lower",
         ("train.hidden_states=online", "plan.gpu_memory_gib=20"): "set plan.ranks_per_node lower",
+        (
+            "train.hidden_states=online",
+            "plan.gpus_per_node=1",
+            "plan.gpu_memory_gib=20",
+        ): "verifier's weights: set train.checkpoint_activations=true and deepspeed=zero2_offload, or train.hidden_s",
         ("plan.num_nodes=2",): "train.packs_per_step=8 must be a multiple of the 16 ranks: set it to 16",
         ("plan.mean_tokens=9000",): "train.batch_tokens=8192 is cut or dropped: raise it",
         ("plan.gpu_memory_gib=1",): "serve it over several nodes",
     }.items():
         made = make_plan(composed(*common, *options))
         assert any(sentence in warning for warning in made["warnings"]), (options, made["warnings"])
+
+
+def test_the_walk_says_of_online_training_what_the_plan_does(tmp_path):
+    given = ["experiment=llama4_maverick_fp8", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=20", "plan.num_nodes=2"]
+    given += ["train.packs_per_step=16", "train.hidden_states=online", "plan.ranks_per_node=1"]
+    saving = ["train.checkpoint_activations=true", "deepspeed=zero2_offload"]
+    (said,) = make_plan(composed(*given))["warnings"]
+    assert "training needs 94.90 GiB of a GPU's 79.00 GiB" in said
+    assert "ranks_per_node" not in said
+    assert make_plan(composed(*given, "plan.gpu=h200"))["warnings"] == []
+    assert make_plan(composed(*given, *saving))["warnings"] == []
 
 
 def test_without_any_number_of_conversations_the_option_is_asked_for(tmp_path):
