@@ -343,6 +343,11 @@ class EvaluateConfig:
     checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
 
     @property
+    def lacks_server(self) -> bool:
+        """Whether a server is to answer, and none is named."""
+        return self.engine is EvaluateEngine.server and self.endpoint is None
+
+    @property
     def draft_depth(self) -> int:
         """Draft tokens that a round can accept."""
         return self.tree_depth or self.num_draft_tokens
@@ -452,7 +457,9 @@ class ServerConfig(JobConfig):
 
     kind: ServerKind = ServerKind.none
     command: list[str] = field(default_factory=list)  # kind custom; {port} and {model} stand for what they say
-    options: list[str] = field(default_factory=list)  # further arguments, such as [--tensor-parallel-size, "8"]
+    tensor_parallel: int | None = None  # GPUs that share one copy; None: all of the job
+    max_length: int | None = 8192  # tokens of prompt and answer; None: the verifier's own context
+    options: list[str] = field(default_factory=list)  # further arguments, such as [--quantization, fp8]
     ready_s: int = 3600  # how long the array waits for a server that answers /health
     venv: str | None = None  # None: cluster.venv
     image: str | None = None  # None: cluster.container.image
@@ -465,7 +472,9 @@ class ContainerConfig:
 
     kind: ContainerKind = ContainerKind.none
     image: str | None = None
-    mounts: list[str] = field(default_factory=list)  # FROM:TO, beside the working folder
+    mounts: list[str] = field(
+        default_factory=list
+    )  # FROM:TO, beside the working folder and the paths that options name
 
 
 @dataclass

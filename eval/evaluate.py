@@ -26,7 +26,7 @@ def evaluate(config: Config) -> None:
             "verifier over several GPUs, evaluate.engine=server measures in an engine"
         )
     by_server = config.evaluate.engine is EvaluateEngine.server
-    if by_server and config.evaluate.endpoint is None:
+    if config.evaluate.lacks_server:
         raise ValueError(
             "evaluate.endpoint is required with evaluate.engine=server: the base URL of a vLLM or SGLang that serves "
             "the verifier with the head, such as http://localhost:8000/v1"

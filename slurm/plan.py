@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..conf.artifact import write_json
-from ..conf.schema import Config, DumpEngine, HiddenStates, LastStates, StateDtype
+from ..conf.schema import Config, DumpEngine, EvaluateEngine, HiddenStates, LastStates, StateDtype
 from ..data_synthesis.state_format import TOKEN_BYTES
 from ..models.draft_head import DraftHeadConfig
 from .amounts import Tokens, costs, disk, find_tokens, store_bytes
@@ -69,6 +69,7 @@ def make_plan(config: Config) -> dict[str, Any]:
             "parameters": verifier.parameters,
             "parameters a token meets": verifier.active,
             "weights": verifier.weight_bytes,
+            "weights in transformers": verifier.loaded_bytes,
             "cache of a conversation": round(verifier.cache_bytes(tokens.mean)),
         },
         "head": dict(zip(("parameters", "trained"), shape.parameters, strict=True)),
@@ -102,7 +103,7 @@ def _beside(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> d
         return parts
     gpus = config.plan.gpus_per_node // (config.plan.ranks_per_node or config.plan.gpus_per_node)
     forward = verifier.forward_bytes(max(config.dump.batch_tokens, config.train.batch_tokens), len(head.aux_layers))
-    return parts | {"verifier's weights": verifier.weight_bytes // gpus, "verifier's forward, estimated": forward}
+    return parts | {"verifier's weights": verifier.loaded_bytes // gpus, "verifier's forward, estimated": forward}
 
 
 def _gpu_memory(config: Config) -> float:
@@ -156,6 +157,13 @@ def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> list[str]
         and weights > 0.9 * usable
     ):
         said.append("dump.vllm_options has no tensor_parallel_size, and the verifier does not fit one GPU: set it")
+    loaded = made["verifier"]["weights in transformers"]
+    if loaded > 0.9 * node and config.evaluate.engine is not EvaluateEngine.server:
+        said.append(
+            f"evaluation in this process needs the verifier's weights as transformers loads them, {_size(loaded)}"
+            f"{' dequantised' if loaded > weights else ''}, and a node's GPUs have {_size(node)}: "
+            "set evaluate.engine=server"
+        )
     free, sizes = _free(config), made["disk"]
     if (total := sum(sizes.values())) > free:
         said.append(
@@ -172,6 +180,10 @@ def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> list[str]
 
 def _cure(config: Config, largest: str) -> str:
     if largest.startswith("verifier's weights"):
+        if (config.plan.ranks_per_node or config.plan.gpus_per_node) == 1:
+            smaller = config.train.checkpoint_activations and config.deepspeed.offload_optimizer
+            saving = "" if smaller else "train.checkpoint_activations=true and deepspeed=zero2_offload, or "
+            return f"set {saving}train.hidden_states=offline, or take larger GPUs (plan.gpu) or more a node"
         return "set plan.ranks_per_node lower, so that a rank has more GPUs, or train.hidden_states=offline"
     if largest.startswith("activations") and not config.train.checkpoint_activations:
         return "set train.checkpoint_activations=true, or train.batch_tokens lower"

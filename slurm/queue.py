@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,15 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STAGE_OUT", "SIGNALING", "STOPPED")
+HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # until somebody lets them go on
+QUEUED = ("PENDING", "REQUEUED", "REQUEUE_FED", *HELD)
+LIVE = (*QUEUED, "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "STAGE_OUT", "SIGNALING", "STOPPED")
+_ALL_TASKS = {"SLURM_BITSTR_LEN": "0"}  # or scontrol cuts long lists of tasks off
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job, or one task of an array; `task` is None where the array has not been split up."""
+    """One job, one task of an array, or those of its tasks that have not been split off."""
 
     id: str  # of the job, or the array
-    task: int | None
+    tasks: frozenset[int] | None  # of an array; None: it is none, or its tasks are not told
     state: str
     reason: str
     exit_code: str
@@ -59,10 +63,23 @@ def job_states(job: str) -> list[JobState] | None:
     """Give what Slurm knows of a job, by task where it is an array: nothing once it has forgotten it, None if mute."""
     if not has_slurm():
         return None
-    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False)
+    command = ["scontrol", "--oneliner", "show", "job", job]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_ALL_TASKS})
     if done.returncode:
         return [] if "Invalid job id" in done.stderr else None
     return [_parse(line) for line in done.stdout.splitlines() if line.startswith("JobId=")]
+
+
+def array_tasks(text: str) -> frozenset[int] | None:
+    """Read the tasks of an array as Slurm writes them: `3`, `0,2-5%4`, `0-10:2`; None: that is none, or not all."""
+    tasks: set[int] = set()
+    for part in text.partition("%")[0].split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if found is None:
+            return None
+        first, last, step = (int(number) if number else None for number in found.groups())
+        tasks.update(range(first or 0, (last if last is not None else first or 0) + 1, step or 1))
+    return frozenset(tasks)
 
 
 def _parse(line: str) -> JobState:
@@ -70,10 +87,9 @@ def _parse(line: str) -> JobState:
         found = re.search(rf"(?:^| ){name}=(\S*)", line)
         return found[1] if found else ""
 
-    task = value("ArrayTaskId")
     return JobState(
         id=value("ArrayJobId") or value("JobId"),
-        task=int(task) if task.isdecimal() else None,
+        tasks=array_tasks(value("ArrayTaskId")),
         state=value("JobState"),
         reason=value("Reason"),
         exit_code=value("ExitCode"),

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from ..conf.run import STAGES
-from ..conf.schema import ClusterConfig, Config, ContainerKind, HiddenStates, JobConfig, ServerKind
+from ..conf.schema import ClusterConfig, Config, ContainerKind, HiddenStates, JobConfig, ServerConfig, ServerKind
 
 TEMPLATES = Path(__file__).with_name("templates")
 COMMON = "common.sh"  # what job files source
 SERVER = "server"
-_SERVERS = (
+_ADDRESSES = (
     """"synthesize.servers='${jobs//\\'/\\\\\\'}/servers'\""""  # where they write their addresses; quoted for Hydra
 )
 _WAIT_S = 120  # for the other tasks of a step once one has ended
 _ARRAYS = (SERVER, "synthesize", "dump")
+_SERVERS = {
+    ServerKind.vllm: "vllm serve",
+    ServerKind.sglang: "python -m sglang.launch_server --model-path",
+    ServerKind.trtllm: "trtllm-serve",
+}
+_SIZES = {  # the options of GPUs that share a copy, of copies, of the longest conversation
+    ServerKind.vllm: ("--tensor-parallel-size", "--data-parallel-size", "--max-model-len"),
+    ServerKind.sglang: ("--tp-size", "--dp-size", "--context-length"),
+    ServerKind.trtllm: ("--tp_size", "", "--max_seq_len"),  # one copy a server
+}
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
 
@@ -37,6 +48,12 @@ class Job:
         return f"{self.stage}.sbatch"
 
 
+def stage_before(stage: str, stages: Sequence[str]) -> str | None:
+    """Give which of the stages submitted, in their order, a stage waits for: export needs a head, no evaluation."""
+    before = [name for name in stages[: stages.index(stage)] if (name, stage) != ("evaluate", "export")]
+    return before[-1] if before else None
+
+
 def render_jobs(config: Config, folder: Path) -> list[Job]:
     """Give the job files of the stages of `submit.stages`, in their order, for a submission in `folder`."""
     stages = [stage for stage in STAGES if stage in config.submit.stages]
@@ -49,14 +66,14 @@ def _render(config: Config, folder: Path, stage: str, stages: list[str]) -> Job:
     cluster = config.cluster
     options: JobConfig = getattr(cluster, stage)
     tasks = _tasks(config, stage) if stage in _ARRAYS else None
-    before = stages[: stages.index(stage)]
+    before = stage_before(stage, stages)
     artifact, grows = _progress(config, stage)
     is_server = stage == SERVER
     values = {
         "about": f"Stage {stage} of run {config.name}."
         if not is_server
         else f"The verifier's servers of {config.name}.",
-        "after": f"{before[-1]}{' has begun' if before[-1] == SERVER else ' has ended well'}" if before else "",
+        "after": f"{before}{' has begun' if before == SERVER else ' has ended well'}" if before else "",
         "file": str(folder / f"{stage}.sbatch"),
         "folder": str(folder),
         "directives": _directives(config, folder, stage, options, tasks),
@@ -69,8 +86,8 @@ def _render(config: Config, folder: Path, stage: str, stages: list[str]) -> Job:
         "is_array": tasks is not None,
         "waits_for_servers": stage == "synthesize" and SERVER in stages,
         "address": cluster.address if is_server or options.nodes > 1 else None,
-        "srun": " ".join(_srun(cluster, options, is_server)),
-        "inside": " ".join(_inside(cluster, options, is_server)),
+        "srun": " ".join(_srun(config, options, is_server)),
+        "inside": " ".join(_inside(config, options, is_server)),
         "module": _module(config, stage),
         "arguments": "".join(f" {argument}" for argument in _arguments(config, stage, tasks, SERVER in stages)),
         "command": " ".join(_server_command(config)) if is_server else "",
@@ -97,7 +114,7 @@ def expand(value: str) -> str:
 
 def quoted(value: str) -> str:
     """Quote for the shell as it is; what looks like a variable in plain quotes would be taken for a mistake."""
-    return '"' + re.sub(r'([\\`"$])', r"\\\1", value) + '"' if re.search(r"[$`]", value) else shlex.quote(value)
+    return f'"{_literal(value)}"' if re.search(r"[$`]", value) else shlex.quote(value)
 
 
 def directive(name: str, value: object) -> str:
@@ -157,8 +174,29 @@ def _progress(config: Config, stage: str) -> tuple[Path, str]:
     }[stage]
 
 
-def _srun(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[str]:
+def mounted_paths(config: Config) -> list[str]:
+    """Give the absolute paths that a configuration names, for a container to have, but those that its mounts bring."""
+    named = [
+        config.runs_dir,
+        config.verifier.path,
+        config.synthesize.model,
+        config.dump.folder,
+        *(store.folder for store in config.train.stores),
+        *(source.path for source in config.data.sources),
+        *config.data.exclude,
+        config.train.init_from,
+        config.evaluate.questions,
+        config.evaluate.checkpoint,
+        config.export.checkpoint,
+    ]
+    paths = list(dict.fromkeys(Path(path) for path in named if path and Path(path).is_absolute()))
+    inside = [Path(mount.split(":")[1]) for mount in config.cluster.container.mounts if ":" in mount]
+    return [str(path) for path in paths if path not in inside and not {*paths, *inside} & {*path.parents}]
+
+
+def _srun(config: Config, options: JobConfig, is_server: bool) -> list[str]:
     """Give the options of a step, quoted: a task a node, of which the others may still end well when one has ended."""
+    cluster = config.cluster
     container = cluster.container
     given = [
         f"--nodes={options.nodes}",
@@ -169,7 +207,8 @@ def _srun(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[s
     ]
     image = _image(cluster, is_server)
     if container.kind is ContainerKind.pyxis and image:
-        mounts = "".join(f",{_double_quoted(mount)}" for mount in container.mounts)
+        named = [f"{_literal(path)}:{_literal(path)}" for path in mounted_paths(config)]
+        mounts = "".join(f",{mount}" for mount in [*named, *map(_double_quoted, container.mounts)])
         given += [
             f"--container-image={quoted(image)}",
             f'--container-mounts="$PWD:$PWD,$jobs:$jobs,${{jobs%/jobs/*}}:${{jobs%/jobs/*}}{mounts}"',
@@ -182,14 +221,18 @@ def _double_quoted(text: str) -> str:
     return expand(text).removeprefix('"').removesuffix('"')
 
 
-def _inside(cluster: ClusterConfig, options: JobConfig, is_server: bool) -> list[str]:
+def _literal(text: str) -> str:
+    """Give a text as it stands in double quotes, nothing of it left to the shell."""
+    return re.sub(r'([\\`"$])', r"\\\1", text)
+
+
+def _inside(config: Config, options: JobConfig, is_server: bool) -> list[str]:
     """Give the command, quoted, that enters a container; nothing where srun does."""
-    image = _image(cluster, is_server)
-    if cluster.container.kind is not ContainerKind.apptainer or not image:
+    container, image = config.cluster.container, _image(config.cluster, is_server)
+    if container.kind is not ContainerKind.apptainer or not image:
         return []
-    mounts = [
-        f'--bind "{mount}"' for mount in ("$PWD", "${jobs%/jobs/*}", *map(_double_quoted, cluster.container.mounts))
-    ]
+    own = ["$PWD", "${jobs%/jobs/*}", *map(_literal, mounted_paths(config))]
+    mounts = [f'--bind "{mount}"' for mount in [*own, *map(_double_quoted, container.mounts)]]
     return ["apptainer exec", *(["--nv"] if options.gpus else []), *mounts, '--pwd "$PWD"', quoted(image)]
 
 
@@ -216,7 +259,7 @@ def _arguments(config: Config, stage: str, tasks: int | None, with_servers: bool
     """Give the overrides of a stage, quoted: which part is this task's, and who answers."""
     task = '"$SLURM_ARRAY_TASK_ID"'
     if stage == "synthesize":
-        asked = [_SERVERS] if with_servers else []
+        asked = [_ADDRESSES] if with_servers else []
         return [f"synthesize.shard={task}", f"synthesize.num_shards={tasks}", *asked]
     return [f"dump.writer={task}", f"dump.num_writers={tasks}"] if stage == "dump" else []
 
@@ -226,16 +269,29 @@ def served_model(config: Config) -> str:
     return config.synthesize.model or config.verifier.path
 
 
+def server_copies(server: ServerConfig) -> int:
+    """Give the copies of the verifier that the GPUs of one server hold."""
+    return server.gpus // server.tensor_parallel if server.gpus and server.tensor_parallel else 1
+
+
+def _server_sizes(server: ServerConfig) -> list[str]:
+    """Give the GPUs of a copy, the copies and the longest conversation in an engine's words."""
+    shared, copies, length = _SIZES[server.kind]
+    several = server_copies(server)
+    given = {
+        shared: server.gpus // several if server.gpus else None,
+        copies: several if several > 1 else None,
+        length: server.max_length,
+    }
+    return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+
+
 def _server_command(config: Config) -> list[str]:
     """Give the server's command, quoted."""
     server, model = config.cluster.server, quoted(served_model(config))
     options = [expand(option) for option in server.options]
     where = ["--host", "0.0.0.0", "--port", '"$port"']
-    if server.kind is ServerKind.vllm:
-        return ["vllm serve", model, *where, *options]
-    if server.kind is ServerKind.sglang:
-        return ["python -m sglang.launch_server --model-path", model, *where, *options]
-    if server.kind is ServerKind.trtllm:
-        return ["trtllm-serve", model, *where, *options]
+    if server.kind in _SERVERS:
+        return [_SERVERS[server.kind], model, *where, *_server_sizes(server), *options]
     words = [expand(word.replace("{model}", served_model(config))) for word in server.command]
     return [word.replace("{port}", "$port") for word in words] + options

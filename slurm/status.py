@@ -13,12 +13,13 @@ from ..conf.run import STAGES
 from ..conf.schema import Config
 from .freeze import FROZEN
 from .progress import stage_progress
-from .queue import JobState, job_states
+from .queue import HELD, QUEUED, JobState, job_states
 from .records import JobRecord, read_events, read_submission, submissions
+from .render import stage_before
 
 _TAIL_BYTES = 1 << 16
 DONE, RUNNING, WAITING, FAILED, CANCELLED, UNKNOWN = "done", "running", "waiting", "failed", "cancelled", "unknown"
-_OF_SLURM = {"COMPLETED": DONE, "PENDING": WAITING, "REQUEUED": WAITING, "CANCELLED": CANCELLED}
+_OF_SLURM = {"COMPLETED": DONE, "CANCELLED": CANCELLED, **dict.fromkeys(QUEUED, WAITING)}
 _OF_EVENTS = {
     "begun": RUNNING,
     "healthy": RUNNING,
@@ -95,11 +96,11 @@ def _heading(run_folder: Path, folder: Path | None, about: dict[str, Any]) -> st
 def task_statuses(folder: Path, record: JobRecord) -> list[TaskStatus]:
     """Give where the tasks of a submitted job stand: Slurm knows best, and what it has forgotten their events tell."""
     states = job_states(record.id)
-    by_task = {state.task: state for state in states or []}
-    whole = by_task.get(None)
+    by_task = {task: state for state in states or [] for task in state.tasks or ()}
+    whole = next((state for state in states or [] if state.tasks is None), None)
     found = []
     for task, name in enumerate(record.names):
-        slurm = by_task.get(task if record.tasks is not None else None, whole)
+        slurm = by_task.get(task, whole)
         state, detail = _merge(slurm, states is not None, folder, name)
         job = record.id if record.tasks is None else f"{record.id}_{task}"
         found.append(TaskStatus(name, job, state, detail, record.log(folder, task)))
@@ -116,6 +117,8 @@ def _merge(slurm: JobState | None, slurm_answers: bool, folder: Path, name: str)
     if slurm is None:
         if told == RUNNING and slurm_answers:
             return FAILED, "it ended without a word: killed, or its node was lost"
+        if told == WAITING and slurm_answers:
+            return CANCELLED, f"left the queue without having begun{' again' if last else ''}"
         return told, _joined(told_detail, again)
     state = _OF_SLURM.get(slurm.state, RUNNING if slurm.live else FAILED)
     if state == RUNNING:
@@ -126,7 +129,10 @@ def _merge(slurm: JobState | None, slurm_answers: bool, folder: Path, name: str)
             told_detail if told == FAILED else f"{slurm.state.lower()}, {slurm.reason}, exit code {slurm.exit_code}",
         )
     if state == WAITING:
-        return state, _joined(slurm.reason, f"last: {last.detail}" if last and last.kind == "again" else "", again)
+        held = slurm.state.lower() if slurm.state in HELD else ""
+        return state, _joined(
+            held, slurm.reason, f"last: {last.detail}" if last and last.kind == "again" else "", again
+        )
     return state, _joined(slurm.reason.replace("None", "") if state == CANCELLED else "", again)
 
 
@@ -136,13 +142,14 @@ def _joined(*parts: str) -> str:
 
 def _name_causes(tasks: dict[str, list[TaskStatus]]) -> None:
     """Say of jobs that can never begin which stage is to blame."""
-    cause = ""
+    causes: dict[str, str] = {}
     for stage, of_stage in tasks.items():
+        cause = causes.get(stage_before(stage, list(tasks)) or "", "")
         for task in of_stage:
             if cause and task.state in (CANCELLED, WAITING):
                 task.state, task.detail = CANCELLED, f"{cause} failed"
         if stage in STAGES and any(task.state in (FAILED, CANCELLED) for task in of_stage):
-            cause = cause or stage
+            causes[stage] = cause or stage
 
 
 def _stage_line(stage: str, tasks: list[TaskStatus], complete: bool, progress: str) -> str:

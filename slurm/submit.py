@@ -1,4 +1,4 @@
-"""`fledge submit`: a run as Slurm jobs, each of which begins when the one before has ended well.
+"""`fledge submit`: a run as Slurm jobs, each of which begins when what it needs has ended well.
 
 Everything of a submission is in runs/NAME/jobs/N/: job files, `frozen.yaml`, `code/`, `logs/`, what the jobs tell
 (`events/`, `servers/`, `restarts/`), and `submission.json`, which names the jobs.
@@ -19,9 +19,19 @@ from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, Serve
 from .freeze import freeze
 from .queue import cancel, has_slurm, job_states, submit_file
 from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
-from .render import COMMON, SERVER, TEMPLATES, Job, render_jobs, served_model
+from .render import (
+    COMMON,
+    SERVER,
+    TEMPLATES,
+    Job,
+    mounted_paths,
+    render_jobs,
+    served_model,
+    server_copies,
+    stage_before,
+)
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+_SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORECASE)
 
 
 def submit(config: Config) -> None:
@@ -41,6 +51,8 @@ def submit(config: Config) -> None:
         )
     _refuse_if_queued(config.run_folder)
     folder.mkdir(parents=True)
+    if config.dump.folder and config.cluster.container.kind is not ContainerKind.none:
+        config.hidden_states_folder.mkdir(parents=True, exist_ok=True)  # containers mount what is there
     (folder / LOGS).mkdir()  # or Slurm, which does not make it, lets the job fail
     about = freeze(config, folder, list(HydraConfig.get().overrides.task))
     shutil.copy2(TEMPLATES / COMMON, folder)
@@ -60,11 +72,11 @@ def submit(config: Config) -> None:
 def _chain(jobs: list[Job], folder: Path) -> dict[str, str]:
     """Submit job files one after the other; where one is refused, none stays."""
     ids: dict[str, str] = {}
-    before: Job | None = None
+    by_stage = {job.stage: job for job in jobs}
     try:
         for job in jobs:
-            ids[job.stage] = submit_file(folder / job.file, _dependency(before, ids))
-            before = job
+            before = stage_before(job.stage, list(by_stage))
+            ids[job.stage] = submit_file(folder / job.file, _dependency(by_stage[before], ids) if before else None)
     except BaseException:
         cancel(list(ids.values()))
         shutil.rmtree(folder)
@@ -72,10 +84,8 @@ def _chain(jobs: list[Job], folder: Path) -> dict[str, str]:
     return ids
 
 
-def _dependency(before: Job | None, ids: dict[str, str]) -> str | None:
+def _dependency(before: Job, ids: dict[str, str]) -> str:
     """Give what a job waits for: any server that has begun, or the end of the stage before."""
-    if before is None:
-        return None
     if before.stage == SERVER:
         return "?".join(f"after:{ids[SERVER]}_{task}" for task in range(before.tasks or 1))
     return f"afterok:{ids[before.stage]}"
@@ -104,8 +114,14 @@ def check_cluster(config: Config) -> None:
     unknown = [stage for stage in config.submit.stages if stage not in STAGES]
     if unknown or not config.submit.stages:
         raise ValueError(f"submit.stages must name some of {', '.join(STAGES)}, got {config.submit.stages}")
+    if "evaluate" in config.submit.stages and config.evaluate.lacks_server:
+        raise ValueError(
+            "evaluate.endpoint is required with evaluate.engine=server and evaluate among submit.stages: set "
+            "submit.stages=[synthesize,dump,train,export], serve the verifier with the export, then "
+            "`fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`"
+        )
     for stage in (SERVER, *STAGES):
-        _check_job(stage, getattr(cluster, stage))
+        _check_job(stage, getattr(cluster, stage), cluster.warn_s)
     if cluster.warn_s < 1 or cluster.max_restarts < 1:
         raise ValueError("cluster.warn_s and cluster.max_restarts must be at least 1")
     if cluster.gpu_request not in ("gpus-per-node", "gres"):
@@ -114,6 +130,9 @@ def check_cluster(config: Config) -> None:
         raise ValueError(
             f"cluster.container.image is required with cluster.container.kind={cluster.container.kind.value}"
         )
+    mounted = mounted_paths(config) if cluster.container.kind is not ContainerKind.none else []
+    if unfit := [path for path in mounted if re.search("[:,]", path)]:
+        raise ValueError(f"paths that containers mount must be without colons and commas, got {unfit[0]}")
     ranks = config.train.num_processes * cluster.train.nodes
     if config.train.packs_per_step % ranks:
         raise ValueError(
@@ -135,7 +154,7 @@ def check_cluster(config: Config) -> None:
     _check_text(config, cluster)
 
 
-def _check_job(stage: str, options: JobConfig) -> None:
+def _check_job(stage: str, options: JobConfig, warn_s: int) -> None:
     for name in ("tasks", "nodes", "cpus", "at_once"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -146,6 +165,11 @@ def _check_job(stage: str, options: JobConfig) -> None:
         raise ValueError(f"cluster.{stage}.tasks must be 1, got {options.tasks}: {stage} is one job")
     if options.hours <= 0 or options.gpus < 0 or (options.memory_gib or 0) < 0:
         raise ValueError(f"cluster.{stage}.hours must be above 0, gpus and memory_gib at least 0")
+    if options.hours * 3600 <= warn_s:
+        raise ValueError(
+            f"cluster.{stage}.hours must be more than cluster.warn_s={warn_s} seconds, or it is told to stop from its "
+            f"start, got {options.hours}"
+        )
 
 
 def _check_server(config: Config) -> None:
@@ -160,12 +184,34 @@ def _check_server(config: Config) -> None:
         )
     if server.kind is not ServerKind.custom and served_model(config) == "embedded":
         raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
+    if server.kind is not ServerKind.custom:
+        _check_server_sizes(config)
     if server.command and not any("{port}" in word for word in server.command):
         raise ValueError("cluster.server.command must say {port} where the server takes its port")
     if secret := [word for word in [*server.command, *server.options] if re.match(r"--api[-_]key", word)]:
         raise ValueError(
             f"cluster.server must not have {secret[0].partition('=')[0]}, job files hold no keys: the environment of "
             "fledge submit goes to its jobs (VLLM_API_KEY, and OPENAI_API_KEY for who asks)"
+        )
+
+
+def _check_server_sizes(config: Config) -> None:
+    server, answer = config.cluster.server, config.synthesize.max_tokens
+    shared = server.tensor_parallel
+    if shared is not None and (shared < 1 or server.gpus % shared):
+        raise ValueError(
+            f"cluster.server.tensor_parallel must divide cluster.server.gpus={server.gpus}, or be null for all, "
+            f"got {shared}"
+        )
+    if server.kind is ServerKind.trtllm and server_copies(server) > 1:
+        raise ValueError(
+            f"cluster.server.tensor_parallel must be cluster.server.gpus={server.gpus} with kind=trtllm, which serves "
+            f"one copy, got {shared}: start more servers (cluster.server.tasks) with fewer GPUs"
+        )
+    if server.max_length is not None and server.max_length <= answer:
+        raise ValueError(
+            f"cluster.server.max_length must be above synthesize.max_tokens={answer}, prompts come on top, "
+            f"got {server.max_length}"
         )
 
 

@@ -14,7 +14,9 @@ from ..conf.schema import Config, VerifierConfig
 from ..models.quantised import quantisation
 from ..models.verifier import load_whole_config, takes_images, verifier_location
 
-_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "modelopt": 4.5}  # of methods that do not say; NVFP4: 4, and a byte for 16
+_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}  # of methods that do not say; MXFP4: 4, and a byte for 32
+_BITS_OF_MODELOPT = {"FP8": 8.0, "FP8_PER_CHANNEL_PER_TOKEN": 8.0, "FP8_PB_WO": 8.0, "NVFP4": 4.5}  # a byte for 16
+_FP8_INPUTS = ("fp8", "fbgemm_fp8", "modelopt")  # methods whose products run in fp8 where weights take 8 bits
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class VerifierShape:
     active: int  # parameters that a token meets, embedding left out
     weight_bytes: int  # of all, as they are stored
     active_bytes: int
+    loaded_bytes: int  # of all, as transformers holds them: what only stores weights in few bits is dequantised
     fp8_inputs: bool  # its products run in fp8
 
     def forward_bytes(self, tokens: int, num_aux: int) -> int:
@@ -80,18 +83,22 @@ def verifier_shape(config: Config) -> VerifierShape:
     kind = AutoModelForImageTextToText if takes_images(whole) else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(whole, dtype=torch.bfloat16)
-    scheme = _Scheme(quantisation(whole), 8.0 * getattr(torch, config.verifier.dtype.value).itemsize)
+    scheme = _Scheme(
+        config.verifier.path, quantisation(whole), 8.0 * getattr(torch, config.verifier.dtype.value).itemsize
+    )
     share = _expert_share(text)
     total = active = 0
-    weight_bits = active_bits = 0.0
+    weight_bits = active_bits = loaded_bits = 0.0
     for name, parameter in model.named_parameters():
         number, bits = parameter.numel(), scheme.bits(name, parameter.dim())
         total, weight_bits = total + number, weight_bits + number * bits
+        loaded_bits += number * (scheme.dense if scheme.dequantised else bits)
         if "embed_tokens" in name and not getattr(whole, "tie_word_embeddings", False):
             continue
         met = share if ".experts." in name else 1.0
         active, active_bits = active + round(number * met), active_bits + number * met * bits
-    return VerifierShape(text, source, total, active, round(weight_bits / 8), round(active_bits / 8), scheme.fp8_inputs)
+    weights, met_weights, loaded = (round(bits / 8) for bits in (weight_bits, active_bits, loaded_bits))
+    return VerifierShape(text, source, total, active, weights, met_weights, loaded, scheme.fp8_inputs)
 
 
 def _expert_share(text: Any) -> float:
@@ -100,30 +107,59 @@ def _expert_share(text: Any) -> float:
     return text.num_experts_per_tok / experts if experts else 1.0
 
 
-class _Scheme:
-    """How many bits weights are stored in."""
+def _stored_bits(stated: dict[str, Any], groups: list[dict[str, Any]]) -> float | None:
+    """Give the bits of a quantised weight, its group's scale and zero point among them; None: not known."""
+    method = str(stated.get("quant_method"))
+    weights = (groups[0].get("weights") or {}) if groups else {}
+    if "num_bits" in weights:
+        bits, size = weights["num_bits"], weights.get("group_size") or 0
+        scale = 8 if weights.get("type") == "float" and bits == 4 else 16  # of NVFP4 and MXFP4, and of all others
+        return float(bits + (scale / size if size > 0 else 0))
+    if method == "modelopt":
+        return _BITS_OF_MODELOPT.get(str(stated.get("quant_algo")))
+    if method in ("awq", "gptq", "auto-round") and "bits" in stated:
+        bits, size = stated["bits"], stated.get("group_size") or 0
+        return float(bits + ((16 + bits) / size if size > 0 else 0))
+    if method.startswith("bitsandbytes"):
+        return 4.5 if stated.get("load_in_4bit") else 8.0  # a float32 for 64
+    return _BITS.get(method)
 
-    def __init__(self, stated: dict[str, Any] | None, dense_bits: float) -> None:
-        self._dense, self._bits = dense_bits, dense_bits
-        self.fp8_inputs = False
+
+class _Scheme:
+    """How many bits weights are stored in.
+
+    Raises:
+        ValueError: the method is not known.
+    """
+
+    def __init__(self, path: str, stated: dict[str, Any] | None, dense_bits: float) -> None:
+        self.dense, self._bits = dense_bits, dense_bits
+        self.fp8_inputs = self.dequantised = False
         self._ignored: list[str] = []
         if stated is None:
             return
         groups = list((stated.get("config_groups") or {}).values())
-        weights = (groups[0].get("weights") or {}) if groups else {}
-        self._bits = _BITS.get(str(stated.get("quant_method")), dense_bits)
-        if "num_bits" in weights:
-            self._bits = weights["num_bits"] + (16 / weights["group_size"] if weights.get("group_size") else 0)
+        bits = _stored_bits(stated, groups)
+        if bits is None:
+            told = " ".join(str(stated[name]) for name in ("quant_method", "quant_algo") if name in stated)
+            raise ValueError(
+                f"verifier.path {path!r} is quantised by {told}, and how many bits its weights take is not known: "
+                "give plan.verifier_config=, its config.json without quantization_config, for a plan of dense weights"
+            )
+        self._bits = bits
         inputs = groups[0].get("input_activations") if groups else None
-        self.fp8_inputs = self._bits == 8 and (not groups or inputs is not None)
+        method = stated.get("quant_method")
+        self.fp8_inputs = bits == 8 and (inputs is not None if groups else method in _FP8_INPUTS)
+        self.dequantised = method == "compressed-tensors" and len(groups) == 1 and inputs is None  # models/quantised.py
         self._ignored = [*(stated.get("ignore") or []), *(stated.get("modules_to_not_convert") or [])]
 
     def bits(self, name: str, dimensions: int) -> float:
         """Give the bits a weight of that name takes: embeddings, norms, routers and what is left out stay dense."""
         module = name.removesuffix(".weight")
         if dimensions < 2 or any(part in module for part in ("embed_tokens", "lm_head", "router", "vision")):
-            return self._dense
+            return self.dense
         for ignored in self._ignored:
-            if re.match(ignored[3:], module) if ignored.startswith("re:") else ignored in module:
-                return self._dense
+            pattern = ignored[3:] if ignored.startswith("re:") else ".*" + re.escape(ignored).replace(r"\*", ".*")
+            if re.match(pattern, module):
+                return self.dense
         return self._bits

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fledge.conf.artifact import artifact, read_manifest
-from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig
+from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig, validate
 from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.split import is_heldout
@@ -26,6 +26,9 @@ from fledge.models.verifier import load_config, special_token_ids, verifier_iden
 from fledge.models.vocabulary import build_vocabulary
 from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
@@ -55,6 +58,16 @@ SMALL_VISION = {  # and a Llama 4 that takes images
     "image_size": 28,
     "patch_size": 14,
 }
+
+
+def composed(*overrides: str) -> Config:
+    """Give the configuration of a command with these options."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
+        config = OmegaConf.to_object(compose(config_name="config", overrides=list(overrides)))
+    assert isinstance(config, Config)
+    validate(config)
+    return config
 
 
 def make_batch(

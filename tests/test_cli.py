@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 from builders import Run
 from fledge.conf.artifact import differences
 from fledge.conf.cli import COMMANDS, main
-from fledge.conf.schema import Config, validate
+from fledge.conf.run import STAGES
+from fledge.conf.run import run as run_stages
+from fledge.conf.schema import Config, EvaluateEngine, validate
 from omegaconf import OmegaConf
 
 
@@ -92,6 +95,20 @@ def test_every_experiment_composes_and_is_valid(experiment):
             "HuggingFaceH4/ultrachat_200k",
             "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered",
         ]
+
+
+def test_run_leaves_an_evaluation_out_that_no_server_answers_yet(monkeypatch, capsys):
+    begun: list[str] = []
+    monkeypatch.setattr("fledge.conf.run.HydraConfig", MagicMock())
+    monkeypatch.setattr("fledge.conf.run.run_stage", lambda command, _environments: begun.append(command[3]))
+    config = Config(name="x")
+    config.evaluate.engine = EvaluateEngine.server
+    run_stages(config)
+    assert begun == ["synthesize", "dump", "train", "export"]
+    assert "[4/5] evaluate is left out" in capsys.readouterr().out
+    config.evaluate.endpoint = "http://localhost:8000/v1"
+    run_stages(config)
+    assert begun[4:] == list(STAGES)
 
 
 def says(run: Run, stage: str, *overrides: str) -> str:

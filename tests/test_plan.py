@@ -5,14 +5,11 @@ from pathlib import Path
 
 import fledge.conf
 import pytest
-from builders import copy_until_dump
+from builders import composed, copy_until_dump
 from fledge.conf.artifact import read_manifest
-from fledge.conf.schema import Config, LastStates, StateDtype, validate
+from fledge.conf.schema import LastStates, StateDtype
 from fledge.slurm.plan import make_plan, plan
 from fledge.slurm.verifier_shape import verifier_shape
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 EXPERIMENTS = sorted(path.stem for path in (Path(fledge.conf.__file__).parent / "experiment").glob("*.yaml"))
@@ -25,15 +22,6 @@ PUBLISHED = {
     "llama4_maverick": (402, 17),
     "qwen3_8b": (8.2, 8.2),
 }
-
-
-def composed(*overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
-        config = OmegaConf.to_object(compose(config_name="config", overrides=list(overrides)))
-    assert isinstance(config, Config)
-    validate(config)
-    return config
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -52,9 +40,24 @@ def test_every_recipe_has_a_plan_without_the_hub(experiment, tmp_path, monkeypat
 
 def test_a_verifier_in_bf16_that_no_node_holds_is_warned_of_by_name(tmp_path):
     made = make_plan(composed("experiment=llama4_maverick", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=1"))
-    first, second = made["warnings"]
+    first, second, third = made["warnings"]
     assert "the verifier's weights are 746.38 GiB, a node's GPUs have 632.00 GiB" in first
-    assert "set dump.dtype=float8 and dump.last_states=counted, train.hidden_states=online" in second
+    assert (
+        "transformers loads them, 746.38 GiB, and a node's GPUs have 632.00 GiB: set evaluate.engine=server" in second
+    )
+    assert "set dump.dtype=float8 and dump.last_states=counted, train.hidden_states=online" in third
+
+
+def test_weights_that_transformers_dequantises_are_counted_as_it_loads_them(tmp_path):
+    given = ["experiment=llama4_maverick_w4a16", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=100"]
+    (said,) = make_plan(composed(*given, "evaluate.engine=transformers"))["warnings"]
+    assert "transformers loads them, 746.38 GiB dequantised, and a node's GPUs have 632.00 GiB" in said
+    online = make_plan(composed(*given, "train.hidden_states=online", "plan.ranks_per_node=1"))
+    assert online["training"]["memory by phase"]["forward"]["verifier's weights"] == pytest.approx(
+        400.7e9 * 2 / 8, 0.01
+    )
+    fp8 = verifier_shape(composed("experiment=llama4_maverick_fp8", "name=x"))
+    assert fp8.loaded_bytes == fp8.weight_bytes
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
@@ -83,6 +86,46 @@ def test_quantised_weights_take_what_their_bits_do(experiment, expected):
     assert shape.weight_bytes == pytest.approx(expected, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("stated", "bits"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4 + 8 / 16),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "mxfp4"}, 4 + 8 / 32),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}},
+            },
+            4.5,
+        ),
+    ],
+)
+def test_every_known_method_says_its_bits(stated, bits):
+    layers = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)  # matrices of Llama-3.1-8B
+    config = composed("experiment=llama31_8b", "name=x")
+    dense = verifier_shape(config).weight_bytes
+    config.verifier.shapes["quantization_config"] = stated
+    assert verifier_shape(config).weight_bytes == pytest.approx(dense - layers * 2 + layers * bits / 8, rel=1e-6)
+    assert verifier_shape(config).fp8_inputs is (stated["quant_method"] in ("fp8", "modelopt") and bits == 8)
+    config.verifier.shapes["quantization_config"] = {**stated, "modules_to_not_convert": ["model.layers.*.mlp"]}
+    kept = 32 * 3 * 4096 * 14336
+    expected = dense - (layers - kept) * 2 + (layers - kept) * bits / 8
+    assert verifier_shape(config).weight_bytes == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stated", [{"quant_method": "magic"}, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}])
+def test_weights_of_an_unknown_method_are_not_counted_as_dense(stated):
+    config = composed("experiment=llama31_8b", "name=x")
+    config.verifier.shapes["quantization_config"] = stated
+    with pytest.raises(ValueError, match=f"{' '.join(stated.values())}, and how many bits .* is not known"):
+        verifier_shape(config)
+
+
 def test_a_config_json_goes_before_the_shapes(tmp_path):
     path = tmp_path / "config.json"
     AutoConfig.for_model("llama", num_hidden_layers=9, hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path)
@@ -97,12 +140,28 @@ def test_what_does_not_fit_a_gpu_is_said_with_the_option_to_change(tmp_path):
     for options, sentence in {
         ("plan.gpu_memory_gib=8",): "train.checkpoint_activations=true, or train.batch_tokens lower",
         ("train.hidden_states=online", "plan.gpu_memory_gib=20"): "set plan.ranks_per_node lower",
+        (
+            "train.hidden_states=online",
+            "plan.gpus_per_node=1",
+            "plan.gpu_memory_gib=20",
+        ): "verifier's weights: set train.checkpoint_activations=true and deepspeed=zero2_offload, or train.hidden_s",
         ("plan.num_nodes=2",): "train.packs_per_step=8 must be a multiple of the 16 ranks: set it to 16",
         ("plan.mean_tokens=9000",): "train.batch_tokens=8192 is cut or dropped: raise it",
         ("plan.gpu_memory_gib=1",): "serve it over several nodes",
     }.items():
         made = make_plan(composed(*common, *options))
         assert any(sentence in warning for warning in made["warnings"]), (options, made["warnings"])
+
+
+def test_the_walk_says_of_online_training_what_the_plan_does(tmp_path):
+    given = ["experiment=llama4_maverick_fp8", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=20", "plan.num_nodes=2"]
+    given += ["train.packs_per_step=16", "train.hidden_states=online", "plan.ranks_per_node=1"]
+    saving = ["train.checkpoint_activations=true", "deepspeed=zero2_offload"]
+    (said,) = make_plan(composed(*given))["warnings"]
+    assert "training needs 94.90 GiB of a GPU's 79.00 GiB" in said
+    assert "ranks_per_node" not in said
+    assert make_plan(composed(*given, "plan.gpu=h200"))["warnings"] == []
+    assert make_plan(composed(*given, *saving))["warnings"] == []
 
 
 def test_without_any_number_of_conversations_the_option_is_asked_for(tmp_path):

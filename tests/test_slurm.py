@@ -9,18 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import copy_until_dump
+from builders import composed, copy_until_dump
 from fledge.conf.place import Place
 from fledge.conf.run import environments
-from fledge.conf.schema import Config, SourceConfig
+from fledge.conf.schema import (
+    Config,
+    ContainerConfig,
+    ContainerKind,
+    ServerConfig,
+    ServerKind,
+    SourceConfig,
+    StoreConfig,
+)
 from fledge.slurm.freeze import freeze
-from fledge.slurm.queue import _parse
+from fledge.slurm.queue import _parse, array_tasks
 from fledge.slurm.records import JobRecord, write_submission
-from fledge.slurm.render import TEMPLATES, directive, expand
-from fledge.slurm.status import status
+from fledge.slurm.render import TEMPLATES, _server_sizes, directive, expand, render_jobs
+from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
+from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,10 +128,114 @@ def test_arrays_parts_and_processes_are_those_of_the_cluster():
 def test_servers_are_started_in_their_engines_words():
     served = {kind: printed(*VARIANTS[kind])["server"] for kind in ("gpus", "sglang", "trtllm")}
     where = "'/a model' --host 0.0.0.0 --port \"$port\""
-    assert f"vllm serve {where} --tensor-parallel-size 8" in served["gpus"]
-    assert f"python -m sglang.launch_server --model-path {where}" in served["sglang"]
-    assert f"trtllm-serve {where}" in served["trtllm"]
+    assert f"vllm serve {where} --tensor-parallel-size 8 --max-model-len 8192\n" in served["gpus"]
+    sglang = f"python -m sglang.launch_server --model-path {where}"
+    assert f"{sglang} --tp-size 8 --context-length 8192\n" in served["sglang"]
+    assert f"trtllm-serve {where} --tp_size 8 --max_seq_len 8192\n" in served["trtllm"]
     assert "#SBATCH --array=0-2\n" in served["sglang"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "shared", "length", "words"),
+    [
+        ("vllm", 8, 2, None, "--tensor-parallel-size 2 --data-parallel-size 4"),
+        ("vllm", 8, 1, 4096, "--tensor-parallel-size 1 --data-parallel-size 8 --max-model-len 4096"),
+        ("vllm", 0, None, None, ""),
+        ("sglang", 8, 4, 4096, "--tp-size 4 --dp-size 2 --context-length 4096"),
+        ("trtllm", 4, 4, None, "--tp_size 4"),
+    ],
+)
+def test_copies_and_lengths_of_a_server(kind, gpus, shared, length, words):
+    server = ServerConfig(kind=ServerKind(kind), gpus=gpus, tensor_parallel=shared, max_length=length)
+    assert " ".join(_server_sizes(server)) == words
+
+
+def refused(change: Callable[[Config], None]) -> str:
+    """Give the sentence by which a changed configuration is refused."""
+    config = Config(name="x")
+    config.verifier.path, config.cluster.server.gpus = "/a model", 8
+    config.cluster.server.kind = ServerKind.vllm
+    check_cluster(config)
+    change(config)
+    with pytest.raises(ValueError, match="must") as error:
+        check_cluster(config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", list(ContainerKind))
+def test_a_container_has_every_absolute_path_that_options_name_once(kind):
+    config = Config(name="x", runs_dir="runs")
+    config.verifier.path, config.synthesize.model, config.dump.folder = "/mo dels/$a", "org/name", "/scratch/states"
+    config.train.stores = [StoreConfig(folder=folder) for folder in ("/scratch/states", "/other", "/other/deeper", "b")]
+    config.data.sources = [SourceConfig(path="/data/prompts.jsonl"), SourceConfig(path="/hub/brought/in")]
+    config.cluster.container = ContainerConfig(kind=kind, image="i", mounts=["$HUB:/hub"])
+    job = next(job.text for job in render_jobs(config, Path("runs/x/jobs/1")) if job.stage == "dump")
+    paths = ["/mo dels/\\$a", "/scratch/states", "/other", "/data/prompts.jsonl"]
+    if kind is ContainerKind.pyxis:
+        named = ",".join(f"{path}:{path}" for path in paths)
+        assert (
+            f'--container-mounts="$PWD:$PWD,$jobs:$jobs,${{jobs%/jobs/*}}:${{jobs%/jobs/*}},{named},$HUB:/hub"' in job
+        )
+    elif kind is ContainerKind.apptainer:
+        binds = " ".join(f'--bind "{path}"' for path in ["$PWD", "${jobs%/jobs/*}", *paths, "$HUB:/hub"])
+        assert f"apptainer exec {binds} --pwd" in job
+    else:
+        assert "/mo dels" not in job
+
+
+def test_a_path_that_no_container_can_mount_is_refused():
+    def given(config: Config) -> None:
+        config.cluster.container = ContainerConfig(kind=ContainerKind.pyxis, image="i")
+        config.dump.folder = "/scratch/a,b"
+
+    assert "must be without colons and commas, got /scratch/a,b" in refused(given)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_APIKEY", "TOKEN", "DB_PASSWORD", "CLIENT_SECRET"],
+)
+def test_variables_that_may_be_keys_are_refused_and_others_with_such_words_are_not(name):
+    def given(config: Config) -> None:
+        config.cluster.env = {"TOKENIZERS_PARALLELISM": "false", "MAX_TOKENS": "9", "KEYBOARD": "us", name: "x"}
+
+    assert f"cluster.env.{name} must not be given" in refused(given)
+
+
+def test_a_job_that_is_told_to_stop_from_its_start_is_refused():
+    def brief(config: Config) -> None:
+        config.cluster.export.hours, config.cluster.warn_s = 0.1, 600
+
+    assert "cluster.export.hours must be more than cluster.warn_s=600 seconds" in refused(brief)
+    for cluster in ("one_machine", "slurm_gpu"):
+        given = ("train.packs_per_step=2", "verifier.path=x")
+        check_cluster(composed("experiment=demo", "name=x", f"cluster={cluster}", *given))
+
+
+def test_sizes_that_no_server_could_have_are_refused():
+    def three(config: Config) -> None:
+        config.cluster.server.tensor_parallel = 3
+
+    def copies(config: Config) -> None:
+        config.cluster.server.tensor_parallel, config.cluster.server.kind = 4, ServerKind.trtllm
+
+    def short(config: Config) -> None:
+        config.cluster.server.max_length = config.synthesize.max_tokens
+
+    assert "cluster.server.tensor_parallel must divide cluster.server.gpus=8" in refused(three)
+    assert "start more servers (cluster.server.tasks) with fewer GPUs" in refused(copies)
+    assert "cluster.server.max_length must be above synthesize.max_tokens=1024" in refused(short)
+
+
+def test_every_submission_that_is_written_down_is_one(tmp_path):
+    pages = [ROOT / "README.md", ROOT / "conf" / "cli.py", *(ROOT / "docs").glob("*.md")]
+    joined = "\n".join(page.read_text().replace("\\\n", " ") for page in pages)
+    commands = re.findall(
+        r"^ *fledge submit (experiment=.*?)(?:  +#.*|  +the job files, printed)?$", joined, re.MULTILINE
+    )
+    assert len(commands) >= 4
+    for words in {" ".join(command.split()).removesuffix(" --dry-run") for command in commands}:
+        check_cluster(composed(*words.split()))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +253,10 @@ def test_servers_are_started_in_their_engines_words():
             ["cluster=slurm_gpu", "verifier.path=x", "cluster.server.options=[--api-key,secret]"],
             ["--api-key", "VLLM_API_KEY"],
         ),
+        (
+            ["cluster=one_machine", "evaluate.engine=server"],
+            ["evaluate.endpoint is required", "submit.stages=[synthesize,dump,train,export]", "fledge evaluate"],
+        ),
         (["cluster=one_machine", "dump.num_writers=2"], ["cluster.dump.tasks"]),
         (["cluster=one_machine", "cluster.container.kind=pyxis"], ["cluster.container.image is required"]),
     ],
@@ -151,6 +269,27 @@ def test_what_no_job_could_do_is_refused_in_one_sentence(tmp_path, options, word
     assert all(word in line for word in words), line
     assert "secret" not in line
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_waits_for_training_and_no_evaluation(tmp_path):
+    """Slurm's command replaced by one that numbers the jobs and writes down what they wait for."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    sbatch = folder / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/told\nwc -l <{tmp_path}/told\n')
+    sbatch.chmod(0o755)
+    given = ("experiment=demo", "name=x", f"runs_dir={tmp_path}", "cluster=one_machine", "train.packs_per_step=2")
+    container = ("cluster.container.kind=pyxis", "cluster.container.image=i", f"dump.folder={tmp_path}/states")
+    done = fledge("submit", *given, *container, PATH=f"{folder}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "states").is_dir(), "a container mounts what is there"
+    first, *others = (tmp_path / "told").read_text().splitlines()
+    assert first.endswith("synthesize.sbatch")
+    assert others == [f"--dependency=afterok:{job}" for job in (1, 2, 3, 3)]
+    assert "after train has ended well" in printed("cluster=one_machine")["export"]
+    assert (
+        " after " not in printed("cluster=one_machine", "submit.stages=[evaluate,export]")["export"].split("sbatch")[0]
+    )
 
 
 def test_a_node_is_a_part_of_the_ranks_of_all():
@@ -170,9 +309,40 @@ def test_jobs_are_read_as_slurm_shows_them():
         "Restarts=2 BatchFlag=1 Reboot=0 ExitCode=2:0 NodeList=n0 ReqNodeList=(null)"
     )
     state = _parse(line)
-    assert (state.id, state.task, state.state, state.reason) == ("3", 0, "FAILED", "NonZeroExitCode")
+    assert (state.id, state.tasks, state.state, state.reason) == ("3", {0}, "FAILED", "NonZeroExitCode")
     assert (state.exit_code, state.restarts, state.nodes, state.live) == ("2:0", 2, "n0", False)
-    assert _parse(line.replace("ArrayTaskId=0", "ArrayTaskId=0-3").replace("FAILED", "PENDING")).task is None
+    assert _parse(line.replace("ArrayTaskId=0 ", "ArrayTaskId=2-3,7%4 ")).tasks == {2, 3, 7}
+    for named in ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "REQUEUE_FED", "RESV_DEL_HOLD"):
+        assert _parse(line.replace("FAILED", named)).live, "it may still run"
+
+
+def test_tasks_of_an_array_are_read_as_slurm_writes_them():
+    written = {"5": {5}, "0,2-5%4": {0, 2, 3, 4, 5}, "0-10:5": {0, 5, 10}, "1-3,8-9": {1, 2, 3, 8, 9}, "0": {0}}
+    assert {text: array_tasks(text) for text in written} == written
+    assert array_tasks("") is None
+    assert array_tasks("1-3,5,...") is None
+
+
+def test_what_waits_says_nothing_of_tasks_that_slurm_has_forgotten(tmp_path, monkeypatch):
+    (tmp_path / "events").mkdir()
+    ended = {"0": "done\t", "2": "again\tstopped by SIGUSR1"}
+    for task, told in ended.items():
+        (tmp_path / "events" / f"dump-{task}").write_text(f"t0\t8\tbegun\tn0, start 1\nt1\t8\t{told}\n")
+    record = JobRecord("dump", "dump.sbatch", "3", 6)
+
+    def told(*lines: str) -> list[tuple[str, str]]:
+        monkeypatch.setattr("fledge.slurm.status.job_states", lambda _: [_parse(line) for line in lines])
+        return [(task.state, task.detail) for task in task_statuses(tmp_path, record)]
+
+    waiting = "JobId=3 ArrayJobId=3 ArrayTaskId=4-5%4 JobState=PENDING Reason=JobArrayTaskLimit"
+    left = (CANCELLED, "left the queue without having begun")
+    again = (CANCELLED, "left the queue without having begun again")
+    later = (WAITING, "JobArrayTaskLimit")
+    assert told(waiting) == [(DONE, ""), left, again, left, later, later]
+    assert told() == [(DONE, ""), left, again, left, left, left]
+    held = "JobId=4 ArrayJobId=3 ArrayTaskId=2 JobState=REQUEUE_HOLD Reason=job_requeued_in_held_state"
+    assert told(held)[2][0] == WAITING
+    assert told(held)[2][1].startswith("requeue_hold, job_requeued_in_held_state, last: stopped by SIGUSR1")
 
 
 def make_submission(run_folder: Path, events: dict[str, str]) -> Path:
@@ -185,6 +355,16 @@ def make_submission(run_folder: Path, events: dict[str, str]) -> Path:
     for name, text in events.items():
         (folder / "events" / name).write_text(text)
     return folder
+
+
+def test_a_failed_evaluation_is_no_cause_for_an_export(tmp_path):
+    stages = (("dump", DONE), ("train", DONE), ("evaluate", FAILED), ("export", WAITING))
+    tasks = {stage: [TaskStatus(stage, "1", state, "", tmp_path)] for stage, state in stages}
+    _name_causes(tasks)
+    assert tasks["export"][0].state == WAITING
+    tasks["train"][0].state = FAILED
+    _name_causes(tasks)
+    assert (tasks["export"][0].state, tasks["export"][0].detail) == (CANCELLED, "train failed")
 
 
 def test_status_tells_what_failed_and_why_from_events_alone(finished, tmp_path, capsys, monkeypatch):
