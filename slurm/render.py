@@ -16,9 +16,8 @@ from ..conf.schema import ClusterConfig, Config, ContainerKind, HiddenStates, Jo
 TEMPLATES = Path(__file__).with_name("templates")
 COMMON = "common.sh"  # what job files source
 SERVER = "server"
-_ADDRESSES = (
-    """"synthesize.servers='${jobs//\\'/\\\\\\'}/servers'\""""  # where they write their addresses; quoted for Hydra
-)
+# Where they write their addresses, quoted for Hydra.
+_ADDRESSES = r'''"synthesize.servers='${jobs//\'/\\\'}/servers'"'''
 _WAIT_S = 120  # for the other tasks of a step once one has ended
 _ARRAYS = (SERVER, "synthesize", "dump")
 _SERVERS = {
