@@ -115,7 +115,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Pat
     folder = tmp_path_factory.mktemp("it's the pipeline")
     whole = Submitted(Run(folder / "runs", tiny_verifier_folder))
     whole(*served)
-    whole.wait_for("export", "server-0")
+    whole.wait_for("evaluate", "export", "server-0")
     return whole
 
 
