@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -235,7 +236,7 @@ def test_every_submission_that_is_written_down_is_one(tmp_path):
     )
     assert len(commands) >= 4
     for words in {" ".join(command.split()).removesuffix(" --dry-run") for command in commands}:
-        check_cluster(composed(*words.split()))
+        check_cluster(composed(*shlex.split(words)))
 
 
 @pytest.mark.parametrize(
