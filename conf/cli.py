@@ -160,7 +160,7 @@ def run_command(command: str, overrides: list[str]) -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
-    sys.argv = [f"fledge {command}", *map(_free_override, overrides)]
+    sys.argv = [f"fledge {command}", *_with_free_names(overrides)]
     task = _task(command, show_traceback)
     try:
         hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
@@ -170,11 +170,10 @@ def run_command(command: str, overrides: list[str]) -> None:
         _fail(explain(error))
 
 
-def _free_override(override: str) -> str:
+def _with_free_names(overrides: list[str]) -> list[str]:
     """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`."""
-    option = override.partition("=")[0]
-    free = any(option == name or option.startswith(f"{name}.") for name in _free_options(Config))
-    return f"++{override}" if free else override
+    free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
+    return [f"++{override}" if override.startswith(free) else override for override in overrides]
 
 
 def _free_options(kind: type, prefix: str = "") -> Iterator[str]:

@@ -472,9 +472,7 @@ class ContainerConfig:
 
     kind: ContainerKind = ContainerKind.none
     image: str | None = None
-    mounts: list[str] = field(
-        default_factory=list
-    )  # FROM:TO, beside the working folder and the paths that options name
+    mounts: list[str] = field(default_factory=list)  # FROM:TO, beside what docs/slurm.md says is mounted anyway
 
 
 @dataclass

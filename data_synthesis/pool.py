@@ -26,8 +26,11 @@ class Pool:
         while True:
             if preferred is None and self.closed:
                 return None
-            order = lambda e: (e.free > 0 and e is not avoided, e is preferred, e.free)  # noqa: E731
-            best = max(self.endpoints, key=order, default=None)
+            best = max(
+                self.endpoints,
+                key=lambda e: (e.free > 0 and e is not avoided, e is preferred, e.free),
+                default=None,
+            )
             if best is not None and best.free > 0:
                 best.in_flight += 1
                 return best

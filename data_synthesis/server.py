@@ -81,8 +81,7 @@ class _Regeneration:
 
     async def run(self, prompts: Iterable[Prompt]) -> None:
         self._pool = Pool([Endpoint(url, self._options) for url in self._options.endpoints])
-        self._pool.endpoints += self._new_endpoints()
-        _allow_open_files(self._most)
+        self._take_new_servers()
         self._changed = asyncio.Event()  # a conversation has ended, or no new one is wanted
         opening = asyncio.create_task(self._open_endpoints())
         others = [opening]
@@ -109,11 +108,14 @@ class _Regeneration:
         """Conversations at once."""
         return self._options.concurrency * len(self._pool.endpoints)
 
-    def _new_endpoints(self) -> list[Endpoint]:
-        """Give the servers that have written their addresses since; they are asked by no proxy."""
+    def _take_new_servers(self) -> list[Endpoint]:
+        """Add the servers that have written their addresses since, which are asked by no proxy, and give them."""
         known = {endpoint.url for endpoint in self._pool.endpoints}
         urls = [url for url in _addresses(self._options.servers) if url not in known]
-        return [Endpoint(url, self._options, by_proxy=False) for url in urls]
+        new = [Endpoint(url, self._options, by_proxy=False) for url in urls]
+        self._pool.endpoints += new
+        _allow_open_files(self._most)
+        return new
 
     async def _feed(self, prompts: Iterable[Prompt]) -> None:
         """Start a conversation whenever an endpoint has a place free."""
@@ -171,10 +173,8 @@ class _Regeneration:
                 self._close()
             if time.monotonic() - looked > _LOOK_S:
                 looked = time.monotonic()
-                for endpoint in self._new_endpoints():
-                    self._pool.endpoints.append(endpoint)
+                for endpoint in self._take_new_servers():
                     self._check(endpoint)
-                _allow_open_files(self._most)
             if any(endpoint.up for endpoint in self._pool.endpoints):
                 last_up = time.monotonic()
             elif time.monotonic() - last_up > self._options.server_wait_s:

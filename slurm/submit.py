@@ -182,9 +182,9 @@ def _check_server(config: Config) -> None:
         raise ValueError(
             "synthesize.endpoints and servers must be empty with cluster.server.kind, which names the servers itself"
         )
-    if server.kind is not ServerKind.custom and served_model(config) == "embedded":
-        raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
     if server.kind is not ServerKind.custom:
+        if served_model(config) == "embedded":
+            raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
         _check_server_sizes(config)
     if server.command and not any("{port}" in word for word in server.command):
         raise ValueError("cluster.server.command must say {port} where the server takes its port")
