@@ -162,6 +162,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 # Bytes of a chunk's matrices. On the CPU enough rows for products at full speed, on a GPU enough to fill it.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+BLOCK_BYTES = 512 << 10  # of logits a thread works on at once; as much of P and of scratch come to its cache with them
 
 
 def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -206,7 +207,7 @@ class Window:
         logits = job.transform.apply_(product(states, job.weight.T, out[: len(states)]))
         log_p = scratch[: len(states)]
         if job.targets.log_normaliser is None:
-            top = logits.argmax(-1)
+            top = logits.max(-1).indices  # argmax is slower on the CPU
             torch.log_softmax(logits, -1, out=log_p)
         else:
             assert job.targets.top is not None
@@ -216,6 +217,20 @@ class Window:
         # A mass that underflows has its greedy token outside and is not counted: it must not make infinities.
         mass = probabilities.sum(-1).clamp(min=torch.finfo(out.dtype).tiny)
         return cls(probabilities, mass, mass.log() - row_dot(probabilities, log_p, log_p) / mass, top)
+
+
+def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
+    """Cut the rows of z [n, Vd] so that what is done to one block after the other is done in a CPU's own cache.
+
+    On a GPU all rows are one block.
+
+    Yields:
+        Rows of z, and the rows of the window that are their targets.
+    """
+    size = len(z) if z.is_cuda else BLOCK_BYTES * torch.get_num_threads() // (z.shape[1] * z.element_size())
+    for start in range(0, max(1, len(z)), max(1, size)):
+        rows = slice(start, min(start + max(1, size), len(z)))
+        yield rows, at[rows] if isinstance(at, Tensor) else slice(at.start + rows.start, at.start + rows.stop)
 
 
 def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
@@ -272,29 +287,40 @@ class Chunk:
         if job.loss is TTTLoss.acceptance_length:
             gains = self._gains(reaches)
             for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
-                self._gradient(q, at, job.blend[step] * weights[step], gains[step] / overlaps[step])
+                of_kl = (job.blend[step] * weights[step]).expand(len(q))
+                self._gradient(q, at, of_kl, gains[step] / overlaps[step])
             return [rows.to(sums.dtype) for rows in counted]
         for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
-            if job.loss is not TTTLoss.reverse_kl and not job.kernel:
+            if job.loss not in (TTTLoss.kl, TTTLoss.reverse_kl):  # theirs are made
                 self._gradient(q, at, *self._coefficients(step, overlaps[step]))
         return [rows * weight for rows, weight in zip(counted, weights, strict=True)]
 
     def compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn logits into q, in place; give KL(p || q), alpha, and whether the greedy tokens are the same."""
+        """Turn logits, in place, into q, or for `kl` into q - p.
+
+        Returns:
+            KL(p || q), alpha, and whether the greedy tokens are the same (where two have the highest logit, either is).
+        """
         window = self.window
         if self.job.kernel:
             return self._compare_in_kernel(z, at)
-        probabilities, mass = window.probabilities[at], window.mass[at]
-        cross = row_dot(probabilities, z, self.scratch[: len(z)]) / mass
-        highest, best = z.max(-1)
-        q = torch.softmax(z, -1, out=z)
-        log_normaliser = highest - q.gather(1, best[:, None]).squeeze(1).log()
-        overlap = torch.minimum(probabilities, q, out=self.scratch[: len(q)]).sum(-1)
-        tiny = torch.finfo(q.dtype).tiny
-        return log_normaliser - cross - window.entropy[at], overlap.clamp(min=tiny), best == window.top[at]
+        found = []
+        for rows, here in blocks(z, at):
+            q, probabilities, scratch = z[rows], window.probabilities[here], self.scratch[: rows.stop - rows.start]
+            cross = row_dot(probabilities, q, scratch) / window.mass[here]
+            highest = q.amax(-1)  # finding where it stands costs six times as much on the CPU
+            hits = q.gather(1, window.top[here][:, None]).squeeze(1) == highest
+            torch.softmax(q, -1, out=q)
+            log_normaliser = highest - q.amax(-1).log()
+            overlap = torch.minimum(probabilities, q, out=scratch).sum(-1)
+            found.append((log_normaliser - cross - window.entropy[here], overlap, hits))
+            if self.job.loss is TTTLoss.kl:
+                q.addcmul_(probabilities, (1 / window.mass[here])[:, None], value=-1)
+        kl, overlap, hits = (torch.cat(column) for column in zip(*found, strict=True))
+        return kl, overlap.clamp(min=torch.finfo(z.dtype).tiny), hits
 
     def _compare_in_kernel(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
-        """Do as `compare`, but turn the logits into q - p at once."""
+        """Do as `compare`, for `kl`, in one kernel."""
         from ..models.kernels.kl_loss import kl_rows
 
         window = self.window
@@ -321,8 +347,6 @@ class Chunk:
         """Give what the gradient has of KL's, and of alpha's taken negative."""
         one, blend = torch.ones_like(overlap), self.job.blend[step]
         match self.job.loss:
-            case TTTLoss.kl:
-                return one, None
             case TTTLoss.total_variation:
                 return None, one
             case TTTLoss.lk_alpha:
@@ -342,15 +366,16 @@ class Chunk:
         return gains[::-1]
 
     def _gradient(self, q: Tensor, at: Index, of_kl: Tensor | None, of_overlap: Tensor | None) -> None:
-        """Turn q, in place, into of_kl (q - p) + of_overlap q (s - [q < P]); the two are numbers or one a row."""
-        probabilities, mass = self.window.probabilities[at], self.window.mass[at]
-        if of_overlap is not None:
-            below = torch.mul(q, q < probabilities, out=self.scratch[: len(q)])
-            whole = of_overlap * below.sum(-1)
-            q.mul_((whole if of_kl is None else whole + of_kl)[:, None])
-            q.addcmul_(below, of_overlap[:, None], value=-1)
-        if of_kl is not None:
-            q.addcmul_(probabilities, (of_kl / mass)[:, None], value=-1)
+        """Turn q, in place, into of_kl (q - p) + of_overlap q (s - [q < P]), the two one a row."""
+        for rows, here in blocks(q, at):
+            part, probabilities = q[rows], self.window.probabilities[here]
+            if of_overlap is not None:
+                below = torch.mul(part, part < probabilities, out=self.scratch[: len(part)])
+                whole = of_overlap[rows] * below.sum(-1)
+                part.mul_((whole if of_kl is None else whole + of_kl[rows])[:, None])
+                part.addcmul_(below, of_overlap[rows, None], value=-1)
+            if of_kl is not None:
+                part.addcmul_(probabilities, (of_kl[rows] / self.window.mass[here])[:, None], value=-1)
 
     def _reverse_kl(self, q: Tensor, at: Index) -> Tensor:
         """Turn q, in place, into the gradient of KL(q || p), and give that; what underflows counts as the tiniest."""
