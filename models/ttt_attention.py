@@ -243,9 +243,12 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
     if _has_kernel(q):
         out, lse = _cpu_forward(*_as_batch(q, k, v), 0.0, causal)
         return _from_batch(out), _from_batch(lse)
-    blocks = [_block_softmax(q, k, rows, causal) for rows in _row_blocks(len(q), len(k) * q.shape[1])]
-    out = torch.cat([torch.einsum("nkgm,mkd->nkgd", weights.to(v.dtype), v).flatten(1, 2) for weights, _ in blocks])
-    return out, torch.cat([lse for _, lse in blocks])
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+    for rows in _row_blocks(len(q), len(k) * q.shape[1]):
+        weights, lse[rows] = _block_softmax(q, k, rows, causal)
+        out[rows] = torch.einsum("kngm,mkd->nkgd", weights.to(v.dtype), v).flatten(1, 2)
+        del weights  # before the next block's: kept, they would be of the size of all rows squared
+    return out, lse
 
 
 def flash_backward(
@@ -270,11 +273,12 @@ def flash_backward(
     dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over blocks
     for rows in _row_blocks(len(q), len(k) * q.shape[1]):
         weights, _ = _block_softmax(q, k, rows, causal, lse)
-        towards = torch.einsum("nkgd,mkd->nkgm", _grouped(grad[rows], k), v)
-        dscores = (weights * (towards - _grouped(delta[rows][..., None], k)) * scale).to(q.dtype)
-        dq[rows] = torch.einsum("nkgm,mkd->nkgd", dscores, k).flatten(1, 2)
-        dk += torch.einsum("nkgm,nkgd->mkd", dscores, _grouped(q[rows], k))
-        dv += torch.einsum("nkgm,nkgd->mkd", weights.to(q.dtype), _grouped(grad[rows], k))
+        towards = _wide_product(grad[rows], v).sub_(_of_rows(delta[rows], k)).mul_(weights).mul_(scale)
+        dscores = towards.to(q.dtype)
+        dq[rows] = torch.einsum("kngm,mkd->nkgd", dscores, k).flatten(1, 2)
+        dk += torch.einsum("kngm,nkgd->mkd", dscores, _grouped(q[rows], k))
+        dv += torch.einsum("kngm,nkgd->mkd", weights.to(q.dtype), _grouped(grad[rows], k))
+        del weights, towards, dscores  # before the next block's
     return dq, dk, dv
 
 
@@ -304,10 +308,26 @@ def _row_blocks(num_rows: int, row_size: int) -> list[slice]:
 
 
 def _block_softmax(q: Tensor, k: Tensor, rows: slice, causal: bool, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Give the weights [rows, kv_heads, group, m] of some query rows, and their log-sum-exp [rows, heads]."""
-    scores = torch.einsum("nkgd,mkd->nkgm", _grouped(q[rows], k), k).to(wide_dtype(q.dtype)) * q.shape[-1] ** -0.5
+    """Give the weights [kv_heads, rows, group, m] of some query rows, and their log-sum-exp [rows, heads]."""
+    scores = _wide_product(q[rows], k).mul_(q.shape[-1] ** -0.5)
     if causal:
         keys = torch.arange(len(k), device=q.device)
-        scores = scores.masked_fill((keys > keys[rows, None])[:, None, None], float("-inf"))
-    here = scores.logsumexp(-1).flatten(1) if lse is None else lse[rows]
-    return (scores - _grouped(here[..., None], k)).exp(), here
+        scores.masked_fill_((keys > keys[rows, None])[:, None], float("-inf"))
+    here = scores.logsumexp(-1).transpose(0, 1).flatten(1) if lse is None else lse[rows]
+    return scores.sub_(_of_rows(here, k)).exp_(), here
+
+
+def _wide_product(x: Tensor, keys: Tensor) -> Tensor:
+    """Give the products [kv_heads, n, group, m] of x [n, heads, D] with keys [m, kv_heads, D], at least float32."""
+    grouped, wide = _grouped(x, keys).transpose(0, 1), wide_dtype(x.dtype)
+    factors = grouped.flatten(1, 2), keys.permute(1, 2, 0)
+    if x.is_cuda and x.dtype != wide:
+        products = torch.bmm(*factors, out_dtype=wide)
+    else:
+        products = torch.bmm(*(factor.to(wide) for factor in factors))
+    return products.unflatten(1, grouped.shape[1:3])
+
+
+def _of_rows(values: Tensor, keys: Tensor) -> Tensor:
+    """View numbers of query rows [n, heads] as [kv_heads, n, group, 1]."""
+    return _grouped(values[..., None], keys).transpose(0, 1)

@@ -15,7 +15,7 @@ import torch
 
 from ..models.draft_head import DraftHead, DraftHeadConfig
 from ..models.vocabulary import VocabularyMap
-from ..train.fused_loss import rows_in_chunk
+from ..train.fused_loss import SLICE_BYTES, rows_in_chunk
 
 BUCKET = 500_000_000  # elements of DeepSpeed's reduce_bucket_size, which fledge leaves as it is
 _WIDE = 4  # bytes of softmaxes, sums, master weights and moments
@@ -142,7 +142,7 @@ def _activations(shape: TrainingShape) -> int:
 
     Of all T rows: the aux states normed and laid beside each other, the fused state and the embedding with their norms,
     and keys and values of step 0. Of the useful ones at every step: the norms' inputs and outputs, queries, the
-    attention's output, keys and values, and four tensors of the SwiGLU. With activation checkpointing a step keeps its
+    attention's output, keys and values, and three tensors of the SwiGLU. With activation checkpointing a step keeps its
     inputs and its keys and values, and one step at a time is there in full.
     """
     head, item, norm = shape.head, shape.item, _norm(shape)
@@ -152,8 +152,8 @@ def _activations(shape: TrainingShape) -> int:
     of_aux = _WIDE * (1 + shape.narrow) if shape.device == "cpu" else 0  # the input itself is the batch's
     fused = aux * (of_aux + item) if head.fc_norm else 0
     every_row = rows * (fused + 2 * width * (norm + item) + 2 * keys * item)
-    tail = width * (2 * norm + item) + 4 * head.intermediate_size * item + 2 * queries * item
-    further = (width * (2 * norm + 2 * item) + 4 * head.intermediate_size * item + 2 * (queries + keys) * item) * (
+    tail = width * (2 * norm + item) + 3 * head.intermediate_size * item + 2 * queries * item
+    further = (width * (2 * norm + 2 * item) + 3 * head.intermediate_size * item + 2 * (queries + keys) * item) * (
         head.num_layers - 1
     )
     first = useful * (tail + width * item) + (rows if head.num_layers > 1 else useful) * further
@@ -177,15 +177,17 @@ def _loss_gradients(shape: TrainingShape) -> dict[str, int]:
 def _loss(shape: TrainingShape) -> dict[str, int]:
     """Give what the pass over the logits needs (train/fused_loss.py): a chunk of all K steps, and what it makes.
 
-    The gradient of lm_head is added up in float32; in 16 bit a product is made before it is added.
+    The gradient of lm_head is added up in float32; in 16 bit products are made before they are added, slice by slice.
     """
     head, wide = shape.head, _WIDE
     vocab, useful, steps = head.draft_vocab_size, _useful(shape), shape.ttt_steps
-    size = min(rows_in_chunk(steps, vocab, shape.dtype, torch.device(shape.device)), max(1, useful))
+    trained_width = head.hidden_size * shape.train_lm_head
+    size = rows_in_chunk(steps, vocab, shape.dtype, torch.device(shape.device), trained_width)
+    size = min(size, max(1, useful))
     chunk = vocab * (size * (steps * wide + steps * shape.item * shape.narrow) + 2 * (size + steps - 1) * wide)
     chunk += 0 if shape.narrow else size * vocab * wide  # a gather of the window; in 16 bit not beside the rounded rows
     chunk += 2 * size * steps * head.hidden_size * wide
-    product = vocab * head.hidden_size * (wide if shape.device == "cuda" else shape.item)
+    product = min(vocab * head.hidden_size * wide, SLICE_BYTES)
     rows = vocab * head.verifier_hidden_size * shape.item if vocab < head.vocab_size else 0
     return {
         **_loss_gradients(shape),

@@ -109,51 +109,60 @@ def parse(arguments: list[str]) -> Options:
     return parse_options(arguments, Options(), PRESETS, CHOICES)
 
 
+def head_config(options: Options) -> DraftHeadConfig:
+    """Give the head's shape."""
+    return DraftHeadConfig(
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+        head_dim=options.head_dim or options.hidden_size // options.num_attention_heads,
+        vocab_size=options.vocab_size,
+        draft_vocab_size=options.draft_vocab_size,
+        verifier_hidden_size=options.hidden_size,
+        aux_layers=tuple(range(options.num_aux)),
+        max_position_embeddings=options.seq_len + options.ttt_steps,
+        num_layers=options.num_layers,
+    )
+
+
+def draw_batch(options: Options) -> PackedBatch:
+    """Draw tokens and which of them count, without the verifier's states."""
+    lengths = _shares(options.seq_len, options.documents)
+    produced = []
+    for tokens in lengths:
+        for turn in _shares(tokens, options.turns):
+            answer = round(turn * options.counted_share)
+            produced += [False] * (turn - answer) + [True] * answer
+    return PackedBatch(
+        input_ids=torch.randint(options.vocab_size, (options.seq_len,)),
+        loss_mask=torch.tensor(produced),
+        document=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        position=torch.cat([torch.arange(tokens) for tokens in lengths]),
+        aux_hidden_states=None,
+        last_hidden_state=None,
+        lengths=lengths,
+        sample_ids=[str(number) for number in range(len(lengths))],
+    )
+
+
 def make_inputs(options: Options) -> tuple[DraftHead, PackedBatch, Tensor, Tensor]:
     """Draw a head, a batch and the verifier's embedding and lm_head."""
     torch.manual_seed(options.seed)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     width, length = options.hidden_size, options.seq_len
-    config = DraftHeadConfig(
-        hidden_size=width,
-        intermediate_size=options.intermediate_size,
-        num_attention_heads=options.num_attention_heads,
-        num_key_value_heads=options.num_key_value_heads,
-        head_dim=options.head_dim or width // options.num_attention_heads,
-        vocab_size=options.vocab_size,
-        draft_vocab_size=options.draft_vocab_size,
-        verifier_hidden_size=width,
-        aux_layers=tuple(range(options.num_aux)),
-        max_position_embeddings=length + options.ttt_steps,
-        num_layers=options.num_layers,
-    )
     # The greedy token of a random verifier is any, so that most rows of a reduced vocabulary would not be counted:
     # its last tokens are made unlikely, as rare tokens are.
     vocabulary = build_vocabulary(torch.arange(options.vocab_size, 0, -1), options.draft_vocab_size)
     with torch.device(device):
-        head = DraftHead(config, vocabulary).to(device, dtype)
+        head = DraftHead(head_config(options), vocabulary).to(device, dtype)
         lm_head = torch.randn(options.vocab_size, width, dtype=dtype) * 2 * width**-0.5
         lm_head[options.draft_vocab_size :] *= 0.1
         embedding = torch.randn(options.vocab_size, width, dtype=dtype)
         aux = torch.randn(length, options.num_aux * width, dtype=dtype)
         last = torch.randn(length, width, dtype=dtype)
     head.lm_head.weight.requires_grad_(options.train_lm_head)
-    lengths = _shares(length, options.documents)
-    produced = []
-    for tokens in lengths:
-        for turn in _shares(tokens, options.turns):
-            answer = round(turn * options.counted_share)
-            produced += [False] * (turn - answer) + [True] * answer
-    batch = PackedBatch(
-        input_ids=torch.randint(options.vocab_size, (length,)),
-        loss_mask=torch.tensor(produced),
-        document=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        position=torch.cat([torch.arange(tokens) for tokens in lengths]),
-        aux_hidden_states=aux,
-        last_hidden_state=last,
-        lengths=lengths,
-        sample_ids=[str(number) for number in range(len(lengths))],
-    )
+    batch = dataclasses.replace(draw_batch(options), aux_hidden_states=aux, last_hidden_state=last)
     return head, batch.to(device, dtype, options.ttt_steps), embedding, lm_head
 
 

@@ -93,7 +93,7 @@ class _FusedLoss(torch.autograd.Function):
         state_grads = [torch.empty_like(state) for state in states] if any(ctx.needs_input_grad[2:]) else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(len(states), len(SUMS), dtype=wide, device=weight.device)
-        for chunk, logits in chunks(job, weight):
+        for chunk, logits in chunks(job, weight, ctx.needs_input_grad[1]):
             parts = [state[rows] for state, rows in zip(states, chunk.rows, strict=True)]
             h = torch.cat(parts)
             z = product(h, weight.T, logits[: len(h)])
@@ -151,38 +151,51 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the matrix product a b to `total`, which may be wider than the two."""
+    """Add the matrix product a b to `total`, which may be wider: then some rows at a time, through a small matrix."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else a @ b  # type: ignore[call-overload]
+        return
+    size = max(1, SLICE_BYTES // (total.shape[1] * total.element_size()))
+    through = total.new_empty(min(size, len(total)), total.shape[1])
+    for start in range(0, len(total), size):
+        part = a[start : start + size]
+        total[start : start + size] += product(part, b, through[: len(part)])
 
 
 # -- chunks of rows ----------------------------------------------------------------------------------------------------
 
 # Bytes of a chunk's matrices. On the CPU enough rows for products at full speed, on a GPU enough to fill it.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+SLICE_BYTES = 32 << 20  # of products that are added to a wider matrix: they stay in a GPU's cache
 BLOCK_BYTES = 512 << 10  # of logits a thread works on at once; as much of P and of scratch come to its cache with them
 
 
-def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Give how many rows of all K steps fit the memory budget.
+def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device, trained_width: int = 0) -> int:
+    """Give how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
+
+    Every chunk reads and writes that gradient, so chunks that are small beside it would do little else.
 
     A row has K rows of logits; one of the teacher's window, whose first K-1 rows come on top; one of scratch, which a
     gather of the window may need as well; all Vd wide, and of 4 bytes. In 16-bit training the K rows of gradients are
     rounded for the products, 2 bytes each. K = 7, Vd = 32,000, bf16: (4 * 10 + 2 * 7) * 32,000 = 1.7 MB a row, 620 rows
     in 1 GiB.
+
+    Args:
+        width: Vd.
+        trained_width: H of an lm_head that is trained.
     """
     item = torch.finfo(wide_dtype(dtype)).bits // 8
     row = item * (ttt_steps + 3) + (2 * ttt_steps if item > torch.finfo(dtype).bits // 8 else 0)
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // width - item * (ttt_steps - 1)
-    return max(1, budget // row)
+    column = max(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // width, item * trained_width)
+    return max(1, (column - item * (ttt_steps - 1)) // row)
 
 
-def chunks(job: LossJob, weight: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+def chunks(job: LossJob, weight: Tensor, trained: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
     """Cut the useful rows into chunks; with each comes the memory for its logits."""
+    trained_width = weight.shape[1] if trained else 0
     num_rows, ttt_steps, wide = len(job.states), len(job.rows.steps), wide_dtype(weight.dtype)
-    size = min(rows_in_chunk(ttt_steps, len(weight), weight.dtype, weight.device), max(1, num_rows))
+    size = rows_in_chunk(ttt_steps, len(weight), weight.dtype, weight.device, trained_width)
+    size = min(size, max(1, num_rows))
     logits = weight.new_empty(size * ttt_steps, len(weight), dtype=weight.dtype if job.kernel else wide)
     window, scratch = weight.new_empty(2, size + ttt_steps - 1, len(weight), dtype=wide)
     for start in range(0, num_rows, size):
