@@ -20,12 +20,14 @@ def attention_errors(
     ttt_steps: int,
     counted: float = 0.9,
     num_layers: int = 1,
+    kernels: bool = True,
 ) -> tuple[float, float]:
     """Give the largest errors of the outputs, and of the gradients relative to their largest entry.
 
     Args:
         heads: of queries, and of keys.
         counted: the share of tokens that are counted: the fewer, the more the rows are torn apart.
+        kernels: whether they are used; else blocks of rows on a GPU.
         num_layers: with 2, step 0 has every row as a query, as the first of two layers has.
     """
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +38,7 @@ def attention_errors(
     drawn = [torch.randn(ttt_steps, total, width, head_dim, generator=generator) for width in (*heads, heads[1])]
     inputs = [values.to(device, dtype).requires_grad_() for values in drawn]
     exact = [values.detach().double().requires_grad_() for values in inputs]
-    split, plain = SplitAttention(rows, num_layers, kernels=True), TTTAttention(lengths, 1)
+    split, plain = SplitAttention(rows, num_layers, kernels), TTTAttention(lengths, 1)
     found, expected = [], []
     for step in range(ttt_steps):
         at = rows.rows[rows.steps[step]]

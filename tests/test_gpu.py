@@ -27,6 +27,7 @@ from fledge.eval.proposal import find_way
 from fledge.eval.speculative import Request
 from fledge.models import ttt_attention
 from fledge.models.kernels import choosing
+from fledge.train.fused_loss import add_product
 from fledge.train.plain import PlainTTTModule
 from fledge.train.ttt import TTTModule
 from kernel_twins import attention_errors, kl_errors
@@ -62,6 +63,23 @@ def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, he
     print(f"{dtype}: outputs {outputs:.1e}, gradients {gradients:.1e}")
     assert outputs <= TOLERANCES[dtype]
     assert gradients <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_attention_in_blocks_of_rows_equals_the_plain_form(dtype):
+    outputs, gradients = attention_errors([900, 1, 37, 1100], (8, 2), 128, dtype, "cuda", ttt_steps=4, kernels=False)
+    print(f"{dtype}: outputs {outputs:.1e}, gradients {gradients:.1e}")
+    assert outputs <= TOLERANCES[dtype]
+    assert gradients <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_narrow_factors_are_added_in_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in ((700, 9001), (700, 1024)))
+    total = torch.ones(9001, 1024, device="cuda")
+    add_product(total, a.T, b)  # of several slices
+    torch.testing.assert_close(total, (a.double().T @ b.double() + 1).float(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
