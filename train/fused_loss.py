@@ -241,8 +241,9 @@ def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
         Rows of z, and the rows of the window that are their targets.
     """
     size = len(z) if z.is_cuda else BLOCK_BYTES * torch.get_num_threads() // (z.shape[1] * z.element_size())
-    for start in range(0, max(1, len(z)), max(1, size)):
-        rows = slice(start, min(start + max(1, size), len(z)))
+    size = max(1, size)
+    for start in range(0, max(1, len(z)), size):
+        rows = slice(start, min(start + size, len(z)))
         yield rows, at[rows] if isinstance(at, Tensor) else slice(at.start + rows.start, at.start + rows.stop)
 
 
@@ -356,7 +357,7 @@ class Chunk:
             case _:
                 return gamma * blend * kl - (1 - blend) * reach
 
-    def _coefficients(self, step: int, overlap: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _coefficients(self, step: int, overlap: Tensor) -> tuple[Tensor | None, Tensor]:
         """Give what the gradient has of KL's, and of alpha's taken negative."""
         one, blend = torch.ones_like(overlap), self.job.blend[step]
         match self.job.loss:
@@ -378,15 +379,14 @@ class Chunk:
             gains.append(total[place].clone())
         return gains[::-1]
 
-    def _gradient(self, q: Tensor, at: Index, of_kl: Tensor | None, of_overlap: Tensor | None) -> None:
+    def _gradient(self, q: Tensor, at: Index, of_kl: Tensor | None, of_overlap: Tensor) -> None:
         """Turn q, in place, into of_kl (q - p) + of_overlap q (s - [q < P]), the two one a row."""
         for rows, here in blocks(q, at):
             part, probabilities = q[rows], self.window.probabilities[here]
-            if of_overlap is not None:
-                below = torch.mul(part, part < probabilities, out=self.scratch[: len(part)])
-                whole = of_overlap[rows] * below.sum(-1)
-                part.mul_((whole if of_kl is None else whole + of_kl[rows])[:, None])
-                part.addcmul_(below, of_overlap[rows, None], value=-1)
+            below = torch.mul(part, part < probabilities, out=self.scratch[: len(part)])
+            whole = of_overlap[rows] * below.sum(-1)
+            part.mul_((whole if of_kl is None else whole + of_kl[rows])[:, None])
+            part.addcmul_(below, of_overlap[rows, None], value=-1)
             if of_kl is not None:
                 part.addcmul_(probabilities, (of_kl[rows] / self.window.mass[here])[:, None], value=-1)
 
