@@ -1,7 +1,10 @@
 """What the user types, and what is said when it is wrong: one sentence, exit code 2, no traceback."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from unittest.mock import MagicMock
 
 import pytest
@@ -300,3 +303,28 @@ def test_a_disk_that_cannot_be_written_is_one_sentence(run):
 
 def test_differences_name_nested_settings():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said", "in_force"),
+    [
+        ("fledge", {}, "GOMP_SPINCOUNT = '2000'"),
+        ("fledge.eval", {}, "GOMP_SPINCOUNT = '2000'"),
+        ("fledge", {"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+        ("fledge", {"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+    ],
+)
+def test_waiting_threads_soon_leave_their_core_unless_the_user_says_how_they_wait(entry, said, in_force, tmp_path):
+    """libgomp itself says what it has read, when torch loads it."""
+    arguments = ["export"] * (entry == "fledge") + ["name=none", "verifier.path=none"]
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", entry, *arguments],
+        env={**environment, **said, "OMP_DISPLAY_ENV": "VERBOSE"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, "the command loads torch, then finds no checkpoint"
+    assert in_force in done.stderr, done.stderr
