@@ -23,8 +23,10 @@ def import_head(config: Config) -> None:
         "aux_numbering": options.aux_numbering.value if options.aux_numbering else None,
         "verifier": verifier_identity(config.verifier),
     }
+    settings |= {"aux_layers": options.aux_layers} if options.aux_layers else {}
+    settings |= {"interleaved_rotary": True} if options.interleaved_rotary else {}
     weights = VerifierWeights(config.verifier)
-    foreign = read_foreign_head(source, load_config(config.verifier), options.aux_numbering, weights)
+    foreign = read_foreign_head(source, load_config(config.verifier), options, weights)
     with artifact(folder, "import", settings, config.overwrite) as target:
         if target.complete and all((folder / name).is_file() for name in (CONFIG, WEIGHTS, RECORD)):
             print(f"import: {folder} is complete")
