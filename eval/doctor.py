@@ -111,9 +111,9 @@ def _measured(verdict: Verdict, names_layers: bool) -> list[str]:
 
 def _conclusion(verdict: Verdict, names_layers: bool) -> str:
     found, far = verdict.candidates, ""
-    if verdict.far:
+    if verdict.best_first < FAR:
         far = (
-            f" It is far from the verifier in every form tried (first position {verdict.measured[0].first:.2f} at "
+            f" It is far from the verifier in every form tried (first position {verdict.best_first:.2f} at "
             f"best, {FAR} and more is usual): it is weak, or was trained in another form or for another verifier."
         )
     if not names_layers:
