@@ -31,7 +31,7 @@ def unserved(served: Served) -> dict[str, str]:
     head = served.head
     if served.format == "speculators":
         fc = f"releases up to 0.33 build fc for 3 aux layers in this format, and it has {len(head.aux_layers)}"
-        return {} if len(head.aux_layers) == 3 else {"vLLM": f"{fc}; export.format=plain is served"}
+        return {} if len(head.aux_layers) == 3 else {"vLLM": f"{fc}: set export.format=plain"}
     reasons: dict[str, list[str]] = {"SGLang": [], "TensorRT-LLM": []}
     for found in reasons.values():
         if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
