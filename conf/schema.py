@@ -368,6 +368,8 @@ class HeadImportConfig:
 
     source: str | None = None  # its folder: config.json and weights, as published
     aux_numbering: AuxNumbering | None = None  # only where its config.json leaves it open, and then asked for
+    aux_layers: list[int] | None = None  # 0-based; only where its config.json names no layers, and then asked for
+    interleaved_rotary: bool = False  # q and k were trained with pairs of neighbours rotated: import reorders them
 
 
 @dataclass
@@ -640,11 +642,11 @@ def validate(config: Config) -> None:
         raise ValueError(f"train.betas must be two numbers, got {config.train.betas}")
     if config.train.max_steps is not None and config.train.max_steps < 1:
         raise ValueError(f"train.max_steps must be at least 1, got {config.train.max_steps}")
-    if config.draft.aux_layers is not None and not config.draft.aux_layers:
+    if config.draft.aux_layers == []:
         raise ValueError("draft.aux_layers must name at least one layer, got []; null takes the default ones")
-    layers = config.draft.aux_layers or []
-    if len(set(layers)) < len(layers) or any(layer < 0 for layer in layers):
-        raise ValueError(f"draft.aux_layers must be different layers, counted from 0, got {layers}")
+    for name, layers in (("draft", config.draft.aux_layers), ("head_import", config.head_import.aux_layers)):
+        if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < 0):
+            raise ValueError(f"{name}.aux_layers must be different layers, counted from 0, got {layers}")
     if config.tracking.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "tracking.tensorboard needs the package tensorboard, which is not installed: "

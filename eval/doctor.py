@@ -6,12 +6,12 @@ import sys
 from dataclasses import dataclass
 
 from ..conf.schema import Config
-from ..models.foreign_head import read_published
+from ..models.foreign_head import other_dtypes, read_published
 from ..models.import_head import source_folder
 from ..models.verifier import VerifierWeights, load_config
-from .doctor_measure import STEPS, Measured, Verdict, measure, variants
+from .doctor_measure import FAR, STEPS, Measured, Verdict, measure, variants
 from .doctor_repair import readable_head
-from .doctor_rules import Finding, Published, engine_notes, static_findings
+from .doctor_rules import PAIRS, Finding, Published, engine_notes, static_findings
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Diagnosis:
     notes: list[str]  # by engine
     verdict: Verdict | None = None  # None where nothing was measured
     unmeasured: str = ""  # why, where it was asked for
+    names_layers: bool = True  # whether it is known on which layers the head was trained
 
 
 def doctor(config: Config) -> None:
@@ -44,10 +45,10 @@ def diagnose(config: Config) -> Diagnosis:
     folder = source_folder(config)
     weights = VerifierWeights(config.verifier)
     embedding = weights.embedding()
-    published = Published(
-        folder, *read_published(folder), load_config(config.verifier), embedding, config.head_import.aux_numbering
-    )
-    diagnosis = Diagnosis(static_findings(published), engine_notes(published))
+    published = Published(folder, *read_published(folder), load_config(config.verifier), embedding, config.head_import)
+    diagnosis = Diagnosis(static_findings(published), engine_notes(published), names_layers=published.names_layers)
+    if other_dtypes(published.tensors):
+        return diagnosis
     try:
         head = readable_head(published, weights)
     except ValueError as error:
@@ -64,7 +65,7 @@ def diagnose(config: Config) -> Diagnosis:
         diagnosis.findings = [
             finding for finding in diagnosis.findings if not (finding.suspects and verdict.settles(finding.suspects))
         ]
-        diagnosis.notes = engine_notes(published, verdict.aux_layers)
+        diagnosis.notes = engine_notes(published, verdict.aux_layers if published.names_layers else None)
         if verdict.otherwise:
             diagnosis.findings.append(_misconfigured(verdict))
     return diagnosis
@@ -73,11 +74,12 @@ def diagnose(config: Config) -> Diagnosis:
 def _misconfigured(verdict: Verdict) -> Finding:
     configured, found = verdict.configured, verdict.candidates
     one_of = "one of " if len(found) > 1 else ""
+    write = "" if PAIRS in found[0].variant.changes else f"write {one_of}"
     return Finding(
         "trained_otherwise",
         f"the weights were trained for another form than config.json says: {one_of}{_names(found)}",
         f"{configured.length:.2f} tokens in {STEPS} steps as configured, {found[0].length:.2f} in that form (below)",
-        f"write {one_of}{' | '.join(one.variant.cure for one in found)}; then run doctor again",
+        f"{write}{' | '.join(one.variant.cure for one in found)}; then run doctor again",
     )
 
 
@@ -88,11 +90,11 @@ def report(diagnosis: Diagnosis) -> str:
         lines += [f"  {number}. {finding.what}", f"     costs: {finding.cost}", f"     cure:  {finding.cure}"]
     lines += ["", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes), ""]
     if diagnosis.verdict is not None:
-        return "\n".join([*lines, *_measured(diagnosis.verdict)])
+        return "\n".join([*lines, *_measured(diagnosis.verdict, diagnosis.names_layers)])
     return "\n".join([*lines, f"Not measured: {diagnosis.unmeasured}" if diagnosis.unmeasured else "Not measured."])
 
 
-def _measured(verdict: Verdict) -> list[str]:
+def _measured(verdict: Verdict, names_layers: bool) -> list[str]:
     texts = verdict.configured.hits
     width = max(len(measured.variant.name) for measured in verdict.measured)
     return [
@@ -103,17 +105,31 @@ def _measured(verdict: Verdict) -> list[str]:
             f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}"
             for m in verdict.measured
         ),
-        _conclusion(verdict),
+        _conclusion(verdict, names_layers),
     ]
 
 
-def _conclusion(verdict: Verdict) -> str:
-    found = verdict.candidates
+def _conclusion(verdict: Verdict, names_layers: bool) -> str:
+    found, far = verdict.candidates, ""
+    if verdict.best_first < FAR:
+        far = (
+            f" It is far from the verifier in every form tried (first position {verdict.best_first:.2f} at "
+            f"best, {FAR} and more is usual): it is weak, or was trained in another form or for another verifier."
+        )
+    if not names_layers:
+        layers = list(verdict.configured.variant.config.aux_layers)
+        return (
+            f"The layers are unknown: only {layers}, which engines take unasked, one up and one down were tried; the "
+            f"nearest of these: {_names(found)}.{far}"
+        )
     if not verdict.as_configured and not verdict.otherwise:
-        return f"Nearer to the verifier than as configured, but accepting no more on these texts: {_names(found)}."
+        return f"Nearer to the verifier than as configured, but accepting no more on these texts: {_names(found)}.{far}"
     if not verdict.as_configured:
-        return f"The weights were trained for: {_names(found)}."
-    if others := verdict.alike[1:]:
+        return f"The weights were trained for: {_names(found)}.{far}"
+    others = verdict.alike[1:]
+    if far:
+        return f"Of the forms tried, the head as configured is {'among ' if others else ''}the nearest.{far}"
+    if others:
         return f"Nothing speaks against the head as configured; these texts do not tell it from: {_names(others)}."
     return "The weights were trained for: as configured."
 

@@ -19,16 +19,21 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..conf.schema import Config
 from ..data_synthesis.chat import prompt_tokens
 from ..models.draft_head import DraftHead, DraftHeadConfig, DraftLayer, rope_of
+from ..models.foreign_head import halves_from_pairs
 from ..models.formats import vllm_layer_ids
 from ..models.ttt_attention import TTTAttention
 from ..models.verifier import Verifier, torch_device
-from .doctor_rules import AUX, NESTED, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, TOP, Published
+from .doctor_rules import AUX, NESTED, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, TOP, Published
 from .questions import load_questions
 from .speculative import answer_alone
 
 CONFIGURED = "as configured"
+PAIRS_CURE = (
+    "import it with head_import.interleaved_rotary=true, which reorders q_proj and k_proj, and serve its export"
+)
 STEPS = 3
 MIN_TEXTS = 4
+FAR = 0.6  # first draft tokens that are the verifier's: if fewer in every form, the head is weak or in none of them
 CLEAR = 4.0  # standard errors by which a form must be further from the verifier to be ruled out
 
 
@@ -36,7 +41,7 @@ CLEAR = 4.0  # standard errors by which a form must be further from the verifier
 class Variant:
     """A form under which the weights may have been trained: what differs from the head as configured."""
 
-    changes: tuple[str, ...]  # of AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE
+    changes: tuple[str, ...]  # of AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, PAIRS
     name: str
     config: DraftHeadConfig
     cure: str
@@ -118,6 +123,11 @@ class Verdict:
         return not self.alike[0].variant.changes
 
     @property
+    def best_first(self) -> float:
+        """The largest share of first draft tokens that are the verifier's, in any form; below FAR none is right."""
+        return max(measured.first for measured in self.measured)
+
+    @property
     def otherwise(self) -> bool:
         """Whether the weights were trained for another form, in which they accept more."""
         return not self.as_configured and all(one.length > self.configured.length for one in self.candidates)
@@ -134,7 +144,10 @@ class Verdict:
 
 
 def variants(head: Published, config: DraftHeadConfig) -> list[Variant]:
-    """Give the forms to try: aux layers one up or down, both norm flags, the verifier's rope, in every combination."""
+    """Give the forms to try: aux layers one up or down, both norm flags, the verifier's rope, in every combination.
+
+    And, by itself, the rotation of Llama 4 and GPT-J: of neighbouring dimensions as pairs.
+    """
     theirs = rope_of(head.verifier)
     ropes = [config.rope_parameters, *([theirs] if theirs != config.rope_parameters else [])]
     flags, tried = (False, True), []
@@ -161,6 +174,8 @@ def variants(head: Published, config: DraftHeadConfig) -> list[Variant]:
         made = [(change, name, cure) for change, differs, name, cure in forms if differs]
         changes, names, cures = zip(*made, strict=True) if made else ((), (CONFIGURED,), ())
         tried.append(Variant(changes, ", ".join(names), formed, ", ".join(cures)))
+    if not head.options.interleaved_rotary and config.head_dim % 2 == 0:
+        tried.append(Variant((PAIRS,), "rotary pairs (interleaved)", config, PAIRS_CURE))
     return tried
 
 
@@ -208,6 +223,8 @@ def compare(
     measured = []
     for variant in tried:
         formed = _in_form(head, variant.config)
+        if PAIRS in variant.changes:
+            formed.load_state_dict(halves_from_pairs(formed.state_dict(), variant.config.head_dim), assign=True)
         hits, nats = zip(*(teacher_forced(formed, text, embedding) for text in texts), strict=True)
         measured.append(Measured(variant, list(hits), list(nats)))
     return Verdict(sorted(measured, key=lambda one: one.loss))

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conf.schema import HeadImportConfig
 from ..models.draft_head import DraftHead
-from ..models.foreign_head import assemble_head
+from ..models.foreign_head import KNOWN, assemble_head, layer_counts, wrapper_prefix
 from ..models.formats import LM_HEAD, vllm_layer_ids
 from ..models.verifier import VerifierWeights
-from .doctor_rules import IDS, KNOWN, Published, absolute_ids
+from .doctor_rules import IDS, Published, absolute_ids
 
 
 def readable_head(head: Published, weights: VerifierWeights) -> DraftHead:
@@ -21,11 +22,14 @@ def readable_head(head: Published, weights: VerifierWeights) -> DraftHead:
         ValueError: what is wrong cannot be corrected without a choice.
     """
     tensors = _corrected_tensors(head, weights)
-    return assemble_head(head.folder, _corrected_config(head, tensors), tensors, head.verifier, weights=weights).head
+    values = _corrected_config(head, tensors)
+    options = HeadImportConfig(interleaved_rotary=head.options.interleaved_rotary)  # the layers are in the values now
+    return assemble_head(head.folder, values, tensors, head.verifier, options, weights).head
 
 
 def _corrected_tensors(head: Published, weights: VerifierWeights) -> dict[str, Tensor]:
-    tensors = {name.removeprefix("model."): tensor for name, tensor in head.tensors.items()}
+    prefix = wrapper_prefix(head.tensors) or "model."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if KNOWN.fullmatch(name)}
     vocab_size = head.verifier.vocab_size
     if "d2t" not in tensors and "t2d" in tensors:
@@ -50,6 +54,7 @@ def _corrected_config(head: Published, tensors: dict[str, Tensor]) -> dict[str, 
     if not layers or not all(isinstance(k, int) and 0 <= k < num_layers for k in layers):
         layers = head.default_layers()
     layer = {name: value for name, value in head.layer.items() if name not in ("quantization_config", IDS)}
+    layer["num_hidden_layers"] = layer_counts(head.values, tensors)[1]
     if (rope := layer.get("rope_parameters")) and "rope_theta" in rope:
         layer["rope_theta"] = rope["rope_theta"]
     if head.speculators:

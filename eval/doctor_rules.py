@@ -5,29 +5,24 @@ Rules and costs are those of the engines' readers; the lengths quoted were count
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..conf.schema import AuxNumbering
+from ..conf.schema import AuxNumbering, HeadImportConfig
 from ..models.draft_head import rope_of
 from ..models.foreign_config import rope_parameters
-from ..models.foreign_head import shares_lm_head
+from ..models.foreign_head import KNOWN, layer_counts, lm_head_cure, other_dtypes, shares_lm_head, wrapper_prefix
 from ..models.formats import EMBEDDING, LM_HEAD, vllm_layer_ids
 from ..models.verifier import default_aux_layers
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 NESTED, TOP = f"eagle_config.{IDS}", f"{IDS} at the top level"
-AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE = "aux", "norm_before_residual", "norm_output", "rope"
-KNOWN = re.compile(
-    r"(fc|norm|lm_head|embed_tokens|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\.((input_layernorm|hidden_norm"
-    r"|post_attention_layernorm)|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
-)
+AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, PAIRS = "aux", "norm_before_residual", "norm_output", "rope", "pairs"
 _LOWER = "aux states one layer lower are taken without an error (3.08 accepted in place of 3.51)"
 
 
@@ -51,7 +46,7 @@ class Published:
     tensors: dict[str, Tensor]
     verifier: Any  # its language-model configuration
     embedding: Tensor  # the verifier's [V, H]
-    numbering: AuxNumbering | None = None  # of ids at the top level alone
+    options: HeadImportConfig = field(default_factory=HeadImportConfig)  # what config.json leaves open
 
     @property
     def speculators(self) -> bool:
@@ -78,14 +73,19 @@ class Published:
         except ValueError:
             return []
 
+    @property
+    def names_layers(self) -> bool:
+        """Whether config.json, or the option, says on which layers the head was trained."""
+        return bool(self.ids(nested=True) or self.ids(nested=False) or self.options.aux_layers)
+
     def aux_layers(self) -> list[int]:
         """Give the layers meant, 0-based; ids at the top level alone are taken as vLLM numbers them."""
         nested, top = self.ids(nested=True), self.ids(nested=False)
         if nested and not self.speculators:
             return nested
-        if self.numbering is AuxNumbering.zero_based and not self.speculators:
+        if self.options.aux_numbering is AuxNumbering.zero_based and not self.speculators:
             return top
-        return [k - 1 for k in top if isinstance(k, int)] if top else self.default_layers()
+        return [k - 1 for k in top if isinstance(k, int)] or sorted(self.options.aux_layers or self.default_layers())
 
     def engine_layers(self) -> dict[str, list[int]]:
         """Give the 0-based layers that each engine which reads the format would take."""
@@ -97,7 +97,15 @@ class Published:
 
 def static_findings(head: Published) -> list[Finding]:
     """Compare a head's files with its verifier and the engines' rules; every problem is named."""
-    rules = (_aux_findings, _field_findings, _rope_findings, _vocabulary_findings, _tensor_findings)
+    if prefix := wrapper_prefix(head.tensors):
+        what, cost = (
+            f"the names of the tensors begin with {prefix!r}",
+            "vLLM refuses to load them, SGLang drops them silently",
+        )
+        bare = replace(head, tensors={name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()})
+        return [Finding("prefixed", what, cost, f"remove {prefix!r} from the names"), *static_findings(bare)]
+    rules = [_aux_findings, _field_findings, _rope_findings]
+    rules += [_dtype_findings] if other_dtypes(head.tensors) else [_vocabulary_findings, _tensor_findings]
     return [finding for rule in rules for finding in rule(head)]
 
 
@@ -119,7 +127,10 @@ def _aux_findings(head: Published) -> Iterator[Finding]:
         return
     if not nested and not top:
         cost = f"engines take their default layers, {default} (0-based): lost, if the head was trained on others"
-        yield Finding("aux_absent", "config.json has no aux layer ids", cost, both)
+        places = TOP if head.speculators else f"{NESTED} and {TOP}"
+        ask = f"ask who trained it, or measure the likely ones by head_import.aux_layers=[...]; then write {places}"
+        known = both if head.names_layers else ask
+        yield Finding("aux_absent", "config.json does not say on which layers the head was trained", cost, known)
     elif not head.speculators and not (nested and top):
         what = f"aux layer ids stand in one place only: {NESTED if nested else TOP} {nested or top}"
         other = "" if nested else "; if they count from 0, write both places anew: the measurement tells"
@@ -137,6 +148,10 @@ def _aux_findings(head: Published) -> Iterator[Finding]:
     if not head.speculators and num_layers - 1 in layers:
         what, cost = "the aux layers hold the verifier's last one", "SGLang cannot take its output"
         yield Finding("aux_last_layer", what, cost, "serve with another engine, or train on other layers")
+    if head.speculators and len(layers) != 3:
+        what = f"{len(layers)} aux layers in Speculators format"
+        cost = "vLLM's releases (to 0.33) build fc for 3 in this format, and fail to load it"
+        yield Finding("aux_count", what, cost, "`fledge import`, then `fledge export export.format=plain`")
     if not head.speculators and len(layers) != 3 and head.values.get("num_aux_hidden_states") != len(layers):
         what = f"{len(layers)} aux layers without num_aux_hidden_states"
         yield Finding("aux_count", what, "engines expect 3", f"write num_aux_hidden_states: {len(layers)}")
@@ -154,9 +169,21 @@ def _field_findings(head: Published) -> Iterator[Finding]:
     if any(place.get("quantization_config") for place in (values, layer)):
         cost = "engines quantize the head, or look for scales that it has not"
         yield Finding("quantization", "quantization_config stands in config.json", cost, "remove quantization_config")
-    if layer.get("num_hidden_layers", 1) != 1:
+    said, held = layer_counts(values, head.tensors)
+    if said != held:
+        what, cost = f"num_hidden_layers is {said}, the weights hold {held}", "engines look for others than are there"
+        yield Finding("layer_count", what, cost, f"write num_hidden_layers: {held}")
+    elif held != 1:
         cost = "engines norm the input of further layers differently"
-        yield Finding("layers", f"{layer['num_hidden_layers']} draft layers", cost, "train a head of one layer")
+        yield Finding("layers", f"{held} draft layers", cost, "train a head of one layer")
+    if (values.get("eagle_config") or {}).get("return_hidden_post_norm") and not values.get("norm_output"):
+        cost = "vLLM and SGLang read norm_output at the top level alone, and feed the un-normed state onward"
+        what = "eagle_config.return_hidden_post_norm, TensorRT-LLM's name of norm_output, stands alone"
+        yield Finding("norm_output_nested", what, cost, "write norm_output: true at the top level too")
+    if head.options.interleaved_rotary:
+        cost = "engines rotate halves of each head: q and k do not fit their positions"
+        cure = "serve what `fledge import` and `fledge export` write, in which they are reordered"
+        yield Finding("pairs", "q_proj and k_proj are made for pairs of neighbours (interleaved_rotary)", cost, cure)
     absent = [name for name in ("attention_bias", "mlp_bias", "tie_word_embeddings") if name not in values]
     if absent and not head.speculators:
         cure = "write " + ", ".join(f"{name}: false" for name in absent)
@@ -176,9 +203,10 @@ def _rope_findings(head: Published) -> Iterator[Finding]:
     try:
         ours = rope_parameters(head.folder, head.layer)
     except ValueError as error:
-        yield Finding("rope_contradictory", str(error), "engines read different ones of them", "write one and the same")
+        what, _, cure = str(error).rpartition(": ")
+        yield Finding("rope_contradictory", what, "engines read something else, or different ones", cure)
         return
-    if ours != theirs:
+    if {name: value for name, value in ours.items() if not name.startswith("mrope_")} != theirs:  # equal on text
         cost = "lost where the head was trained on the verifier's; on short texts little of it shows"
         cure = f"if the head was trained on the verifier's, write rope_theta, rope_scaling, rope_parameters: {theirs}"
         yield Finding("rope", f"the rotary fields are {ours}, the verifier's {theirs}", cost, cure, ROPE)
@@ -209,6 +237,10 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
     size = head.values.get("draft_vocab_size")
     rows = len(tensors[LM_HEAD]) if LM_HEAD in tensors else size
     if shares_lm_head(head.values, tensors):
+        if size is not None:
+            cost = "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)"
+            cure = "write draft_vocab_size: null"
+            yield Finding("lm_head_shared", "reuse_target_lm_head stands for a missing lm_head", cost, cure)
         return
     if size is None:
         what = "draft_vocab_size is absent" if "draft_vocab_size" not in head.values else "draft_vocab_size is null"
@@ -219,8 +251,9 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
         yield Finding("draft_vocab_size", what, "engines fail to load, or cut it", f"write draft_vocab_size: {rows}")
     if LM_HEAD not in tensors:
         cost = "vLLM and TensorRT-LLM take the verifier's, SGLang random weights, without an error (1.0 accepted)"
-        cure = f"ship it: {LM_HEAD} [{size or vocab_size}, H]"
-        yield Finding("lm_head_absent", f"{LM_HEAD} is missing", cost, cure)
+        yield Finding(
+            "lm_head_absent", f"{LM_HEAD} [{size or vocab_size}, H] is missing", cost, lm_head_cure(head.values)
+        )
     if "d2t" not in tensors:
         if (rows or vocab_size) < vocab_size:
             cure = (
@@ -246,6 +279,11 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
         )
 
 
+def _dtype_findings(head: Published) -> Iterator[Finding]:
+    cost = "engines read them by scales and a quantization_config of the head's own, or as plain numbers; not measured"
+    yield Finding("dtype", "; ".join(other_dtypes(head.tensors)[:5]), cost, "fetch the head unquantised, in bfloat16")
+
+
 def _tensor_findings(head: Published) -> Iterator[Finding]:
     broken = [name for name, tensor in head.tensors.items() if not tensor.isfinite().all()]
     if broken:
@@ -253,7 +291,7 @@ def _tensor_findings(head: Published) -> Iterator[Finding]:
         yield Finding("not_finite", what, "nothing is accepted (1.0)", "train the head again, from before it diverged")
     prefixed = [name for name in head.tensors if name.startswith("model.")]
     unknown = [name for name in head.tensors if name not in prefixed and not KNOWN.fullmatch(name)]
-    if not head.values.get("fc_norm"):
+    if not (head.values.get("fc_norm") or head.values.get("use_aux_norm")):
         unknown += [name for name in head.tensors if name.startswith("fc_norm.")]
     for code, names, cure in (
         ("prefixed", prefixed, "remove `model.` from the names"),
@@ -277,26 +315,30 @@ def engine_notes(head: Published, trained: list[int] | None = None) -> list[str]
     Args:
         trained: the aux layers it was trained on, where measured; otherwise those that the files mean.
     """
-    layers, taken = trained or head.aux_layers(), head.engine_layers()
-    notes = [
-        _taken("vLLM", taken["vLLM"], layers) + ("" if head.speculators else "; top-level ids win over nested ones")
-    ]
+    layers = trained or (head.aux_layers() if head.names_layers else None)
+    named = layers or "the layers it was trained on, which config.json does not say"
+    taken = {engine: _taken(engine, ids, layers) for engine, ids in head.engine_layers().items()}
     if head.speculators:
+        notes = [taken["vLLM"] if len(head.aux_layers()) == 3 else "vLLM: fails to load it, its fc is for 3 aux layers"]
         notes.append(
             "SGLang, TensorRT-LLM: do not read this format, `fledge import` and `fledge export` give the plain one"
         )
     else:
-        notes.append(_taken("SGLang", taken["SGLang"], layers) + "; it reads the nested ids alone")
+        notes = [taken["vLLM"] + "; top-level ids win over nested ones"]
+        notes.append(taken["SGLang"] + "; it reads the nested ids alone")
         notes.append(
             "SGLang: beside an explicit --quantization add --speculative-draft-model-quantization unquant, or the head "
             "is quantized too"
         )
-        notes.append(f"TensorRT-LLM: ignores ids in the checkpoint, set eagle3_layers_to_capture: {layers} in its YAML")
+        notes.append(f"TensorRT-LLM: ignores ids in the checkpoint, its YAML needs eagle3_layers_to_capture: {named}")
+        if head.values.get("norm_before_residual"):
+            notes.append("SGLang, TensorRT-LLM: ignore norm_before_residual, acceptance is lost if it was trained so")
     if head.values.get("fc_norm") or head.values.get("norm_output"):
         notes.append("every engine: releases that do not know fc_norm and norm_output (EAGLE-3.1) lose acceptance")
     return notes
 
 
-def _taken(engine: str, taken: list[int], layers: list[int]) -> str:
+def _taken(engine: str, taken: list[int], layers: list[int] | None) -> str:
     verdict = "the right ones" if taken == layers else f"NOT {layers}: acceptance is lost"
-    return f"{engine}: takes layers {taken} (0-based), {verdict}"
+    unknown = "its default: config.json does not say whether they are right"
+    return f"{engine}: takes layers {taken} (0-based), {verdict if layers else unknown}"

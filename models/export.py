@@ -69,10 +69,11 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         write_json(temporary / MANIFEST, {"kind": "export", "settings": settings, "complete": True})
         shutil.rmtree(folder, ignore_errors=True)
         commit(temporary, folder)
-    if served.format == ExportFormat.plain.value:
-        for engine, reason in unserved(served).items():
-            print(f"export: {engine} cannot serve this head: {reason}")
-    print(f"export: {folder}, served by `{vllm_command(served)}`; more in {folder / 'SERVING.md'}")
+    refused = unserved(served)
+    for engine, reason in refused.items():
+        print(f"export: {engine} cannot serve this head: {reason}")
+    command = "" if "vLLM" in refused else f", served by `{vllm_command(served)}`"
+    print(f"export: {folder}{command}; more in {folder / 'SERVING.md'}")
 
 
 def _save(config: Config, folder: Path, served: Served, head: DraftHead, record: dict[str, Any]) -> None:

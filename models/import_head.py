@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..conf.artifact import artifact, file_digest
 from ..conf.schema import Config
@@ -18,13 +19,17 @@ def import_head(config: Config) -> None:
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
     files = weight_files(source)
-    settings = {
+    settings: dict[str, Any] = {
         "source": {path.name: file_digest(path) for path in (source / CONFIG, *files)},
         "aux_numbering": options.aux_numbering.value if options.aux_numbering else None,
         "verifier": verifier_identity(config.verifier),
     }
+    if options.aux_layers:
+        settings["aux_layers"] = options.aux_layers
+    if options.interleaved_rotary:
+        settings["interleaved_rotary"] = True
     weights = VerifierWeights(config.verifier)
-    foreign = read_foreign_head(source, load_config(config.verifier), options.aux_numbering, weights)
+    foreign = read_foreign_head(source, load_config(config.verifier), options, weights)
     with artifact(folder, "import", settings, config.overwrite) as target:
         if target.complete and all((folder / name).is_file() for name in (CONFIG, WEIGHTS, RECORD)):
             print(f"import: {folder} is complete")

@@ -27,12 +27,17 @@ class Served:
 
 
 def unserved(served: Served) -> dict[str, str]:
-    """Give the engines that cannot serve a head in plain format as it was trained, and why."""
-    reasons: dict[str, list[str]] = {"SGLang": [], "TensorRT-LLM": []}
+    """Give the engines that read an export's format and cannot serve the head as it was trained, and why."""
     head = served.head
-    if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
-        for found in reasons.values():
+    if served.format == "speculators":
+        fc = f"releases up to 0.33 build fc for 3 aux layers in this format, and it has {len(head.aux_layers)}"
+        return {} if len(head.aux_layers) == 3 else {"vLLM": f"{fc}: set export.format=plain"}
+    reasons: dict[str, list[str]] = {"SGLang": [], "TensorRT-LLM": []}
+    for found in reasons.values():
+        if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
             found.append("it takes the verifier's embedding in place of the head's own")
+        if head.norm_before_residual:
+            found.append("it ignores norm_before_residual")
     if served.verifier_layers - 1 in head.aux_layers:
         reasons["SGLang"].append("it cannot take the output of the verifier's last layer")
     return {engine: " and ".join(found) for engine, found in reasons.items() if found}
@@ -49,12 +54,16 @@ def vllm_command(served: Served) -> str:
 
 def serving_notes(served: Served) -> str:
     """Give SERVING.md: a command for each engine that reads the format."""
-    parts = [f"# Serving this head\n\nThe verifier is `{served.verifier}`{_revision(served)}.", _vllm(served)]
+    parts, refused = (
+        [f"# Serving this head\n\nThe verifier is `{served.verifier}`{_revision(served)}."],
+        unserved(served),
+    )
+    sections = {"vLLM": _vllm(served)}
     if served.format == "plain":
-        refused = unserved(served)
-        for engine, section in (("SGLang", _sglang(served)), ("TensorRT-LLM", _tensorrt_llm(served))):
-            reason = refused.get(engine)
-            parts.append(section if reason is None else f"## {engine}\n\n{engine} cannot serve this head: {reason}.")
+        sections |= {"SGLang": _sglang(served), "TensorRT-LLM": _tensorrt_llm(served)}
+    for engine, section in sections.items():
+        reason = refused.get(engine)
+        parts.append(section if reason is None else f"## {engine}\n\n{engine} cannot serve this head: {reason}.")
     if served.head.fc_norm or served.head.norm_output:
         parts.append(
             "The head is of the EAGLE-3.1 form (`fc_norm`, `norm_output`): releases that do not know these two fields "

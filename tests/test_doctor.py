@@ -91,7 +91,17 @@ def test_nothing_is_found_in_a_good_head(tmp_path, speculators, changes):
         ({"draft_vocab_size": 90}, "draft_vocab_size"),
         ({"model_type": "llama4_text"}, "model_type"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization"),
-        ({"num_hidden_layers": 2}, "layers"),
+        ({"num_hidden_layers": 2}, "layer_count"),
+        ({"num_hidden_layers": 42}, "layer_count"),
+        (
+            {"norm_output": ABSENT, "eagle_config": {IDS: [1, 3, 4], "return_hidden_post_norm": True}},
+            "norm_output_nested",
+        ),
+        (
+            {"norm_output": False, "eagle_config": {IDS: [1, 3, 4], "return_hidden_post_norm": True}},
+            "norm_output_nested",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_contradictory"),
         ({"attention_bias": ABSENT}, "trtllm_fields"),
         ({"tie_word_embeddings": ABSENT, "mlp_bias": ABSENT}, "trtllm_fields"),
         ({"tie_word_embeddings": True}, "tied"),
@@ -110,6 +120,9 @@ def test_each_damage_of_a_plain_config_gives_its_own_finding(tmp_path, changes, 
         ({IDS: ABSENT}, "aux_absent"),
         ({IDS: [1, 3, 4]}, "aux_one_off"),
         ({IDS: [0, 3, 4]}, "aux_out_of_range"),
+        ({IDS: [2, 4]}, "aux_count"),
+        ({IDS: [2, 4, 5, 7]}, "aux_count"),
+        ({IDS: [2, 3, 4, 5, 6]}, "aux_count"),
     ],
 )
 def test_each_damage_of_a_speculators_config_gives_its_own_finding(tmp_path, changes, code):
@@ -143,6 +156,45 @@ def test_each_damage_of_the_tensors_gives_its_own_finding(tmp_path, changes, cod
     assert codes(tmp_path) == ([code] if code else [])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+@pytest.mark.parametrize(
+    "name", ["midlayer.mlp.up_proj.weight", "embed_tokens.weight", "lm_head.weight", "norm.weight"]
+)
+def test_tensors_of_a_dtype_that_cannot_be_tested_are_named(tmp_path, dtype, name):
+    tensors = {"embed_tokens.weight": EMBEDDING, **load_file(head_in(tmp_path) / "model.safetensors")}
+    change_tensors(tmp_path, {name: tensors[name].to(dtype)})
+    findings = static_findings(as_published(tmp_path))
+    assert [finding.code for finding in findings] == ["dtype"]
+    assert f"{name} is {str(dtype).removeprefix('torch.')}" in findings[0].what
+
+
+@pytest.mark.parametrize("prefix", ["draft_model.", "module.", "eagle_module._orig_mod."])
+@pytest.mark.parametrize("speculators", [False, True])
+def test_a_prefix_before_every_tensor_is_the_one_finding(tmp_path, prefix, speculators):
+    tensors = load_file(head_in(tmp_path, speculators) / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    findings = static_findings(as_published(tmp_path))
+    assert [(finding.code, finding.cure) for finding in findings] == [("prefixed", f"remove '{prefix}' from the names")]
+
+
+@pytest.mark.parametrize("scaling", [{"type": "mrope"}, {"rope_type": "mrope"}, {"mrope_interleaved": True}])
+def test_sections_by_image_axis_are_no_other_rope_on_text(tmp_path, scaling):
+    scaling = {**scaling, "mrope_section": [2, 3, 3]}
+    change_config(head_in(tmp_path), rope_scaling=scaling, rope_parameters=ABSENT)
+    assert codes(tmp_path) == []
+
+
+def test_both_cures_of_a_missing_lm_head_are_named_for_a_full_vocabulary(tmp_path):
+    change_tensors(head_in(tmp_path, draft_vocab_size=None), {"lm_head.weight": ABSENT})
+    (finding,) = static_findings(as_published(tmp_path))
+    assert "fetch the head's complete checkpoint" in finding.cure
+    assert "draft_vocab_size: null" in finding.cure
+    change_config(tmp_path, reuse_target_lm_head=True)
+    assert codes(tmp_path) == ["lm_head_shared"]
+    change_config(tmp_path, draft_vocab_size=None)
+    assert codes(tmp_path) == []
+
+
 def test_a_map_beside_a_full_vocabulary_is_found(tmp_path):
     change_tensors(head_in(tmp_path, draft_vocab_size=None), {"d2t": torch.zeros(120, dtype=torch.int64)})
     assert codes(tmp_path) == ["d2t_full"]
@@ -173,6 +225,34 @@ def test_engines_are_said_to_take_the_layers_they_take(tmp_path):
     assert "vLLM: takes layers [1, 2, 5] (0-based), NOT [2, 3, 6]" in notes
     assert "SGLang: takes layers [2, 3, 6] (0-based), the right ones" in notes
     assert "eagle3_layers_to_capture: [2, 3, 6]" in notes
+
+
+@pytest.mark.parametrize("speculators", [False, True])
+@pytest.mark.parametrize("ids", [ABSENT, None, []])
+def test_layers_that_config_json_does_not_name_are_called_right_nowhere(tmp_path, speculators, ids):
+    change_config(head_in(tmp_path, speculators, aux_layers=(0, 2, 6)), **{"eagle_config": {}, IDS: ids})
+    published = as_published(tmp_path)
+    assert codes(tmp_path) == ["aux_absent"]
+    assert not published.names_layers
+    notes = "\n".join(engine_notes(published))
+    assert (
+        "vLLM: takes layers [1, 3, 4] (0-based), its default: config.json does not say whether they are right" in notes
+    )
+    assert "the right ones" not in notes
+    published.options.aux_layers = [6, 0, 2]
+    assert published.aux_layers() == [0, 2, 6]
+    assert "vLLM: takes layers [1, 3, 4] (0-based), NOT [0, 2, 6]" in "\n".join(engine_notes(published))
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_engines_are_said_not_to_load_other_than_three_aux_layers_in_speculators_format(tmp_path, num_layers):
+    head_in(tmp_path, True, aux_layers=tuple(range(num_layers)))
+    assert "vLLM: fails to load it" in engine_notes(as_published(tmp_path))[0]
+
+
+def test_engines_that_ignore_norm_before_residual_are_named(tmp_path):
+    head_in(tmp_path, norm_before_residual=True)
+    assert any("ignore norm_before_residual" in note for note in engine_notes(as_published(tmp_path)))
 
 
 @pytest.fixture
@@ -208,6 +288,30 @@ def test_a_head_that_cannot_be_put_together_is_a_finding(config, tmp_path):
     diagnosis = diagnose(config)
     assert [finding.code for finding in diagnosis.findings] == ["unreadable"]
     assert "Not measured" in report(diagnosis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_a_quantised_head_is_diagnosed_without_measurement(config, tmp_path, dtype):
+    weight = load_file(tmp_path / "model.safetensors")["midlayer.mlp.up_proj.weight"]
+    change_tensors(tmp_path, {"midlayer.mlp.up_proj.weight": weight.to(dtype)})
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["dtype"]
+    assert "Not measured" in report(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_types": ["sliding_attention"], "sliding_window": 16}, "layer_types is"),
+        ({"attention_chunk_size": 64}, "attention_chunk_size is 64"),
+        ({"gated_residual": True}, "fields that fledge does not know: gated_residual = True"),
+    ],
+)
+def test_a_field_that_import_refuses_is_a_finding(config, tmp_path, changes, words):
+    change_config(tmp_path, **changes)
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["unreadable"]
+    assert words in diagnosis.findings[0].what
 
 
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"model_type": "x"}, 1), (None, 2)])

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from builders import Run, make_head, matrices
-from fledge.conf.schema import Config
+from fledge.conf.schema import Config, HeadImportConfig
 from fledge.data_synthesis.conversations import read_conversations
-from fledge.eval.doctor import diagnose, report
+from fledge.eval.doctor import Diagnosis, diagnose, report
 from fledge.eval.doctor_measure import (
     STEPS,
     Measured,
@@ -29,11 +29,12 @@ from fledge.eval.doctor_measure import (
 from fledge.eval.doctor_repair import readable_head
 from fledge.eval.doctor_rules import IDS, Published
 from fledge.models.draft_head import DraftHead
-from fledge.models.foreign_head import read_published
+from fledge.models.foreign_head import read_foreign_head, read_published
 from fledge.models.formats import load_head, save_head
 from fledge.models.speculators_format import save_speculators
 from fledge.models.verifier import VerifierWeights, load_config
 from one_sequence import OneSequence
+from safetensors.torch import load_file, save_file
 
 EMBEDDING, _ = matrices()
 
@@ -99,6 +100,28 @@ def test_a_form_is_named_only_where_distance_and_acceptance_agree(others, as_con
     assert (verdict.as_configured, verdict.otherwise) == (as_configured, otherwise)
     assert sorted(one.variant.name for one in verdict.candidates) == sorted(candidates)
     assert verdict.settles("flag") == (others[0][1] == 3.0)
+
+
+@pytest.mark.parametrize("accepted", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("others", [[], [("flag", 2.01, 0.2)], [("flag", 9.0, 0.4)]])
+def test_a_head_far_from_the_verifier_in_every_form_is_not_cleared(accepted, others):
+    forms = [measured("as configured", (), 2.0, accepted), *(measured(name, (name,), *rest) for name, *rest in others)]
+    said = report(Diagnosis([], [], Verdict(sorted(forms, key=lambda one: one.loss))))
+    assert "Nothing speaks against" not in said
+    assert "The weights were trained for: as configured" not in said
+    best = max(accepted, *(rest[1] for _, *rest in others), 0.0)
+    assert f"far from the verifier in every form tried (first position {best:.2f} at best" in said
+
+
+@pytest.mark.parametrize("accepted", [0.3, 0.9])
+@pytest.mark.parametrize("others", [[], [("flag", 2.01, 0.9)], [("flag", 1.0, 0.9)]])
+def test_unknown_layers_are_never_confirmed(accepted, others):
+    forms = [measured("as configured", (), 2.0, accepted), *(measured(name, (name,), *rest) for name, *rest in others)]
+    verdict = Verdict(sorted(forms, key=lambda one: one.loss))
+    said = report(Diagnosis([], [], verdict, names_layers=False))
+    assert "The layers are unknown: only [1, 3, 4], which engines take unasked, one up and one down were tried" in said
+    assert "Nothing speaks against" not in said
+    assert "trained for" not in said
 
 
 # on a trained head
@@ -182,6 +205,41 @@ def test_the_form_a_head_was_trained_for_is_measured(tmp_path, trained, config, 
     assert verdict.otherwise
     assert verdict.candidates[0].variant.cure == cure
     assert verdict.aux_layers == [1, 3, 4]
+
+
+def in_pairs(folder: Path, head_dim: int) -> None:
+    """Reorder q and k as they are if trained with neighbouring dimensions rotated as pairs."""
+    tensors, order = load_file(folder / "model.safetensors"), torch.arange(head_dim).view(2, -1).T.flatten()
+    for name in tensors:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensors[name] = tensors[name].unflatten(0, (-1, head_dim))[:, order].flatten(0, 1).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "llama4_text"}, {"norm_before_residual": True}])
+def test_interleaved_rotation_is_measured(tmp_path, trained, config, texts, changes):
+    save_head(tmp_path, trained, {}, torch.float32)
+    in_pairs(tmp_path, trained.config.head_dim)
+    verdict = verdict_on(tmp_path, config, texts, **changes)
+    if "norm_before_residual" not in changes:
+        assert verdict.otherwise
+        assert [one.variant.changes for one in verdict.candidates] == [("pairs",)]
+    config = replace(config, head_import=HeadImportConfig(source=str(tmp_path), interleaved_rotary=True))
+    head = read_foreign_head(tmp_path, load_config(config.verifier), config.head_import).head
+    assert torch.equal(head.layers[0].self_attn.k_proj.weight, trained.layers[0].self_attn.k_proj.weight)
+
+
+def test_the_command_names_interleaved_rotation_and_its_cure(tmp_path, trained, config):
+    save_head(tmp_path, trained, {}, torch.float32)
+    in_pairs(tmp_path, trained.config.head_dim)
+    config = replace(config, head_import=HeadImportConfig(source=str(tmp_path)))
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["trained_otherwise"]
+    assert diagnosis.findings[0].cure.startswith("import it with head_import.interleaved_rotary=true")
+    config.head_import.interleaved_rotary = True
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["pairs"]
+    assert "The weights were trained for: as configured." in report(diagnosis)
 
 
 def test_an_absent_flag_in_speculators_format_is_measured(tmp_path, trained, config, texts):

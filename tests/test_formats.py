@@ -1,6 +1,7 @@
 """Heads in the formats of engines and other projects: written, read back, and refused where they cannot be read."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_head
-from fledge.conf.schema import AuxNumbering, Config, Device, Dtype, ExportFormat, VerifierConfig
+from fledge.conf.schema import (
+    AuxNumbering,
+    Config,
+    Device,
+    Dtype,
+    ExportFormat,
+    HeadImportConfig,
+    VerifierConfig,
+    validate,
+)
 from fledge.models.embedded.verifier import CHAT_TEMPLATE
 from fledge.models.export import export
 from fledge.models.foreign_head import read_foreign_head
 from fledge.models.formats import load_head, save_head
 from fledge.models.import_head import import_head
 from fledge.models.speculators_format import save_speculators
-from fledge.models.verifier import VerifierWeights
+from fledge.models.verifier import VerifierWeights, verifier_identity
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 SHAPE = LlamaConfig(
     hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=120,
@@ -247,6 +257,21 @@ def test_older_rotary_fields_are_joined(tmp_path):
     assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0}
 
 
+@pytest.mark.parametrize(
+    ("scaling", "kind"),
+    [
+        ({"type": "mrope", "mrope_section": [2, 3, 3]}, "default"),
+        ({"rope_type": "mrope", "mrope_section": [2, 3, 3], "mrope_interleaved": True}, "default"),
+        ({"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}, "longrope"),
+        ({"type": "default", "rope_type": "default"}, "default"),
+    ],
+)
+def test_other_names_of_a_rotary_type_are_read(tmp_path, scaling, kind):
+    theirs = published(tmp_path)
+    theirs.change_config(rope_scaling=scaling)
+    assert read_foreign_head(theirs.folder, SHAPE).head.config.rope_parameters["rope_type"] == kind
+
+
 @pytest.mark.parametrize("present", [True, False])
 def test_norm_before_residual_absent_means_what_each_format_means(tmp_path, present):
     theirs = published(tmp_path)
@@ -266,7 +291,8 @@ def test_an_early_speculators_head_is_read_with_the_formats_defaults(tmp_path):
         architectures=["Eagle3Speculator"],
         eagle_aux_hidden_state_layer_ids=ABSENT,
     )
-    assert_same_head(read_foreign_head(theirs.folder, SHAPE).head, head, torch.bfloat16)
+    layers = HeadImportConfig(aux_layers=[1, 3, 4])
+    assert_same_head(read_foreign_head(theirs.folder, SHAPE, layers).head, head, torch.bfloat16)
 
 
 def test_more_than_one_layer_is_read_and_not_exported(tmp_path, config):
@@ -291,8 +317,6 @@ def test_more_than_one_layer_is_read_and_not_exported(tmp_path, config):
         ([4, 1, 3], [5, 2, 4], None, (1, 3, 4)),
         (None, [1, 3, 4], AuxNumbering.zero_based, (1, 3, 4)),
         (None, [1, 3, 4], AuxNumbering.vllm, (0, 2, 3)),
-        (None, None, None, (1, 3, 4)),  # the default ones of 8 layers
-        ([], None, None, (1, 3, 4)),
     ],
 )
 def test_aux_ids_are_read_as_numbered(tmp_path, nested, top, numbering, layers):
@@ -300,7 +324,8 @@ def test_aux_ids_are_read_as_numbered(tmp_path, nested, top, numbering, layers):
     theirs.change_config(
         eagle_config={"eagle_aux_hidden_state_layer_ids": nested}, eagle_aux_hidden_state_layer_ids=top
     )
-    assert read_foreign_head(theirs.folder, SHAPE, numbering).head.config.aux_layers == layers
+    options = HeadImportConfig(aux_numbering=numbering)
+    assert read_foreign_head(theirs.folder, SHAPE, options).head.config.aux_layers == layers
 
 
 @pytest.mark.parametrize(
@@ -323,7 +348,33 @@ def test_aux_ids_that_cannot_be_right_are_refused(tmp_path, nested, top, numberi
         eagle_config={"eagle_aux_hidden_state_layer_ids": nested}, eagle_aux_hidden_state_layer_ids=top
     )
     with pytest.raises(ValueError, match=words):
-        read_foreign_head(theirs.folder, SHAPE, numbering)
+        read_foreign_head(theirs.folder, SHAPE, HeadImportConfig(aux_numbering=numbering))
+
+
+@pytest.mark.parametrize("speculators", [False, True])
+@pytest.mark.parametrize("ids", [ABSENT, None, []])
+def test_layers_that_config_json_does_not_name_are_asked_for(tmp_path, speculators, ids):
+    theirs = published(tmp_path)
+    head = make_head(fc_norm=False, norm_output=False, aux_layers=(0, 2, 6))
+    if speculators:
+        save_speculators(theirs.folder, head, {}, torch.bfloat16, VERIFIER, 3)
+    theirs.change_config(**{IDS: ids, "eagle_config": {}})
+    refused(theirs, r"does not say which layers.*head_import\.aux_layers=\[.*engines take \[1, 3, 4\] unasked")
+    read = read_foreign_head(theirs.folder, SHAPE, HeadImportConfig(aux_layers=[6, 0, 2]))
+    assert read.head.config.aux_layers == (0, 2, 6)
+    with pytest.raises(ValueError, match="different ones from 0 to 7"):
+        read_foreign_head(theirs.folder, SHAPE, HeadImportConfig(aux_layers=[0, 2, 8]))
+
+
+def test_layers_are_not_taken_from_the_option_where_config_json_names_them(tmp_path):
+    with pytest.raises(ValueError, match=r"head_import\.aux_layers is \[0, 2, 6\].*leaves nothing open"):
+        read_foreign_head(published(tmp_path).folder, SHAPE, HeadImportConfig(aux_layers=[0, 2, 6]))
+
+
+@pytest.mark.parametrize("layers", [[], [1, 1, 3], [-1, 3, 4]])
+def test_the_option_must_name_different_layers(layers):
+    with pytest.raises(ValueError, match=r"head_import\.aux_layers must be different layers"):
+        validate(Config(name="x", head_import=HeadImportConfig(aux_layers=layers)))
 
 
 # refusals
@@ -372,7 +423,7 @@ def test_every_wrong_tensor_is_named_in_one_refusal(tmp_path):
         ({"d2t": torch.arange(100)}, "0 to 119 is required: it must hold offsets"),
         ({"d2t": torch.full((100,), -1)}, "target ids from -1 to 98"),
         ({"d2t": torch.arange(99, -1, -1)}, "do not increase"),
-        ({"d2t": torch.zeros(100)}, "d2t is torch.float32, integers"),
+        ({"d2t": torch.zeros(100)}, "d2t is float32, integers"),
         ({"t2d": torch.ones(120, dtype=torch.bool)}, "t2d contradicts d2t"),
         ({"fc__weight": torch.ones(32, 96, dtype=torch.float64)}, "fc.weight is float64"),
     ],
@@ -399,8 +450,21 @@ def test_a_wrong_lm_head_or_vocabulary_map_is_refused(tmp_path, change, words):
         ({"eagle_config": {"use_mtp_layernorm": True}}, "use_mtp_layernorm is True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is"),
         ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash'"),
-        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type is 'mrope'"),
-        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 500000.0 at the top"),
+        ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type is 'ntk'"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 500000.0, and 10000.0 in rope_p"),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_theta": 1e4}},
+            "rope_theta is 500000.0, and 10000.0 in rope_scaling",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type is default, and linear in rope_scaling",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}}, "rope_scaling.alpha is 1000.0"),
+        (
+            {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+            "rope_scaling.partial_rotary_factor is 0.5",
+        ),
         ({"fc_norm": True}, "fc_norm.0.weight is missing"),
     ],
 )
@@ -408,6 +472,175 @@ def test_a_config_that_cannot_be_represented_is_refused_by_name(tmp_path, change
     theirs = published(tmp_path)
     theirs.change_config(**change)
     refused(theirs, words)
+
+
+IDS_OF_HEAD = {IDS: [1, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_types": ["sliding_attention"], "sliding_window": 16}, "layer_types is .'sliding_attention'."),
+        ({"layer_types": ["chunked_attention"]}, "layer_types is .'chunked_attention'."),
+        ({"layer_types": ["linear_attention"]}, "layer_types is .'linear_attention'."),
+        ({"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"sliding_window": 16, "model_type": "mistral"}, "sliding_window is 16"),
+        ({"sliding_window": 16, "model_type": "gemma3_text"}, "sliding_window is 16"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192"),
+        ({"no_rope_layers": [0]}, r"no_rope_layers is \[0\]"),
+        ({"is_causal": False}, "is_causal is False"),
+    ],
+)
+@pytest.mark.parametrize("speculators", [False, True])
+def test_a_head_that_does_not_attend_to_all_is_refused_by_the_field_that_says_so(tmp_path, change, words, speculators):
+    theirs = published(tmp_path)
+    if speculators:
+        save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)
+        layer = json.loads((theirs.folder / "config.json").read_text())["transformer_layer_config"]
+        change = {"transformer_layer_config": layer | change}
+    theirs.change_config(**change)
+    refused(theirs, words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 512, "use_sliding_window": False},
+        {"sliding_window": 512, "layer_types": ["full_attention"]},
+        {"sliding_window": 512},  # a Llama knows no window
+        {"sliding_window": 32768, "model_type": "qwen2", "max_window_layers": 28},  # off unless said otherwise
+        {"sliding_window": None, "model_type": "mistral"},
+        {"no_rope_layers": [1], "no_rope_layer_interval": 4, "attention_chunk_size": None},
+    ],
+)
+def test_a_window_that_is_switched_off_changes_nothing(tmp_path, change):
+    theirs = published(tmp_path)
+    theirs.change_config(**change)
+    head = make_head(fc_norm=False, norm_output=False)
+    assert_same_head(read_foreign_head(theirs.folder, SHAPE).head, head, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"eagle_config": {**IDS_OF_HEAD, "eh_proj_before_attn": True}}, "eagle_config.eh_proj_before_attn is True"),
+        ({"eagle_config": {**IDS_OF_HEAD, "norm_before_fc": True}}, "eagle_config.norm_before_fc is True"),
+        (
+            {"eagle_config": {**IDS_OF_HEAD, "fc_norm": True}},
+            "eagle_config.fc_norm is True, and fc_norm is read at the top",
+        ),
+        ({"eagle_config": {**IDS_OF_HEAD, "norm_output": True}}, "eagle_config.norm_output is True"),
+        ({"eagle_config": {**IDS_OF_HEAD, "norm_before_residual": True}}, "eagle_config.norm_before_residual is True"),
+        ({"return_hidden_post_norm": True}, "return_hidden_post_norm is True, and .* is read in eagle_config"),
+        (
+            {"norm_output": False, "eagle_config": {**IDS_OF_HEAD, "return_hidden_post_norm": True}},
+            "norm_output is False and eagle_config.return_hidden_post_norm True",
+        ),
+        ({"eagle_config": {**IDS_OF_HEAD, "head_dim": 8}}, "eagle_config.head_dim is 8"),
+        ({"num_aux_hidden_states": 4}, "num_aux_hidden_states is 4"),
+        ({"eagle_config": [1, 3, 4]}, "eagle_config is .1, 3, 4., fields with values"),
+        ({"logit_scale": 0.0625}, "logit_scale is 0.0625"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"qkv_bias": True}, "qkv_bias is True"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+    ],
+)
+def test_a_field_that_changes_the_arithmetic_is_refused_wherever_it_stands(tmp_path, change, words):
+    theirs = published(tmp_path)
+    theirs.change_config(**change)
+    refused(theirs, words)
+
+
+@pytest.mark.parametrize("place", ["top", "eagle_config", "transformer_layer_config"])
+@pytest.mark.parametrize("value", [True, False, 3, {"a": 1}])
+def test_an_unknown_field_is_never_dropped_silently(tmp_path, place, value):
+    theirs = published(tmp_path)
+    if place == "transformer_layer_config":
+        save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)
+    values = json.loads((theirs.folder / "config.json").read_text())
+    (values if place == "top" else values[place]).update(gated_residual=value, another_one=value, none=None)
+    theirs.change_config(**values)
+    path = "" if place == "top" else f"{place}."
+    message = refused(theirs, "fields that fledge does not know")
+    assert f"{path}gated_residual = {value!r}, {path}another_one = {value!r}; it drops none" in message
+
+
+def test_flags_of_the_layer_must_say_what_the_top_level_says(tmp_path):
+    theirs = published(tmp_path)
+    save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)
+    layer = json.loads((theirs.folder / "config.json").read_text())["transformer_layer_config"]
+    theirs.change_config(transformer_layer_config=layer | {"norm_before_residual": False, "fc_norm": True})
+    read_foreign_head(theirs.folder, SHAPE)
+    theirs.change_config(norm_before_residual=ABSENT)  # true in this format
+    refused(theirs, "transformer_layer_config.norm_before_residual is False, and .* is read at the top level")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("top", [True, ABSENT])
+def test_tensorrt_llms_name_of_norm_output_is_read(tmp_path, nested, top):
+    theirs = published(tmp_path)
+    eagle = {**IDS_OF_HEAD, "return_hidden_post_norm": nested or top is True}
+    theirs.change_config(norm_output=top, eagle_config=eagle)
+    assert read_foreign_head(theirs.folder, SHAPE).head.config.norm_output is (nested or top is True)
+
+
+def test_sglangs_older_name_of_fc_norm_is_read(tmp_path):
+    theirs = published(tmp_path, fc_norm=True)
+    theirs.change_config(use_aux_norm=True)
+    assert read_foreign_head(theirs.folder, SHAPE).head.config.fc_norm
+
+
+MODEL_OPTIMIZER = {
+    "transformers_version": "4.55.0", "torch_dtype": "bfloat16", "use_cache": True, "initializer_range": 0.01,
+    "bos_token_id": 200000, "eos_token_id": [200001, 200007], "pad_token_id": 200018, "pretraining_tp": 1,
+    "attention_dropout": 0.0, "position_embedding_type": "rope",
+    "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0},
+    "eagle_config": {
+        IDS: [1, 3, 4], "use_aux_hidden_state": True, "use_input_layernorm_in_first_layer": True, "has_lm_head": True,
+        "use_last_layernorm": True, "use_mtp_layernorm": False, "next_layer_regular": True, "parallel_draft_step": 1,
+        "parallel_draft_heads_num_layers": 1,
+    },
+}  # fmt: skip
+SPECFORGE = {
+    "max_window_layers": 28, "sliding_window": 32768, "use_sliding_window": False, "target_model_type": "qwen2_5_vl",
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "vision_start_token_id": 151652, "video_token_id": 7,
+    "image_token_id": 151655, "modal_type": "VLM", "tie_word_embeddings": True, "decoder_sparse_step": 1,
+    "transformers_version": "4.53.2", "use_mrope": False, "output_router_logits": False, "_torchspec_version": "0.1",
+}  # fmt: skip
+ANGELSLIM = {
+    "add_classification_head": False, "attention_head_dim": 16, "cla_share_factor": 2, "class_num": 0,
+    "eod_token_id": 7, "dense_list": [2048, 0], "im_end_id": 5, "im_newline_id": 11, "im_start_id": 4,
+    "mask_init_id": 12, "text_end_id": 7, "norm_type": "rms", "org_vocab_size": 120, "pad_id": 2, "pool_type": "last",
+    "use_cla": False, "use_qk_norm": True, "use_rotary_pos_emb": True, "text_start_id": 6, "sep_token_id": 7,
+}  # fmt: skip
+OLDER_TRANSFORMERS = {
+    "_name_or_path": "x", "return_dict": True, "chunk_size_feed_forward": 0, "id2label": {"0": "LABEL_0"}, "top_k": 50,
+    "is_decoder": False, "tf_legacy_loss": False, "torchscript": False, "pruned_heads": {}, "num_beams": 1,
+    "task_specific_params": {}, "use_bfloat16": False, "tie_encoder_decoder": False, "temperature": 1.0,
+    "typical_p": 1.0, "early_stopping": False, "add_cross_attention": False, "max_length": 20, "prefix": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [MODEL_OPTIMIZER, SPECFORGE, ANGELSLIM, OLDER_TRANSFORMERS])
+def test_fields_that_projects_write_beside_the_arithmetic_are_no_obstacle(tmp_path, fields):
+    theirs = published(tmp_path)
+    theirs.change_config(**fields)
+    config = read_foreign_head(theirs.folder, SHAPE).head.config
+    rope = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
+    assert rope == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_the_fields_that_speculators_writes_are_read(tmp_path):
+    theirs = published(tmp_path)
+    save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)
+    layer = json.loads((theirs.folder / "config.json").read_text())["transformer_layer_config"]
+    for written in (
+        LlamaConfig(**layer).to_dict(),
+        Qwen3Config(**layer).to_dict(),
+        Qwen3Config(**layer).to_diff_dict(),
+    ):
+        theirs.change_config(transformer_layer_config=written, auto_map={"": "config.Eagle3SpeculatorConfig"})
+        assert_same_head(read_foreign_head(theirs.folder, SHAPE).head, make_head(), torch.bfloat16)
 
 
 class Code:
@@ -431,6 +664,32 @@ def test_code_in_a_pickle_is_never_run(tmp_path, legacy):
     assert not witness.exists()
     torch.load(theirs.folder / "pytorch_model.bin", weights_only=False)
     assert witness.exists(), "the code works where it is run, or nothing is shown"
+
+
+@pytest.mark.parametrize(("said", "held"), [(8, 1), (42, 1), (1, 2)])
+def test_a_number_of_layers_that_the_weights_do_not_hold_is_one_sentence(tmp_path, said, held):
+    theirs = published(tmp_path, num_layers=held)
+    theirs.change_config(num_hidden_layers=said)
+    message = refused(theirs, f"num_hidden_layers {said}, and the weights hold {held}: write num_hidden_layers: {held}")
+    assert "missing" not in message
+
+
+@pytest.mark.parametrize("prefix", ["draft_model.", "module.", "eagle_module._orig_mod."])
+def test_a_prefix_before_every_tensor_is_named(tmp_path, prefix):
+    theirs = published(tmp_path)
+    tensors = {prefix + name: tensor for name, tensor in theirs.tensors().items()}
+    save_file(tensors, theirs.folder / "model.safetensors")
+    assert "missing" not in refused(theirs, f"tensors begin with '{prefix}'.*rename them without it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+@pytest.mark.parametrize("name", ["layers.0.mlp.up_proj.weight", "lm_head.weight", "embed_tokens.weight"])
+def test_a_quantised_tensor_is_refused_by_name(tmp_path, dtype, name):
+    theirs = published(tmp_path)
+    tensors = {n.replace("midlayer.", "layers.0."): tensor for n, tensor in theirs.tensors().items()}
+    tensors[name] = tensors.get(name, torch.ones(120, 32)).to(dtype)
+    save_file(tensors, theirs.folder / "model.safetensors")
+    refused(theirs, f"{name} is {str(dtype).removeprefix('torch.')}, float32, bfloat16 or float16 is required")
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -521,6 +780,42 @@ def test_a_head_that_declares_the_verifiers_lm_head_is_given_it(tmp_path, config
     assert torch.equal(head.lm_head.weight, VerifierWeights(config.verifier).lm_head())
 
 
+@pytest.mark.parametrize("size", [None, 120])
+def test_a_head_that_reuses_the_verifiers_lm_head_by_name_is_given_it(tmp_path, config, size):
+    theirs = published(tmp_path, draft_vocab_size=None)
+    theirs.change_tensors(lm_head__weight=ABSENT)
+    theirs.change_config(draft_vocab_size=size, reuse_target_lm_head=True, additional_fc=False)
+    config.head_import.source = str(theirs.folder)
+    import_head(config)
+    head, _ = load_head(config.run_folder / "imports" / "published")
+    assert torch.equal(head.lm_head.weight, VerifierWeights(config.verifier).lm_head())
+
+
+def test_the_verifiers_lm_head_is_offered_as_a_cure_to_a_full_vocabulary_only(tmp_path):
+    theirs = published(tmp_path)
+    theirs.change_tensors(lm_head__weight=ABSENT)
+    assert "draft_vocab_size: null" not in refused(theirs, "fetch the head's complete checkpoint")
+    theirs.change_config(draft_vocab_size=120)
+    refused(theirs, "fetch the head's complete checkpoint, or, .* by draft_vocab_size: null")
+
+
+def test_q_and_k_for_pairs_of_neighbours_are_reordered(tmp_path, config):
+    head = make_head(fc_norm=False, norm_output=False)
+    theirs = published(tmp_path)
+    pairs = torch.arange(16).view(2, 8).T.flatten()  # 0, 8, 1, 9 ...: dimension i and its partner side by side
+    tensors = theirs.tensors()
+    for name in ("midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight"):
+        tensors[name] = tensors[name].view(-1, 16, 64)[:, pairs].flatten(0, 1)
+    save_file(tensors, theirs.folder / "model.safetensors")
+    assert not torch.equal(
+        read_foreign_head(theirs.folder, SHAPE).head.layers[0].self_attn.q_proj.weight,
+        rounded(head, torch.bfloat16)["layers.0.self_attn.q_proj.weight"],
+    )
+    config.head_import = HeadImportConfig(source=str(theirs.folder), interleaved_rotary=True)
+    import_head(config)
+    assert_same_head(load_head(config.run_folder / "imports" / "published")[0], head, torch.bfloat16)
+
+
 def test_a_narrower_head_without_an_embedding_is_refused(tmp_path):
     theirs = published(tmp_path, hidden_size=24, own_embedding=True)
     theirs.change_tensors(embed_tokens__weight=ABSENT)
@@ -593,6 +888,48 @@ def test_serving_notes_name_the_engines_that_read_the_format(tmp_path, config):
         "speculative_config:\n  decoding_type: Eagle3\n  max_draft_len: 3\n"
         f'  speculative_model: "{folder / "plain"}"\n  eagle3_layers_to_capture: [1, 3, 4]\n'
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "plain", "speculators"),
+    [
+        ({}, {}, {}),
+        (
+            {"norm_before_residual": True},
+            {"SGLang": "ignores norm_before_residual", "TensorRT-LLM": "ignores norm_b"},
+            {},
+        ),
+        ({"aux_layers": (1, 3)}, {}, {"vLLM": "build fc for 3 aux layers in this format, and it has 2"}),
+        ({"aux_layers": (0, 1, 3, 4)}, {}, {"vLLM": "build fc for 3 aux layers in this format, and it has 4"}),
+        ({"aux_layers": (1, 3, 7)}, {"SGLang": "last layer"}, {}),
+        (
+            {"own_embedding": True, "norm_before_residual": True},
+            {"SGLang": "embedding .* and it ignores norm_before_residual", "TensorRT-LLM": "embedding"},
+            {},
+        ),
+        ({"hidden_size": 24, "own_embedding": True}, {}, {}),
+    ],
+)
+def test_an_export_has_commands_for_the_engines_that_serve_it_as_it_was_trained(
+    tmp_path, config, capsys, form, plain, speculators
+):
+    folder = tmp_path / "head"
+    folder.mkdir()
+    save_head(folder, make_head(**form), {"verifier": verifier_identity(config.verifier), "step": 0}, torch.float32)
+    config.export.checkpoint, config.export.format = str(folder), ExportFormat.all
+    export(config)
+    said = capsys.readouterr().out
+    commands = {"vLLM": "vllm serve", "SGLang": "sglang.launch_server", "TensorRT-LLM": "trtllm-serve"}
+    for name, refused, engines in (("plain", plain, commands), ("speculators", speculators, ["vLLM"])):
+        exported = config.run_folder / "exports" / name
+        notes = (exported / "SERVING.md").read_text()
+        for engine in engines:
+            assert (commands[engine] in notes) is (engine not in refused)
+            if engine in refused:
+                assert re.search(f"{engine} cannot serve this head: .*{refused[engine]}", notes)
+                assert re.search(f"export: {engine} cannot serve this head: .*{refused[engine]}", said)
+        assert (exported / "trtllm.yaml").exists() is (name == "plain" and "TensorRT-LLM" not in refused)
+    assert ("exports/speculators, served by" in said) is not bool(speculators)
 
 
 def test_engines_are_told_to_draft_a_chain_as_deep_as_the_tree_that_was_evaluated(tmp_path, config):
