@@ -66,7 +66,7 @@ def required_size(verifier: Any, name: str, cure: str) -> int:
 
 def num_active_experts(verifier: Any) -> int:
     """Give how many routed experts a token meets in a layer; 0: the verifier has none."""
-    return int(size_of(verifier, *_ACTIVE) or 0) if size_of(verifier, *_EXPERTS) else 0
+    return int(size_of(verifier, *_ACTIVE) or 0) if num_experts(verifier) > 1 else 0
 
 
 def num_experts(verifier: Any) -> int:

@@ -120,7 +120,7 @@ def empty_model(whole: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMo
             model: PreTrainedModel = auto_class(whole).from_config(
                 deepcopy(whole), dtype=dtype, trust_remote_code=False
             )
-    except (ImportError, ValueError, RuntimeError) as error:
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"verifier.path: transformers cannot build a {whole.model_type}: {reason}") from None
     return model

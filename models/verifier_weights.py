@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..conf.artifact import differences
 from ..conf.schema import VerifierConfig
@@ -89,8 +91,8 @@ class VerifierWeights:
         module = self._module(self.EMBEDDING) or self._module_of("get_input_embeddings")
         if module is None:
             raise ValueError(
-                f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}.weight, and none by the name "
-                "that transformers has for its embedding: fetch the verifier again, some of it is missing"
+                f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}.weight, and none that "
+                "transformers loads as its embedding: fetch the verifier again, some of it is missing"
             )
         return module
 
@@ -109,11 +111,17 @@ class VerifierWeights:
         return module
 
     def _module_of(self, getter: str) -> str | None:
-        """Give the module whose last name is that of what a method of transformers' model gives."""
+        """Give the module that transformers loads into what a method of its model gives; None: there is none."""
         model = empty_model(load_whole_config(self._config))
-        wanted = getattr(model, getter)()
-        names = [name for name, module in model.named_modules() if module is wanted]
-        return self._module(names[0].rpartition(".")[2]) if names else None
+        wanted, states, transforms = getattr(model, getter)(), model.state_dict(), get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        ours = {name for name, module in model.named_modules() if module is wanted}
+        for name in self._files:
+            loaded, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, states)
+            if loaded.rpartition(".")[0] in ours:
+                return name.rpartition(".")[0]
+        return None
 
     def embedding(self) -> Tensor:
         """Read the token embedding [V, H]."""
