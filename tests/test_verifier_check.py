@@ -36,8 +36,8 @@ def configuration(family, **changes):
 
 
 def save_tokenizer(folder, template=CHAT_TEMPLATE, size=120):
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", chat_template=template)
+    words = Tokenizer(WordLevel({f"w{i:03}": i for i in range(size)}, unk_token="w000"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w001", chat_template=template)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
