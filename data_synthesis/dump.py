@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from ..conf.artifact import Artifact, artifact, digest, read_manifest
 from ..conf.place import find_place
 from ..conf.schema import Config, DumpEngine, HiddenStates
-from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import check_identity, load_config, special_token_ids
-from ..models.vocabulary import build_vocabulary, check_vocabulary_size, coverage
+from ..models.verifier import check_identity, special_token_ids
+from ..models.vocabulary import build_vocabulary, coverage
 from .shard import CURE, shard_entry, shard_name
 from .states import write_states
 from .store import (
@@ -35,6 +34,7 @@ from .store import (
     write_index,
 )
 from .tokens import all_there, left_out, totals, write_tokens
+from .verifier_check import check_verifier
 
 # Settings that only a store with states has.
 _OF_STATES = ("engine", "vllm_options", "verifier_dtype", "aux_layers", "state_dtype", "last_states")
@@ -50,9 +50,7 @@ def dump(config: Config) -> None:
         str(config.conversations_folder),
         "synthesize under another name",
     )
-    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
-    always = special_token_ids(config.verifier)
-    check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(always))
+    head, always = check_verifier(config), special_token_ids(config.verifier)
     of_tokens = {
         "verifier": source["settings"]["verifier"],
         "conversations": source["digest"],

@@ -19,10 +19,12 @@ from .outcomes import Outcomes
 from .prepare import PreparedPrompts, prepare_prompts
 from .server import answer_by_servers
 from .summary import summarise
+from .verifier_check import check_verifier
 
 
 def synthesize(config: Config) -> None:
     """Answer the prompts of `data` with the verifier and write runs/<name>/conversations/."""
+    check_verifier(config)
     prompts = prepare_prompts(config)
     settings = _settings(config, prompts)
     folder, shard, num_shards = config.conversations_folder, config.synthesize.shard, config.synthesize.num_shards

@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from ..conf.schema import DraftConfig
+from .head_sizes import head_sizes, required_size, size_of
 from .verifier import default_aux_layers
 from .vocabulary import VocabularyMap
 
@@ -84,44 +85,31 @@ class DraftHeadConfig:
     @classmethod
     def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
         """Derive the head's shape from the options and the verifier's language-model configuration."""
-        heads = draft.num_attention_heads or verifier.num_attention_heads
-        kv_heads = draft.num_key_value_heads or getattr(verifier, "num_key_value_heads", None) or heads
-        if heads % kv_heads:
+        sizes = head_sizes(draft, verifier)
+        layers, width = verifier.num_hidden_layers, verifier.hidden_size
+        aux_layers = draft.aux_layers if draft.aux_layers is not None else default_aux_layers(layers)
+        if not aux_layers or not set(aux_layers) <= set(range(layers)):
+            raise ValueError(f"draft.aux_layers must be layers of the verifier, 0 to {layers - 1}, got {aux_layers}")
+        if sizes.hidden_size != width and not draft.train_lm_head:
             raise ValueError(
-                f"draft.num_attention_heads ({heads}) must be a multiple of draft.num_key_value_heads ({kv_heads})"
+                f"draft.train_lm_head must be true with draft.hidden_size={sizes.hidden_size}: the verifier's lm_head "
+                f"has rows of {width}"
             )
-        head_dim = (
-            draft.head_dim
-            or getattr(verifier, "head_dim", None)
-            or verifier.hidden_size // verifier.num_attention_heads
-        )
-        aux_layers = (
-            draft.aux_layers if draft.aux_layers is not None else default_aux_layers(verifier.num_hidden_layers)
-        )
-        hidden_size = draft.hidden_size or verifier.hidden_size
-        if hidden_size != verifier.hidden_size and not draft.train_lm_head:
-            raise ValueError(
-                f"draft.train_lm_head must be true with draft.hidden_size={hidden_size}: the verifier's lm_head has "
-                f"rows of {verifier.hidden_size}"
-            )
+        positions = required_size(verifier, "max_position_embeddings", "write there how many tokens it reads")
         return cls(
-            hidden_size=hidden_size,
-            intermediate_size=draft.intermediate_size or verifier.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
+            **sizes._asdict(),
             vocab_size=verifier.vocab_size,
             draft_vocab_size=draft.vocab_size or verifier.vocab_size,
-            verifier_hidden_size=verifier.hidden_size,
+            verifier_hidden_size=width,
             aux_layers=tuple(sorted(aux_layers)),
-            max_position_embeddings=verifier.max_position_embeddings,
+            max_position_embeddings=positions,
             rope_parameters=rope_of(verifier),
-            rms_norm_eps=getattr(verifier, "rms_norm_eps", 1e-5),
+            rms_norm_eps=size_of(verifier, "rms_norm_eps") or 1e-5,
             num_layers=draft.num_layers,
             fc_norm=draft.fc_norm,
             norm_output=draft.norm_output,
             norm_before_residual=draft.norm_before_residual,
-            own_embedding=hidden_size != verifier.hidden_size,
+            own_embedding=sizes.hidden_size != width,
         )
 
     def llama_config(self) -> LlamaConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoProcessor, ProcessorMixin
 
 from ..conf.schema import VerifierConfig
-from .verifier import verifier_location
+from .verifier_config import from_checkpoint
 
 
 def load_processor(config: VerifierConfig) -> ProcessorMixin:
@@ -15,9 +15,11 @@ def load_processor(config: VerifierConfig) -> ProcessorMixin:
         ValueError: it is not there, or a package that it needs is not.
     """
     try:
-        processor = AutoProcessor.from_pretrained(verifier_location(config), revision=config.revision)
-    except (OSError, KeyError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        processor = from_checkpoint(config, AutoProcessor)
+    except ValueError as error:
+        reason = " ".join(str(error.__cause__).split())
+        if "trust_remote_code" in reason:
+            raise
         if "torchvision" in reason:
             raise ValueError(
                 f"verifier.path {config.path!r} reads images by a processor that needs torchvision: "

@@ -9,27 +9,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
 from ..conf.place import find_place
 from ..conf.schema import Device, Dtype, VerifierConfig
-from .quantised import prepare_quantised
+from .quantised import prepare_quantised, quantisation
 from .verifier_config import (
     LogitTransform,
+    auto_class,
     default_aux_layers,
+    empty_model,
     end_token_ids,
+    from_checkpoint,
     load_config,
     load_end_token_ids,
     load_tokenizer,
     load_whole_config,
     logit_transform,
-    not_loadable,
     special_token_ids,
     takes_images,
     tokenizer_identity,
@@ -47,7 +44,9 @@ __all__ = [  # what stands behind the door
     "check_capture",
     "check_identity",
     "default_aux_layers",
+    "empty_model",
     "end_token_ids",
+    "find_decoder",
     "load_config",
     "load_end_token_ids",
     "load_final_norm",
@@ -67,18 +66,13 @@ __all__ = [  # what stands behind the door
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f")
 
 
-def _auto_class(whole: Any) -> Any:
-    """Give the class of transformers that loads a checkpoint: one that takes images where the checkpoint's own does."""
-    return AutoModelForImageTextToText if takes_images(whole) else AutoModelForCausalLM
-
-
-class _Decoder(NamedTuple):
+class Decoder(NamedTuple):
     layers: nn.ModuleList
     norm: nn.Module  # after the last layer
     norm_name: str  # in the module that has both
 
 
-def _decoder(model: PreTrainedModel) -> _Decoder:
+def find_decoder(model: PreTrainedModel) -> Decoder:
     """Find a model's decoder layers and final norm."""
     count = model.config.get_text_config().num_hidden_layers
     module: Any = model.get_decoder()
@@ -87,7 +81,7 @@ def _decoder(model: PreTrainedModel) -> _Decoder:
         layers = [m for m in children.values() if isinstance(m, nn.ModuleList) and len(m) == count]
         names = [name for name in _FINAL_NORMS if name in children]
         if layers and names:
-            return _Decoder(layers[0], children[names[0]], names[0])
+            return Decoder(layers[0], children[names[0]], names[0])
         module = children.get("model")
     raise ValueError(f"verifier.path: {type(model).__name__} has no decoder layers and final norm that fledge knows")
 
@@ -114,7 +108,7 @@ class Verifier:
         self.aux_layers = sorted(aux_layers)
         self.end_token_ids = end_token_ids(model.generation_config, tokenizer)
         self._captured: dict[str, Tensor] = {}
-        decoder = _decoder(model)
+        decoder = find_decoder(model)
         if not 0 <= self.aux_layers[0] <= self.aux_layers[-1] < len(decoder.layers):
             raise ValueError(
                 f"draft.aux_layers must be layers of the verifier, 0 to {len(decoder.layers) - 1}, got {aux_layers}"
@@ -179,21 +173,14 @@ class Verifier:
         tokenizer = load_tokenizer(config)
         whole = load_whole_config(config)
         prepare_quantised(config, whole, VerifierWeights(config).names)
-        model: Any
-        try:
-            model, report = _auto_class(whole).from_pretrained(
-                verifier_location(config),
-                config=whole,
-                revision=config.revision,
-                dtype=getattr(torch, config.dtype.value),
-                output_loading_info=True,
-                **_placement(config, gpus),
-            )
-        except OSError as error:
-            raise not_loadable(config, error) from None
-        except (ImportError, RuntimeError) as error:  # a package is missing; tensors do not fit the model, or memory
-            reason = " ".join(str(error).split())[:400]
-            raise ValueError(f"verifier.path {config.path!r} cannot be loaded: {reason}") from error
+        model, report = from_checkpoint(
+            config,
+            auto_class(whole),
+            config=whole,
+            dtype=getattr(torch, config.dtype.value),
+            output_loading_info=True,
+            **_placement(config, whole, gpus),
+        )
         if report["missing_keys"]:
             raise ValueError(
                 f"verifier.path {config.path!r}: transformers finds no weights for {min(report['missing_keys'])} and "
@@ -239,7 +226,7 @@ class Verifier:
         return VerifierOutput(output.logits.to(self.device), aux, last, getattr(output, "hidden_states", None))
 
 
-def _placement(config: VerifierConfig, gpus: Sequence[int] | None) -> dict[str, Any]:
+def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -> dict[str, Any]:
     """Give the arguments by which transformers places a model."""
     device = torch_device(config.device)
     if config.tensor_parallel:
@@ -254,18 +241,29 @@ def _placement(config: VerifierConfig, gpus: Sequence[int] | None) -> dict[str, 
         os.environ.update(place.environment())  # srun sets others than those that transformers reads
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     num_gpus = torch.cuda.device_count() if gpus is None else len(gpus)
-    if config.device is Device.auto and num_gpus > 1:
+    if config.device is Device.auto and num_gpus > 1 and not (gpus is None and _fits(config, whole)):
         free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} if gpus else None
         return {"device_map": "auto", "max_memory": free}
     return {"device_map": {"": device}}
 
 
+def _fits(config: VerifierConfig, whole: Any) -> bool:
+    """Say whether the current GPU holds the verifier, and has a quarter of its free memory left for what it computes.
+
+    A quantised one counts as it is stored, unless it is dequantised on loading.
+    """
+    stated = quantisation(whole)
+    if stated is None or stated.get("dequantize"):
+        size = empty_model(whole).num_parameters() * getattr(torch, config.dtype.value).itemsize
+    else:
+        size = VerifierWeights(config).num_bytes()
+    return size <= 0.75 * torch.cuda.mem_get_info()[0]
+
+
 def load_final_norm(config: VerifierConfig) -> nn.Module:
     """Load nothing of the verifier but the norm after its last layer, as the module that transformers builds for it."""
-    whole = load_whole_config(config)
     dtype = getattr(torch, config.dtype.value)
-    with torch.device("meta"):  # the model has shapes and no memory
-        decoder = _decoder(_auto_class(whole).from_config(whole, dtype=dtype))
+    decoder = find_decoder(empty_model(load_whole_config(config), dtype))
     tensors = VerifierWeights(config).final_norm(decoder.norm_name)
     try:
         decoder.norm.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import keyword
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..conf.artifact import digest
 from ..conf.schema import Device, VerifierConfig
-from .embedded.verifier import embedded_verifier
+from .embedded.verifier import EmbeddedSettings, embedded_verifier
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
 
@@ -57,12 +69,61 @@ def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:
         raise not_loadable(config, error) from None
 
 
+def from_checkpoint(verifier: VerifierConfig, kind: Any, **more: Any) -> Any:
+    """Load a part of the checkpoint by a class of transformers, which neither runs the repository's code nor asks to.
+
+    Raises:
+        ValueError: it is not there, transformers cannot load it, or it needs that code.
+    """
+    try:
+        return kind.from_pretrained(
+            verifier_location(verifier), revision=verifier.revision, trust_remote_code=False, **more
+        )
+    except (OSError, KeyError, ValueError, TypeError, ImportError, RuntimeError, StrictDataclassError) as error:
+        raise not_loadable(verifier, error) from error
+
+
 def load_whole_config(config: VerifierConfig) -> Any:
     """Load the checkpoint's configuration, that of its text decoder and of its other parts."""
+    return from_checkpoint(config, AutoConfig)
+
+
+def embedded_config() -> LlamaConfig:
+    """Give the sizes of the embedded verifier, which need not be made for that."""
+    sizes = EmbeddedSettings()
+    return LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=sizes.max_positions,
+        tie_word_embeddings=False,
+    )
+
+
+def auto_class(whole: Any) -> Any:
+    """Give the class of transformers that loads a checkpoint: one that takes images where the checkpoint's own does."""
+    return AutoModelForImageTextToText if takes_images(whole) else AutoModelForCausalLM
+
+
+def empty_model(whole: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Build the model of a configuration, with shapes and without memory.
+
+    Raises:
+        ValueError: transformers has none, or lacks a package for it.
+    """
     try:
-        return AutoConfig.from_pretrained(verifier_location(config), revision=config.revision)
-    except (OSError, KeyError) as error:
-        raise not_loadable(config, error) from None
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class(whole).from_config(
+                deepcopy(whole), dtype=dtype, trust_remote_code=False
+            )
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"verifier.path: transformers cannot build a {whole.model_type}: {reason}") from None
+    return model
 
 
 def takes_images(whole: Any) -> bool:
@@ -82,10 +143,7 @@ def verifier_architectures(config: VerifierConfig) -> list[str]:
 
 def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
     """Load the verifier's tokenizer, which must carry a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(verifier_location(config), revision=config.revision)
-    except (OSError, KeyError) as error:
-        raise not_loadable(config, error) from None
+    tokenizer: PreTrainedTokenizerBase = from_checkpoint(config, AutoTokenizer)
     tokenizer.chat_template = _chat_template(config, tokenizer.chat_template)
     return tokenizer
 
@@ -124,8 +182,16 @@ def _assignment(name: Any, value: Any) -> str:
 
 def not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
     """Make the error of a verifier that cannot be found or read."""
-    reason = " ".join(str(error).split())[:200]
-    return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason}")
+    reason, version = " ".join(str(error).split()), f"transformers {transformers.__version__}"
+    if "trust_remote_code" in reason:
+        return ValueError(
+            f"verifier.path {config.path!r} needs code of its own repository (auto_map in config.json or "
+            f"tokenizer_config.json), and fledge runs no such code: give a copy that {version} reads without it (a "
+            "conversion to a class that it has, the tokenizer as tokenizer.json), or install a newer transformers"
+        )
+    if not isinstance(error, OSError | KeyError):
+        return ValueError(f"verifier.path {config.path!r} cannot be loaded by {version}: {reason[:400]}")
+    return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason[:200]}")
 
 
 def end_token_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..conf.artifact import differences
 from ..conf.schema import VerifierConfig
 from .quantised import dense_matrix, quantisation
-from .verifier_config import checkpoint_file, load_config, load_tokenizer, load_whole_config, tokenizer_identity
+from .verifier_config import (
+    checkpoint_file,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    load_whole_config,
+    tokenizer_identity,
+)
 
 
 class VerifierWeights:
@@ -77,25 +86,75 @@ class VerifierWeights:
         stated = quantisation(load_whole_config(self._config))
         return dense_matrix(self._config, stated, module, self._tensors(module))
 
+    def _embedding(self) -> str:
+        """Give the embedding's module, by the usual name or by the one that transformers' model has for it."""
+        module = self._module(self.EMBEDDING) or self._module_of("get_input_embeddings")
+        if module is None:
+            raise ValueError(
+                f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}.weight, and none that "
+                "transformers loads as its embedding: fetch the verifier again, some of it is missing"
+            )
+        return module
+
+    def _lm_head(self) -> str | None:
+        """Give the output matrix's module; None: the configuration says that the embedding is it."""
+        whole = load_whole_config(self._config)
+        module = self._module(self.LM_HEAD)
+        if module or any(getattr(part, "tie_word_embeddings", False) for part in (whole, whole.get_text_config())):
+            return module
+        module = self._module_of("get_output_embeddings")
+        if module is None:
+            raise ValueError(
+                f"verifier.path {self._config.path!r} has no tensor *.{self.LM_HEAD}.weight, and its config.json does "
+                "not tie it to the embedding (tie_word_embeddings): fetch the verifier again, some of it is missing"
+            )
+        return module
+
+    def _module_of(self, getter: str) -> str | None:
+        """Give the module that transformers loads into what a method of its model gives; None: there is none."""
+        model = empty_model(load_whole_config(self._config))
+        wanted, states, transforms = getattr(model, getter)(), model.state_dict(), get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        ours = {name for name, module in model.named_modules() if module is wanted}
+        for name in self._files:
+            loaded, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, states)
+            if loaded.rpartition(".")[0] in ours:
+                return name.rpartition(".")[0]
+        return None
+
     def embedding(self) -> Tensor:
         """Read the token embedding [V, H]."""
-        module = self._module(self.EMBEDDING)
-        if module is None:
-            raise ValueError(f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}.weight")
-        return self._matrix(module)
+        return self._matrix(self._embedding())
 
     def lm_head(self) -> Tensor:
         """Read the output matrix [V, H]; the embedding where the verifier's configuration says that the two are one."""
-        module = self._module(self.LM_HEAD)
-        if module is not None:
-            return self._matrix(module)
-        whole = load_whole_config(self._config)
-        if any(getattr(part, "tie_word_embeddings", False) for part in (whole, whole.get_text_config())):
-            return self.embedding()
-        raise ValueError(
-            f"verifier.path {self._config.path!r} has no tensor *.{self.LM_HEAD}.weight, and its config.json does not "
-            "tie it to the embedding (tie_word_embeddings): fetch the verifier again, some of it is missing"
-        )
+        return self._matrix(self._lm_head() or self._embedding())
+
+    def check(self) -> None:
+        """Refuse matrices that are missing, or whose shape no head can use; nothing but headers is read.
+
+        Raises:
+            ValueError: names the matrix, and the shape that config.json asks for.
+        """
+        text, embedding = load_config(self._config), self._embedding()
+        for module in dict.fromkeys((embedding, self._lm_head() or embedding)):
+            name = self._parameters(module).get("weight")
+            if name is None:
+                continue  # packed
+            with self._open(self._path(self._files[name])) as weights:
+                shape = weights.get_slice(name).get_shape()
+            rows_fit = shape[0] >= text.vocab_size if module == embedding else shape[0] == text.vocab_size
+            if shape[1:] != [text.hidden_size] or not rows_fit:
+                raise ValueError(
+                    f"verifier.path {self._config.path!r}: a head needs {name} of vocab_size={text.vocab_size} rows of "
+                    f"hidden_size={text.hidden_size}, as config.json says, and it is {shape}: take another verifier, "
+                    "or fetch it again if its files do not belong together"
+                )
+
+    def num_bytes(self) -> int:
+        """Give the size of all tensors as they are stored."""
+        return sum(self._path(file).stat().st_size for file in set(self._files.values()))
 
     def final_norm(self, name: str = FINAL_NORM) -> dict[str, Tensor]:
         """Read the parameters of the norm after the last layer, which lies beside the embedding under that name."""
@@ -103,8 +162,8 @@ class VerifierWeights:
         return self._tensors(module) if module is not None else {}
 
     def _final_norm(self, name: str) -> str | None:
-        embedding = self._module(self.EMBEDDING)
-        beside = None if embedding is None else embedding.removesuffix(self.EMBEDDING) + name
+        above, dot, _ = self._embedding().rpartition(".")
+        beside = above + dot + name
         return beside if self._parameters(beside) else self._module(name)
 
     def fingerprint(self) -> str:
@@ -117,7 +176,7 @@ class VerifierWeights:
         stated = quantisation(load_whole_config(self._config))
         if stated is not None:
             state.update(json.dumps(stated, sort_keys=True, default=str).encode())
-        modules = (self._module(self.EMBEDDING), self._module(self.LM_HEAD), self._final_norm(self.FINAL_NORM))
+        modules = (self._embedding(), self._lm_head(), self._final_norm(self.FINAL_NORM))
         needed = {self._files[name] for module in modules for name in self._parameters(module).values()}
         for file in sorted(needed):
             with self._open(self._path(file)) as weights:

@@ -13,10 +13,11 @@ from ..conf.artifact import write_json
 from ..conf.schema import Config, DumpEngine, EvaluateEngine, HiddenStates, LastStates, StateDtype
 from ..data_synthesis.state_format import TOKEN_BYTES
 from ..models.draft_head import DraftHeadConfig
+from ..models.head_sizes import describe_sizes
 from .amounts import Tokens, costs, disk, find_tokens, store_bytes
 from .gpus import GPUS
 from .training_memory import TrainingShape, peak, training_memory
-from .verifier_shape import VerifierShape, verifier_shape
+from .verifier_shape import VerifierShape, planned_head, verifier_shape
 
 RESERVED = 2 * 2**30  # of a GPU: CUDA's context, NCCL, fragments
 _FORMATS = [  # of a store
@@ -42,8 +43,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: nothing says how many conversations there are, or what the verifier's sizes are.
     """
-    verifier, tokens = verifier_shape(config), find_tokens(config)
-    head = DraftHeadConfig.from_verifier(config.draft, verifier.text)
+    head, verifier, tokens = planned_head(config), verifier_shape(config), find_tokens(config)
     ranks = config.plan.num_nodes * (config.plan.ranks_per_node or config.plan.gpus_per_node)
     shape = TrainingShape(
         head=head,
@@ -72,7 +72,10 @@ def make_plan(config: Config) -> dict[str, Any]:
             "weights in transformers": verifier.loaded_bytes,
             "cache of a conversation": round(verifier.cache_bytes(tokens.mean)),
         },
-        "head": dict(zip(("parameters", "trained"), shape.parameters, strict=True)),
+        "head": {
+            **dict(zip(("parameters", "trained"), shape.parameters, strict=True)),
+            "sizes": describe_sizes(config.draft, verifier.text),
+        },
         "tokens": {**asdict(tokens), "mean": tokens.mean},
         "disk": disk(config, tokens, head, shape),
         "gpus": {
@@ -226,6 +229,7 @@ def _table(made: dict[str, Any]) -> str:
         f"{_count(verifier['parameters a token meets'])}; weights {_size(verifier['weights'])} "
         f"(sizes from {verifier['sizes from']})",
         f"  head          {_count(made['head']['parameters'])} parameters, {_count(made['head']['trained'])} trained",
+        f"                {made['head']['sizes']}",
         f"  tokens        {_count(tokens['tokens'])} in {tokens['conversations']:,} conversations, "
         f"{_count(tokens['counted'])} written by the verifier ({tokens['source']})",
         f"  GPUs          {made['gpus']['number']} x {made['gpus']['kind']}, {_size(made['gpus']['memory'])} each",

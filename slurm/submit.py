@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from .render import (
     server_copies,
     stage_before,
 )
+from .verifier_shape import planned_head
 
 _SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORECASE)
 
@@ -37,6 +39,7 @@ _SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORE
 def submit(config: Config) -> None:
     """Submit the stages of a run; with `submit.dry_run` print their job files."""
     check_cluster(config)
+    _check_head(config)
     number = max(submissions(config.run_folder), default=0) + 1
     folder = config.run_folder / JOBS / str(number)
     jobs = render_jobs(config, folder)
@@ -67,6 +70,15 @@ def submit(config: Config) -> None:
     for job in jobs:
         print(f"{job.stage:<10} job {ids[job.stage]}{f', {job.tasks} tasks' if (job.tasks or 1) > 1 else ''}")
     print(f"submitted from {folder}; `fledge status {config.run_folder}` tells where they stand")
+
+
+def _check_head(config: Config) -> None:
+    try:
+        planned_head(config)
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError) or Path(config.verifier.path).exists():
+            raise
+        print(f"submit: the first job checks the verifier, which is not at hand here: {error}", file=sys.stderr)
 
 
 def _chain(jobs: list[Job], folder: Path) -> dict[str, str]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
 from ..conf.schema import Config, VerifierConfig
+from ..data_synthesis.verifier_check import check_verifier
+from ..models.draft_head import DraftHeadConfig
+from ..models.head_sizes import num_active_experts, num_experts, size_of
 from ..models.quantised import quantisation
-from ..models.verifier import load_whole_config, takes_images, verifier_location
+from ..models.verifier import empty_model, load_whole_config
+from ..models.verifier_config import embedded_config
 
 _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}  # of methods that do not say; MXFP4: 4, and a byte for 32
 _BITS_OF_MODELOPT = {"FP8": 8.0, "FP8_PER_CHANNEL_PER_TOKEN": 8.0, "FP8_PB_WO": 8.0, "NVFP4": 4.5}  # a byte for 16
@@ -34,22 +39,22 @@ class VerifierShape:
 
     def forward_bytes(self, tokens: int, num_aux: int) -> int:
         """Estimate what a forward of some tokens needs beside weights: a layer's inner states, and those captured."""
-        inner = max(getattr(self.text, name, 0) or 0 for name in ("intermediate_size", "intermediate_size_mlp"))
+        inner = max(size_of(self.text, name) or 0 for name in ("intermediate_size", "intermediate_size_mlp"))
         return tokens * (3 * inner + (6 + num_aux) * self.text.hidden_size) * 2
 
     def flops(self, tokens: float, mean_context: float) -> float:
         """Give the operations of reading tokens: 2 a parameter, and attention to half a context each."""
-        queries = self.text.num_attention_heads * _head_dim(self.text)
+        queries = size_of(self.text, "num_attention_heads") * _head_dim(self.text)
         return tokens * (2 * self.active + 4 * self.text.num_hidden_layers * queries * mean_context / 2)
 
     def cache_bytes(self, tokens: float) -> float:
         """Give the bytes of the keys and values of some tokens, in 16 bit."""
-        heads = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+        heads = size_of(self.text, "num_key_value_heads", "num_attention_heads")
         return tokens * self.text.num_hidden_layers * 2 * heads * _head_dim(self.text) * 2
 
 
 def _head_dim(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(size_of(text, "head_dim") or text.hidden_size // size_of(text, "num_attention_heads"))
 
 
 def load_whole(config: Config) -> tuple[Any, str]:
@@ -58,10 +63,15 @@ def load_whole(config: Config) -> tuple[Any, str]:
     if given is not None:
         if not Path(given).is_file():
             raise ValueError(f"plan.verifier_config must be the path of a config.json, got {given}")
-        return AutoConfig.from_pretrained(given), given
+        try:
+            return load_whole_config(replace(verifier, path=given, revision=None)), given
+        except ValueError as error:
+            raise ValueError(str(error).replace("verifier.path", "plan.verifier_config")) from None
+    if verifier.path == "embedded":
+        return embedded_config(), verifier.path
     if verifier.shapes and not Path(verifier.path).is_dir():
         return _of_shapes(verifier), "verifier.shapes"
-    return load_whole_config(verifier), str(verifier_location(verifier))
+    return load_whole_config(verifier), verifier.path
 
 
 def _of_shapes(verifier: VerifierConfig) -> Any:
@@ -69,42 +79,49 @@ def _of_shapes(verifier: VerifierConfig) -> Any:
     kind = values.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"verifier.shapes must have what config.json has, model_type {kind!r} among it: {reason}"
         ) from None
 
 
+def planned_head(config: Config) -> DraftHeadConfig:
+    """Derive the head from the configuration at hand, and check the verifier's files where they are at hand too.
+
+    Raises:
+        ValueError: no head can be trained for it, or its configuration is not there.
+    """
+    whole, source = load_whole(config)
+    head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
+    if source == config.verifier.path and any(Path(source).glob("*.safetensors")):
+        check_verifier(config)
+    return head
+
+
 def verifier_shape(config: Config) -> VerifierShape:
     """Give the sizes of the configured verifier; its image tower counts where its configuration has one."""
     whole, source = load_whole(config)
     text = whole.get_text_config()
-    kind = AutoModelForImageTextToText if takes_images(whole) else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = kind.from_config(whole, dtype=torch.bfloat16)
+    model = empty_model(whole)
+    matrices = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
     scheme = _Scheme(
         config.verifier.path, quantisation(whole), 8.0 * getattr(torch, config.verifier.dtype.value).itemsize
     )
-    share = _expert_share(text)
+    share = num_active_experts(text) / num_experts(text) if num_active_experts(text) else 1.0
     total = active = 0
     weight_bits = active_bits = loaded_bits = 0.0
     for name, parameter in model.named_parameters():
-        number, bits = parameter.numel(), scheme.bits(name, parameter.dim())
+        is_matrix = any(parameter is matrix for matrix in matrices)
+        number, bits = parameter.numel(), scheme.dense if is_matrix else scheme.bits(name, parameter.dim())
         total, weight_bits = total + number, weight_bits + number * bits
         loaded_bits += number * (scheme.dense if scheme.dequantised else bits)
-        if "embed_tokens" in name and not getattr(whole, "tie_word_embeddings", False):
+        if parameter is matrices[0] and not getattr(whole, "tie_word_embeddings", False):
             continue
         met = share if ".experts." in name else 1.0
         active, active_bits = active + round(number * met), active_bits + number * met * bits
     weights, met_weights, loaded = (round(bits / 8) for bits in (weight_bits, active_bits, loaded_bits))
     return VerifierShape(text, source, total, active, weights, met_weights, loaded, scheme.fp8_inputs)
-
-
-def _expert_share(text: Any) -> float:
-    """Give the share of the routed experts that a token meets."""
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    return text.num_experts_per_tok / experts if experts else 1.0
 
 
 def _stored_bits(stated: dict[str, Any], groups: list[dict[str, Any]]) -> float | None:
@@ -156,7 +173,7 @@ class _Scheme:
     def bits(self, name: str, dimensions: int) -> float:
         """Give the bits a weight of that name takes: embeddings, norms, routers and what is left out stay dense."""
         module = name.removesuffix(".weight")
-        if dimensions < 2 or any(part in module for part in ("embed_tokens", "lm_head", "router", "vision")):
+        if dimensions < 2 or any(part in module for part in ("embed_tokens", "router", "vision")):
             return self.dense
         for ignored in self._ignored:
             pattern = ignored[3:] if ignored.startswith("re:") else ".*" + re.escape(ignored).replace(r"\*", ".*")

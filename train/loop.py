@@ -20,8 +20,10 @@ from ..conf.artifact import Artifact, artifact, digest, file_digest, made_with, 
 from ..conf.progress import Progress
 from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..conf.signals import StopSignals
-from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
+from ..data_synthesis.verifier_check import check_verifier
+from ..models.draft_head import DraftHead, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
+from ..models.head_sizes import describe_sizes
 from ..models.ttt_attention import MAX_HEAD_DIM
 from ..models.verifier import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
@@ -55,7 +57,9 @@ def train(config: Config) -> None:
 def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
     micro_batches(config)  # refused before anything is read
     given = trained_head(config) if config.train.init_from else None
-    shape = given.config if given else DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    shape = given.config if given else check_verifier(config)
+    if ranks.rank == 0 and not given:
+        print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
     with ExitStack() as stack:
         data = stack.enter_context(TrainingData(config, shape, ranks.rank, ranks.world, ranks.device.type == "cuda"))
         head = given or DraftHead(shape, data.vocabulary)

@@ -1,0 +1,56 @@
+"""What is checked of a verifier before anything is made with it: that a head can be trained for it at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..conf.schema import Config
+from ..models.draft_head import DraftHeadConfig
+from ..models.verifier import (
+    VerifierWeights,
+    empty_model,
+    find_decoder,
+    load_end_token_ids,
+    load_tokenizer,
+    load_whole_config,
+    special_token_ids,
+)
+from ..models.verifier_config import embedded_config
+from ..models.vocabulary import check_vocabulary_size
+from .chat import prompt_tokens
+
+
+def check_verifier(config: Config) -> DraftHeadConfig:
+    """Check that a head can be derived, layers and matrices are found and tokens have embeddings; give the head.
+
+    Cheap: of the weights it reads names and headers.
+
+    Raises:
+        ValueError: names the option, and what to do.
+    """
+    if config.verifier.path == "embedded":
+        DraftHeadConfig.from_verifier(config.draft, embedded_config())  # before it is made
+    whole = load_whole_config(config.verifier)
+    head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
+    find_decoder(empty_model(whole))
+    _check_tokens(config, head)
+    VerifierWeights(config.verifier).check()
+    return head
+
+
+def _check_tokens(config: Config, head: DraftHeadConfig) -> None:
+    always = special_token_ids(config.verifier)
+    check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(always))
+    tokenizer = load_tokenizer(config.verifier)
+    ends = load_end_token_ids(config.verifier, tokenizer)
+    written = prompt_tokens(tokenizer, [{"role": "user", "content": "Name a colour."}])
+    beyond = [token for token in written if token >= head.vocab_size]
+    if not beyond and ends and min(ends) >= head.vocab_size:
+        beyond = ends
+    if beyond:
+        token: Any = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise ValueError(
+            f"verifier.path {config.verifier.path!r}: its tokenizer writes {token!r} in every conversation, token "
+            f"{beyond[0]}, and its embedding has {head.vocab_size} rows: save the tokenizer and chat template that "
+            "these weights were trained with beside them"
+        )
