@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .reasoning import split_answer, split_text
+
 Message = dict[str, Any]  # role and content: a text, or OpenAI content parts; an answer's reasoning_content beside
 
-# What stands between reasoning and final answer where special tokens alone mark it, and these: gpt-oss, Gemma 4.
-_FINAL_MARKERS = {"<|channel|>final<|message|>": ("<|channel|>", "<|message|>"), "<channel|>": ("<channel|>",)}
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -77,15 +79,14 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Mes
     return _render(tokenizer, _without_reasoning(messages), add_generation_prompt=True)
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """Give what an answer in tokens says: without special tokens, and without the reasoning that those alone mark."""
-    added = tokenizer.get_added_vocab()
-    for marker, special in _FINAL_MARKERS.items():
-        if added.keys() >= set(special):
-            sought = tokenizer.encode(marker, add_special_tokens=False)
-            ends = range(len(tokens), len(sought) - 1, -1)
-            tokens = tokens[next((end for end in ends if tokens[end - len(sought) : end] == sought), 0) :]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str = "") -> str:
+    """Give what an answer says without special tokens and reasoning; its reasoning where it was cut within it.
+
+    Args:
+        text: of the answer, where its tokens are not known.
+    """
+    said, reasoning = split_text(tokenizer, text) if tokens is None else split_answer(tokenizer, tokens)
+    return (reasoning or "") if said is None else said
 
 
 def template_turns(
@@ -98,8 +99,9 @@ def template_turns(
 
     An answer is what the rendering that ends with it adds to what the verifier read before it, up to its end-of-turn
     token; what a template writes after that is not the verifier's. Where the rendering does not begin with what the
-    verifier read (the generation prompt opens the reasoning, the rendering leaves it out), the template's
-    `{% generation %}` marks decide, and the prompt is what stands before the mark.
+    verifier read (the generation prompt opens the reasoning, the rendering leaves it out), or no end of turn follows
+    (the next message writes it), the template's `{% generation %}` marks decide, and the prompt is what stands before
+    the mark.
 
     Args:
         finish_reasons: of the answers; one that was cut ("length") has no end-of-turn token.
@@ -136,38 +138,39 @@ def _turn(
     answered = [*_without_reasoning(history), message]
     tokens = _render(tokenizer, answered)
     if tokens[: len(prompt)] != prompt:
-        if _MARKS.search(tokenizer.get_chat_template()):
-            return _marked_turn(tokenizer, answered, tokens, end_token_ids, cut)
-        raise NoExactSpanError(_parting(tokenizer, prompt, tokens))
-    lost = _left_out(message, _rendered_answer(tokenizer, history, answered, end_token_ids))
-    if lost:
-        raise NoExactSpanError(f"the chat template leaves out or changes {lost[:40]!r}")
-    answer = tokens[len(prompt) :]
-    end = _first_end(answer, end_token_ids)
-    if end == len(answer):
-        raise NoExactSpanError(f"the template writes none of the end-of-turn tokens {sorted(end_token_ids)} after it")
-    return Turn(prompt, answer[: end if cut else end + 1])
+        problem = _parting(tokenizer, prompt, tokens)
+    else:
+        lost = _left_out(message, _rendered_answer(tokenizer, history, answered, end_token_ids))
+        if lost:
+            raise NoExactSpanError(f"the chat template leaves out or changes {lost[:40]!r}")
+        answer = tokens[len(prompt) :]
+        end = _first_end(answer, end_token_ids)
+        if end < len(answer):
+            return Turn(prompt, answer[: end if cut else end + 1])
+        problem = f"the template writes none of the end-of-turn tokens {sorted(end_token_ids)} after it"
+    if _MARKS.search(tokenizer.get_chat_template()):
+        return _marked_turn(tokenizer, answered, end_token_ids, cut)
+    raise NoExactSpanError(problem)
 
 
 def _marked_turn(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tokens: list[int],
-    end_token_ids: abc.Collection[int],
-    cut: bool,
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], end_token_ids: abc.Collection[int], cut: bool
 ) -> Turn:
-    """Give the turn that the last mark of a conversation's rendering holds, with the end-of-turn token behind it."""
-    render: Any = render_jinja_template  # it is annotated as giving a text
-    rendered, marks = render(
-        [messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    text, (first, last) = rendered[0], (marks[0] or [(0, 0)])[-1]
+    """Give the turn that the last mark of a conversation's rendering holds, with the end-of-turn token behind it.
+
+    Where the next message writes that token (GLM), the conversation is rendered with one.
+    """
+    text, marks = _marked_text(tokenizer, messages)
+    first, last = (marks or [(0, 0)])[-1]
     lost = _left_out(messages[-1], text[first:last])
     if lost:
         raise NoExactSpanError(f"the chat template's generation marks do not hold {lost[:40]!r}")
+    if last == len(text):
+        with suppress(NoExactSpanError):  # nothing may follow here
+            longer, marks = _marked_text(tokenizer, [*messages, {"role": "user", "content": "Go on."}])
+            if longer.startswith(text):
+                text, last = longer, marks[-1][1]
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     before, through = (tokenizer.encode(text[:border], add_special_tokens=False) for border in (first, last))
     for part in (before, through):
         if tokens[: len(part)] != part:
@@ -176,6 +179,17 @@ def _marked_turn(
     end = min(_first_end(answer, end_token_ids), len(through) - len(before))
     closing = [] if cut else [token for token in answer[end : end + 1] if token in end_token_ids]
     return Turn(before, answer[:end] + closing)
+
+
+def _marked_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation; give its text, and where in it the template marks what the verifier wrote."""
+    render: Any = render_jinja_template  # it is annotated as giving a text
+    template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    with _refusals():
+        (text,), (marks,) = render(
+            [fit_content(tokenizer, messages)], chat_template=template, return_assistant_tokens_mask=True, **tokens
+        )
+    return text, marks
 
 
 def _rendered_answer(
@@ -260,12 +274,62 @@ def render_text(
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool, tokenize: bool
 ) -> Any:
-    try:
+    with _refusals():
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
+            fit_content(tokenizer, messages),
+            tokenize=tokenize,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
         )
-    except (TemplateError, TypeError) as error:  # its own refusal, or content parts where it wants a text
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise NoExactSpanError where the chat template refuses a conversation, or content parts in place of a text."""
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
         raise NoExactSpanError(f"the chat template refuses the conversation ({error})") from None
+
+
+def fit_content(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[Message]:
+    """Give messages with their contents in the form that the chat template takes.
+
+    Parts that are all text become a text where it takes a text (joined by line breaks, as vLLM joins them), and a text
+    becomes a part where it takes parts alone.
+    """
+    template, tokens = str(tokenizer.get_chat_template()), tokenizer.special_tokens_map
+    named = tuple((name, token) for name, token in tokens.items() if isinstance(token, str))
+    return [m | {"content": _fitted(m["content"], _content_form(template, named, m["role"]))} for m in messages]
+
+
+def _fitted(content: Any, form: str) -> Any:
+    if form == "parts" and isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    joins = form == "text" and isinstance(content, list) and all(part["type"] == "text" for part in content)
+    return "\n".join(part["text"] for part in content) if joins else content
+
+
+@lru_cache(maxsize=64)
+def _content_form(template: str, tokens: tuple[tuple[str, str], ...], role: str) -> str:
+    """Find out by rendering in which form a template takes a role's content: text, parts, or either."""
+    one, other = "FirstPart", "OtherPart"
+    render: Any = render_jinja_template
+    before = [{"role": "user", "content": "a"}] if role == "assistant" else []
+    after = [{"role": "user", "content": "a"}] if role == "system" else []
+
+    def written(content: Any) -> str | None:
+        conversation = [*before, {"role": role, "content": content}, *after]
+        try:
+            return str(render([conversation], chat_template=template, **dict(tokens))[0][0])
+        except (TemplateError, TypeError):
+            return None
+
+    parts = [{"type": "text", "text": text} for text in (one, other)]
+    text, part, both = written(one), written(parts[:1]), written(parts) or ""
+    if text is not None and one in text:
+        return "either" if part == text and one in both and other in both else "text"
+    return "parts" if part is not None and one in part else "either"
 
 
 def check_messages(messages: Any) -> str | None:

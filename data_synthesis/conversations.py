@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from ..conf.journal import Journal, read_journal, read_journal_lines, read_line
 from .chat import Message, Turn, check_messages, join_turns
 from .prompts import Prompt
+from .reasoning import split_answer, split_text
 
 FILE = "conversations.jsonl"
 SYNC_EVERY_S = 5.0
@@ -26,6 +29,14 @@ class Answer:
     completion_tokens: int
     reasoning: str | None = None
     turn: Turn | None = None  # the tokens, where whoever ran the verifier tells them
+
+    def told_apart(self, tokenizer: PreTrainedTokenizerBase) -> Answer:
+        """Give it with its reasoning beside its text, where whoever answered left it in."""
+        if self.reasoning:
+            return self
+        known = (tokenizer, self.turn.answer, self.text) if self.turn else None
+        text, reasoning = split_answer(*known) if known else split_text(tokenizer, self.text)
+        return replace(self, text=text or "", reasoning=reasoning)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Handshake:
     def __init__(self, config: Config) -> None:
         self._config, self._options = config, config.synthesize
         self._positions = load_config(config.verifier).max_position_embeddings
-        self._tokenizer = load_tokenizer(config.verifier)
+        self.tokenizer = load_tokenizer(config.verifier)
 
     async def open(self, endpoint: Endpoint) -> None:
         """Make sure that an endpoint serves the verifier, learn what it takes, and put it into service.
@@ -57,7 +57,7 @@ class Handshake:
             ValueError: it serves another model, or renders the chat template to other tokens.
         """
         try:
-            ours = prompt_tokens(self._tokenizer, _PROBE)  # anew each time: a template may write the date
+            ours = prompt_tokens(self.tokenizer, _PROBE)  # anew each time: a template may write the date
             find_model(endpoint, await self._patiently(endpoint.models), self._config, self._positions)
             self._check_room(endpoint, len(ours))
             answer = await self._probe(endpoint)
@@ -67,7 +67,7 @@ class Handshake:
             raise
         self._compare_tokens(endpoint, answer, ours)
         if answer.turn is None:  # then the template must tell what the verifier wrote
-            check_template(self._tokenizer, load_end_token_ids(self._config.verifier, self._tokenizer))
+            check_template(self.tokenizer, load_end_token_ids(self._config.verifier, self.tokenizer))
         endpoint.revive()
 
     def _check_room(self, endpoint: Endpoint, prompt_tokens: int) -> None:

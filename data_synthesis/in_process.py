@@ -14,10 +14,11 @@ from ..conf.artifact import digest
 from ..conf.schema import Config, SynthesizeConfig
 from ..conf.signals import StopSignals
 from ..models.verifier import Verifier
-from .chat import NoExactSpanError, Turn, answer_text, prompt_tokens
+from .chat import NoExactSpanError, Turn, prompt_tokens
 from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from .outcomes import Outcomes
 from .prompts import Prompt, images_of
+from .reasoning import split_answer
 from .split import is_heldout
 
 
@@ -131,9 +132,9 @@ def converse(
         seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in asked]]), 16) % 2**63
         answers = generate(verifier, list(contexts.values()), options, temperature, seed, deadline)
         for conversation, context, (tokens, ended) in zip(asked, contexts.values(), answers, strict=True):
-            text = answer_text(verifier.tokenizer, tokens)
+            text, reasoning = split_answer(verifier.tokenizer, tokens)
             reason = "stop" if ended else "length"
-            conversation.add(Answer(text, reason, len(context), len(tokens), turn=Turn(context, tokens)))
+            conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
 
 
 def _positions(verifier: Verifier) -> int:

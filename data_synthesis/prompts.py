@@ -36,6 +36,13 @@ def text_of(content: Content) -> str:
     return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
+def are_text_parts(content: Any) -> bool:
+    """Say whether a content is a list of parts that are all text."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    )
+
+
 def images_of(content: Content) -> list[str]:
     """Give the addresses of a message's images."""
     return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
@@ -69,7 +76,7 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
     if not isinstance(value, list) or not value:
         raise ValueError(f"must have a list in {field} that is not empty, got {str(value)[:40]!r}")
     if field in ("turns", "prompt") and not isinstance(value[0], dict):
-        turns, system = [_content(turn, f"turn {n}") for n, turn in enumerate(value, 1)], None
+        turns, system = [content_of(turn, f"turn {n}") for n, turn in enumerate(value, 1)], None
     else:
         turns, system = _user_side(value)
     system = system or _system(row.get("system"))
@@ -96,7 +103,7 @@ def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
             raise ValueError(f"has roles out of order: message {number} is the {role}'s, as is the one before")
         else:
             if role == "user":
-                turns.append(_content(content, f"message {number}"))
+                turns.append(content_of(content, f"message {number}"))
             expected = "assistant" if role == "user" else "user"
     if not turns:
         raise ValueError("has no user turn")
@@ -120,12 +127,13 @@ def _role(message: Any, number: int) -> str:
 
 
 def _system(content: Any) -> str | None:
+    content = text_of(content) if are_text_parts(content) else content
     if content is not None and not isinstance(content, str):
         raise ValueError(f"must have a text as system message, got {type(content).__name__}")
     return content if content and content.strip() else None
 
 
-def _content(content: Any, place: str) -> Content:
+def content_of(content: Any, place: str) -> Content:
     """Check what a user says, and give it as it is, but for the empty fields that Parquet adds to parts."""
     if content is None:
         raise ValueError(f"{place} has no content")

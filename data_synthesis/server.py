@@ -17,7 +17,7 @@ from pathlib import Path
 from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
 from ..conf.signals import StopSignals
-from .chat import Message
+from .chat import Message, fit_content
 from .conversations import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
 from .endpoints import Endpoint, RequestError
 from .handshake import Handshake, request_body
@@ -227,11 +227,12 @@ class _Regeneration:
         Raises:
             RequestError: tried often enough, or no use trying.
         """
-        tries, pause_s = 0, _FIRST_PAUSE_S
+        tries, pause_s, tokenizer = 0, _FIRST_PAUSE_S, self._handshake.tokenizer
+        asked = fit_content(tokenizer, question)  # engines do not all join text parts alike
         while True:
             endpoint = await seat.endpoint()
             try:
-                answer = await endpoint.ask(request_body(self._config, endpoint, question, greedy))
+                answer = await endpoint.ask(request_body(self._config, endpoint, asked, greedy))
             except RequestError as trouble:
                 if trouble.context_full:
                     return None
@@ -244,7 +245,7 @@ class _Regeneration:
                     self._check(endpoint)
             else:
                 self._answered = True
-                return answer
+                return answer.told_apart(tokenizer)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 

@@ -10,7 +10,8 @@
 | `article`            | abisee/cnn_dailymail                      | cnn_dailymail   | Summarize:                    |
 
 What is said before HumanEval is what EAGLE's question files say, before an article what Spec-Bench says; EAGLE and
-SpecForge ask GSM8K as it stands. A row may have `images`, shown before its first turn.
+SpecForge ask GSM8K as it stands. A turn is a text or a list of text parts. A row may have `images`, shown before its
+first turn.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..conf.artifact import digest, file_digest
 from ..conf.schema import EvaluateConfig, SourceConfig
 from ..data_synthesis.chat import Message, has_images
 from ..data_synthesis.conversations import read_conversations
+from ..data_synthesis.prompts import Content, are_text_parts, content_of, text_of
 from ..data_synthesis.sequences import num_whole_answers
 from ..data_synthesis.sources import EMBEDDED, read_rows
 from ..data_synthesis.split import heldout_order, is_heldout
@@ -62,7 +64,7 @@ class Question:
 
     id: str
     category: str
-    turns: tuple[str, ...]
+    turns: tuple[Content, ...]
     system: str | None = None
     answers: tuple[str, ...] | None = None
     max_tokens: int | None = None  # of an answer; None: evaluate.max_tokens
@@ -78,7 +80,8 @@ class Question:
         if self.images:
             first = next(message for message in messages if message["role"] == "user")
             shown = [{"type": "image_url", "image_url": {"url": address}} for address in self.images]
-            first["content"] = [*shown, {"type": "text", "text": first["content"]}]
+            said = first["content"]
+            first["content"] = [*shown, *([{"type": "text", "text": said}] if isinstance(said, str) else said)]
         return messages
 
     def record(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,14 +163,20 @@ def _question(row: Any, path: str, number: int) -> Question:
     field = form.fields[-1]
     value = given[field]
     turns = [form.before + value] if isinstance(value, str) and value.strip() else value
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    turns = [value] if are_text_parts(value) else turns
+    if not isinstance(turns, list) or not turns or not all(map(_asks, turns)):
         raise ValueError(f"has {field} {str(value)[:40]!r}: a text or a list of texts is required, none of them empty")
+    turns = [content_of(turn, f"turn {n}") for n, turn in enumerate(turns, 1)]
     category = given.get("category", form.category)
     if not isinstance(category, str) or category == HELDOUT:
         raise ValueError(f"has category {category!r}: a text is required, and not {HELDOUT}")
     name = next((given[name] for name in _IDS if name in given), number)
     images = _images(given.get("images", []), path)
     return Question(f"{Path(path).stem}/{name}", category, tuple(turns), images=images)
+
+
+def _asks(turn: Any) -> bool:
+    return (isinstance(turn, str) or are_text_parts(turn)) and bool(text_of(turn).strip())
 
 
 def _images(value: Any, path: str) -> tuple[str, ...]:

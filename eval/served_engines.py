@@ -153,9 +153,6 @@ class _Engine:
         if read != len(asked.prompt):
             raise ValueError(f"{self._endpoint.url} read {read} tokens of a prompt of {len(asked.prompt)}")
 
-    def _text(self, tokens: list[int] | None, otherwise: str) -> str:
-        return otherwise if tokens is None else answer_text(self._tokenizer, tokens)
-
 
 class Vllm(_Engine):
     """vLLM: its counters before and after each request, or, with several at a time, what it tells of each."""
@@ -194,7 +191,7 @@ class Vllm(_Engine):
         self._check_prompt(asked, usage["prompt_tokens"])
         written = int(usage["completion_tokens"])
         counts = await self._grown(before, written) if before else self._of_answer(told.get("speculative_decoding"))
-        return Served(self._text(choice.get("token_ids"), choice["text"]), written, seconds, counts)
+        return Served(answer_text(self._tokenizer, choice.get("token_ids"), choice["text"]), written, seconds, counts)
 
     def _of_answer(self, told: dict[str, Any] | None) -> ServedCounts:
         if told is None:
@@ -295,4 +292,4 @@ class Sglang(_Engine):
             counts = read_sglang_answer(meta, self._options.num_draft_tokens, self._options.draft_depth)
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is an SGLang that evaluation cannot read: {error}") from None
-        return Served(self._text(tokens, text), int(meta["completion_tokens"]), seconds, counts)
+        return Served(answer_text(self._tokenizer, tokens, text), int(meta["completion_tokens"]), seconds, counts)

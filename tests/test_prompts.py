@@ -84,6 +84,14 @@ def test_a_system_message_stands_first_or_in_a_field_of_its_own():
     assert prompt_of(said("system: ", "user: a?"), "s", 0).system is None
 
 
+def test_a_system_message_of_text_parts_is_their_text():
+    parts = [{"type": "text", "text": "Be short."}, {"type": "text", "text": "Be kind.", "image_url": None}]
+    rows = [{"messages": [{"role": "system", "content": parts}, {"role": "user", "content": "a?"}]}]
+    rows += [{"prompt": "a?", "system": parts}, {"prompt": "a?", "system": "Be short.\nBe kind."}]
+    assert [prompt_of(row, "s", 0).system for row in rows] == ["Be short.\nBe kind."] * 3
+    assert prompt_of({"prompt": "a?", "system": [{"type": "text", "text": " "}]}, "s", 0).system is None
+
+
 def test_the_empty_fields_that_parquet_adds_to_content_parts_are_dropped(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": PARTS}]}]), tmp_path / "p.parquet")
     assert turns_in(str(tmp_path / "p.parquet")) == [(PARTS,)]
@@ -111,6 +119,10 @@ def test_the_empty_fields_that_parquet_adds_to_content_parts_are_dropped(tmp_pat
         ({"turns": [[{"type": "image_url", "image_url": "x.png"}]]}, "turn 1 part 1 has a form that is not known"),
         ({"turns": [7]}, "turn 1 must be a text or a list of content parts, got int"),
         ({"prompt": "a?", "system": ["b"]}, "must have a text as system message, got list"),
+        (
+            {"prompt": "a?", "system": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "a text as system .*, got list",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(row, message):

@@ -62,6 +62,19 @@ def test_a_file_of_plain_prompts_is_asked_as_it_stands(tmp_path):
     ]  # fmt: skip
 
 
+def test_text_parts_are_asked_as_they_stand(tmp_path):
+    first, second = ([{"type": "text", "text": text} for text in texts] for texts in (("a", "b?"), ("c?",)))
+    rows = [
+        {"turns": [first, "d?"], "images": ["https://example.org/1.png"]},
+        {"turns": [first, second]},
+        {"prompt": first},
+    ]
+    pictured, asked, alone = load_questions(EvaluateConfig(questions=written(tmp_path / "q.jsonl", *rows)))
+    assert (asked.turns, alone.turns) == ((first, second), (first,))
+    assert [message["content"] for message in asked.history(["x"])] == [first, "x", second]
+    assert [part["type"] for part in pictured.history([])[0]["content"]] == ["image_url", "text", "text"]
+
+
 def test_a_limit_takes_the_first_of_each_category(tmp_path):
     rows = [{"question_id": i, "category": "math" if i % 2 else "stem", "turns": ["a?", "b?"]} for i in range(6)]
     options = EvaluateConfig(questions=written(tmp_path / "question.jsonl", *rows), questions_per_category=2)
@@ -78,6 +91,8 @@ def test_a_limit_takes_the_first_of_each_category(tmp_path):
         (["a?"], r"line 2 must be an object, got list"),
         ({"turns": ["a?", ""]}, r"line 2 has turns \"\['a\?', ''\]\": a text or a list of texts is required"),
         ({"turns": []}, r"line 2 has turns '\[\]': a text or a list"),
+        ({"turns": [[{"type": "text", "text": " "}]]}, r"line 2 has turns .*: a text or a list"),
+        ({"turns": [[{"type": "image_url", "image_url": {"url": "x"}}]]}, r"line 2 has turns .*: a text or a list"),
         ({"prompt": [{"role": "user", "content": "a?"}]}, r"line 2 has prompt .*: a text or a list"),
         ({"task_id": "x", "prompt": 3}, r"line 2 has prompt '3': a text or a list"),
         ({"article": " "}, r"line 2 has article ' ': a text or a list"),

@@ -347,3 +347,16 @@ def test_images_reach_the_server_as_they_are_and_dump_leaves_them_out(tmp_path, 
     dumped = subprocess.run(command, capture_output=True, text=True, check=False)
     assert dumped.returncode == 2
     assert "1 conversations whose images cannot be read" in dumped.stderr
+
+
+def test_text_parts_reach_the_server_as_the_text_that_the_template_takes(tmp_path, byte_verifier):
+    content = [{"type": "text", "text": "Name a colour."}, {"type": "text", "text": "Or two."}]
+    run = Regeneration(tmp_path, byte_verifier, [{"id": "parts", "messages": [{"role": "user", "content": content}]}])
+    with faulty_server() as endpoint:
+        run.finish(endpoint)
+    (record,) = read_journal(run.journal)
+    user, assistant = record["messages"]
+    assert user["content"] == content
+    asked = {"role": "user", "content": "Name a colour.\nOr two."}
+    assert assistant["content"] == answer_to([asked]), "which repeats what the server was asked"
+    assert record["sequences"][0]["token_ids"][: record["sequences"][0]["answers"][0][0]] == tokens_of([asked])

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis.chat import NoExactSpanError, check_template, join_turns, prompt_tokens, template_turns
+from fledge.data_synthesis.chat import (
+    NoExactSpanError,
+    check_template,
+    fit_content,
+    join_turns,
+    prompt_tokens,
+    template_turns,
+)
 from fledge.models.verifier import load_tokenizer, tokenizer_identity
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -475,6 +482,111 @@ def test_content_parts_are_read_where_the_template_reads_them():
     assert tokenizer.decode(turn.answer) == "Yes, no.<|eot|>"
     with pytest.raises(NoExactSpanError, match="refuses"):
         template_turns(SHAPES["chatml"].tokenizer(), messages, [0])
+
+
+def glm(start: str, end: str) -> str:
+    """The next message's marker ends an answer (GLM-4); `start` and `end` mark answers, the last one's or earlier."""
+    return (
+        "[gMASK]{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' }}"
+        + f"{start}{{{{ m.content }}}}{end}"
+        + "{% elif loop.first or messages[loop.index0 - 1].role != 'assistant' or not through %}"
+        "{{ '<|' + m.role + '|>\\n' + m.content }}{% else %}{{ '\\n' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+
+
+CONTENT = "{% generation %}", "{% endgeneration %}"
+THROUGH = "{% generation %}", "{% if not loop.last %}<|user|>{% endif %}{% endgeneration %}"  # TRL's way
+NEXT = (  # another family: every message begins with the token that ends an answer
+    "{% for m in messages %}<|turn|>{{ m.role + ':\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant:\n{% endif %}"
+)
+ENDED_BY_THE_NEXT = {
+    "glm, content marked": (glm(*CONTENT), "<|user|>"),
+    "glm, marked through the next marker": ("{% set through = true %}" + glm(*THROUGH), "<|user|>"),
+    "every message begins with the end": (NEXT, "<|turn|>"),
+}
+
+
+@pytest.mark.parametrize("name", ENDED_BY_THE_NEXT)
+def test_marks_tell_an_answer_that_the_next_message_ends(name):
+    template, end = ENDED_BY_THE_NEXT[name]
+    specials = ("[gMASK]", "<|system|>", "<|assistant|>", "<|endoftext|>")
+    tokenizer = Shape(template, end, specials).tokenizer()
+    ends = tokenizer.convert_tokens_to_ids([end, "<|endoftext|>"])
+    check_template(tokenizer, ends)
+    texts = ["Blue?", "Yes, no.", "12?", "Blue skies"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    first, second = template_turns(tokenizer, messages, ends)
+    for turn, asked, text in ((first, messages[:1], texts[1]), (second, messages[:3], texts[3])):
+        recorded = [*tokenizer.encode(text, add_special_tokens=False), ends[0]]  # what an engine gives
+        assert (turn.prompt, turn.answer) == (prompt_tokens(tokenizer, asked), recorded)
+    (joined,) = join_turns([first, second])
+    assert len(joined.answers) == 2
+    cut = template_turns(tokenizer, messages, ends, ["stop", "length"])[1]
+    assert tokenizer.decode(cut.answer) == "Blue skies"
+
+
+def test_an_answer_that_the_next_message_ends_is_refused_without_marks_with_the_cure():
+    tokenizer = Shape(glm("", ""), "<|user|>", ("[gMASK]", "<|assistant|>")).tokenizer()
+    with pytest.raises(
+        ValueError, match=r"none of the end-of-turn tokens.*mark the answers in the template with \{% gen"
+    ):
+        check_template(tokenizer, [tokenizer.eos_token_id])
+
+
+PLUS = headers("<|im_start|>", "\\n", "<|im_end|>\\n")
+PARTS_ALONE = """{% for m in messages %}<|im_start|>{{ m.role + '\\n' }}{% for part in m.content %}
+{%- if part.type == 'image' %}<|image|>{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+FIRST_PART = PLUS.replace("+ m.content +", "+ (m.content if m.content is string else m.content[0].text) +")
+JSON = PLUS.replace("+ m.content +", "+ (m.content if m.content is string else m.content | tojson) +")
+SPLITS = PLUS.replace("+ m.content +", "+ m.content.split('</think>')[-1] +")
+
+
+def in_parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma", "mistral", "deepseek r1, marked", "qwen 3, thinking", "chatml"])
+def test_text_parts_are_read_as_one_text_where_a_template_takes_a_text(name):
+    """Joined as vLLM joins them (SGLang takes spaces, so a server is sent the text)."""
+    shape = SHAPES[name]
+    check_joined(shape.tokenizer())
+
+
+@pytest.mark.parametrize("template", [FIRST_PART, JSON, SPLITS], ids=["first part", "as JSON", "split"])
+def test_text_parts_are_joined_where_a_template_would_lose_or_garble_some(template):
+    check_joined(Shape(template, "<|im_end|>", IM).tokenizer())
+
+
+def check_joined(tokenizer: PreTrainedTokenizerBase) -> None:
+    for parts, text in ((in_parts("Blue?"), "Blue?"), (in_parts("Blue", "12?"), "Blue\n12?")):
+        asked, said = ([{"role": "user", "content": content}] for content in (parts, text))
+        assert prompt_tokens(tokenizer, asked) == prompt_tokens(tokenizer, said)
+        assert fit_content(tokenizer, asked) == said
+        answer = {"role": "assistant", "content": "Yes, no."}
+        ends = [tokenizer.eos_token_id]
+        assert template_turns(tokenizer, [*asked, answer], ends) == template_turns(tokenizer, [*said, answer], ends)
+
+
+def test_parts_stay_where_a_template_takes_them_or_one_is_an_image():
+    for name, parts in (("llama 4", in_parts("Blue", "12?")), ("chatml", [*in_parts("Blue"), {"type": "image"}])):
+        asked = [{"role": "user", "content": parts}]
+        assert fit_content(SHAPES[name].tokenizer(), asked) == asked
+    tokenizer = SHAPES["llama 4"].tokenizer()
+    read = tokenizer.decode(prompt_tokens(tokenizer, [{"role": "user", "content": in_parts("Blue", "12?")}]))
+    assert "\n\nBlue12?<|eot|>" in read
+
+
+def test_a_text_is_a_part_where_a_template_takes_parts_alone():
+    tokenizer = Shape(PARTS_ALONE, "<|im_end|>", (*IM, "<|image|>")).tokenizer()
+    messages = [{"role": "system", "content": "no."}, {"role": "user", "content": "Blue?"}]
+    assert "no.<|im_end|>\n<|im_start|>user\nBlue?<|im_end|>" in tokenizer.decode(prompt_tokens(tokenizer, messages))
+    answered = [*messages, {"role": "assistant", "content": "Yes, no."}]
+    (turn,) = template_turns(tokenizer, answered, [tokenizer.eos_token_id])
+    assert tokenizer.decode(turn.answer) == "Yes, no.<|im_end|>"
 
 
 # settings of a template ----------------------------------------------------------------------------------------------
