@@ -17,11 +17,12 @@ class SequenceReader:
 
     Args:
         max_images: of a conversation.
+        local_images: fetch images from hosts of this machine's network too.
     """
 
-    def __init__(self, config: VerifierConfig, max_images: int = 5) -> None:
+    def __init__(self, config: VerifierConfig, max_images: int = 5, local_images: bool = False) -> None:
         self.tokenizer = load_tokenizer(config)
-        self._images = ImageReader(config, max_images)
+        self._images = ImageReader(config, max_images, local_images)
         self._end_token_ids = load_end_token_ids(config, self.tokenizer)
         self._vocab_size = load_config(config).vocab_size
         self._template_checked = False

@@ -53,7 +53,7 @@ class Tokeniser:
 
     def __init__(self, config: Config) -> None:
         self._folder, self._options = config.conversations_folder, config.dump
-        self._reader = SequenceReader(config.verifier, config.dump.max_images)
+        self._reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
 
     def __call__(self, place: Place) -> Tokenised:
         """Read and tokenise a conversation."""
