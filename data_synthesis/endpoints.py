@@ -207,7 +207,7 @@ def read_answer(response: Any) -> Answer:
         usage = response.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         counts = [len(turn.prompt), len(turn.answer)] if turn else counts
-        needed = {"choices[0].finish_reason": finish_reason}
+        needed: dict[str, Any] = {"choices[0].finish_reason": finish_reason}
         needed |= dict(zip(("usage.prompt_tokens", "usage.completion_tokens"), counts, strict=True))
         if lacking := [name for name, value in needed.items() if value is None]:
             raise RequestError(f"an answer without {lacking[0]}", _NEEDED[lacking[0]], lacking=True)
@@ -215,8 +215,8 @@ def read_answer(response: Any) -> Answer:
         answer = Answer(
             text=text,
             finish_reason=finish_reason,
-            prompt_tokens=int(counts[0]),
-            completion_tokens=int(counts[1]),
+            prompt_tokens=int(needed["usage.prompt_tokens"]),
+            completion_tokens=int(needed["usage.completion_tokens"]),
             reasoning=reasoning,
             turn=turn,
         )
