@@ -61,6 +61,18 @@ def _parse(path: Path, number: int, line: bytes, check: Check | None) -> dict[st
     return record
 
 
+def json_line(record: dict[str, Any]) -> bytes:
+    """Write a record as one line for every reader: some (str.splitlines) end lines at U+0085, U+2028 and U+2029 too.
+
+    Raises:
+        UnicodeEncodeError: a text is not valid UTF-8.
+    """
+    line = json.dumps(record, ensure_ascii=False)
+    for separator in ("\x85", "\u2028", "\u2029"):
+        line = line.replace(separator, f"\\u{ord(separator):04x}")
+    return line.encode() + b"\n"
+
+
 class Journal:
     """Appends records; a kill leaves at worst one torn last line, which opening drops.
 
@@ -88,7 +100,7 @@ class Journal:
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records, one line each: safe from a kill at once, from a power cut by an append some time later."""
         for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.write(json_line(record))
         self._file.flush()
         if time.monotonic() - self._synced >= self._sync_every_s:
             self._sync()

@@ -212,6 +212,7 @@ class DataConfig:
     min_turns: int = 1  # user turns
     max_turns: int | None = None
     malformed_rows: MalformedRows = MalformedRows.stop
+    local_images: bool = False  # data of the hub may name files here as images, and any data hosts of this network
 
 
 @dataclass

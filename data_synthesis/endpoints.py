@@ -25,6 +25,11 @@ _CONTEXT_WORDS = (
     *("context length", "context window", "context size", "context_length", "max_model_len"),
     *("maximum sequence length", "max_seq_len", "max_num_tokens"),
 )
+_NEEDED = {  # fields of an answer that not every server gives, and what for
+    "choices[0].finish_reason": "which tells an answer that was cut from one that ended",
+    "usage.prompt_tokens": "which the comparison of its tokens with the verifier's needs",
+    "usage.completion_tokens": "which is what its tokens are counted by",
+}
 _OF_THE_REQUEST = (400, 413, 415, 422)  # other refusals are of whoever asks, or of all there is to ask
 
 
@@ -74,6 +79,7 @@ class RequestError(Exception):
     pause_s: float = 0.0  # what it asks for
     context_full: bool = False
     refuses_us: bool = False  # perhaps no request of ours would do
+    lacking: bool = False  # there is an answer, without a field that is needed
 
     def __str__(self) -> str:
         return f"{self.reason}, {self.detail}"
@@ -148,7 +154,7 @@ class Endpoint:
         return answer
 
     async def models(self) -> list[dict[str, Any]]:
-        """Give what the server says it serves; nothing where it does not tell.
+        """Give what the server says it serves; nothing where it does not tell, or has no such list (404, 405).
 
         Raises:
             RequestError: no server answers, or it refuses our key.
@@ -156,7 +162,8 @@ class Endpoint:
         try:
             listed = await self.send("GET", "/models")
         except RequestError as trouble:
-            if trouble.refuses_us or not trouble.reason.startswith("HTTP"):
+            no_list = trouble.reason in ("HTTP 404", "HTTP 405")
+            if not no_list and (trouble.refuses_us or not trouble.reason.startswith("HTTP")):
                 raise
             return []
         models = listed.get("data") if isinstance(listed, dict) else None
@@ -192,17 +199,26 @@ def read_answer(response: Any) -> Answer:
     """Read a chat completion; its tokens too, where the server gives them (vLLM's `return_token_ids`)."""
     try:
         choice = response["choices"][0]
-        message, usage = choice["message"], response["usage"]
+        message, finish_reason = choice["message"], choice.get("finish_reason")
         text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-        prompt, tokens = response.get("prompt_token_ids"), choice.get("token_ids")
+        turn = None
+        if (prompt := response.get("prompt_token_ids")) and (tokens := choice.get("token_ids")):
+            turn = Turn(prompt, tokens)
+        usage = response.get("usage") or {}
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts = [len(turn.prompt), len(turn.answer)] if turn else counts
+        needed: dict[str, Any] = {"choices[0].finish_reason": finish_reason}
+        needed |= dict(zip(("usage.prompt_tokens", "usage.completion_tokens"), counts, strict=True))
+        if lacking := [name for name, value in needed.items() if value is None]:
+            raise RequestError(f"an answer without {lacking[0]}", _NEEDED[lacking[0]], lacking=True)
         f"{text}{reasoning}".encode()
         answer = Answer(
             text=text,
-            finish_reason=choice["finish_reason"],
-            prompt_tokens=int(usage["prompt_tokens"]),
-            completion_tokens=int(usage["completion_tokens"]),
+            finish_reason=finish_reason,
+            prompt_tokens=int(needed["usage.prompt_tokens"]),
+            completion_tokens=int(needed["usage.completion_tokens"]),
             reasoning=reasoning,
-            turn=Turn(prompt, tokens) if prompt and tokens else None,
+            turn=turn,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise RequestError("no chat completion", f"{error!r} in {str(response)[:200]}") from None

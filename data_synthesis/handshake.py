@@ -62,7 +62,7 @@ class Handshake:
             self._check_room(endpoint, len(ours))
             answer = await self._probe(endpoint)
         except RequestError as trouble:
-            if trouble.lasting:
+            if trouble.lasting or trouble.lacking:
                 raise ValueError(refusal(endpoint, trouble)) from None
             raise
         self._compare_tokens(endpoint, answer, ours)
@@ -150,6 +150,12 @@ def find_model(endpoint: Endpoint, served: list[dict[str, Any]], config: Config,
 
 
 def refusal(endpoint: Endpoint, trouble: RequestError) -> str:
-    """Say that a server does not want what we ask."""
-    hints = {"HTTP 401": ": is the key in OPENAI_API_KEY right?", "HTTP 404": ": does the address end with /v1?"}
+    """Say that a server does not want what we ask, or does not give it."""
+    if trouble.lacking:
+        return f"{endpoint.url} gives {trouble}: start a server that tells it, as vLLM, SGLang and TensorRT-LLM do"
+    hints = {
+        "HTTP 401": ": is the key in OPENAI_API_KEY right?",
+        "HTTP 404": f": does the address end with /v1, and does the server call the verifier {endpoint.model}, or is "
+        "synthesize.model to be set?",
+    }
     return f"{endpoint.url} refuses our requests ({trouble.reason}, {trouble.detail}){hints.get(trouble.reason, '')}"

@@ -130,10 +130,11 @@ class ImageReader:
 
     Args:
         max_images: of a conversation.
+        local: fetch images from hosts of this machine's network too (data.local_images).
     """
 
-    def __init__(self, config: VerifierConfig, max_images: int = 5) -> None:
-        self._config, self._max_images = config, max_images
+    def __init__(self, config: VerifierConfig, max_images: int = 5, local: bool = False) -> None:
+        self._config, self._max_images, self._local = config, max_images, local
 
     @cached_property
     def _processor(self) -> ProcessorMixin | None:
@@ -161,7 +162,7 @@ class ImageReader:
             raise NoExactSpanError(
                 f"it is rendered with {found} of {processor.image_token} for {len(addresses)} images"
             )
-        loaded = load_images(addresses)
+        loaded = load_images(addresses, self._local)
         try:
             made = dict(
                 processor(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import abc
-from pathlib import Path
 from typing import Any
-from urllib.request import Request, url2pathname, urlopen
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .addresses import read_address
 from .chat import Message, NoExactSpanError
 from .prompts import images_of
 
-TIMEOUT_S = 30.0  # of fetching an image
 _SHOWN = 200  # characters of an address in messages
 
 
@@ -52,13 +49,14 @@ def _template_content(content: Any) -> Any:
     return [kinds[part["type"]](part) for part in content]
 
 
-def load_image(address: str) -> Image.Image:
+def load_image(address: str, local: bool = False) -> Image.Image:
     """Load an image as vLLM does: upright, and over white where it is transparent.
 
     Args:
         address: `http:`, `https:`, `data:` or `file:` URL, or a path, which is relative to the working directory.
+        local: from hosts of this machine's network too.
     """
-    content = _read(address)
+    content = read_address(address, local)
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
@@ -71,17 +69,11 @@ def load_image(address: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(address: str) -> bytes:
-    if address.startswith("file://"):
-        return Path(url2pathname(address.removeprefix("file://").removeprefix("localhost"))).read_bytes()
-    if not re.match("(https?|data):", address):
-        return Path(address).read_bytes()
-    with urlopen(Request(address, headers={"User-Agent": "fledge"}), timeout=TIMEOUT_S) as response:
-        return bytes(response.read())
-
-
-def load_images(addresses: abc.Sequence[str]) -> list[Image.Image]:
+def load_images(addresses: abc.Sequence[str], local: bool = False) -> list[Image.Image]:
     """Load the images of a conversation.
+
+    Args:
+        local: from hosts of this machine's network too.
 
     Raises:
         UnreadableImagesError: names the first that is missing or broken.
@@ -89,7 +81,7 @@ def load_images(addresses: abc.Sequence[str]) -> list[Image.Image]:
     images = []
     for number, address in enumerate(addresses, 1):
         try:
-            images.append(load_image(address))
+            images.append(load_image(address, local))
         except Exception as error:  # what is broken breaks decoders in all their ways
             reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(address, "it")
             shown = address[:_SHOWN] + "..." * (len(address) > _SHOWN)

@@ -19,6 +19,7 @@ from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from .outcomes import Outcomes
 from .prompts import Prompt, images_of
 from .reasoning import split_answer
+from .sequences import UnknownTokenError, check_known
 from .split import is_heldout
 
 
@@ -118,6 +119,10 @@ def converse(
                 continue
             try:
                 context = prompt_tokens(verifier.tokenizer, question)
+                check_known(verifier.tokenizer, context, verifier.model.config.get_text_config().vocab_size)
+            except UnknownTokenError as error:
+                conversation.end(Failure("the verifier has no embedding of a token", str(error)))
+                continue
             except NoExactSpanError as error:
                 conversation.end(Failure("the chat template refuses it", str(error)))
                 continue

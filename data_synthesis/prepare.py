@@ -18,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..conf.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest
+from ..conf.journal import json_line
 from ..conf.progress import Progress
 from ..conf.schema import Config, DataConfig, MalformedRows, SourceConfig
 from .likeness import Questions, fingerprint, hash64
-from .prompts import FIELDS, Prompt, prompt_of, text_of
-from .sources import EMBEDDED, is_gone, is_local, local_files, read_rows, source_name, split_names
+from .prompts import FIELDS, Prompt, prompt_of, read_prompt, text_of
+from .sources import EMBEDDED, READ, is_gone, is_local, local_files, read_rows, source_name, split_names
 
 FILE = "prompts.jsonl"
 _EXAM_FIELDS = ("question", "article")  # of evaluation questions alone: GSM8K, CNN/DailyMail
+_SHOWN = 12  # columns
 REFUSALS = (  # why a row is not taken
     "malformed",
     "too_few_turns",
@@ -103,7 +105,7 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
         )
     before = made or {}
     options = asdict(data)
-    for unrelated in ("sources", "exclude", "heldout_share"):
+    for unrelated in ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"])):
         del options[unrelated]
     return {
         **options,
@@ -162,20 +164,24 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
     shares = _shares(data)
     with _Candidates(target.folder, data.seed) as candidates:
         progress = Progress("prompts", None, "row")
-        counts = [
+        found = [
             _read_source(source, share, data, questions, candidates, progress)
             for source, share in zip(data.sources, shares, strict=True)
         ]
+        counts, unread = [count for count, _ in found], [columns for _, columns in found]
         progress.close()
         names = [source_name(source) for source in data.sources]
         summary = _summary(dict(zip(names, counts, strict=True)))
         if not summary["taken"]:
             raise ValueError(f"data.sources yield no prompt: {_refused(summary)}")
         content = candidates.write(target.folder / FILE)
-    for name, share, count in zip(names, shares, counts, strict=True):
+    for name, share, count, columns in zip(names, shares, counts, unread, strict=True):
+        if columns:
+            more = f" and {len(columns) - _SHOWN} more" * (len(columns) > _SHOWN)
+            print(f"prompts: {name} has columns that are not read: {', '.join(columns[:_SHOWN])}{more}")
         if share is not None and count["taken"] < share:
             print(f"prompts: {name} gives {count['taken']} of the {share} asked of it")
-    target.finish(counts=summary, content=content)
+    target.finish(counts=summary, content=content, not_read=dict(zip(names, unread, strict=True)))
     given = ", ".join(f"{name} {count['taken']}" for name, count in summary["sources"].items())
     print(f"prompts: {summary['taken']} in {target.folder} ({given}); {_refused(summary)}")
 
@@ -234,22 +240,27 @@ def _read_source(
     questions: Questions,
     candidates: _Candidates,
     progress: Progress,
-) -> Counter[str]:
-    """Read a source into the candidates, take its share, and count its rows and what they are refused for.
+) -> tuple[Counter[str], list[str]]:
+    """Read a source into the candidates and take its share.
+
+    Give the counts of its rows and of what they are refused for, and the columns that are not read.
 
     A stream is read until it has given its share; so what it says twice is refused here already.
     """
     counts = Counter[str]()
     taken = candidates.begin_source()
     said = taken if source.streaming and share is not None else None
+    name, fields = source_name(source), set[str]()
+    local = data.local_images or source.path == EMBEDDED or is_local(source.path)
     for place, row in read_rows(source, data.seed):
         if said is not None and candidates.num_of_source == share:
             break
         number = None if source.streaming else counts["rows"]
         counts["rows"] += 1
         progress.update()
+        fields.update(row if isinstance(row, dict) else ())
         try:
-            prompt, line = _read_prompt(row, source_name(source), number)
+            prompt, line = read_prompt(row, name, number, local)
         except ValueError as error:
             if data.malformed_rows is MalformedRows.stop:
                 cure = "correct it, or leave such rows out with data.malformed_rows=skip"
@@ -268,22 +279,7 @@ def _read_source(
         candidates.add(prompt.id, text, line)
     if not counts["rows"] and share != 0:
         raise ValueError(f"data.sources: {source.path} holds no row")
-    return counts + candidates.take(share, data.deduplicate)
-
-
-def _json_line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-
-
-def _read_prompt(row: Any, source: str, number: int | None) -> tuple[Prompt, bytes]:
-    """Give a row's prompt and its line."""
-    try:
-        prompt = prompt_of(row, source, number)
-        return prompt, _json_line(vars(prompt))
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise ValueError(f"is not valid UTF-8: {error}") from None
+    return counts + candidates.take(share, data.deduplicate), sorted(fields - READ)
 
 
 def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | None:
@@ -380,7 +376,7 @@ class _Candidates:
             return line
         row = json.loads(line)
         row["id"] += f"-{self._texts[number]:016x}" * self._renamed[number]
-        return _json_line(row)
+        return json_line(row)
 
     def write(self, path: Path) -> str:
         """Write the lines of those taken to a file; give its SHA-256."""

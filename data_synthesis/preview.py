@@ -28,7 +28,7 @@ def preview(config: Config) -> None:
     folder = config.conversations_folder
     settings = read_manifest(folder, "conversations", unfinished=True)["settings"]
     record = find_conversation(folder, config.preview.id)
-    reader = SequenceReader(config.verifier, config.dump.max_images)
+    reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
     _check_tokenizer(folder, settings["verifier"], config.verifier, reader.tokenizer)
     unreadable, sequences = "", []
     try:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ..conf.artifact import digest
+from ..conf.journal import json_line
+from .addresses import check_foreign
 from .split import escaped
 
 Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
 
 FIELDS = ("messages", "conversations", "conversation", "turns", "prompt")  # the first of them that a row has is read
 ID_FIELDS = ("prompt_id", "uuid", "id", "question_id", "conversation_id")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+# Columns, of a row or of a user's message, that the question rests on: what they bring, for the message.
+BESIDE = {
+    **dict.fromkeys(("image", "images", "image_path", "image_url", "image_urls", "pictures", "pixel_values"), "images"),
+    **dict.fromkeys(("video", "videos", "video_path"), "videos"),
+    **dict.fromkeys(("audio", "audios", "audio_path", "speech"), "audio"),
+    **dict.fromkeys(("tools", "tool_list", "functions", "function_list", "tool_calls", "function_call"), "tools"),
+    **dict.fromkeys(("documents", "document", "context", "contexts", "passage", "passages"), "documents"),
+    **dict.fromkeys(("file", "files", "attachment", "attachments"), "files"),
+    **{name: name for name in ("input", "history", "chat_template_kwargs", "response_format")},
+}
 
 _ROLES = {
     "user": "user",
@@ -19,6 +35,9 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     "system": "system",
 }
+
+# What stands in a text for an image beside it: as other tools write it, before or after what is asked.
+_PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>(?!.*</\1>)|<(?:image|video|audio)>\s*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,64 @@ def are_text_parts(content: Any) -> bool:
 def images_of(content: Content) -> list[str]:
     """Give the addresses of a message's images."""
     return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
+
+
+def read_prompt(row: Any, source: str, number: int | None, local: bool) -> tuple[Prompt, bytes]:
+    """Read a row as `prompt_of` does, all of it or none; give the prompt and its line.
+
+    Args:
+        local: the row is this machine's own, and its images may be so too.
+
+    Raises:
+        ValueError: what is wrong with the row, or not read of it, to be put after its place.
+    """
+    try:
+        prompt = prompt_of(row, source, number)
+        texts = [text_of(turn) for turn in prompt.turns if not images_of(turn)]
+        check_beside(row, [*texts, prompt.system or ""])
+        for address in () if local else chain(*map(images_of, prompt.turns)):
+            check_foreign(address)
+        return prompt, json_line(vars(prompt))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise ValueError(f"is not valid UTF-8: {error}") from None
+
+
+def check_beside(row: dict[str, Any], said: Iterable[str], read: Collection[str] = ()) -> None:
+    """Refuse a row whose question rests on something that stands beside what the user says.
+
+    Args:
+        said: all texts that are read of it; a column that repeats some of them brings nothing.
+        read: columns that are read.
+
+    Raises:
+        ValueError: what it has, to be put after the row's place.
+    """
+    texts = list(said)
+    for place in (row, *_user_messages(row)):
+        for name in sorted(BESIDE.keys() & place.keys() - set(read)):
+            value = place[name]
+            if not _is_empty(value) and not (isinstance(value, str) and any(value.strip() in text for text in texts)):
+                raise ValueError(
+                    f"has {BESIDE[name]} beside its messages (in {name!r}), which are not read: write them into the "
+                    "messages, or remove the field if the question needs none"
+                )
+    if mark := next(filter(None, map(_PLACEHOLDER.search, texts)), None):
+        raise ValueError(f"has images or the like beside its messages: a text holds their mark {mark[0].strip()}")
+
+
+def _user_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    found = next((row[name] for name in FIELDS if row.get(name) is not None), None)
+    messages = [message for message in found if isinstance(message, dict)] if isinstance(found, list) else []
+    return [message for message in messages if _ROLES.get(str(_either(message, "role", "from"))) != "assistant"]
+
+
+def _is_empty(value: Any) -> bool:
+    """Say whether a column brings nothing, as Parquet and JSON fill what is not there."""
+    if isinstance(value, list | dict):
+        return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
+    return not value or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None"))
 
 
 def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
@@ -79,7 +156,10 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
         turns, system = [content_of(turn, f"turn {n}") for n, turn in enumerate(value, 1)], None
     else:
         turns, system = _user_side(value)
-    system = system or _system(row.get("system"))
+    systems = [said for said in (system, *(_system(row.get(name)) for name in SYSTEM_FIELDS)) if said]
+    if len({said.strip() for said in systems}) > 1:
+        raise ValueError("has system messages that differ, in its messages or fields: leave one")
+    system = systems[0] if systems else None
     original = next((row[name] for name in ID_FIELDS if row.get(name) is not None), number)
     if original is None:
         original = digest([turns, system])

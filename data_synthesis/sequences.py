@@ -5,11 +5,40 @@ from __future__ import annotations
 from collections import abc
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..conf.schema import VerifierConfig
 from ..models.verifier import load_config, load_end_token_ids, load_tokenizer
-from .chat import Message, Sequence, check_template, has_images, join_turns, render_text, template_turns
+from .chat import (
+    Message,
+    NoExactSpanError,
+    Sequence,
+    check_template,
+    has_images,
+    join_turns,
+    render_text,
+    template_turns,
+)
 from .image_reader import ImageReader, ImageTokenizer
 from .images import conversation_images, images_before_answers, template_messages
+
+
+class UnknownTokenError(NoExactSpanError):
+    """A text holds a token that the verifier has no embedding of."""
+
+
+def check_known(tokenizer: PreTrainedTokenizerBase, token_ids: abc.Sequence[int], vocab_size: int) -> None:
+    """Refuse tokens that a verifier cannot read: its tokenizer may add some beyond the rows of its embedding.
+
+    Raises:
+        UnknownTokenError: names the first of them.
+    """
+    beyond = next((token for token in token_ids if token >= vocab_size), None)
+    if beyond is not None:
+        token = tokenizer.convert_ids_to_tokens(beyond)
+        raise UnknownTokenError(
+            f"it holds the token {token!r} with id {beyond}, and the verifier has embeddings of ids below {vocab_size}"
+        )
 
 
 class SequenceReader:
@@ -17,11 +46,12 @@ class SequenceReader:
 
     Args:
         max_images: of a conversation.
+        local_images: fetch images from hosts of this machine's network too.
     """
 
-    def __init__(self, config: VerifierConfig, max_images: int = 5) -> None:
+    def __init__(self, config: VerifierConfig, max_images: int = 5, local_images: bool = False) -> None:
         self.tokenizer = load_tokenizer(config)
-        self._images = ImageReader(config, max_images)
+        self._images = ImageReader(config, max_images, local_images)
         self._end_token_ids = load_end_token_ids(config, self.tokenizer)
         self._vocab_size = load_config(config).vocab_size
         self._template_checked = False
@@ -33,6 +63,7 @@ class SequenceReader:
 
         Raises:
             UnreadableImagesError: its images cannot be read.
+            UnknownTokenError: the verifier has no embedding of one of its tokens.
             NoExactSpanError: it has no recorded tokens, and the template does not tell what the verifier wrote; or its
                 tokens are not those that the processor writes for its images.
             ValueError: its recorded tokens are malformed, the template as a whole gives no exact spans, or a verifier
@@ -46,6 +77,8 @@ class SequenceReader:
             images = self._images.read(addresses, None if recorded else render_text(self.tokenizer, messages))
             tokenizer = ImageTokenizer(self.tokenizer, images)
         sequences = self._templated(record, messages, tokenizer) if recorded is None else recorded
+        for sequence in sequences:
+            check_known(self.tokenizer, sequence.token_ids, self._vocab_size)
         if images is None:
             return sequences
         shown = iter(images_before_answers(record["messages"]))
@@ -54,7 +87,7 @@ class SequenceReader:
 
     def _recorded(self, record: dict[str, Any]) -> list[Sequence]:
         num_answers = sum(message["role"] == "assistant" for message in record["messages"])
-        problem = sequences_problem(record["sequences"], num_answers, self._vocab_size)
+        problem = sequences_problem(record["sequences"], num_answers, max(self._vocab_size, len(self.tokenizer)))
         if problem:
             raise ValueError(f"conversation {record['id']}: {problem}; delete its line and run the stage again")
         return [Sequence(s["token_ids"], [(start, end) for start, end in s["answers"]]) for s in record["sequences"]]

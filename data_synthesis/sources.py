@@ -11,10 +11,12 @@ from typing import Any, TextIO
 
 from ..conf.schema import SourceConfig
 from ..models.embedded.corpus import prompts as embedded_prompts
-from .prompts import FIELDS, ID_FIELDS
+from .prompts import BESIDE, FIELDS, ID_FIELDS, SYSTEM_FIELDS
 
 EMBEDDED = "embedded"
 SUFFIXES = (".json", ".jsonl", ".parquet")  # of files that are read
+_ARROW = (".arrow", ".feather")  # of those that are not
+READ = {*FIELDS, *ID_FIELDS, *SYSTEM_FIELDS, *BESIDE}  # columns that a prompt is read from
 
 _EMBEDDED_PROMPTS = 1000  # where the source has no limit
 _BATCH_ROWS = 1000
@@ -69,16 +71,23 @@ def split_names(path: str, subset: str | None = None) -> list[str]:
 
 
 def is_local(path: str) -> bool:
-    """Say whether a path is on this machine; what looks like a file and is not there is refused."""
+    """Say whether a path is on this machine; what looks like a file and is not there, and Arrow, are refused."""
     if is_gone(path):
         raise ValueError(f"{path} does not exist")
-    return Path(path).exists()
+    there = Path(path)
+    if there.suffix in _ARROW or any(next(there.rglob(f"*{suffix}"), None) for suffix in _ARROW):
+        raise ValueError(
+            f"{path} holds Arrow files, as save_to_disk of datasets writes them, which are not read: load it with "
+            "datasets.load_from_disk and write it with to_parquet or to_json"
+        )
+    return there.exists()
 
 
 def is_gone(path: str) -> bool:
     """Say whether a path looks like one on this machine and is not there."""
     file = Path(path)
-    return (file.is_absolute() or path.startswith(".") or file.suffix in SUFFIXES) and not file.exists()
+    looks = file.is_absolute() or path.startswith(".") or file.suffix in (*SUFFIXES, *_ARROW)
+    return looks and not file.exists()
 
 
 def local_files(source: SourceConfig) -> list[Path]:
@@ -138,13 +147,14 @@ def dataset_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> It
         dataset = load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
-        if columns := [] if whole else _needed(dataset.column_names or []):
+        names = list(dataset.column_names or [])
+        if columns := [] if whole else _needed(names):
             dataset = dataset.select_columns(columns)
         if source.streaming:
             rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS))
         else:
             rows = (row for table in dataset.with_format("arrow").iter(_BATCH_ROWS) for row in _table_rows(table))
-        yield from _placed(source.path, rows)
+        yield from _placed(source.path, _with_columns(rows, names))
 
 
 def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
@@ -152,15 +162,22 @@ def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     with _reading(str(path)), ParquetFile(path, pre_buffer=False) as file:
-        columns = None if whole else _needed(file.schema_arrow.names) or None
-        tables = file.iter_batches(_BATCH_ROWS, columns=columns)
-        yield from _placed(str(path), (row for table in tables for row in _table_rows(table)))
+        names = file.schema_arrow.names
+        tables = file.iter_batches(_BATCH_ROWS, columns=None if whole else _needed(names) or None)
+        rows = (row for table in tables for row in _table_rows(table))
+        yield from _placed(str(path), _with_columns(rows, names))
 
 
 def _needed(columns: list[str]) -> list[str]:
     """Give the columns that a prompt is read from; none where there is nothing to read, so that an error names all."""
-    known = [name for name in columns if name in (*FIELDS, *ID_FIELDS, "system")]
+    known = [name for name in columns if name in READ]
     return known if set(known) & set(FIELDS) else []
+
+
+def _with_columns(rows: Iterable[Any], names: list[str]) -> Iterator[Any]:
+    """Give rows with all their columns, None in those that are not read."""
+    empty = dict.fromkeys(names)
+    return ({**empty, **row} if isinstance(row, dict) else row for row in rows)
 
 
 def _table_rows(table: Any) -> Iterator[Any]:

@@ -204,7 +204,7 @@ def _load(config: Config, settings: dict[str, Any], place: Place, first: Sample)
         torch.cuda.set_device(gpus[0])
     verifier = Verifier.load(config.verifier, settings["aux_layers"], gpus)
     check_first(config.verifier, verifier, first.input_ids, state_format(settings))
-    images = ImageReader(config.verifier, config.dump.max_images)
+    images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
     return TransformersEngine(verifier, config.dump.batch_tokens, images)
 
 

@@ -28,12 +28,15 @@ from ..conf.signals import end_with_parent
 from .chat import NoExactSpanError, Sequence
 from .conversations import FILE, Catalogue, Place
 from .images import UnreadableImagesError
-from .sequences import SequenceReader, answers_within, leading_answers, num_whole_answers
+from .sequences import SequenceReader, UnknownTokenError, answers_within, leading_answers, num_whole_answers
 from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
 from .store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
 
-COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template", "images")
+COUNTS = (
+    *("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template"),
+    *("unknown_tokens", "images"),
+)
 _NOTE_EVERY_S = 5.0  # the manifest lists all shards, so noting each would write it ever longer
 _WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
 _CHUNK = 32  # conversations that a process is given at a time
@@ -53,7 +56,7 @@ class Tokeniser:
 
     def __init__(self, config: Config) -> None:
         self._folder, self._options = config.conversations_folder, config.dump
-        self._reader = SequenceReader(config.verifier, config.dump.max_images)
+        self._reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
 
     def __call__(self, place: Place) -> Tokenised:
         """Read and tokenise a conversation."""
@@ -62,6 +65,8 @@ class Tokeniser:
             sequences = self._reader.read(record)
         except UnreadableImagesError as error:
             return Tokenised(counts=Counter(images=1), problem=str(error))
+        except UnknownTokenError as error:
+            return Tokenised(counts=Counter(unknown_tokens=1), problem=str(error))
         except NoExactSpanError as error:
             return Tokenised(counts=Counter(template=1), problem=str(error))
         reasons = record["finish_reasons"]
@@ -228,10 +233,12 @@ def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 def left_out(counts: dict[str, int], max_length: int) -> str:
     """Say what of the conversations is not in the store, and why."""
-    images = f", {counts['images']} conversations whose images cannot be read" if counts["images"] else ""
+    unknown, images = counts.get("unknown_tokens"), counts["images"]
+    others = f", {unknown} conversations with tokens that the verifier has no embedding of" if unknown else ""
+    others += f", {images} conversations whose images cannot be read" if images else ""
     return (
         f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
         f"{counts['too_long']} sequences of which no answer ends within dump.max_length={max_length}, "
         f"{counts.get('cut_answers', 0)} answers beyond it of others, "
-        f"{counts['template']} conversations without an exact loss mask{images}"
+        f"{counts['template']} conversations without an exact loss mask{others}"
     )

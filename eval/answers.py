@@ -12,13 +12,12 @@ from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config
 from ..conf.signals import StopSignals
-from ..data_synthesis.chat import NoExactSpanError, answer_text, has_images, prompt_tokens
-from ..data_synthesis.image_reader import ImageReader, ImageTokenizer
-from ..data_synthesis.images import conversation_images, template_messages
+from ..data_synthesis.chat import answer_text
 from ..models.draft_head import DraftHead, initialise
 from ..models.verifier import Verifier, VerifierWeights
 from ..models.vocabulary import VocabularyMap
 from .acceptance import AcceptanceRule
+from .asking import QuestionReader, UnaskableError
 from .draft_decoder import DraftDecoder
 from .prompt_lookup import NoDraft, PromptLookup
 from .proposal import Drafter
@@ -68,7 +67,7 @@ class Answerer:
         self._alone = NoDraft()
         drafters = [self._alone, *self._drafters.values()]
         self._speculator = Speculator(verifier, drafters, self._rule, options.batch_size, options.cuda_graphs)
-        self._images = ImageReader(config.verifier, config.dump.max_images)
+        self._reader = QuestionReader(config)
         self._checked: set[bool] = set()  # with images, and without
 
     def _make_drafters(self, config: Config, head: DraftHead) -> dict[str, Drafter]:
@@ -92,32 +91,30 @@ class Answerer:
 
     def answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         """Answer a group of questions, turn by turn; give their records."""
-        records = [question.record([]) for question in questions]
-        texts: list[list[str]] = [[] for _ in questions]
+        answers: list[list[dict[str, Any]]] = [[] for _ in questions]
+        left_out = [""] * len(questions)
         for turn in range(max(len(question.turns) for question in questions)):
-            asked = [number for number, question in enumerate(questions) if turn < len(question.turns)]
-            requests = [self._request(questions[number], texts[number]) for number in asked]
-            for number, answer in zip(asked, self._answer_turn(requests, questions[0].category), strict=True):
-                texts[number].append(answer["text"])
-                records[number]["answers"].append(answer)
-        return records
+            requests: dict[int, Request] = {}
+            for number, question in enumerate(questions):
+                if turn < len(question.turns) and not left_out[number]:
+                    try:
+                        requests[number] = self._request(question, [answer["text"] for answer in answers[number]])
+                    except UnaskableError as error:
+                        left_out[number] = f"turn {turn + 1}: {error}"
+            told = self._answer_turn(list(requests.values()), questions[0].category) if requests else []
+            for number, answer in zip(requests, told, strict=True):
+                answers[number].append(answer)
+        return [
+            question.record(*kept)
+            for question, kept in zip(questions, zip(answers, left_out, strict=True), strict=True)
+        ]
 
     def _request(self, question: Question, texts: list[str]) -> Request:
         """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""
         seed = f"{self._options.seed}/{len(texts)}/{question.id}"
-        max_tokens = question.max_tokens or self._options.max_tokens
-        name = f"evaluate.questions: the prompt of question {question.id}"
-        messages, tokenizer = question.history(texts), self._verifier.tokenizer
-        if not has_images(messages):
-            return Request(prompt_tokens(tokenizer, messages), max_tokens, seed, name)
-        addresses = conversation_images(messages)
-        try:
-            image_tokenizer: Any = ImageTokenizer(tokenizer, self._images.read(addresses))
-            prompt = prompt_tokens(image_tokenizer, template_messages(messages))
-            inputs = self._images.model_inputs(torch.tensor(prompt), addresses)
-        except NoExactSpanError as error:
-            raise ValueError(f"evaluate.questions: question {question.id}: {error}") from None
-        return Request(prompt, max_tokens, seed, name, self._verifier.place(inputs))
+        prompt, max_tokens, addresses = self._reader.read(question, texts)
+        inputs = self._reader.images.model_inputs(torch.tensor(prompt), addresses) if addresses else {}
+        return Request(prompt, max_tokens, seed, f"the prompt of question {question.id}", self._verifier.place(inputs))
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
         for request in requests:

@@ -142,7 +142,9 @@ def _row(name: str, folder: Path) -> Row:
 def _questions(results: dict[str, Any]) -> str:
     """Name the questions by where they came from and what they say."""
     source = Path(str(results["questions"])).name
-    return f"{results['num_questions']} of {source} ({str(results.get('questions_digest', _NOT_TOLD))[:8]})"
+    left_out = f", {len(results['left_out'])} left out" if "left_out" in results else ""
+    digest = str(results.get("questions_digest", _NOT_TOLD))[:8]
+    return f"{results['num_questions']} of {source} ({digest}{left_out})"
 
 
 def comparison(runs: list[Row], published: list[Row]) -> str:

@@ -6,6 +6,7 @@ verifier's own greedy answers, teacher-forced, as in training; what the texts do
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -17,12 +18,12 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..conf.schema import Config
-from ..data_synthesis.chat import prompt_tokens
 from ..models.draft_head import DraftHead, DraftHeadConfig, DraftLayer, rope_of
 from ..models.foreign_head import halves_from_pairs
 from ..models.formats import vllm_layer_ids
 from ..models.ttt_attention import TTTAttention
 from ..models.verifier import Verifier, torch_device
+from .asking import QuestionReader, UnaskableError
 from .doctor_rules import AUX, NESTED, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, TOP, Published
 from .questions import load_questions
 from .speculative import answer_alone
@@ -207,7 +208,7 @@ def answers(config: Config, layers: list[int], target_ids: Tensor) -> list[Text]
     """
     verifier = Verifier.load(config.verifier, layers)
     ids = target_ids.to(verifier.device)
-    texts = [_answered(verifier, prompt, config.doctor.max_tokens, ids) for prompt in _prompts(config, verifier)]
+    texts = [_answered(verifier, prompt, config.doctor.max_tokens, ids) for prompt in _prompts(config)]
     del verifier
     gc.collect()  # its hooks refer back to it
     if torch.cuda.is_available():
@@ -241,11 +242,16 @@ def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
     return formed
 
 
-def _prompts(config: Config, verifier: Verifier) -> list[list[int]]:
+def _prompts(config: Config) -> list[list[int]]:
     """Give the first turns of questions spread over the categories."""
     questions = load_questions(replace(config.evaluate, questions=config.evaluate.questions or "embedded"))
     chosen = questions[:: max(1, len(questions) // config.doctor.num_prompts)][: config.doctor.num_prompts]
-    return [prompt_tokens(verifier.tokenizer, question.history([])) for question in chosen]
+    reader, prompts = QuestionReader(config), []
+    reader.check(chosen)
+    for question in chosen:
+        with contextlib.suppress(UnaskableError):  # it has been named
+            prompts.append(reader.read(question, [])[0])
+    return prompts
 
 
 def _answered(verifier: Verifier, prompt: list[int], max_tokens: int, target_ids: Tensor) -> Text:

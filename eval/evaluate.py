@@ -11,6 +11,7 @@ from ..models.draft_head import DraftHead
 from ..models.formats import WEIGHTS, head_folder, load_head
 from ..models.verifier import check_identity, verifier_outline
 from .answers import answer_questions
+from .asking import QuestionReader
 from .questions import Question, load_heldout, load_questions, questions_identity
 from .report import print_table, write_report
 from .results import ACCEPTANCE, summarise
@@ -32,11 +33,11 @@ def evaluate(config: Config) -> None:
             "the verifier with the head, such as http://localhost:8000/v1"
         )
     source, head, verifier = _named_head(config) if by_server else _own_head(config)
-    questions = load_questions(config.evaluate) + _heldout(config)
+    questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
-    if by_server and made_with(folder, settings) is None:
-        check_server(config, questions)
+    if made_with(folder, settings) is None:
+        check_server(config, questions) if by_server else QuestionReader(config).check(questions)
     with artifact(folder, "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):
             if head is None:

@@ -17,15 +17,17 @@ first turn.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..conf.artifact import digest, file_digest
+from ..conf.journal import json_line
 from ..conf.schema import EvaluateConfig, SourceConfig
+from ..data_synthesis.addresses import check_foreign
 from ..data_synthesis.chat import Message, has_images
 from ..data_synthesis.conversations import read_conversations
-from ..data_synthesis.prompts import Content, are_text_parts, content_of, text_of
+from ..data_synthesis.prompts import SYSTEM_FIELDS, Content, are_text_parts, check_beside, content_of, text_of
 from ..data_synthesis.sequences import num_whole_answers
 from ..data_synthesis.sources import EMBEDDED, read_rows
 from ..data_synthesis.split import heldout_order, is_heldout
@@ -69,6 +71,7 @@ class Question:
     answers: tuple[str, ...] | None = None
     max_tokens: int | None = None  # of an answer; None: evaluate.max_tokens
     images: tuple[str, ...] = ()  # paths or URLs, shown before the first turn
+    problem: str = ""  # why it cannot be asked, where that is known from its row
 
     def history(self, own_answers: list[str]) -> list[Message]:
         """Give the messages before the next answer, given the answers so far; content parts where there are images."""
@@ -84,10 +87,15 @@ class Question:
             first["content"] = [*shown, *([{"type": "text", "text": said}] if isinstance(said, str) else said)]
         return messages
 
-    def record(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
-        """Give the line of questions.jsonl, whose form eval/results.py tells."""
+    def record(self, answers: list[dict[str, Any]], left_out: str = "") -> dict[str, Any]:
+        """Give the line of questions.jsonl, whose form eval/results.py tells.
+
+        Args:
+            left_out: why there is no further answer.
+        """
         images = {"images": len(self.images)} if self.images else {}
-        return {"id": self.id, "category": self.category, "turns": list(self.turns), **images, "answers": answers}
+        told = {"turns": list(self.turns), **images, "answers": answers, **({"left_out": left_out} if left_out else {})}
+        return {"id": self.id, "category": self.category, **told}
 
 
 def questions_identity(questions: list[Question]) -> str:
@@ -101,8 +109,11 @@ def questions_identity(questions: list[Question]) -> str:
     )
 
 
-def load_questions(options: EvaluateConfig) -> list[Question]:
-    """Load questions in any of the forms above.
+def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[Question]:
+    """Load questions in any of the forms above; one that is not valid UTF-8 comes with that as its problem.
+
+    Args:
+        local_images: questions of the hub may name files here as their images.
 
     Raises:
         ValueError: the source cannot be read, or a row has another form: which row, which field.
@@ -116,9 +127,10 @@ def load_questions(options: EvaluateConfig) -> list[Question]:
     taken: dict[str, int] = {}
     for number, (place, row) in enumerate(_rows(options), 1):
         try:
-            question = _question(row, options.questions, number)
+            question = _question(row, options.questions, number, local_images)
         except ValueError as error:
             raise ValueError(f"evaluate.questions: {place} {error}") from None
+        question = _encodable(question, place)
         taken[question.category] = taken.get(question.category, 0) + 1
         if options.questions_per_category is None or taken[question.category] <= options.questions_per_category:
             questions.append(question)
@@ -130,6 +142,18 @@ def load_questions(options: EvaluateConfig) -> list[Question]:
     if not questions:
         raise ValueError(f"evaluate.questions {options.questions} holds no question")
     return questions
+
+
+def _encodable(question: Question, place: str) -> Question:
+    """Give a question whose texts can be written; JSON can spell half a character, which nobody can be asked."""
+    try:
+        json_line(question.record([]))
+    except UnicodeEncodeError as error:
+        texts = (question.id, question.category, *question.turns)
+        name, category, *turns = (text.encode(errors="backslashreplace").decode() for text in texts)
+        problem = f"{place} is not valid UTF-8: {error}"
+        return replace(question, id=name, category=category, turns=tuple(turns), problem=problem)
+    return question
 
 
 def _rows(options: EvaluateConfig) -> Iterator[tuple[str, Any]]:
@@ -146,7 +170,7 @@ def _rows(options: EvaluateConfig) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"evaluate.questions: {error}") from None
 
 
-def _question(row: Any, path: str, number: int) -> Question:
+def _question(row: Any, path: str, number: int, local_images: bool) -> Question:
     """Read a row.
 
     Raises:
@@ -170,8 +194,11 @@ def _question(row: Any, path: str, number: int) -> Question:
     category = given.get("category", form.category)
     if not isinstance(category, str) or category == HELDOUT:
         raise ValueError(f"has category {category!r}: a text is required, and not {HELDOUT}")
+    check_beside(given, turns, read=("images",))
+    if system := next((name for name in SYSTEM_FIELDS if name in given), None):
+        raise ValueError(f"has a system message (in {system!r}), which is not asked: write it into the first turn")
     name = next((given[name] for name in _IDS if name in given), number)
-    images = _images(given.get("images", []), path)
+    images = _images(given.get("images", []), path, local_images)
     return Question(f"{Path(path).stem}/{name}", category, tuple(turns), images=images)
 
 
@@ -179,10 +206,12 @@ def _asks(turn: Any) -> bool:
     return (isinstance(turn, str) or are_text_parts(turn)) and bool(text_of(turn).strip())
 
 
-def _images(value: Any, path: str) -> tuple[str, ...]:
+def _images(value: Any, path: str, local: bool) -> tuple[str, ...]:
     """Give the addresses of a row's images: URLs, or paths relative to the file or folder of the questions."""
     if not isinstance(value, list) or not all(isinstance(address, str) and address for address in value):
         raise ValueError(f"has images {str(value)[:40]!r}: a list of paths or URLs is required")
+    for address in [] if local or Path(path).exists() else value:
+        check_foreign(address)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     addresses = [address if _is_url(address) else str(folder / address) for address in value]
     gone = [address for address in addresses if not _is_url(address) and not Path(address).is_file()]

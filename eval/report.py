@@ -11,6 +11,7 @@ from .plots import draw
 from .results import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, asked
 
 NONE = "-"
+_MOST_LEFT_OUT = 20  # questions that are named
 
 
 def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _tables(results: dict[str, Any]) -> list[str]:
     return [
         table([*head, "tokens/s", "speed-up", "rounds"], rows),
         *(_parts_table(title, part, list(drafters)) for title, part in parts if part),
-        "\n".join([*_macro(results), *_faithfulness(results), *_heldout(results)]),
+        "\n".join([*_macro(results), *_faithfulness(results), *_heldout(results), *_left_out(results)]),
     ]
 
 
@@ -161,6 +162,13 @@ def _heldout(results: dict[str, Any]) -> list[str]:
     else:
         both = f"{told:.2f} walked in training, {decoded} decoded"
     return [f"Held-out conversations: acceptance length {both} ({heldout['num_conversations']} conversations)."]
+
+
+def _left_out(results: dict[str, Any]) -> list[str]:
+    """Name the questions that could not be asked, or not to their end."""
+    lines = [f"Left out: {name}, from {reason}." for name, reason in results.get("left_out", {}).items()]
+    more = len(lines) - _MOST_LEFT_OUT
+    return [*lines[:_MOST_LEFT_OUT], *([f"Left out: {more} more, as acceptance.json tells."] if more > 0 else [])]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,9 +1,10 @@
 """What an evaluation found: acceptance.json, made of the records of its questions.
 
-A record is a line of questions.jsonl: {id, category, turns, answers}, and `images`, how many, if there are any; of an
-answer {text, prompt_tokens, output_tokens, seconds_alone, drafters}; of a drafter {drafted, accepted, output_tokens,
-seconds, equals_verifier}, the first two lists over rounds. A server tells sums over them instead ({num_drafts,
-num_draft_tokens, num_accepted_tokens, num_accepted_tokens_per_pos}), and seconds_alone is null.
+A record is a line of questions.jsonl: {id, category, turns, answers}, and `images`, how many, if there are any, and
+`left_out`, why there are no answers or no further ones, if so; of an answer {text, prompt_tokens, output_tokens,
+seconds_alone, drafters}; of a drafter {drafted, accepted, output_tokens, seconds, equals_verifier}, the first two lists
+over rounds. A server tells sums over them instead ({num_drafts, num_draft_tokens, num_accepted_tokens,
+num_accepted_tokens_per_pos}), and seconds_alone is null.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
 
 
 def asked(folder: Path) -> list[Record]:
-    """Give the records of an evaluation's questions, without the held-out conversations."""
-    return [record for record in read_journal(folder / RECORDS) if record["category"] != HELDOUT]
+    """Give the records of an evaluation's answered questions, without the held-out conversations."""
+    return [record for record in read_journal(folder / RECORDS) if record["category"] != HELDOUT and record["answers"]]
 
 
 def summarise(
@@ -47,7 +48,9 @@ def summarise(
         verifier: what is known of its identity.
         served: of a server {engine, model, definition}.
     """
-    records = list(read_journal(folder / RECORDS))
+    everything = list(read_journal(folder / RECORDS))
+    left_out = {record["id"]: record["left_out"] for record in everything if "left_out" in record}
+    records = [record for record in everything if record["answers"]]
     if config.evaluate.engine is EvaluateEngine.server and config.evaluate.batch_size > 1:
         _forget_seconds(records)
     answered, heldout = ([r for r in records if (r["category"] == HELDOUT) is kind] for kind in (False, True))
@@ -69,6 +72,7 @@ def summarise(
         "verifier_alone_tokens_per_s": alone_tokens_per_s(answered),
         "by_category": {name: drafters([r for r in answered if r["category"] == name]) for name in categories},
         **_by_modality(answered, drafters),
+        **({"left_out": left_out} if left_out else {}),
         "baselines": {name: measured(answered, name, num) for name in names if name != TRAINED},
         "heldout": {
             "num_conversations": len(heldout),

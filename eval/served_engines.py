@@ -147,7 +147,8 @@ class _Engine:
         try:
             return read(response), seconds
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self._endpoint.url} gives no completion: {error!r} in {str(response)[:200]}") from None
+            what = f"an answer without {error}" if isinstance(error, KeyError) else f"no completion ({error!r})"
+            raise ValueError(f"{self._endpoint.url} gives {what}, which is counted: {str(response)[:200]}") from None
 
     def _check_prompt(self, asked: Asked, read: int) -> None:
         if read != len(asked.prompt):

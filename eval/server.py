@@ -17,10 +17,9 @@ from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
-from ..data_synthesis.chat import prompt_tokens
 from ..data_synthesis.endpoints import Endpoint, RequestError
 from ..data_synthesis.handshake import refusal
-from ..models.verifier import load_config, load_tokenizer
+from .asking import QuestionReader, UnaskableError
 from .questions import Question
 from .results import RECORDS, TRAINED
 from .served_engines import Asked, Served, ServingEngine, open_engine
@@ -66,8 +65,6 @@ class _Questioning:
 
     def __init__(self, config: Config) -> None:
         self._config, self._options = config, config.evaluate
-        self._tokenizer = load_tokenizer(config.verifier)
-        self._positions = load_config(config.verifier).max_position_embeddings
         assert self._options.endpoint is not None
         connections = replace(config.synthesize, concurrency=self._options.batch_size)
         self._endpoint = Endpoint(self._options.endpoint, connections)
@@ -76,9 +73,7 @@ class _Questioning:
         """Open the server, and see whether the prompts that are known before any answer have room."""
         try:
             await self._open()
-            for question in questions:
-                for turn in range(len(question.turns) if question.answers is not None else 1):
-                    self._asked(question, [""] * turn)
+            self._reader.check(questions)
         finally:
             await self._endpoint.close()
 
@@ -100,7 +95,9 @@ class _Questioning:
 
     async def _open(self) -> ServingEngine:
         try:
-            return await open_engine(self._config, self._endpoint)
+            engine = await open_engine(self._config, self._endpoint)
+            self._reader = QuestionReader(self._config, self._endpoint.max_context, self._endpoint.url)
+            return engine
         except RequestError as trouble:
             if trouble.lasting:
                 raise ValueError(refusal(self._endpoint, trouble)) from None
@@ -143,7 +140,12 @@ class _Questioning:
         """Have the turns of a question answered; give its record."""
         answers: list[dict[str, Any]] = []
         for _ in question.turns:
-            asked = self._asked(question, [answer["text"] for answer in answers])
+            texts = [answer["text"] for answer in answers]
+            try:
+                prompt, max_tokens, _ = self._reader.read(question, texts)
+            except UnaskableError as error:
+                return question.record(answers, f"turn {len(texts) + 1}: {error}")
+            asked = Asked(prompt, max_tokens, int(digest([self._options.seed, len(texts), question.id])[:8], 16))
             served = await self._ask(asked)
             counted = {**served.counts.as_dict(), "output_tokens": served.output_tokens, "seconds": served.seconds}
             answers.append(
@@ -170,21 +172,3 @@ class _Questioning:
             return answer.result()
         finally:
             answer.cancel()
-
-    def _asked(self, question: Question, texts: list[str]) -> Asked:
-        """Make the request for the next answer, cut only where evaluation in this process would cut it.
-
-        Raises:
-            ValueError: the server has no room for it.
-        """
-        prompt = prompt_tokens(self._tokenizer, question.history(texts))
-        taken = len(prompt) + self._options.draft_depth + 1
-        max_tokens = min(question.max_tokens or self._options.max_tokens, self._positions - taken)
-        if max_tokens < 1 or taken + max_tokens > self._endpoint.max_context:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens ({question.id}) and an answer do not fit into the "
-                f"{self._endpoint.max_context} tokens of {self._endpoint.url}: shorten the question, lower "
-                "evaluate.max_tokens, or start the server with a longer context; what is done is saved"
-            )
-        seed = int(digest([self._options.seed, len(texts), question.id])[:8], 16)
-        return Asked(prompt, max_tokens, seed)

@@ -13,6 +13,8 @@ from pathlib import Path
 HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # until somebody lets them go on
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_FED", *HELD)
 LIVE = (*QUEUED, "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "STAGE_OUT", "SIGNALING", "STOPPED")
+# The line of sbatch that names the job, among whatever else a cluster prints: ID, ID;CLUSTER, or without --parsable.
+_JOB_ID = re.compile(r"^(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*$", re.MULTILINE)
 _ALL_TASKS = {"SLURM_BITSTR_LEN": "0"}  # or scontrol cuts long lists of tasks off
 
 
@@ -50,7 +52,13 @@ def submit_file(file: Path, dependency: str | None) -> str:
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise ValueError(f"sbatch refuses {file}: {said}; see the options of cluster")
-    return done.stdout.strip().partition(";")[0]  # ID;CLUSTER
+    if not (ids := _JOB_ID.findall(done.stdout)):
+        said = " ".join(f"{done.stdout} {done.stderr}".split())
+        raise ValueError(
+            f"sbatch names no job for {file}, it says {said[-300:]!r}: see with squeue whether one is queued, cancel "
+            "it, and let sbatch --parsable print the id on a line of its own"
+        )
+    return str(ids[-1])
 
 
 def cancel(jobs: Sequence[str]) -> None:

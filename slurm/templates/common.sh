@@ -34,7 +34,7 @@ progress() {
 is_running() { # JOB
   local answer
   if answer=$(squeue --noheader --jobs="$1" --states=RUNNING,COMPLETING,SUSPENDED --format=%T 2>&1); then
-    [[ -n $answer ]]
+    grep --quiet --line-regexp --extended-regexp 'RUNNING|COMPLETING|SUSPENDED' <<<"$answer"
   else
     [[ $answer != *"Invalid job id"* ]]
   fi
@@ -106,7 +106,8 @@ run() { # COMMAND...
 
 # Say whether Slurm ends this job, and not for its time limit: somebody has cancelled it.
 is_cancelled() {
-  [[ $(squeue --noheader --jobs="$me" --states=all --format='%T %r') == @(COMPLETING|CANCELLED)" None" ]]
+  grep --quiet --line-regexp --extended-regexp '(COMPLETING|CANCELLED) None' \
+    <<<"$(squeue --noheader --jobs="$me" --states=all --format='%T %r')"
 }
 
 restart() { # WHY

@@ -1,0 +1,95 @@
+"""What the verifier reads of a question, and which questions it cannot be asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from ..conf.schema import Config
+from ..data_synthesis.chat import NoExactSpanError, has_images, prompt_tokens
+from ..data_synthesis.image_reader import ImageReader, ImageTokenizer
+from ..data_synthesis.images import conversation_images, template_messages
+from ..data_synthesis.sequences import check_known
+from ..models.verifier import load_config, load_tokenizer
+from .questions import HELDOUT, Question
+
+_SHOWN = 20  # questions that cannot be asked
+
+
+class UnaskableError(ValueError):
+    """A question, or what follows in it, cannot be asked: it fails alone."""
+
+
+class QuestionReader:
+    """Gives questions in the verifier's tokens.
+
+    Args:
+        max_context: tokens of prompt and answer that a server takes; None: the verifier in this process answers.
+        url: of the server.
+    """
+
+    def __init__(self, config: Config, max_context: int | None = None, url: str = "") -> None:
+        self._options, self._max_context, self._url = config.evaluate, max_context, url
+        self.tokenizer = load_tokenizer(config.verifier)
+        self.images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
+        verifier = load_config(config.verifier)
+        self._positions, self._vocab_size = int(verifier.max_position_embeddings), int(verifier.vocab_size)
+
+    def read(self, question: Question, texts: list[str]) -> tuple[list[int], int, list[str]]:
+        """Give the prompt of the next answer, the most tokens of that answer, and the addresses of images.
+
+        Raises:
+            UnaskableError: why there is none.
+        """
+        if question.problem:
+            raise UnaskableError(question.problem)
+        messages, tokenizer = question.history(texts), self.tokenizer
+        addresses = conversation_images(messages) if has_images(messages) else []
+        try:
+            if addresses:
+                image_tokenizer: Any = ImageTokenizer(tokenizer, self.images.read(addresses))
+                prompt = prompt_tokens(image_tokenizer, template_messages(messages))
+            else:
+                prompt = prompt_tokens(tokenizer, messages)
+            check_known(tokenizer, prompt, self._vocab_size)
+        except NoExactSpanError as error:
+            raise UnaskableError(str(error)) from None
+        return prompt, self._limit(question, len(prompt)), addresses
+
+    def _limit(self, question: Question, length: int) -> int:
+        taken = length + self._options.draft_depth + 1
+        limit = min(question.max_tokens or self._options.max_tokens, self._positions - taken)
+        if self._max_context is not None and (limit < 1 or taken + limit > self._max_context):
+            raise UnaskableError(
+                f"a prompt of {length} tokens ({question.id}) and an answer do not fit into the {self._max_context} "
+                f"tokens of {self._url}: shorten the question, lower evaluate.max_tokens, or start the server with a "
+                "longer context"
+            )
+        if limit < 1:
+            raise UnaskableError(f"its prompt of {length} tokens fills the verifier's context of {self._positions}")
+        return limit
+
+    def check(self, questions: Iterable[Question]) -> None:
+        """Name the questions that cannot be asked, as far as that is known before any answer; the others are asked.
+
+        Raises:
+            ValueError: none of the questions can be asked.
+        """
+        problems: dict[str, str] = {}
+        num_askable = 0
+        for question in questions:
+            try:
+                for turn in range(len(question.turns) if question.answers is not None else 1):
+                    self.read(question, [""] * turn)
+                num_askable += question.category != HELDOUT
+            except UnaskableError as error:
+                problems[question.id] = str(error)
+        shown = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:_SHOWN])
+        shown += f"; and {len(problems) - _SHOWN} more" * (len(problems) > _SHOWN)
+        if not num_askable:
+            raise ValueError(f"evaluate.questions: none of them can be asked: {shown}")
+        if problems:
+            print(
+                f"fledge: of the questions {len(problems)} cannot be asked and are left out: {shown}", file=sys.stderr
+            )
