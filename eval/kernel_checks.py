@@ -56,7 +56,7 @@ def check_decoding(options: EvaluateConfig, verifier: Verifier, head: DraftHeadC
 
 
 def decoding_checks(shape: DecodingShape) -> list[Check]:
-    """Give the comparisons of the kernels that this decoding uses."""
+    """Return the comparisons of the kernels that this decoding uses."""
     compare = {"join": compare_join, "choose": compare_choice, "way": compare_way, "move": compare_move}
     return [Check(name, partial(of, shape)) for name, of in compare.items() if name != "move" or shape.is_tree]
 
