@@ -51,7 +51,7 @@ def require_gpu(option: str, setting: bool | str, device: torch.device) -> None:
         ValueError: naming the option.
     """
     if setting is True and not run_on(device):
-        raise ValueError(f"{option}=true needs a GPU and Triton, and this run is on {_lack(device)}: set it to auto")
+        raise ValueError(f"{option}=true needs a GPU and Triton, and there is {_lack(device)}: set it to auto")
 
 
 def check_kernels(
@@ -94,7 +94,7 @@ def check_kernels(
 
 
 def _lack(device: torch.device) -> str:
-    return "a GPU without Triton" if device.type == "cuda" else "no GPU"
+    return "no Triton" if device.type == "cuda" else "no GPU"
 
 
 def _compared(option: str, check: Check, device: torch.device) -> dict[str, Any]:
