@@ -172,8 +172,7 @@ def checks(rehearse: bool) -> int:
             ("", Check("kl", partial(kernel_checks.compare_kl, options.draft_vocab_size, dtype, device))),
         ]
         for way, (rule, number, is_tree) in ways.items():
-            cache = head.num_key_value_heads, head.head_dim
-            shape = DecodingShape(rule, options.vocab_size, head.hidden_size, cache, number, is_tree, dtype, device)
+            shape = DecodingShape(rule, head, number, is_tree, dtype, device)
             cases += [(way, check) for check in decoding_checks(shape)]
         for way, check in cases:
             record = check_kernels("kernels", "auto", device, [check], speaks=False).record[check.kernel]

@@ -50,7 +50,8 @@ def attention(dtype=torch.float32, num_layers=2):
 
 
 def decoding(rule, is_tree=False, dtype=torch.float32):
-    return decoding_checks(DecodingShape(rule, 300, 96, (2, 48), 5, is_tree, dtype, CPU))
+    head = make_head(vocab_size=300, hidden_size=96, head_dim=48).config
+    return decoding_checks(DecodingShape(rule, head, 5, is_tree, dtype, CPU))
 
 
 KINDS = {
