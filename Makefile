@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 
-.PHONY: demo test test-serving test-slurm lint types clean
+.PHONY: demo test test-gpu test-serving test-slurm lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
@@ -27,6 +27,10 @@ $(VLLM)/.installed: Makefile tests/torchvision_on_cpu.py
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python tests/torchvision_on_cpu.py
 	touch $@
+
+# What a GPU has to say, in ten minutes, as lines of JSON: by the Python at hand, which needs torch, triton, transformers and pytest.
+test-gpu:
+	$(PYTHON) tests/gpu_kit.py
 
 # A real Slurm of two logical nodes on this machine, as root: Debian's packages, installed where they are missing.
 test-slurm: $(STAMP)

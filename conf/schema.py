@@ -280,7 +280,7 @@ class TrainConfig:
     gamma: float = 0.8  # step k weighs gamma^k in the loss
     loss: TTTLoss = TTTLoss.kl
     blend_rate: float = 3.0  # lk_lambda, acceptance_length: KL has the share exp(-blend_rate * running acceptance)
-    triton: bool = False  # attention by the Triton kernels, on a GPU; tested in Triton's interpreter, not yet on one
+    triton: bool | str = "auto"  # attention by Triton kernels, on a GPU; auto: if they agree there with plain PyTorch
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
     stores: list[StoreConfig] = field(default_factory=list)  # all that are trained on; none: the run's own
     too_long: TooLong = TooLong.cut  # training samples longer than batch_tokens
@@ -336,7 +336,7 @@ class EvaluateConfig:
     draft_sampling: DraftSampling = DraftSampling.greedy
     seed: int = 0  # of the samples, with the question and the turn
     batch_size: int = 1  # questions answered at a time
-    kernels: bool = True  # on a GPU: fused Triton kernels
+    kernels: bool | str = "auto"  # fused Triton kernels, on a GPU; auto: each that agrees there with plain PyTorch
     cuda_graphs: bool = True  # on a GPU: a round is captured once and replayed
     questions_per_category: int | None = None  # None: all
     heldout_prompts: int = 64  # held-out conversations decoded too, to compare with what training walked; 0: none
@@ -603,6 +603,9 @@ def validate(config: Config) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, kernels in {"train.triton": config.train.triton, "evaluate.kernels": config.evaluate.kernels}.items():
+        if kernels not in (True, False, "auto"):
+            raise ValueError(f"{name} must be auto, true or false, got {kernels!r}")
     _validate_data(config.data)
     _validate_synthesize(config.synthesize)
     _validate_dump(config)

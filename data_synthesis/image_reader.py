@@ -19,11 +19,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..conf.schema import VerifierConfig
 from ..models.processor import load_processor
-from ..models.verifier import load_whole_config, takes_images
+from ..models.verifier import PER_TOKEN, load_whole_config, takes_images
 from .chat import Message, NoExactSpanError, PlacedImage, Sequence
 from .images import UnreadableImagesError, load_images
-
-PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say of each token whether it is an image's
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ class AcceptanceRule:
     top_p: float = 1.0
     top_k: int | None = None
     draft_sampling: DraftSampling = DraftSampling.greedy
-    kernels: bool = True  # on a GPU: whoever works by this rule does so in Triton kernels
+    kernels: frozenset[str] = frozenset()  # those, of `DECODING`, in which whoever works by this rule does so on a GPU
 
     @classmethod
     def of(cls, options: EvaluateConfig) -> AcceptanceRule:
-        """Give the rule that the options ask for."""
-        return cls(options.temperature, options.top_p, options.top_k, options.draft_sampling, options.kernels)
+        """Give the rule that the options ask for, without kernels."""
+        return cls(options.temperature, options.top_p, options.top_k, options.draft_sampling)
 
     @property
     def draws_drafts(self) -> bool:
@@ -59,7 +59,7 @@ class AcceptanceRule:
             draws: float64 [B, N + 1, NUM_DRAWS], uniform in [0, 1), one row for all nodes of a depth; not used where
                 greedy.
         """
-        if self.kernels and run_on(logits.device):
+        if "choose" in self.kernels and run_on(logits.device):
             return self._choose_by_kernel(logits, proposal, draws)
         if not self.temperature:
             return logits.argmax(-1)
@@ -95,7 +95,7 @@ class AcceptanceRule:
         if not self.draws_drafts:
             return logits.argmax(-1), None
         q = torch.softmax(logits.float() / self.temperature, -1)
-        if self.kernels and run_on(q.device):
+        if "choose" in self.kernels and run_on(q.device):
             from ..models.kernels import choosing
 
             return choosing.draw(q, draws[:, _DRAFT]), q

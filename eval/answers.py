@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..conf.artifact import Artifact
 from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config
@@ -19,6 +20,7 @@ from ..models.vocabulary import VocabularyMap
 from .acceptance import AcceptanceRule
 from .asking import QuestionReader, UnaskableError
 from .draft_decoder import DraftDecoder
+from .kernel_checks import check_decoding
 from .prompt_lookup import NoDraft, PromptLookup
 from .proposal import Drafter
 from .questions import HELDOUT, Question
@@ -26,16 +28,17 @@ from .results import LOOKUP, RECORDS, TRAINED, UNTRAINED
 from .speculative import Decoded, Request, Speculator
 
 
-def answer_questions(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
-    """Answer those questions that the journal in `folder` does not hold yet, and append their records.
+def answer_questions(config: Config, head: DraftHead, questions: list[Question], target: Artifact) -> None:
+    """Answer those questions that the evaluation's journal does not hold yet, and append their records.
 
     Raises:
         SystemExit: a signal asked to stop; what is answered is saved.
     """
-    journal = Journal(folder / RECORDS)
+    journal = Journal(target.folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
     if left:
         answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head)
+        target.save(kernels=answerer.kernels.record)
         progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
         signals = StopSignals()
         for group in _groups(left, config.evaluate.batch_size):
@@ -62,7 +65,8 @@ class Answerer:
         options = config.evaluate
         self._options = options
         self._verifier = verifier
-        self._rule = AcceptanceRule.of(options)
+        self.kernels = check_decoding(config, head.config, verifier.device)
+        self._rule = replace(AcceptanceRule.of(options), kernels=self.kernels.used)
         self._drafters = self._make_drafters(config, head)
         self._alone = NoDraft()
         drafters = [self._alone, *self._drafters.values()]

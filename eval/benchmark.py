@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..conf.arguments import parse_options
 from ..conf.schema import DraftConfig, DraftSampling
 from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
+from ..models.kernels import DECODING
 from ..models.verifier import Verifier, default_aux_layers
 from ..models.vocabulary import build_vocabulary
 from .acceptance import AcceptanceRule
@@ -130,7 +131,8 @@ class Bench:
         self._device = torch.device(options.device)
         self.verifier, self.head = make_models(options)
         sampling = DraftSampling(options.draft_sampling)
-        rule = AcceptanceRule(options.temperature, draft_sampling=sampling, kernels=options.kernels)
+        kernels = DECODING if options.kernels else frozenset()
+        rule = AcceptanceRule(options.temperature, draft_sampling=sampling, kernels=kernels)
         shape = options.num_draft_tokens, options.tree_depth or None, options.tree_top_k
         embedding = self.verifier.model.get_input_embeddings().weight
         self.drafter = DraftDecoder(self.head, embedding, *shape, rule, options.batch_size)

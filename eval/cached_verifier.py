@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..data_synthesis.image_reader import PER_TOKEN
 from ..models.kernels import run_on
-from ..models.verifier import Verifier, VerifierOutput
+from ..models.verifier import PER_TOKEN, Verifier, VerifierOutput
 from .proposal import Tree
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"

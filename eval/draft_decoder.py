@@ -51,7 +51,7 @@ class DraftDecoder(Drafter):
         self.rule = rule
         self._target_ids = head.target_ids
         self._num_sequences = num_sequences
-        self._kernels = rule.kernels and run_on(embedding.device)
+        self._kernels = "join" in rule.kernels and run_on(embedding.device)
         # Rows that a proposal takes after those of the verifier's states.
         self.num_draft_rows = num_draft_tokens if tree_depth is None else tree_depth * tree_top_k
         width = (num_sequences, head.config.hidden_size)

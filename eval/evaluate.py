@@ -9,7 +9,8 @@ from ..conf.artifact import artifact, differences, file_digest, made_with, read_
 from ..conf.schema import Config, EvaluateEngine
 from ..models.draft_head import DraftHead
 from ..models.formats import WEIGHTS, head_folder, load_head
-from ..models.verifier import check_identity, verifier_outline
+from ..models.kernels.self_check import require_gpu
+from ..models.verifier import check_identity, torch_device, verifier_outline
 from .answers import answer_questions
 from .asking import QuestionReader
 from .questions import Question, load_heldout, load_questions, questions_identity
@@ -32,6 +33,8 @@ def evaluate(config: Config) -> None:
             "evaluate.endpoint is required with evaluate.engine=server: the base URL of a vLLM or SGLang that serves "
             "the verifier with the head, such as http://localhost:8000/v1"
         )
+    if not by_server:
+        require_gpu("evaluate.kernels", config.evaluate.kernels, torch_device(config.verifier.device))
     source, head, verifier = _named_head(config) if by_server else _own_head(config)
     questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
@@ -43,7 +46,7 @@ def evaluate(config: Config) -> None:
             if head is None:
                 answer_by_server(config, questions, target)
             else:
-                answer_questions(config, head, questions, target.folder)
+                answer_questions(config, head, questions, target)
             served = target.manifest.get("served")
             results = summarise(config, source, verifier, questions, target.folder, served)
             write_json(target.folder / ACCEPTANCE, results)

@@ -7,13 +7,14 @@ every round    draft:  a chain or a tree of tokens (eval/draft_decoder.py)
                        choice beside them (the bonus token; eval/acceptance.py, eval/proposal.py)
                commit: both caches keep what was accepted, and nothing of what was not
 
-A round reads nothing back from the device but, at its end, the new tokens and their number (prompt lookup: the text).
+A round reads nothing back from the device but, at its end, the new tokens and their number. Prompt lookup reads the
+text, before and after what its graph holds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -87,6 +88,7 @@ class Speculator:
         # whether it goes on. Always the same memory, which graphs read and write.
         self._lengths, self._last, self._prompts = torch.zeros(3, num_sequences, dtype=torch.int64, device=device)
         self._going = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+        self._proposed = torch.zeros(num_sequences, self._num_nodes, dtype=torch.int64, device=device)
         self._draws = torch.zeros(num_sequences, 1, NUM_DRAWS, dtype=torch.float64, device=device)
         self._first: list[int] = []
 
@@ -210,20 +212,32 @@ class Speculator:
         self._lengths.copy_(torch.where(self._going, self._lengths, self._prompts))
 
     def _run_round(self, drafter: Drafter, num_read: int) -> Tensor:
-        run: Callable[[], Tensor] = lambda: self._round(drafter, num_read)  # noqa: E731
-        if self._graphs is None or not drafter.on_device:
-            return run()
-        return self._graphs.run((drafter, num_read), run)
+        """Run a round, from its graph if there are graphs; a drafter that looks at values stays outside of it."""
+        if self._graphs is None:
+            return self._round(drafter, num_read)
+        if drafter.on_device:
+            return self._graphs.run((drafter, num_read), lambda: self._round(drafter, num_read))
+        tokens = self._proposed[:, : drafter.num_draft_tokens]
+        proposal = drafter.propose(self._numbers(self._depth), num_read)
+        assert proposal.tree is None and proposal.probabilities is None  # noqa: PT018 (a chain that was not drawn)
+        tokens.copy_(proposal.tokens)
+        lengths = self._lengths.clone()
+        told = self._graphs.run((drafter, num_read), lambda: self._verify(Proposal(tokens), Drafter(), num_read))
+        counts = torch.where(self._going, told[:, 1] + 1, 1)
+        drafter.extend(NewRows(told[:, 2:], lengths, counts, num_read), told.new_empty(*told[:, 2:].shape, 0))
+        return told
 
     def _round(self, drafter: Drafter, num_read: int) -> Tensor:
-        """Draft, verify, accept, commit; give for each sequence [drafted, accepted, new tokens ...] (int64)."""
+        return self._verify(drafter.propose(self._numbers(self._depth), num_read), drafter, num_read)
+
+    def _verify(self, proposal: Proposal, drafter: Drafter, num_read: int) -> Tensor:
+        """Verify, accept, commit; give for each sequence [drafted, accepted, new tokens ...] (int64)."""
         lengths, going = self._lengths, self._going
-        proposal = drafter.propose(self._numbers(self._depth), num_read)
         tokens, tree = proposal.tokens, proposal.tree
         fed = torch.cat([self._last[:, None], tokens if drafter.on_device else tokens.clamp(min=0)], 1)
         output = self.cached.forward(fed, lengths, num_read, tree=tree)
         numbers = self._numbers(fed.shape[1], tree.depths if tree else None)
-        way = find_way(proposal, self.rule.choose(output.logits, proposal, numbers), self.rule.kernels)
+        way = find_way(proposal, self.rule.choose(output.logits, proposal, numbers), "way" in self.rule.kernels)
         aux = output.aux_hidden_states  # of a chain, those of the way come first
         if tree is not None:
             self._compact(way)
@@ -247,7 +261,7 @@ class Speculator:
     def _compact(self, way: Way) -> None:
         """Bring what was accepted of a tree together in the verifier's cache."""
         targets = self._lengths[:, None] + torch.arange(way.nodes.shape[1], device=way.nodes.device)
-        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets, self.rule.kernels)
+        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets, "move" in self.rule.kernels)
 
 
 def answer_alone(verifier: Verifier, prompt: list[int], max_tokens: int) -> list[int]:

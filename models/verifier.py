@@ -37,6 +37,7 @@ from .verifier_config import (
 from .verifier_weights import VerifierWeights, check_identity, verifier_identity, verifier_outline
 
 __all__ = [  # what stands behind the door
+    "PER_TOKEN",
     "LogitTransform",
     "Verifier",
     "VerifierOutput",
@@ -63,6 +64,7 @@ __all__ = [  # what stands behind the door
     "verifier_outline",
 ]
 
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say of each token whether it is an image's
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f")
 
 

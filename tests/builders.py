@@ -20,16 +20,18 @@ from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.split import is_heldout
 from fledge.data_synthesis.store import COUNTS_FILE, VOCABULARY_FILE, checksums_beside, write_index
-from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.draft_head import DraftHeadConfig
 from fledge.models.formats import checkpoint_steps
 from fledge.models.verifier import load_config, special_token_ids, verifier_identity
 from fledge.models.vocabulary import build_vocabulary
-from fledge.train.rows import PackedBatch
 from fledge.train.tracking import read_metrics
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from small_heads import make_batch, make_head, matrices
+
+__all__ = ["make_batch", "make_head", "matrices"]  # beside what is here
 
 OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
 
@@ -68,64 +70,6 @@ def composed(*overrides: str) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
-
-
-def make_batch(
-    lengths: list[int],
-    seed: int = 0,
-    vocab: int = 120,
-    hidden: int = 32,
-    aux: int = 3,
-    dtype: torch.dtype = torch.float32,
-) -> PackedBatch:
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return PackedBatch(
-        input_ids=torch.randint(0, vocab, (total,), generator=generator),
-        loss_mask=torch.rand(total, generator=generator) < 0.8,
-        document=document,
-        position=torch.cat([torch.arange(n) for n in lengths]),
-        aux_hidden_states=torch.randn(total, aux * hidden, generator=generator).to(dtype),
-        last_hidden_state=torch.randn(total, hidden, generator=generator).to(dtype),
-        lengths=lengths,
-        sample_ids=[str(i) for i in range(len(lengths))],
-    )
-
-
-def matrices(vocab: int = 120, hidden: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    return torch.randn(vocab, hidden, generator=generator), torch.randn(vocab, hidden, generator=generator)
-
-
-def make_head(
-    seed: int = 0, draft_vocab_size: int | None = 100, noise: float = 0.3, vocab_size: int = 120, **changes: object
-) -> DraftHead:
-    """A small random head whose norms are not all ones, so that a forgotten norm shows."""
-    values: dict[str, object] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": vocab_size,
-        "draft_vocab_size": draft_vocab_size or vocab_size,
-        "verifier_hidden_size": 32,
-        "aux_layers": (1, 3, 4),
-        "max_position_embeddings": 256,
-        **changes,
-    }
-    config = DraftHeadConfig(**values)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, 50, (vocab_size,), generator=generator)
-    head = DraftHead(config, build_vocabulary(counts, config.draft_vocab_size))
-    matrix = torch.randn(vocab_size, config.verifier_hidden_size, generator=generator)
-    initialise(head, matrix.flip(0), matrix, seed)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            if parameter.dim() == 1:
-                parameter += noise * torch.randn(parameter.shape, generator=generator)
-    return head
 
 
 def write_store(

@@ -8,17 +8,19 @@ import torch
 from decoding_twins import (
     SHAPES,
     Loop,
-    chain,
-    check_moved,
-    check_way,
-    choices_for,
-    count_other_choices,
-    count_other_draws,
-    joined_error,
-    random_tree,
 )
 from fledge.conf.schema import DraftSampling
 from fledge.eval.acceptance import AcceptanceRule
+from fledge.eval.kernel_checks import (
+    chain,
+    choices_for,
+    count_other_choices,
+    count_other_draws,
+    count_other_slots,
+    count_other_steps,
+    joined_error,
+    random_tree,
+)
 from fledge.eval.proposal import find_way
 from fledge.models import kernels
 from fledge.models.kernels import choosing
@@ -59,7 +61,9 @@ def test_the_likeliest_token_is_the_first_of_equal_ones(shape, block, dtype):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("width", [7, 300, 5000])
 def test_tokens_are_drawn_as_by_the_twin(width, rule, dtype):
-    assert count_other_draws(100, width, dtype, "cpu", rule) <= 1
+    differ, wrong = count_other_draws(100, width, dtype, "cpu", rule)
+    assert differ <= 1
+    assert wrong == 0
 
 
 def test_a_token_without_weight_is_never_drawn_and_the_last_with_weight_is_where_the_number_is_near_one():
@@ -75,8 +79,9 @@ def test_a_token_without_weight_is_never_drawn_and_the_last_with_weight_is_where
 @pytest.mark.parametrize(("sequences", "drafts", "width"), [(20, 3, 7), (8, 6, 300), (6, 2, 5000), (30, 1, 40)])
 def test_drawn_drafts_are_accepted_or_replaced_as_by_the_twin(sequences, drafts, width, likeness, cut, dtype):
     rule = AcceptanceRule(0.8, top_p=0.8 if cut else 1.0, draft_sampling=DraftSampling.sampled)
-    differ, accepted = count_other_choices(sequences, drafts, width, dtype, "cpu", rule, likeness)
+    differ, wrong, accepted = count_other_choices(sequences, drafts, width, dtype, "cpu", rule, likeness)
     assert differ <= 1
+    assert wrong == 0
     assert accepted == 1.0 if likeness == 1.0 else accepted < 1.0
 
 
@@ -88,11 +93,12 @@ def test_drawn_drafts_are_accepted_or_replaced_as_by_the_twin(sequences, drafts,
 def test_the_way_is_the_twins_and_its_slots_come_together_as_by_the_twin(make, num_nodes, sequences, kind):
     proposal = make(sequences, num_nodes, "cpu", 3)
     choices = choices_for(proposal, kind, 3)
-    accepted = check_way(proposal, choices)
+    assert count_other_steps(proposal, choices) == 0
+    accepted = find_way(proposal, choices).accepted.sum()
     assert accepted == 0 if kind == "none" or not num_nodes else accepted > 0 or (kind, sequences) == ("some", 1)
     nodes = find_way(proposal, choices).nodes
     for heads, head_dim, dtype in ((2, 48, torch.float32), (3, 400, torch.float16)):
-        check_moved(nodes, heads, head_dim, dtype)
+        assert count_other_slots(nodes, heads, head_dim, dtype) == 0
 
 
 LOOPS = [(shape, name) for shape in SHAPES for name in ("greedy", "warm", "cut")] + [("chain", "drawn")]

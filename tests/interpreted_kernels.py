@@ -5,14 +5,20 @@ Not in bfloat16, with which the interpreter computes as if it were integers.
 
 import pytest
 import torch
-from builders import make_batch, make_head, matrices
-from fledge.models import ttt_attention
+from fledge.models import kernels as kernels_module
 from fledge.train import fused_loss
+from fledge.train.kernel_checks import attention_errors, compare_kl
 from fledge.train.ttt import TTTModule
-from kernel_twins import attention_errors, kl_errors
+from small_heads import make_batch, make_head, matrices
 
 torch.set_num_threads(1)
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Let the kernels run on this CPU."""
+    monkeypatch.setattr(kernels_module, "DEVICE", "cpu")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -28,8 +34,7 @@ TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3}
     ],
     ids=["all_steps", "no_useful_row", "torn_rows", "one_document", "every_row", "first_step"],
 )
-def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, head_dim, options, dtype, monkeypatch):
-    monkeypatch.setattr(ttt_attention, "_has_triton", lambda _: True)
+def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, head_dim, options, dtype):
     outputs, gradients = attention_errors(lengths, heads, head_dim, dtype, "cpu", **options)
     assert outputs <= TOLERANCES[dtype]
     assert gradients <= TOLERANCES[dtype]
@@ -38,10 +43,11 @@ def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, he
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("num_rows", "width", "block"), [(5, 300, 64), (3, 64, 64), (1, 7, 64), (2, 5000, 2048)])
 def test_rows_of_the_kl_loss_equal_their_definition(num_rows, width, block, dtype):
-    kl, overlap, gradient = kl_errors(num_rows, width, dtype, "cpu", block)
-    assert kl <= 1e-5
-    assert overlap <= 1e-6
-    assert gradient <= (1e-6 if dtype == torch.float32 else 5e-4)
+    found = {name: figure.found for name, figure in compare_kl(width, dtype, "cpu", num_rows, block).items()}
+    assert found["KL"] <= 1e-5
+    assert found["overlap"] <= 1e-6
+    assert found["gradient"] <= (1e-6 if dtype == torch.float32 else 5e-4)
+    assert found["greedy tokens"] == 0
 
 
 def test_the_engine_with_both_kernels_equals_the_engine_without(monkeypatch):
@@ -49,7 +55,6 @@ def test_the_engine_with_both_kernels_equals_the_engine_without(monkeypatch):
     batch, frozen = make_batch([17, 2, 12], seed=3), matrices()
     found = []
     for kernels in (True, False):
-        monkeypatch.setattr(ttt_attention, "_has_triton", lambda _, kernels=kernels: kernels)
         head = make_head(num_layers=2)
         loss, sums = TTTModule(head, 3, 0.8, kernels=kernels, loss_kernel=kernels)(batch, *frozen)
         loss.backward()

@@ -1,5 +1,7 @@
 """Triton kernels without a GPU: right in the interpreter, and compiled ahead of time for a Hopper GPU."""
 
+import json
+import operator
 import os
 import subprocess
 import sys
@@ -7,17 +9,113 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import composed
+from fledge.models import kernels
+from fledge.models.kernels.self_check import Check, Figure, check_kernels, require_gpu
 
 pytest.importorskip("triton")  # has no wheels beside Linux
 
 
 def test_the_kernels_equal_their_plain_twins_in_the_interpreter():
     tests = Path(__file__).parent
-    files = [str(tests / name) for name in ("interpreted_kernels.py", "interpreted_decoding.py")]
+    files = [str(tests / f"interpreted_{name}.py") for name in ("kernels", "decoding", "self_check")]
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-m", "", *files]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tests.parent)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- the self-check, but for the kernels themselves --------------------------------------------------------------------
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+AGREES, DIFFERS = {"outputs": Figure(1e-3, 3e-2)}, {"outputs": Figure(1e-3, 3e-2), "gradients": Figure(0.7, 3e-2)}
+
+
+def check(result, setting="auto", device=CPU, **ranks):
+    """Check one kernel whose comparison gives, or raises, this."""
+
+    def compare():
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return check_kernels("train.triton", setting, device, [Check("attention", compare)], **ranks)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Let the kernels run on this CPU."""
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_kernel_that_agrees_is_used_and_its_figures_are_logged_and_recorded(capsys):
+    used, record = check(AGREES)
+    assert used == {"attention"}
+    assert record["attention"]["figures"] == {"outputs": [1e-3, 3e-2]}
+    said = capsys.readouterr().out
+    assert said.startswith("train.triton: Triton kernel attention agrees with its plain twin (outputs off by 1.0e-03, ")
+    assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (DIFFERS, "differs from its plain twin (outputs off by 1.0e-03, allowed 3.0e-02, gradients off by 7.0e-01"),
+        ({"outputs": Figure(float("nan"), 3e-2)}, "differs from its plain twin (outputs off by nan"),
+        (RuntimeError("ptxas\n  fatal"), "fails (RuntimeError: ptxas fatal)"),
+        (AssertionError("shape"), "fails (AssertionError: shape)"),
+    ],
+    ids=["differs", "no_number", "does_not_compile", "asserts"],
+)
+def test_a_kernel_that_is_not_right_is_left_out_with_one_warning_or_refused_if_it_is_asked_for(result, said, caplog):
+    used, record = check(result)
+    assert not used
+    assert not record["attention"]["used"]
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    (warning,) = caplog.messages
+    assert warning.startswith(f"train.triton: Triton kernel attention {said}")
+    with pytest.raises(ValueError, match=r"train.triton=true: Triton kernel attention .*: set it to auto or false"):
+        check(result, True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kernel_that_is_wrong_on_one_rank_is_left_out_on_all(rank, caplog):
+    told = {"used": False, "reason": "differs from its plain twin (outputs off by 0.4, allowed 0.03)"}
+    of_ranks = {0: lambda own: [own, told], 1: lambda own: [told, own]}
+    used, record = check(AGREES, gather=of_ranks[rank], speaks=rank == 0)
+    assert not used
+    assert record["attention"] == told
+    assert len(caplog.messages) == (rank == 0)
+
+
+def test_nothing_is_compiled_without_a_gpu_or_where_it_is_not_wanted(monkeypatch):
+    assert check(AssertionError("run"))[1] == {"attention": {"used": False, "reason": "no GPU"}}
+    assert check(AssertionError("run"), False)[1] == {"attention": {"used": False, "reason": "train.triton=false"}}
+    monkeypatch.setattr(kernels, "_triton_is_installed", lambda: False)
+    assert check(AssertionError("run"), device=GPU)[1]["attention"]["reason"] == "no Triton"
+
+
+@pytest.mark.parametrize(
+    ("option", "device", "lack"), [("train.triton", CPU, "no GPU"), ("evaluate.kernels", GPU, "no Triton")]
+)
+def test_kernels_that_are_asked_for_are_refused_where_there_is_no_gpu_or_no_triton(option, device, lack, monkeypatch):
+    monkeypatch.setattr(kernels, "_triton_is_installed", lambda: False)
+    with pytest.raises(ValueError, match=f"{option}=true needs a GPU and Triton, and there is {lack}: set it to auto"):
+        require_gpu(option, True, device)
+
+
+@pytest.mark.parametrize("option", ["train.triton", "evaluate.kernels"])
+def test_the_options_of_kernels_are_auto_true_or_false(option):
+    def given(*value):
+        config = composed("name=x", "verifier.path=v", *(f"{option}={text}" for text in value))
+        return operator.attrgetter(option)(config)
+
+    assert [given(), given("auto"), given("true"), given("false")] == ["auto", "auto", True, False]
+    with pytest.raises(ValueError, match=f"{option} must be auto, true or false, got 'yes'"):
+        given("yes")
 
 
 def compiled(kernel, launch, dtype, others, capability=90):

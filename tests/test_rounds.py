@@ -5,6 +5,7 @@ What else a graph cannot hold, copies from the host, is not seen on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from decoding_twins import SHAPES, Loop
 from fledge.conf.schema import DraftSampling
 from fledge.eval.acceptance import AcceptanceRule
 from fledge.eval.benchmark import main
-from fledge.eval.prompt_lookup import NoDraft
+from fledge.eval.prompt_lookup import NoDraft, PromptLookup
 from fledge.eval.speculative import Request
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,18 +70,21 @@ def test_a_round_looks_at_no_value(shape, rule):
 class Recorded:
     """In place of CUDA graphs: what a round reads and writes must stay where it was, as long as its key is known."""
 
-    def __init__(self, speculator, drafter):
+    def __init__(self, speculator, drafter, within=contextlib.nullcontext):
         self.speculator, self.drafter, self.known, self.runs = speculator, drafter, {}, 0
+        self.within = within
 
     def clear(self):
         self.known.clear()
 
     def run(self, key, function):
         caches = [*self.speculator.cached.cache.tensors, self.drafter._cache, *self.drafter._rotary]
-        at = [tensor.data_ptr() for tensor in (*caches, self.speculator._draws, self.drafter._state)]
+        own = self.speculator._draws, self.speculator._proposed, self.drafter._state
+        at = [tensor.data_ptr() for tensor in (*caches, *own)]
         assert self.known.setdefault(key, at) == at, "a graph would use memory that is gone"
         self.runs += 1
-        return function()
+        with self.within():
+            return function()
 
 
 def test_a_round_that_is_known_finds_its_memory_where_it_was():
@@ -94,6 +98,20 @@ def test_a_round_that_is_known_finds_its_memory_where_it_was():
         for one in (alone, drafter, alone, drafter):
             speculator.decode(one)
     assert len(speculator._graphs.known) < speculator._graphs.runs / 5
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_what_prompt_lookup_reads_on_the_host_stays_outside_of_its_graph(rule):
+    loop, lookup = Loop(max_tokens=20), PromptLookup(3, 3)
+    speculator, drafter = loop.speculator("tree", rule)
+    expected = speculator.decode(lookup)
+    speculator._graphs = Recorded(speculator, drafter, within=NoLook)
+    found = speculator.decode(lookup)
+    assert [(one.tokens, one.drafted, one.accepted) for one in found] == [
+        (one.tokens, one.drafted, one.accepted) for one in expected
+    ]
+    assert sum(map(sum, (one.accepted for one in found))) > 0
+    assert speculator._graphs.runs == max(len(one.drafted) for one in found)
 
 
 SMALL = ["hidden_size=32", "intermediate_size=48", "num_attention_heads=4", "head_dim=8", "vocab_size=60"]

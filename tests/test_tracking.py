@@ -251,11 +251,12 @@ def test_what_is_logged_of_a_run_holds_every_option_and_no_secret(monkeypatch):
     config = Config(name="x")
     config.verifier.path = "somewhere"
     config.train.lr = 3e-4
-    about = run_description(config, {"hidden_states": "abc"})
+    about = run_description(config, {"hidden_states": "abc"}, {"attention": {"used": False}})
     text = json.dumps(about)
     assert "secret" not in text
     assert about["train"]["lr"] == 3e-4
     assert about["train"]["dtype"] == "bfloat16"
     assert about["evaluate"].keys() == vars(config.evaluate).keys()
     assert about["inputs"] == {"hidden_states": "abc"}
+    assert about["kernels"] == {"attention": {"used": False}}
     assert {"git", "fledge"} <= about.keys()

@@ -24,13 +24,14 @@ from ..data_synthesis.verifier_check import check_verifier
 from ..models.draft_head import DraftHead, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
 from ..models.head_sizes import describe_sizes
-from ..models.ttt_attention import MAX_HEAD_DIM
+from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
 from .data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
+from .kernel_checks import ATTENTION, check_training
 from .meter import Meter
 from .online import OnlineStates
 from .processes import Ranks, joined, sum_over_ranks
@@ -56,6 +57,7 @@ def train(config: Config) -> None:
 
 def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
     micro_batches(config)  # refused before anything is read
+    require_gpu("train.triton", config.train.triton, ranks.device)
     given = trained_head(config) if config.train.init_from else None
     shape = given.config if given else check_verifier(config)
     if ranks.rank == 0 and not given:
@@ -71,6 +73,7 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
             if ranks.rank == 0:
                 print(f"training: {config.training_folder} is complete")
             return
+        kernels = check_training(config.train, shape, ranks)
         if config.train.verify_checksums and not resumed:
             data.verify()
         target = None
@@ -79,7 +82,7 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
             target = stack.enter_context(opened)
         if ranks.any_rank(signals.received is not None):  # and no rank goes on before the folder is cleared
             sys.exit(signals.exit_code)
-        Trainer(config, data, head, ranks, target).run(signals)
+        Trainer(config, data, head, ranks, target, kernels).run(signals)
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
@@ -101,9 +104,16 @@ class Trainer:
     """One training run: its head, its data, its records."""
 
     def __init__(
-        self, config: Config, data: TrainingData, head: DraftHead, ranks: Ranks, target: Artifact | None
+        self,
+        config: Config,
+        data: TrainingData,
+        head: DraftHead,
+        ranks: Ranks,
+        target: Artifact | None,
+        kernels: Checked,
     ) -> None:
         self.config, self.data, self.ranks = config, data, ranks
+        self.kernels = kernels
         self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
         device = ranks.device
         self.target = target  # on rank 0
@@ -120,8 +130,6 @@ class Trainer:
         is_online = config.train.hidden_states is HiddenStates.online
         self.online = OnlineStates.load(config, head.config.aux_layers, ranks.gpus) if is_online else None
         options = config.train
-        if options.triton and head.config.head_dim > MAX_HEAD_DIM and self.rank == 0:
-            print(f"train: train.triton has no kernel for heads of {head.config.head_dim}, above {MAX_HEAD_DIM}")
         self.module = TTTModule(
             self.head,
             options.ttt_steps,
@@ -130,7 +138,7 @@ class Trainer:
             transform,
             options.blend_rate,
             options.checkpoint_activations,
-            options.triton,
+            ATTENTION in kernels.used,
         )
         self.num_parameters = sum(parameter.numel() for parameter in head.parameters())
         self.checkpoints = config.training_folder / "checkpoints"
@@ -212,7 +220,8 @@ class Trainer:
             self.acceptance = torch.tensor(loaded.acceptance, device=self.device)
         if self.target:
             self._announce()
-            self.target.save(complete=False, wandb_run=self.target.manifest.get("wandb_run") or secrets.token_hex(8))
+            wandb_run = self.target.manifest.get("wandb_run") or secrets.token_hex(8)
+            self.target.save(complete=False, wandb_run=wandb_run, kernels=self.kernels.record)
             values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
             write_atomic(self.target.folder / "config.yaml", values)
         return self.state
@@ -349,7 +358,7 @@ class Trainer:
     def _tracker(self) -> Tracker:
         assert self.target is not None
         run = self.target.manifest["wandb_run"]
-        about = run_description(self.config, self.data.inputs())
+        about = run_description(self.config, self.data.inputs(), self.kernels.record)
         return Tracker(self.config.tracking, self.config.training_folder, self.state.step, run, self.config.name, about)
 
     def _announce(self) -> None:

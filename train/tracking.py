@@ -52,10 +52,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def run_description(config: Config, inputs: dict[str, str]) -> dict[str, Any]:
-    """Give what trackers are told of a run: every option, the code, and digests of the inputs' manifests."""
+def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, Any]) -> dict[str, Any]:
+    """Give what trackers are told of a run: every option, the code, the inputs' digests and which kernels are used."""
     options: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return {**options, "fledge": __version__, "git": git_state(Path(__file__).parents[1]), "inputs": inputs}
+    about = {"fledge": __version__, "git": git_state(Path(__file__).parents[1])}
+    return {**options, **about, "inputs": inputs, "kernels": kernels}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 
 DEVICE = "cuda"  # the type that they run on
+DECODING = frozenset({"choose", "join", "move", "way"})  # the kernels of speculative decoding, by name
 
 
 def run_on(device: torch.device) -> bool:

@@ -1,0 +1,129 @@
+"""Triton kernels are compared with their plain twins at the start of a run, on its GPU, in its shapes and dtype.
+
+A kernel whose results agree is used. One whose results differ, or that Triton cannot compile, is left out with one
+warning that names the figures, and plain PyTorch does its work. The cases are small, random and ugly; they stand beside
+the twins: train/kernel_checks.py, eval/kernel_checks.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from . import run_on
+
+# Of outputs, and of gradients relative to their largest entry.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+class Figure(NamedTuple):
+    """How far a kernel is off, and how far it may be."""
+
+    found: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kernel's comparison: compiles the kernel, runs it and its plain twin, and gives the figures by name."""
+
+    kernel: str
+    compare: Callable[[], dict[str, Figure]]
+
+
+class Checked(NamedTuple):
+    """What the checks found."""
+
+    used: frozenset[str]  # kernels
+    record: dict[str, dict[str, Any]]  # by kernel, JSON-able
+
+
+def require_gpu(option: str, setting: bool | str, device: torch.device) -> None:
+    """Refuse kernels that are asked for by `true` on a device that has none.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if setting is True and not run_on(device):
+        raise ValueError(f"{option}=true needs a GPU and Triton, and there is {_lack(device)}: set it to auto")
+
+
+def check_kernels(
+    option: str,
+    setting: bool | str,
+    device: torch.device,
+    checks: Sequence[Check],
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+    speaks: bool = True,
+) -> Checked:
+    """Return which kernels agree with their plain twins, on every rank the same.
+
+    Args:
+        option: dotted name of the option, whose value is `setting`: "auto", True or False.
+        gather: gives the values of all ranks.
+        speaks: whether this rank logs what was found.
+
+    Raises:
+        ValueError: the option is true, and a kernel is not right.
+    """
+    require_gpu(option, setting, device)
+    if setting is False or not run_on(device):
+        reason = f"{option}=false" if setting is False else _lack(device)
+        return Checked(frozenset(), {check.kernel: {"used": False, "reason": reason} for check in checks})
+    record = {}
+    for check in checks:
+        of_ranks = gather(_compared(option, check, device))
+        told = next((told for told in of_ranks if not told["used"]), of_ranks[0])
+        record[check.kernel] = told
+        if setting is True and not told["used"]:
+            raise ValueError(f"{option}=true: Triton kernel {check.kernel} {told['reason']}: set it to auto or false")
+        if speaks and told["used"]:
+            said = f"{_said(told['figures'])}; {told['seconds']} s"
+            print(f"{option}: Triton kernel {check.kernel} agrees with its plain twin ({said})", flush=True)
+        elif speaks:
+            logging.getLogger(__name__).warning(
+                "%s: Triton kernel %s %s; plain PyTorch does its work, slower", option, check.kernel, told["reason"]
+            )
+    return Checked(frozenset(name for name, told in record.items() if told["used"]), record)
+
+
+def _lack(device: torch.device) -> str:
+    return "no Triton" if device.type == "cuda" else "no GPU"
+
+
+def _compared(option: str, check: Check, device: torch.device) -> dict[str, Any]:
+    """Return what a record says of a kernel: whether it is used, its figures as [found, allowed], or else a reason."""
+    started = time.perf_counter()
+    try:
+        figures = {name: Figure(*map(float, figure)) for name, figure in check.compare().items()}
+    except Exception as error:  # whatever Triton, its compiler or the driver raise
+        _check_device(option, check, device)
+        return {"used": False, "reason": f"fails ({type(error).__name__}: {' '.join(str(error).split())[:300]})"}
+    told: dict[str, Any] = {
+        "used": all(figure.found <= figure.allowed for figure in figures.values()),  # false for what is no number
+        "figures": {n: [f.found if math.isfinite(f.found) else None, f.allowed] for n, f in figures.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    return told if told["used"] else {**told, "reason": f"differs from its plain twin ({_said(figures)})"}
+
+
+def _said(figures: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{name} off by {found:.1e}, allowed {most:.1e}" for name, (found, most) in figures.items())
+
+
+def _check_device(option: str, check: Check, device: torch.device) -> None:
+    """Refuse to go on where a kernel has left the GPU unusable to this process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{option}: Triton kernel {check.kernel} broke this process's use of the GPU "
+            f"({' '.join(str(error).split())[:200]}): set {option}=false"
+        ) from None
