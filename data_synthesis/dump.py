@@ -133,6 +133,8 @@ def _complete(config: Config, target: Artifact, plan: HiddenStateStore, always: 
             f"hidden states: {done} of {len(plan.entries)} shards are there; the writer that ends last completes them"
         )
         return
+    for part in folder.glob("part-*"):  # of writers that were interrupted, and have gone on
+        part.unlink()
     shards = [shard_entry(folder / entry["file"]) for entry in plan.entries]
     for shard, planned in zip(shards, plan.entries, strict=True):
         same = all(shard[name] == planned[name] for name in ("samples", "tokens", "counted_tokens"))

@@ -11,7 +11,6 @@ import torch
 from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config
-from ..conf.signals import StopSignals
 from ..data_synthesis.chat import NoExactSpanError, answer_text, has_images, prompt_tokens
 from ..data_synthesis.image_reader import ImageReader, ImageTokenizer
 from ..data_synthesis.images import conversation_images, template_messages
@@ -30,19 +29,14 @@ from .speculative import Decoded, Request, Speculator
 def answer_questions(config: Config, head: DraftHead, questions: list[Question], folder: Path) -> None:
     """Answer those questions that the journal in `folder` does not hold yet, and append their records.
 
-    Raises:
-        SystemExit: a signal asked to stop; what is answered is saved.
+    A signal ends it at once: the group being answered is answered again by the next start.
     """
     journal = Journal(folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
     if left:
         answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head)
         progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-        signals = StopSignals()
         for group in _groups(left, config.evaluate.batch_size):
-            if signals.received:
-                journal.close()
-                signals.exit("evaluate")
             journal.append(answerer.answer(group))
             progress.update(len(group))
         progress.close()

@@ -15,8 +15,8 @@ from typing import Any
 from ..conf.artifact import Artifact, digest
 from ..conf.journal import Journal
 from ..conf.progress import Progress
-from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
+from ..conf.signals import EXIT_AGAIN
 from ..data_synthesis.chat import prompt_tokens
 from ..data_synthesis.endpoints import Endpoint, RequestError
 from ..data_synthesis.handshake import refusal
