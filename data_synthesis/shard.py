@@ -11,7 +11,8 @@
 | `last_scale`        | [N, 1]   | float32, likewise                                                           |
 | `last_offsets`      | [S+1]    | int64, where the last states of target positions alone are kept: N is theirs |
 
-A shard for online training has the first three only.
+A shard for online training has the first three only. `part-00003.safetensors` has the same form, and holds what a
+writer had of shard 3 when it was interrupted.
 
 The file's metadata hold, as one JSON object (of several, the order would be left to chance), the ids of its samples
 (`sample_ids`), where the conversations of those with images stand (`image_records`), and a checksum of every tensor

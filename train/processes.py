@@ -8,6 +8,7 @@ they are waiting: NCCL does not notice a peer's end.
 |-----------------------------|-------------------------------------------|---------------------------------------|
 | finished                    |                                           | 0                                     |
 | raised SystemExit, as all   |                                           | its code                              |
+| was stopped before a step   | (conf/signals.py has answered)            | 75, or 130 after Ctrl-C               |
 | met an error a user can fix | the sentence                              | 2                                     |
 | differs from the others     | the sentence, on every rank               | 2                                     |
 | met a fault                 | the traceback                             | 1                                     |
