@@ -159,7 +159,7 @@ def artifact(
     """
     folder.mkdir(parents=True, exist_ok=True)
     cure = None if wait else "wait for it or choose another name"
-    with held(folder / ".lock", f"{folder} is being written", cure):
+    with held(folder / ".lock", f"{folder} is being written by", cure):
         yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)
 
 
@@ -168,8 +168,8 @@ def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
     """Hold a lock, alone. A file beside it says who does, and whether that process is asked to stop.
 
     Args:
-        what: is done meanwhile.
-        cure: if another process holds it; None: that is waited for.
+        what: said before `another process`.
+        cure: said if another holds it; None: that is waited for.
 
     Raises:
         ValueError: another process holds it.
@@ -181,7 +181,7 @@ def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
         who = "another process"
         with suppress(OSError):  # it has just ended
             who += f" ({about.read_text()})"
-        what = f"{what} by {who}"
+        what = f"{what} {who}"
         if cure:
             raise ValueError(f"{what}: {cure}") from None
         print(f"{what}: waiting for it", flush=True)
@@ -226,7 +226,7 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
 def _clear(folder: Path) -> None:
     """Delete what a folder holds. A kill in between leaves a manifest without settings: the next start clears on."""
     for inner in folder.glob("*/.lock"):
-        with held(inner, f"{inner.parent} is being written", "stop it, or wait for it"):
+        with held(inner, f"{inner.parent} is being written by", "stop it, or wait for it"):
             pass
     write_json(folder / MANIFEST, {**_load_manifest(folder / MANIFEST), "settings": None, "complete": False})
     entries = [entry for entry in folder.iterdir() if entry.name not in (*_OF_LOCK, MANIFEST)]

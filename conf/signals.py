@@ -50,6 +50,7 @@ class StopSignals:
         self.waits: str | Callable[[], str] | None = None  # says what is deferred
         self._first: signal.Signals | None = None  # as soon as it comes
         self._came = 0.0
+        self._told = threading.Event()
         self._raised = False
 
     @property
@@ -65,6 +66,7 @@ class StopSignals:
     def stop(self) -> None:
         """End the command, which has been asked to stop."""
         self._raised = True
+        self._told.wait(1.0)
         raise Stopped(self.exit_code)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
@@ -104,6 +106,7 @@ class StopSignals:
         self._first = self._first or came
         what = waits() if callable(waits) else waits or "it ends now, what it has saved stays"
         self._say(f"{came.name} received: {what}" + ("; Ctrl-C ends it at once" if waits else ""))
+        self._told.set()
 
     def _say(self, text: str) -> None:
         line = f"{self.command}: {text}\n"
@@ -122,17 +125,17 @@ def answered(command: str) -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     threading.Thread(target=_this.watch, args=(reader,), name="signals", daemon=True).start()
-    before = {number: signal.signal(number, _this.handle) for number in _SIGNALS}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _this.handle) for number in _SIGNALS}
     try:
         yield
     except Stopped:
         print(f"{command}: stopped by {_this.name}; the same command goes on", file=sys.stderr, flush=True)
         raise
     finally:
-        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
         writer.close()
         _this = outer
 

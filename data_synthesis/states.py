@@ -285,7 +285,7 @@ def _scratch(folder: Path, writer: int) -> Iterator[Path]:
     scratch = folder / f"writer-{writer:05d}"
     scratch.mkdir(exist_ok=True)
     cure = "wait for it, or give this one another number (dump.writer, of dump.num_writers)"
-    with held(scratch / ".lock", f"writer {writer} of {folder} is run", cure):
+    with held(scratch / ".lock", f"writer {writer} of {folder} is at work in", cure):
         try:
             for left in scratch.glob(".*.tmp"):
                 left.unlink()

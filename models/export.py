@@ -55,7 +55,7 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         "texts": digest(texts),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written"):
+    with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written by"):
         if _current_settings(folder) == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
             print(f"export: {folder} is complete")
             return

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from builders import SMALL_DECODER, Run, conversation_record, conversations_run
 from fledge.conf.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.cli import COMMANDS
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis.shard import shard_entry
+from fledge.data_synthesis.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
+from fledge.data_synthesis.state_format import FLOAT8, StateFormat
 from fledge.data_synthesis.states import _scratch
-from fledge.data_synthesis.store import HiddenStateStore
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -56,20 +57,33 @@ def slow_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def slow(tmp_path: Path, slow_verifier: Path) -> Run:
-    """A run whose store is one shard of many batches."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, slow_verifier: Path) -> Run:
+    """A run whose store is one shard of many batches, not to be written to."""
+    folder = tmp_path_factory.mktemp("whole")
     rows = [{"id": str(n), "prompt": f"{n} " + "word " * (60 + n)} for n in range(NUM_PROMPTS)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [
-        f"data.sources=[{{path:{tmp_path / 'rows.jsonl'}}}]",
+        f"data.sources=[{{path:{folder / 'rows.jsonl'}}}]",
         "synthesize.max_tokens=3",
         "dump.keep_truncated=true",
         "dump.shard_tokens=1000000",
         "dump.batch_tokens=600",
         "draft.vocab_size=200",
     ]
-    return Run(tmp_path / "runs", slow_verifier, options=options)
+    run = Run(folder / "runs", slow_verifier, options=options)
+    run("synthesize")
+    run("dump")
+    return run
+
+
+@pytest.fixture
+def slow(tmp_path: Path, whole: Run) -> Run:
+    """The same run before its dump."""
+    run = Run(tmp_path / "runs", whole.verifier, options=whole.options)
+    for part in ("prompts", "conversations"):
+        shutil.copytree(whole.path / part, run.path / part)
+    return run
 
 
 class Started:
@@ -106,10 +120,9 @@ class Started:
     [("dump", signal.SIGTERM, 75), ("dump", signal.SIGINT, 130), ("run", signal.SIGUSR1, 75)],
 )
 def test_a_signal_in_the_middle_of_a_shard_loses_the_batch_being_read_and_nothing_else(
-    slow, tmp_path, stage, number, code
+    slow, whole, tmp_path, stage, number, code
 ):
     store = slow.path / "hidden_states"
-    slow("synthesize")
     dump = Started(slow.command(stage), tmp_path)
     dump.wait(lambda: "for this writer's" in dump.said)
     time.sleep(1)  # some batches
@@ -125,25 +138,36 @@ def test_a_signal_in_the_middle_of_a_shard_loses_the_batch_being_read_and_nothin
     assert 0 < kept < NUM_PROMPTS
     assert f"{kept} of {NUM_PROMPTS} samples of shard-00000.safetensors are recorded" in said
     assert f"{kept} of its samples are there" in slow("dump").stdout
-    whole = tmp_path / "whole"
-    slow("dump", f"dump.folder={whole}")
-    assert read_manifest(store, "hidden_states")["shards"] == read_manifest(whole, "hidden_states")["shards"]
-    assert read_manifest(store, "hidden_states")["digest"] == read_manifest(whole, "hidden_states")["digest"]
+    ours, theirs = (read_manifest(run.path / "hidden_states", "hidden_states") for run in (slow, whole))
+    assert (ours["shards"], ours["digest"]) == (theirs["shards"], theirs["digest"]), "checksums included"
     assert not list(store.glob("**/part-*"))
 
 
-@pytest.mark.parametrize("form", [["dump.dtype=float8"], ["dump.dtype=bfloat16", "dump.last_states=counted"]])
-def test_a_part_of_a_shard_holds_states_of_every_form(slow, tmp_path, form):
-    slow("synthesize")
-    dump = Started(slow.command("dump", *form), tmp_path)
-    dump.wait(lambda: "for this writer's" in dump.said)
-    time.sleep(1)
-    assert dump.stop(signal.SIGTERM)[0] == 75
-    assert (slow.path / "hidden_states" / "part-00000.safetensors").exists()
-    slow("dump", *form)
-    slow("dump", *form, f"dump.folder={tmp_path / 'whole'}")
-    ours, theirs = (HiddenStateStore(folder) for folder in (slow.path / "hidden_states", tmp_path / "whole"))
-    assert ours.manifest["shards"] == theirs.manifest["shards"], "checksums included"
+@pytest.mark.parametrize("only_counted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT8])
+def test_a_shard_that_goes_on_from_a_part_is_the_uninterrupted_one(tmp_path, dtype, only_counted):
+    generator, form = torch.Generator().manual_seed(0), StateFormat(dtype, only_counted)
+    lengths = [5, 3, 9, 4, 7]
+    states = [(torch.randn(n, 24, generator=generator), torch.randn(n, 8, generator=generator)) for n in lengths]
+    samples = [
+        Sample(f"s/{n}", torch.arange(n, dtype=torch.int32), (torch.arange(n) > 1).to(torch.uint8)) for n in lengths
+    ]
+    samples[2].image_record = ImageRecord("conversations.jsonl", 7, ["digest"])
+    whole, first, again = (Shard.of(samples) for _ in range(3))
+    for number in (2, 4, 0, 3, 1):
+        whole.set_states(number, *states[number], form)
+    for number in (2, 4, 0):
+        first.set_states(number, *states[number], form)
+    write_shard(tmp_path, 6, replace(first.part([2, 4]), made_with="this"))
+    assert open_part(tmp_path, 6, "that") is None
+    part = open_part(tmp_path, 6, "this")
+    assert part is not None
+    assert list(part.image_records) == [0]
+    assert again.take(part) == [2, 4]
+    for number in (0, 3, 1):
+        again.set_states(number, *states[number], form)
+    (tmp_path / "again").mkdir()
+    assert write_shard(tmp_path, 6, whole) == write_shard(tmp_path / "again", 6, again), "checksums included"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -259,7 +283,7 @@ def test_a_second_start_is_told_who_is_at_work_and_that_it_is_asked_to_stop(tmp_
         first.wait(lambda: "holds" in first.said)
         with (
             pytest.raises(
-                ValueError, match=rf"by another process \({first.process.pid} on [^ ]+, since \S+ \S+\): wai"
+                ValueError, match=rf"(by|in) another process \({first.process.pid} on [^ ]+, since \S+ \S+\): wai"
             ),
             again(),
         ):

@@ -303,7 +303,7 @@ def embedded_verifier(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    with held(root / f"{folder.name}.lock", f"{folder} is being made"):
+    with held(root / f"{folder.name}.lock", f"{folder} is being made by"):
         if not folder.is_dir():
             unfinished = root / f"{folder.name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
