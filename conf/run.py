@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from .place import Place
 from .schema import Config
-from .signals import deferred, listening
+from .signals import EXIT_AGAIN, deferred, listening
 
 _GRACE_S = 60.0  # for the other processes of a stage to end after one has failed
 STAGES = ("synthesize", "dump", "train", "evaluate", "export")
@@ -43,6 +43,8 @@ def run(config: Config) -> None:
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
             command = [sys.executable, "-m", "fledge", stage, *overrides]
             code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
+            if signals.received and code in (EXIT_AGAIN, 128 + signals.received):  # it had none to answer yet
+                signals.stop()
             if code:
                 print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
                 sys.exit(code)
@@ -56,13 +58,18 @@ def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> 
     which therefore counts least.
     """
     processes: list[subprocess.Popen[bytes]] = []
+    came: list[signal.Signals] = []
 
     def pass_on(number: signal.Signals) -> None:
+        came.append(number)
         for process in processes:
             process.send_signal(number)
 
     with listening(pass_on):
-        processes += [subprocess.Popen(command, env=environment) for environment in environments]
+        for environment in environments:
+            processes.append(subprocess.Popen(command, env=environment))
+        for number in came[:1]:  # to those that were not there yet
+            pass_on(number)
         first: list[int | None] = []  # codes when the first process failed
         while None in (codes := [process.poll() for process in processes]):
             if not first and any(codes):

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # SIGTERM comes from schedulers and launchers, SIGUSR1 from `sbatch --signal=USR1@120`, SIGINT from a keyboard.
@@ -110,7 +110,8 @@ class StopSignals:
 
     def _say(self, text: str) -> None:
         line = f"{self.command}: {text}\n"
-        os.write(2, (f"\n{line}" if sys.stderr.isatty() else line).encode())  # no lock of Python's is waited for
+        with suppress(OSError):  # nobody may be left to hear it
+            os.write(2, (f"\n{line}" if sys.stderr.isatty() else line).encode())  # waits for no lock of Python's
 
 
 _this = StopSignals()  # a process has one

@@ -185,7 +185,8 @@ def _record_shard(
 
     What is left is then read in the batches in which it would have been, and has the same states to the bit.
     """
-    left, batch = [number for number in range(len(samples)) if number not in set(recorded)], list[int]()
+    there, batch = set(recorded), list[int]()
+    left = [number for number in range(len(samples)) if number not in there]
 
     def next_batch() -> bool:
         recorded.extend(batch)

@@ -19,6 +19,7 @@ import transformers
 from builders import SMALL_DECODER, Run, conversation_record, conversations_run
 from fledge.conf.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.cli import COMMANDS
+from fledge.conf.run import _free_port as free_port
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
 from fledge.data_synthesis.state_format import FLOAT8, StateFormat
@@ -47,7 +48,7 @@ def slow_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **{**SMALL_DECODER, "hidden_size": 256, "intermediate_size": 2048},
+        **{**SMALL_DECODER, "hidden_size": 256, "intermediate_size": 2048, "num_key_value_heads": 2},
         vocab_size=257,
         max_position_embeddings=4096,
         eos_token_id=256,
@@ -89,9 +90,9 @@ def slow(tmp_path: Path, whole: Run) -> Run:
 class Started:
     """A command at work, and what it says."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
-        self._path = folder / "said"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    def __init__(self, command: Sequence[str], folder: Path, rank: int = 0, **variables: str) -> None:
+        self._path = folder / f"said-{rank}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
         with open(self._path, "w") as file:
             self.process = subprocess.Popen(list(command), stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -140,6 +141,33 @@ def test_a_signal_in_the_middle_of_a_shard_loses_the_batch_being_read_and_nothin
     assert f"{kept} of its samples are there" in slow("dump").stdout
     ours, theirs = (read_manifest(run.path / "hidden_states", "hidden_states") for run in (slow, whole))
     assert (ours["shards"], ours["digest"]) == (theirs["shards"], theirs["digest"]), "checksums included"
+    assert not list(store.glob("**/part-*"))
+
+
+def test_ranks_that_hold_one_verifier_stop_at_the_same_batch(slow, tmp_path):
+    store = slow.path / "hidden_states"
+
+    def ranks() -> list[Started]:
+        sizes = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        command = slow.command("dump", "verifier.tensor_parallel=true")
+        return [Started(command, tmp_path, rank, RANK=str(rank), LOCAL_RANK=str(rank), **sizes) for rank in (0, 1)]
+
+    first, other = ranks()
+    first.wait(lambda: "for this writer's" in first.said)
+    time.sleep(1)
+    code, said = other.stop(signal.SIGTERM)
+    assert (code, first.process.wait(timeout=60)) == (75, 75), said + first.said
+    assert "dump: SIGTERM received: it ends after the batch that its ranks are reading" in said
+    assert "dump: stopped by a signal; the same command goes on" in first.said
+    assert 0 < shard_entry(store / "part-00000.safetensors")["samples"] < NUM_PROMPTS
+    again = ranks()
+    assert [rank.process.wait(timeout=100) for rank in again] == [0, 0], again[0].said
+    assert shard_entry(store / "shard-00000.safetensors")["samples"] == NUM_PROMPTS
     assert not list(store.glob("**/part-*"))
 
 
