@@ -19,11 +19,13 @@ import transformers
 from builders import SMALL_DECODER, Run, conversation_record, conversations_run
 from fledge.conf.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.cli import COMMANDS
-from fledge.conf.run import _free_port as free_port
+from fledge.conf.journal import read_journal
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
 from fledge.data_synthesis.state_format import FLOAT8, StateFormat
 from fledge.data_synthesis.states import _scratch
+from servers import free_port
+from sglang_double import sglang_double
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -240,6 +242,28 @@ def test_a_signal_in_the_middle_of_a_question_ends_evaluation_and_changes_no_cou
     ours, theirs = (json.loads((r.path / "evaluation" / "acceptance.json").read_text()) for r in (run, finished))
     for name in ("num_questions", "num_drafts", "num_accepted_tokens_per_pos", "num_output_tokens", "lossless"):
         assert ours[name] == theirs[name]
+
+
+def test_a_signal_ends_an_evaluation_by_a_server_which_asks_nothing_twice(run, tmp_path):
+    rows = [{"question_id": n, "category": "math", "turns": [f"What is {n}?", "And more?"]} for n in range(400)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = run.path / "evaluation" / "questions.jsonl"
+    with sglang_double(str(run.verifier)) as server:
+        run.options = [
+            *("evaluate.engine=server", f"evaluate.endpoint={server.endpoint}"),
+            *(f"evaluate.questions={tmp_path / 'q.jsonl'}", "evaluate.questions_per_category=null"),
+        ]
+        evaluation = Started(run.command("evaluate"), tmp_path)
+        evaluation.wait(lambda: records.exists() and records.stat().st_size)
+        code, said = evaluation.stop(signal.SIGTERM)
+        assert code == 75, said
+        assert "evaluate: SIGTERM received: it ends now" in said
+        assert "Traceback" not in said
+        answered = records.read_bytes()
+        assert 0 < answered.count(b"\n") < len(rows)
+        run("evaluate")
+    assert records.read_bytes().startswith(answered)
+    assert len({record["id"] for record in read_journal(records)}) == len(rows)
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
