@@ -6,16 +6,22 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .. import __version__
+from .signals import listening
 
 MANIFEST = "manifest.json"
+_HOLDER = "-holder"  # after the name of a lock: the file that says who holds it
+_OF_LOCK = (".lock", f".lock{_HOLDER}")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -152,19 +158,46 @@ def artifact(
         ValueError: another process writes the folder, it was made with other settings, or it is not an artifact.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    cure = None if wait else "wait for it or choose another name"
+    with held(folder / ".lock", f"{folder} is being written by", cure):
+        yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)
+
+
+@contextmanager
+def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
+    """Hold a lock, alone. A file beside it says who does, and whether that process is asked to stop.
+
+    Args:
+        what: said before `another process`.
+        cure: said if another holds it; None: that is waited for.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock, about = FileLock(path, timeout=0), path.with_name(path.name + _HOLDER)
     try:
         lock.acquire()
     except Timeout:
-        if not wait:
-            raise ValueError(
-                f"{folder} is being written by another process: wait for it or choose another name"
-            ) from None
-        print(f"{folder} is being written by another process: waiting for it", flush=True)
+        who = "another process"
+        with suppress(OSError):  # it has just ended
+            who += f" ({about.read_text()})"
+        what = f"{what} {who}"
+        if cure:
+            raise ValueError(f"{what}: {cure}") from None
+        print(f"{what}: waiting for it", flush=True)
         lock.acquire(timeout=-1)
+
+    def note(came: signal.Signals) -> None:
+        with suppress(OSError), open(about, "r+") as file:  # never made anew
+            file.seek(0, os.SEEK_END)
+            file.write(f", asked to stop by {came.name} at {time.strftime('%X')}, ends soon")
+
     try:
-        yield _open(folder, kind, json.loads(json.dumps(settings)), overwrite)
+        about.write_text(f"{os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %X')}")
+        with listening(note):
+            yield
     finally:
+        about.unlink(missing_ok=True)
         lock.release()
 
 
@@ -183,7 +216,7 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
                 "choose another name, or overwrite=true to make it anew"
             )
         _clear(folder)
-    elif any(entry.name not in (".lock", f".{MANIFEST}.tmp") for entry in folder.iterdir()):
+    elif any(entry.name not in (*_OF_LOCK, f".{MANIFEST}.tmp") for entry in folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {MANIFEST}: it is not fledge's to write, choose another folder")
     fresh = Artifact(folder, {"kind": kind, "fledge": __version__, "settings": settings, "complete": False})
     fresh.save()
@@ -193,13 +226,10 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
 def _clear(folder: Path) -> None:
     """Delete what a folder holds. A kill in between leaves a manifest without settings: the next start clears on."""
     for inner in folder.glob("*/.lock"):
-        try:
-            with FileLock(inner, timeout=0):
-                pass
-        except Timeout:
-            raise ValueError(f"{inner.parent} is being written by another process: stop it, or wait for it") from None
+        with held(inner, f"{inner.parent} is being written by", "stop it, or wait for it"):
+            pass
     write_json(folder / MANIFEST, {**_load_manifest(folder / MANIFEST), "settings": None, "complete": False})
-    entries = [entry for entry in folder.iterdir() if entry.name not in (".lock", MANIFEST)]
+    entries = [entry for entry in folder.iterdir() if entry.name not in (*_OF_LOCK, MANIFEST)]
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

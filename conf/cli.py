@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .schema import Config, validate
+from .signals import answered
 
 # command -> (module and function that run it, what it does)
 COMMANDS = {
@@ -174,7 +175,8 @@ def run_command(command: str, overrides: list[str]) -> None:
     sys.argv = [f"fledge {command}", *_with_free_names(overrides)]
     task = _task(command, show_traceback)
     try:
-        hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
+        with answered(command):
+            hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise
@@ -209,9 +211,6 @@ def _task(command: str, show_traceback: bool) -> Any:
             if show_traceback:
                 raise
             _fail(explain(error))
-        except KeyboardInterrupt:
-            print("fledge: interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
 
     return task
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .signals import deferred
+
 Check = Callable[[dict[str, Any]], "str | None"]  # says what is wrong with a record, or None
 
 
@@ -99,9 +101,10 @@ class Journal:
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records, one line each: safe from a kill at once, from a power cut by an append some time later."""
-        for record in records:
-            self._file.write(json_line(record))
-        self._file.flush()
+        with deferred("it ends as soon as the records it has are written"):
+            for record in records:
+                self._file.write(json_line(record))
+            self._file.flush()
         if time.monotonic() - self._synced >= self._sync_every_s:
             self._sync()
 

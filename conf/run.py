@@ -8,14 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 
 from .place import Place
 from .schema import Config
+from .signals import EXIT_AGAIN, deferred, listening
 
-EXIT_AGAIN = 75  # stopped by a signal, with everything saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
 _GRACE_S = 60.0  # for the other processes of a stage to end after one has failed
 STAGES = ("synthesize", "dump", "train", "evaluate", "export")
 
@@ -28,49 +27,56 @@ def run(config: Config) -> None:
     """
     overrides = list(HydraConfig.get().overrides.task)
     started = time.monotonic()
-    for number, stage in enumerate(STAGES, 1):
-        if stage == "evaluate" and config.evaluate.lacks_server:
-            print(
-                f"[{number}/{len(STAGES)}] evaluate is left out, evaluate.engine=server has no evaluate.endpoint yet: "
-                "serve the verifier with the export, then `fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`",
-                flush=True,
-            )
-            continue
-        print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
-        command = [sys.executable, "-m", "fledge", stage, *overrides]
-        code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
-        if code:
-            print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
-            sys.exit(code)
+    stage = STAGES[0]
+    with deferred(lambda: f"passed on to `{stage}`, which ends first") as signals:
+        for number, stage in enumerate(STAGES, 1):
+            if signals.received:
+                signals.stop()
+            if stage == "evaluate" and config.evaluate.lacks_server:
+                print(
+                    f"[{number}/{len(STAGES)}] evaluate is left out, evaluate.engine=server has no evaluate.endpoint "
+                    "yet: serve the verifier with the export, then `fledge evaluate ... "
+                    "evaluate.endpoint=http://HOST:8000/v1`",
+                    flush=True,
+                )
+                continue
+            print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
+            command = [sys.executable, "-m", "fledge", stage, *overrides]
+            code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
+            if signals.received and code in (EXIT_AGAIN, 128 + signals.received):  # it had none to answer yet
+                signals.stop()
+            if code:
+                print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
+                sys.exit(code)
     print(f"run {config.name} is complete in {config.run_folder} ({time.monotonic() - started:.0f} s)")
 
 
 def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> int:
     """Run a stage to its end, a process in each environment, and give its exit code.
 
-    A signal that asks to stop goes on to its processes; a keyboard's reaches them by itself. A process that ends
-    because another has ended does so with 1, which therefore counts least.
+    A signal that asks to stop goes on to its processes. A process that ends because another has ended does so with 1,
+    which therefore counts least.
     """
     processes: list[subprocess.Popen[bytes]] = []
+    came: list[signal.Signals] = []
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def pass_on(number: signal.Signals) -> None:
+        came.append(number)
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda _number, _frame: None)
-    try:
-        processes += [subprocess.Popen(command, env=environment) for environment in environments]
+    with listening(pass_on):
+        for environment in environments:
+            processes.append(subprocess.Popen(command, env=environment))
+        for number in came[:1]:  # to those that were not there yet
+            pass_on(number)
         first: list[int | None] = []  # codes when the first process failed
         while None in (codes := [process.poll() for process in processes]):
             if not first and any(codes):
                 first, deadline = codes, time.monotonic() + _GRACE_S
             if first and time.monotonic() > deadline:
-                pass_on(signal.SIGKILL, None)
+                pass_on(signal.SIGKILL)
             time.sleep(0.05)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     failed = [code for code in [*first, *codes] if code]
     code = next((code for code in failed if code != 1), max(failed, default=0))
     return code if code >= 0 else 128 - code

@@ -1,34 +1,57 @@
-"""Signals that end a stage soon, with everything saved."""
+"""Signals that ask to stop: told at once, and obeyed as soon as nothing is lost by it.
+
+While a command runs (`answered`), a signal ends it where it stands, as a kill would, but with a word and an exit code
+that asks for another start. What must not be torn apart is `deferred`: it is put away first, or the stage looks at
+`received` and ends at the next good place. A thread tells and passes on: Python's own handlers run between two
+operations only, and one operation of a large verifier may take a minute.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import select
 import signal
+import socket
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
-
-from .run import EXIT_AGAIN
 
 # SIGTERM comes from schedulers and launchers, SIGUSR1 from `sbatch --signal=USR1@120`, SIGINT from a keyboard.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EXIT_AGAIN = 75  # stopped by a signal, with everything saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
+_REPEAT_S = 1.0  # a keyboard's signal and the same passed on by a launcher are one
+_GRACE_S = 60  # for a command to end where nothing is deferred; then it is ended
+
+
+class Stopped(SystemExit):
+    """A signal has asked this process to stop."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 class StopSignals:
-    """Remembers the first signal that asks to stop; a second SIGINT interrupts at once."""
+    """What has come for this process, and what it does about it.
+
+    Attributes:
+        received: the first signal, once the process is between two operations.
+    """
 
     def __init__(self) -> None:
+        self.command = ""
         self.received: signal.Signals | None = None
-        for number in _SIGNALS:
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
+        self.listeners: list[Callable[[signal.Signals], None]] = []  # called by a thread
+        self.waits: str | Callable[[], str] | None = None  # says what is deferred
+        self._first: signal.Signals | None = None  # as soon as it comes
+        self._came = 0.0
+        self._told = threading.Event()
+        self._raised = False
 
     @property
     def name(self) -> str:
@@ -38,18 +61,118 @@ class StopSignals:
     @property
     def exit_code(self) -> int:
         """Give the code to end with: 130 after a keyboard's signal, else the one that asks for another start."""
-        return 128 + signal.SIGINT if self.received is signal.SIGINT else EXIT_AGAIN
+        return 128 + signal.SIGINT if signal.SIGINT in (self.received, self._first) else EXIT_AGAIN
 
-    def exit(self, stage: str) -> NoReturn:
-        """End a stage that a signal has asked to stop, everything saved."""
-        print(f"{stage}: stopped by {self.name}; the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(self.exit_code)
+    def stop(self) -> None:
+        """End the command, which has been asked to stop."""
+        self._raised = True
+        self._told.wait(1.0)
+        raise Stopped(self.exit_code)
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Remember the first signal, and end the command unless that is deferred."""
+        self.received = self.received or signal.Signals(number)
+        self.stop_if_due()
+
+    def stop_if_due(self) -> None:
+        """End the command if a signal has come and nothing is deferred."""
+        if self.received and self.waits is None and not self._raised:
+            self.stop()
+
+    def watch(self, wakeup: socket.socket) -> None:
+        """Tell each signal as it comes, until the socket is closed; end a process that does not end by itself."""
+        idle = 0
+        while True:
+            if select.select([wakeup], [], [], 1.0 if self._first else None)[0]:
+                numbers = wakeup.recv(64)
+                if not numbers:
+                    return
+                for number in filter(_SIGNALS.__contains__, numbers):
+                    self._tell(signal.Signals(number))
+            elif (idle := idle + 1 if self.waits is None else 0) >= _GRACE_S:
+                self._say(f"it has not ended in {_GRACE_S} s, and is ended")
+                os._exit(self.exit_code)
+
+    def _tell(self, came: signal.Signals) -> None:
+        now, waits = time.monotonic(), self.waits
+        if self._first and now - self._came < _REPEAT_S:
+            return
+        self._came = now
+        for listener in list(self.listeners):
+            listener(came)
+        if self._first and came is signal.SIGINT:
+            self._say("SIGINT received again: it ends at once")
+            os._exit(128 + signal.SIGINT)
+        self._first = self._first or came
+        what = waits() if callable(waits) else waits or "it ends now, what it has saved stays"
+        self._say(f"{came.name} received: {what}" + ("; Ctrl-C ends it at once" if waits else ""))
+        self._told.set()
+
+    def _say(self, text: str) -> None:
+        line = f"{self.command}: {text}\n"
+        with suppress(OSError):  # nobody may be left to hear it
+            os.write(2, (f"\n{line}" if sys.stderr.isatty() else line).encode())  # waits for no lock of Python's
+
+
+_this = StopSignals()  # a process has one
+
+
+@contextmanager
+def answered(command: str) -> Iterator[None]:
+    """Answer the signals that ask to stop, while a command runs in this process."""
+    global _this
+    outer, _this = _this, StopSignals()
+    _this.command = command
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_this.watch, args=(reader,), name="signals", daemon=True).start()
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _this.handle) for number in _SIGNALS}
+    try:
+        yield
+    except Stopped:
+        print(f"{command}: stopped by {_this.name}; the same command goes on", file=sys.stderr, flush=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        writer.close()
+        _this = outer
+
+
+@contextmanager
+def deferred(waits: str | Callable[[], str], then_stop: bool = True) -> Iterator[StopSignals]:
+    """Let no signal end the command in here: the body looks at `received`, or is short.
+
+    Args:
+        waits: tells what the command does before it ends, in a clause.
+        then_stop: end the command afterwards, if a signal has come.
+    """
+    outer, _this.waits = _this.waits, waits
+    try:
+        yield _this
+    finally:
+        _this.waits = outer
+    if then_stop:
+        _this.stop_if_due()
+
+
+@contextmanager
+def listening(listener: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Have a function called, by a thread, with every signal that asks to stop."""
+    _this.listeners.append(listener)
+    try:
+        yield
+    finally:
+        _this.listeners.remove(listener)
 
 
 def end_with_parent(_worker: int = 0) -> None:
     """In a helper process: leave signals to the one that started it, and end as soon as that has, however it did."""
     for name in _SIGNALS:
         signal.signal(name, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -3,6 +3,8 @@
 The store of tokens (tokens.py) fixes which samples go into which shard. Any number of writers, ranks or tasks of a job
 array, then record the shards with states: writer i of n takes shards i, i + n, ... A shard is there as soon as its file
 has its name, so that writers need to know nothing of each other; the one that finds all of them completes the store.
+What a writer had of a shard when a signal or an error stopped it stands beside it as a part, which the next start
+takes in.
 """
 
 from __future__ import annotations
@@ -131,6 +133,8 @@ def _complete(config: Config, target: Artifact, plan: HiddenStateStore, always: 
             f"hidden states: {done} of {len(plan.entries)} shards are there; the writer that ends last completes them"
         )
         return
+    for part in folder.glob("part-*"):  # of writers that were interrupted, and have gone on
+        part.unlink()
     shards = [shard_entry(folder / entry["file"]) for entry in plan.entries]
     for shard, planned in zip(shards, plan.entries, strict=True):
         same = all(shard[name] == planned[name] for name in ("samples", "tokens", "counted_tokens"))

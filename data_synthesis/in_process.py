@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from ..conf.artifact import digest
 from ..conf.schema import Config, SynthesizeConfig
-from ..conf.signals import StopSignals
+from ..conf.signals import StopSignals, deferred
 from ..models.verifier import Verifier
 from .chat import NoExactSpanError, Turn, prompt_tokens
 from .conversations import CONTEXT_FULL, Answer, Conversation, Failure
@@ -23,7 +23,7 @@ from .sequences import UnknownTokenError, check_known
 from .split import is_heldout
 
 
-def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, signals: StopSignals) -> None:
+def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -> None:
     """Answer the prompts that are wanted.
 
     Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
@@ -46,6 +46,14 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, s
             f"synthesize.max_tokens must leave room for a prompt in the verifier's {positions} tokens, "
             f"got {options.max_tokens}"
         )
+    with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
+        _answer_all(verifier, everything, config, outcomes, signals)
+
+
+def _answer_all(
+    verifier: Verifier, everything: list[Prompt], config: Config, outcomes: Outcomes, signals: StopSignals
+) -> None:
+    options = config.synthesize
     for heldout in (True, False):
         split = [prompt for prompt in everything if is_heldout(prompt.id, config.data.heldout_share) == heldout]
         split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))

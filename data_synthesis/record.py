@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,11 +19,20 @@ _LOGITS_AGREE = 2e-2  # of the largest logit: bfloat16 sums in another order
 _CHECKED_TOKENS = 512  # of the first sample: the model's own hidden states and logits are large
 
 
+def never() -> bool:
+    """Say that nothing is to be stopped."""
+    return False
+
+
 class Engine(Protocol):
     """Whatever runs the verifier over samples."""
 
-    def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order."""
+    def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
+
+        Args:
+            stop: asked before every batch, when all samples of those before have been taken.
+        """
         ...
 
     def close(self) -> None:
@@ -41,14 +50,17 @@ class TransformersEngine:
     def __init__(self, verifier: Verifier, batch_tokens: int, images: ImageReader | None = None) -> None:
         self._verifier, self._batch_tokens, self._images = verifier, batch_tokens, images
 
-    def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Read samples of similar length together, and each that has images alone."""
         numbers = [number for number, sample in enumerate(samples) if not sample.images]
         documents = [samples[number].input_ids for number in numbers]
-        for place, aux, last in read_documents(self._verifier, documents, self._batch_tokens, max_padding=0.125):
+        read = read_documents(self._verifier, documents, self._batch_tokens, max_padding=0.125, stop=stop)
+        for place, aux, last in read:
             yield numbers[place], aux, last
         for number, sample in enumerate(samples):
             if sample.images:
+                if stop():
+                    return
                 assert self._images is not None
                 yield number, *read_with_images(self._verifier, self._images, sample)
 
@@ -57,7 +69,12 @@ class TransformersEngine:
 
 
 def read_documents(
-    verifier: Verifier, documents: Sequence[Tensor], batch_tokens: int, check: bool = True, max_padding: float = 0.5
+    verifier: Verifier,
+    documents: Sequence[Tensor],
+    batch_tokens: int,
+    check: bool = True,
+    max_padding: float = 0.5,
+    stop: Callable[[], bool] = never,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield each document's number, aux [T, A*H] and last hidden states [T, H], longest documents first.
 
@@ -69,9 +86,10 @@ def read_documents(
         batch_tokens: tokens of one forward, padding included; a longer document is read alone.
         check: make sure that `lm_head` times the last state is the model's logits.
         max_padding: share of the longest's length that may be padding beside it.
+        stop: asked before every forward.
     """
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
-    while by_length:
+    while by_length and not stop():
         batch = [by_length.pop()]  # the longest left sets the width
         width = len(documents[batch[0]])
         shortest = (1 - max_padding) * width

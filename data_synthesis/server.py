@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
-from ..conf.signals import StopSignals
+from ..conf.signals import EXIT_AGAIN, StopSignals, deferred
 from .chat import Message, fit_content
 from .conversations import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
 from .endpoints import Endpoint, RequestError
@@ -32,7 +31,7 @@ _HOPELESS = 50  # conversations that fail before any is made: nothing more is tr
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.5, 30.0  # between the tries of a request, doubling
 
 
-def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes, signals: StopSignals) -> None:
+def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -> None:
     """Answer the prompts that are wanted, as many at once as the servers take.
 
     They are those of `synthesize.endpoints`, and those that have written their addresses to `synthesize.servers` by
@@ -46,7 +45,9 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], outcomes: Outco
     if first is None:
         return
     gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
-    asyncio.run(_Regeneration(config, outcomes, signals).run(itertools.chain([first], wanted)))
+    grace = f"{config.synthesize.grace_s:.0f} s (synthesize.grace_s)"
+    with deferred(lambda: f"{outcomes.in_flight or 0} conversations in flight have {grace}") as signals:
+        asyncio.run(_Regeneration(config, outcomes, signals).run(itertools.chain([first], wanted)))
 
 
 def _addresses(folder: str | None) -> list[str]:
@@ -155,11 +156,6 @@ class _Regeneration:
         while self._rows and not self._error:
             if self._signals.received and stopped_at is None:
                 stopped_at = time.monotonic()
-                print(
-                    f"synthesize: {self._signals.name}, {len(self._rows)} conversations in flight have "
-                    f"{self._options.grace_s:.0f} s (synthesize.grace_s)",
-                    file=sys.stderr,
-                )
             if stopped_at is not None and time.monotonic() - stopped_at >= self._options.grace_s:
                 return
             await asyncio.wait(self._rows, timeout=_TICK_S)

@@ -11,7 +11,8 @@
 | `last_scale`        | [N, 1]   | float32, likewise                                                           |
 | `last_offsets`      | [S+1]    | int64, where the last states of target positions alone are kept: N is theirs |
 
-A shard for online training has the first three only.
+A shard for online training has the first three only. `part-00003.safetensors` has the same form, and holds what a
+writer had of shard 3 when it was interrupted.
 
 The file's metadata hold, as one JSON object (of several, the order would be left to chance), the ids of its samples
 (`sample_ids`), where the conversations of those with images stand (`image_records`), and a checksum of every tensor
@@ -84,6 +85,7 @@ class Shard:
     image_records: dict[int, ImageRecord] = field(default_factory=dict)  # by sample
     buffers: dict[str, Tensor] = field(default_factory=dict)  # flat, behind states; for another shard once written
     made_with: str = ""  # digest of the settings of its store
+    is_part: bool = False  # what an interrupted writer had of one
 
     @classmethod
     def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Shard:
@@ -124,6 +126,35 @@ class Shard:
             start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
         return self._put("last", "last_hidden_state", slice(start, end), last, 1, form) and finite
 
+    def part(self, numbers: list[int]) -> Shard:
+        """Copy samples that have their states, to go on with after an interruption."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if name.endswith("_offsets"):
+                tensors[name] = _offsets(tensor.diff()[numbers])
+            else:
+                rows = torch.cat([torch.arange(*_rows(self.tensors, name, number)) for number in numbers])
+                tensors[name] = tensor.view(torch.uint8)[rows].view(FLOAT8) if tensor.dtype == FLOAT8 else tensor[rows]
+        records = {new: self.image_records[old] for new, old in enumerate(numbers) if old in self.image_records}
+        return Shard([self.ids[number] for number in numbers], tensors, records, {}, self.made_with, True)
+
+    def take(self, part: MappedShard) -> list[int]:
+        """Put the states of a part in their places, and give the numbers of its samples."""
+        numbers = {name: number for number, name in enumerate(self.ids)}
+        taken = [numbers[name] for name in part.ids]
+        for name in STATES:
+            if (states := part.tensors.get(name)) is None:
+                continue
+            if name == LAST_STATES[0] and "last_offsets" in part.tensors:
+                self.tensors["last_offsets"] = self._last_offsets()
+            states = states.view(FLOAT8) if states.dtype == torch.uint8 else states
+            offsets = _offsets_of(self.tensors, name)
+            self.tensors[name] = self._memory(name, int(self.tensors[offsets][-1]), states)
+            for place, number in enumerate(taken):
+                theirs = slice(*_rows(part.tensors, name, place))
+                self.tensors[name][slice(*_rows(self.tensors, name, number))] = states[theirs]
+        return taken
+
     def _put(self, kind: str, name: str, place: slice, states: Tensor, num_layers: int, form: StateFormat) -> bool:
         encoded, scale = form.encode(states, num_layers)
         rows = int(self.tensors["last_offsets" if kind == "last" and form.only_counted else "sample_offsets"][-1])
@@ -148,6 +179,17 @@ class Shard:
         return _offsets(torch.stack([target_positions(m).sum() for m in self.tensors["loss_mask"].split(lengths)]))
 
 
+def _offsets_of(tensors: dict[str, Tensor], name: str) -> str:
+    """Name the offsets of the samples in a tensor."""
+    return "last_offsets" if name in LAST_STATES and "last_offsets" in tensors else "sample_offsets"
+
+
+def _rows(tensors: dict[str, Tensor], name: str, number: int) -> list[int]:
+    """Give the first row of a sample in a tensor, and the first after it."""
+    rows: list[int] = tensors[_offsets_of(tensors, name)][number : number + 2].tolist()
+    return rows
+
+
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
@@ -162,13 +204,28 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def part_name(number: int) -> str:
+    """Give the file name of what an interrupted writer had of a shard."""
+    return f"part-{number:05d}.safetensors"
+
+
+def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
+    """Open what an interrupted writer has left of a shard, if it has."""
+    path = folder / part_name(number)
+    if not path.is_file() or (entry := shard_entry(path))["made_with"] != made_with:
+        return None
+    part = MappedShard(path, entry)
+    part.verify()
+    return part
+
+
 def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = None) -> dict[str, Any]:
     """Write a shard durably and give its entry for the manifest.
 
     Args:
         scratch: folder of the same file system for the unfinished file; None: `folder`.
     """
-    path = folder / shard_name(number)
+    path = folder / (part_name(number) if shard.is_part else shard_name(number))
     temporary = (scratch or folder) / f".{path.name}.tmp"
     about = {
         "sample_ids": shard.ids,

@@ -5,30 +5,31 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
-from ..conf.artifact import digest
+from ..conf.artifact import digest, held
 from ..conf.journal import read_line
 from ..conf.place import Place, find_place, own_gpus
 from ..conf.progress import Progress
 from ..conf.schema import Config, DumpEngine, LastStates
-from ..conf.signals import StopSignals
+from ..conf.signals import deferred
 from ..models.verifier import Verifier
 from .image_reader import ImageReader
 from .images import conversation_images
 from .record import Engine, TransformersEngine, check_first
-from .shard import Sample, Shard
+from .shard import Sample, Shard, open_part, part_name, shard_name
 from .split import conversation_id
 from .state_format import TOKEN_BYTES, StateFormat
 from .store import HiddenStateStore
-from .vllm_engine import VllmDiedError, VllmEngine, check_readable
+from .vllm_engine import VllmEngine, check_readable
 from .writer import BackgroundWriter
 
 _ESTIMATES = 2  # the first warms up
@@ -54,48 +55,59 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     mine = [number for number in missing if number % num_writers == writer]
     if not mine:  # of ranks together, all find so: nobody else writes these
         return
-    stop = _Stop(together)
-    try:
-        if together and place.rank:
-            with _engine(config, settings, place, plan) as engine:
-                for number, samples in enumerate(_readings(config, plan, mine), -_ESTIMATES):
-                    if number >= 0 and stop.wanted:
-                        break
-                    for _ in engine.read(samples):
-                        pass
-        else:
-            with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine:
-                _record(config, settings, plan, mine, engine, scratch, stop)
-    except VllmDiedError:
-        stop.exit_if_signalled()  # Slurm tells every process of a step, and vLLM's end of it
-        raise
-    stop.exit_if_stopped()
+    made_with, stop = digest(settings), _Stop(together)
+    if together and place.rank:
+        with _engine(config, settings, place, plan) as engine, stop.heard():
+            _read_along(config, plan, mine, engine, made_with, stop)
+    else:
+        with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine, stop.heard():
+            _record(config, settings, plan, mine, engine, scratch, stop)
 
 
 class _Stop:
-    """Whether a signal has asked to stop; of ranks that hold one verifier together, all hear it at the same shard."""
+    """Whether to stop before a batch: ranks that hold one verifier together all hear a signal at the same one.
+
+    Alone, a signal ends the dump where it stands.
+    """
 
     def __init__(self, together: bool) -> None:
-        self._together, self._signals, self._stopped = together, StopSignals(), False
+        self._together, self.stopped = together, False
 
-    @property
-    def wanted(self) -> bool:
-        flag = self._signals.received is not None
-        if self._together and dist.is_initialized():
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            word = torch.tensor(int(flag), device=device)
-            dist.all_reduce(word, dist.ReduceOp.MAX)
-            flag = bool(word)
-        self._stopped = self._stopped or flag
-        return flag
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen to signals, and end the command where the ranks have stopped."""
+        if not self._together:
+            yield
+            return
+        with deferred("it ends after the batch that its ranks are reading", then_stop=False) as self._signals:
+            yield
+        if self.stopped:
+            self._signals.stop()
 
-    def exit_if_stopped(self) -> None:
-        if self._stopped:
-            self._signals.exit("dump")
+    def __call__(self) -> bool:
+        if self._together and not self.stopped:
+            self.stopped = self._signals.received is not None
+            if dist.is_initialized():
+                device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+                word = torch.tensor(int(self.stopped), device=device)
+                dist.all_reduce(word, dist.ReduceOp.MAX)
+                self.stopped = bool(word)
+        return self.stopped
 
-    def exit_if_signalled(self) -> None:
-        if self._signals.received:
-            self._signals.exit("dump")
+
+def _read_along(
+    config: Config, plan: HiddenStateStore, mine: list[int], engine: Engine, made_with: str, stop: _Stop
+) -> None:
+    """Take a rank's part in what the first rank records."""
+    readings = _readings(config, plan, mine)
+    for batch in islice(readings, _ESTIMATES):
+        deque(engine.read(batch), maxlen=0)
+    for number, samples in zip(mine, readings, strict=True):
+        part = open_part(config.hidden_states_folder, number, made_with)
+        done = set(part.ids) if part else set()
+        deque(engine.read([sample for sample in samples if sample.id not in done], stop), maxlen=0)
+        if stop.stopped:
+            break
 
 
 def _readings(config: Config, plan: HiddenStateStore, shards: list[int]) -> Iterator[list[Sample]]:
@@ -119,28 +131,76 @@ def _record(
     scratch: Path,
     stop: _Stop,
 ) -> None:
-    """Record shards; a signal stops between two."""
-    form, made_with, folder = state_format(settings), digest(settings), config.hidden_states_folder
+    """Record shards."""
     readings = _readings(config, plan, mine)
     num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
     _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-    progress, suspects = Progress("dump", num_tokens, "token"), 0
-    with BackgroundWriter(folder, scratch) as out:
+    progress, suspects = Progress("dump", num_tokens, "token"), list[str]()
+    with BackgroundWriter(config.hidden_states_folder, scratch) as out:
         for number, samples in zip(mine, readings, strict=True):
-            if stop.wanted:
-                break
             shard = Shard.of(samples, out.spare_buffers())
-            shard.made_with = made_with
-            for sample, aux, last in engine.read(samples):
-                if not shard.set_states(sample, aux, last, form):
-                    suspects += 1
-                    if suspects <= _NAMED:
-                        print(f"dump: {samples[sample].id} has states that are not finite as {form.dtype}", flush=True)
-                progress.update(len(aux))
-            out.put(number, shard)
+            shard.made_with = digest(settings)
+            with _kept(number, shard, out) as recorded:
+                if part := open_part(config.hidden_states_folder, number, shard.made_with):
+                    recorded += shard.take(part)
+                    progress.update(len(part.tensors["input_ids"]))
+                    print(f"dump: {shard_name(number)} was begun, {len(recorded)} of its samples are there", flush=True)
+                _record_shard(samples, shard, recorded, engine, state_format(settings), stop, progress, suspects)
+            if stop.stopped:
+                break
     progress.close()
     if suspects:
-        print(f"dump: {suspects} samples have states that are not finite; training skips the steps that meet them")
+        print(f"dump: {len(suspects)} samples have states that are not finite; training skips the steps that meet them")
+
+
+@contextmanager
+def _kept(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int]]:
+    """Write a shard, or of one that is interrupted those samples that the body says are recorded."""
+    recorded: list[int] = []
+    try:
+        yield recorded
+    finally:
+        if len(recorded) == len(shard.ids):
+            out.put(number, shard)
+        elif recorded:
+            print(
+                f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept in "
+                f"{part_name(number)}",
+                flush=True,
+            )
+            out.put(number, shard.part(recorded))
+
+
+def _record_shard(
+    samples: list[Sample],
+    shard: Shard,
+    recorded: list[int],
+    engine: Engine,
+    form: StateFormat,
+    stop: _Stop,
+    progress: Progress,
+    suspects: list[str],
+) -> None:
+    """Record the samples of a shard that are left, and add their numbers to `recorded` by whole batches.
+
+    What is left is then read in the batches in which it would have been, and has the same states to the bit.
+    """
+    there, batch = set(recorded), list[int]()
+    left = [number for number in range(len(samples)) if number not in there]
+
+    def next_batch() -> bool:
+        recorded.extend(batch)
+        batch.clear()
+        return stop()
+
+    for place, aux, last in engine.read([samples[number] for number in left], next_batch):
+        if not shard.set_states(left[place], aux, last, form):
+            suspects.append(samples[left[place]].id)
+            if len(suspects) <= _NAMED:
+                print(f"dump: {suspects[-1]} has states that are not finite as {form.dtype}", flush=True)
+        batch.append(left[place])
+        progress.update(len(aux))
+    recorded.extend(batch)
 
 
 def state_format(settings: dict[str, Any]) -> StateFormat:
@@ -225,18 +285,11 @@ def _scratch(folder: Path, writer: int) -> Iterator[Path]:
     """Give this writer's folder of unfinished files, alone; what a kill has left in it is deleted."""
     scratch = folder / f"writer-{writer:05d}"
     scratch.mkdir(exist_ok=True)
-    lock = FileLock(scratch / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"writer {writer} of {folder} is at work in another process: wait for it, or give this one another number "
-            "(dump.writer, of dump.num_writers)"
-        ) from None
-    try:
-        for left in scratch.glob(".*.tmp"):
-            left.unlink()
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        lock.release()
+    cure = "wait for it, or give this one another number (dump.writer, of dump.num_writers)"
+    with held(scratch / ".lock", f"writer {writer} of {folder} is at work in", cure):
+        try:
+            for left in scratch.glob(".*.tmp"):
+                left.unlink()
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -9,9 +9,8 @@ from typing import Any
 
 from ..conf.artifact import Artifact, artifact, read_manifest
 from ..conf.progress import Progress
-from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
-from ..conf.signals import StopSignals
+from ..conf.signals import EXIT_AGAIN
 from ..models.verifier import verifier_identity
 from .conversations import add_digests, content_digest, part_folder
 from .in_process import answer_here
@@ -64,16 +63,14 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
             print(f"conversations: {folder} is complete")
             return
         target.save(complete=False, verifier_path=config.verifier.path, prompts=prompts.counts)
-        outcomes, signals = Outcomes(folder, options.max_attempts), StopSignals()
+        outcomes = Outcomes(folder, options.max_attempts)
         num_prompts = len(range(options.shard, prompts.count, options.num_shards))
         outcomes.show(Progress("synthesize", num_prompts, "conversation", done=outcomes.num_done))
         answer = answer_by_servers if options.by_servers else answer_here
         try:
-            answer(config, prompts.read(options.shard, options.num_shards), outcomes, signals)
+            answer(config, prompts.read(options.shard, options.num_shards), outcomes)
         finally:
             outcomes.close()
-        if signals.received:
-            signals.exit("synthesize")
         _finish(target, outcomes, num_prompts)
 
 

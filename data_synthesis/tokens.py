@@ -24,12 +24,12 @@ from torch import Tensor
 from ..conf.artifact import Artifact, read_manifest
 from ..conf.progress import Progress
 from ..conf.schema import Config
-from ..conf.signals import end_with_parent
+from ..conf.signals import deferred, end_with_parent
 from .chat import NoExactSpanError, Sequence
 from .conversations import FILE, Catalogue, Place
 from .images import UnreadableImagesError
 from .sequences import SequenceReader, UnknownTokenError, answers_within, leading_answers, num_whole_answers
-from .shard import ImageRecord, MappedShard, Sample, Shard, write_shard
+from .shard import TOKENS, ImageRecord, MappedShard, Sample, Shard, write_shard
 from .split import is_heldout, sequence_id
 from .store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
 
@@ -86,7 +86,7 @@ class Tokeniser:
 def write_tokens(config: Config, target: Artifact) -> None:
     """Make or complete a store of tokens; a killed start goes on after the last shard that was noted.
 
-    Shards that were not noted yet are written again, with the same bytes.
+    Shards that were not noted yet are written again, with the same bytes. A signal keeps what the open shard has.
 
     Raises:
         ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
@@ -94,7 +94,10 @@ def write_tokens(config: Config, target: Artifact) -> None:
     manifest = target.manifest
     if target.complete and all_there(target.folder, manifest["shards"]):
         return
-    if target.complete or not all((target.folder / e["file"]).is_file() for e in manifest.get("shards", [])):
+    begun = [manifest["part"]["entry"]] if "part" in manifest else []
+    files = [target.folder / entry["file"] for entry in [*manifest.get("shards", []), *begun]]
+    if target.complete or not all(file.is_file() for file in files):
+        manifest.pop("part", None)
         target.save(complete=False, shards=[], taken=0, counts={})  # a file was lost: from the start
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
@@ -108,6 +111,8 @@ def write_tokens(config: Config, target: Artifact) -> None:
     counts, shards = manifest["counts"], manifest["shards"]
     if not shards:
         raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config.dump.max_length)}")
+    for part in target.folder.glob("part-*"):
+        part.unlink()
     write_index(target.folder, shards)
     _write_token_counts(target)
     target.finish(counts={**counts, **totals(shards)}, files=checksums_beside(target.folder))
@@ -117,19 +122,23 @@ def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> Non
     manifest = target.manifest
     entries: list[dict[str, Any]] = list(manifest.get("shards", []))
     taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(COUNTS, 0) | manifest.get("counts", {}))
+    samples, closed, noted_at = list[Sample](), {"taken": taken, "counts": counts.copy()}, time.monotonic()
+    if part := manifest.pop("part", None):
+        samples, taken, counts = _open_samples(target.folder, part), part["taken"], Counter(part["counts"])
+    size = sum(len(sample.input_ids) for sample in samples)
     progress = Progress("tokens", len(catalogue.places), "conversation", done=taken)
-    samples: list[Sample] = []
-    size, noted_at = 0, time.monotonic()
 
     def close_shard() -> None:
-        nonlocal noted_at
+        nonlocal noted_at, closed
         entries.append(write_shard(target.folder, len(entries), Shard.of(samples)))
         samples.clear()
+        closed = {"taken": taken, "counts": counts.copy()}
         if time.monotonic() - noted_at >= _NOTE_EVERY_S:
-            target.save(shards=entries, taken=taken, counts=counts)
+            target.save(shards=entries, **closed)
             noted_at = time.monotonic()
 
-    with _tokenised(config, catalogue, taken) as results:
+    waits = "it ends after the conversation being tokenised"
+    with deferred(waits) as signals, _tokenised(config, catalogue, taken) as results:
         for place, result in zip(catalogue.places[taken:], results, strict=True):
             if result.problem and not any(counts[reason] for reason in result.counts):  # the first of its kind
                 print(f"dump: {place.id} is left out: {result.problem}")
@@ -141,10 +150,38 @@ def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> Non
             if size >= config.dump.shard_tokens:
                 close_shard()
                 size = 0
+            if signals.received:
+                target.save(
+                    shards=entries, **closed, **_keep_samples(target.folder, len(entries), samples, taken, counts)
+                )
+                signals.stop()
     progress.close()
     if samples:
         close_shard()
     target.save(shards=entries, taken=taken, counts=counts)
+
+
+def _keep_samples(
+    folder: Path, number: int, samples: list[Sample], taken: int, counts: Counter[str]
+) -> dict[str, dict[str, Any]]:
+    """Keep what an open shard has, and give what the manifest is to say of it."""
+    if not samples:
+        return {}
+    shard = Shard.of(samples)
+    shard.is_part = True
+    return {"part": {"entry": write_shard(folder, number, shard), "taken": taken, "counts": counts}}
+
+
+def _open_samples(folder: Path, part: dict[str, Any]) -> list[Sample]:
+    """Give what an interrupted start has kept of a shard."""
+    shard = MappedShard(folder / part["entry"]["file"], part["entry"])
+    shard.verify()
+    lengths = shard.tensors["sample_offsets"].diff().tolist()
+    of_each = zip(shard.ids, *(shard.tensors[name].split(lengths) for name in TOKENS), strict=True)
+    return [
+        Sample(name, input_ids, loss_mask, image_record=shard.image_records.get(number))
+        for number, (name, input_ids, loss_mask) in enumerate(of_each)
+    ]
 
 
 @contextmanager
@@ -160,7 +197,10 @@ def _tokenised(config: Config, catalogue: Catalogue, first: int) -> Iterator[Ite
         return
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, _start_worker, (tokeniser,)) as pool:
-        yield _in_order(pool, places, workers)
+        try:
+            yield _in_order(pool, places, workers)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(pool: ProcessPoolExecutor, places: list[Place], workers: int) -> Iterator[Tokenised]:

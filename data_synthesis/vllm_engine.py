@@ -21,8 +21,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from ..conf.place import find_place, own_gpus
 from ..conf.schema import Config
 from ..models.verifier import VerifierWeights, load_config, load_final_norm, logit_transform, verifier_location
+from .record import never
 from .shard import Sample
 
 _WORKER = Path(__file__).parent / "in_vllm" / "worker.py"
@@ -52,10 +54,7 @@ _OURS = (
 _BATCHES = 4  # of vLLM's, in flight at most
 _CHECKS = 4  # samples of every reading whose last state must give vLLM's own probabilities
 _MEMORY = Path("/dev/shm")
-
-
-class VllmDiedError(ValueError):
-    """vLLM's processes have ended by themselves."""
+_SAME_SIGNAL_S = 1.0  # Slurm tells every process of a step: vLLM may end by a signal that is yet to come here
 
 
 class VllmEngine:
@@ -115,10 +114,10 @@ class VllmEngine:
                 f"{self._python} ({error.strerror})"
             ) from None
 
-    def read(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] as vLLM gets them done."""
         waiting, flying, tokens, checks = deque(range(len(samples))), dict[int, int](), 0, _CHECKS
-        while waiting or flying:
+        while (waiting or flying) and not stop():
             while waiting and tokens + len(samples[waiting[0]].input_ids) <= self._max_tokens:
                 number, request = waiting.popleft(), next(self._requests)
                 self._send({"request": request, "token_ids": samples[number].input_ids.tolist()})
@@ -205,9 +204,10 @@ class VllmEngine:
             )
         return answer
 
-    def _death(self) -> VllmDiedError:
+    def _death(self) -> ValueError:
         code = self._process.wait()
-        return VllmDiedError(
+        time.sleep(_SAME_SIGNAL_S)
+        return ValueError(
             f"dump.engine=vllm: vLLM ended (exit code {code}), having said: {last_words(self._log.read_text())} (whole "
             f"log: {self._log}; its options are dump.vllm_options)"
         )

@@ -10,6 +10,7 @@ from types import TracebackType
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..conf.signals import Stopped, deferred
 from .shard import Shard, shard_name, write_shard
 
 
@@ -36,9 +37,10 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-        if kind is None and self._error:
+        with deferred("it ends as soon as the shards it has are written"):
+            self._waiting.put(None)
+            self._thread.join()
+        if self._error and (kind is None or issubclass(kind, Stopped)):
             raise self._error
 
     def spare_buffers(self) -> dict[str, Tensor]:
@@ -56,7 +58,8 @@ class BackgroundWriter:
             if self._error is None:  # else nothing more is written, and nobody is kept waiting
                 try:
                     write_shard(self._folder, *given, self._scratch)
-                    self._spare.put(given[1].buffers)
+                    if not given[1].is_part:
+                        self._spare.put(given[1].buffers)
                 except (OSError, SafetensorError) as error:
                     self._error = ValueError(
                         f"{self._folder / shard_name(given[0])} cannot be written ({error}): see to room and rights "

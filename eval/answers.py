@@ -12,7 +12,6 @@ from ..conf.artifact import Artifact
 from ..conf.journal import Journal
 from ..conf.progress import Progress
 from ..conf.schema import Config
-from ..conf.signals import StopSignals
 from ..data_synthesis.chat import answer_text
 from ..models.draft_head import DraftHead, initialise
 from ..models.verifier import Verifier, VerifierWeights
@@ -31,8 +30,7 @@ from .speculative import Decoded, Request, Speculator
 def answer_questions(config: Config, head: DraftHead, questions: list[Question], target: Artifact) -> None:
     """Answer those questions that the evaluation's journal does not hold yet, and append their records.
 
-    Raises:
-        SystemExit: a signal asked to stop; what is answered is saved.
+    A signal ends it at once: the group being answered is answered again by the next start.
     """
     journal = Journal(target.folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
@@ -40,11 +38,7 @@ def answer_questions(config: Config, head: DraftHead, questions: list[Question],
         answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head)
         target.save(kernels=answerer.kernels.record)
         progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-        signals = StopSignals()
         for group in _groups(left, config.evaluate.batch_size):
-            if signals.received:
-                journal.close()
-                signals.exit("evaluate")
             journal.append(answerer.answer(group))
             progress.update(len(group))
         progress.close()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from ..conf.artifact import Artifact, digest
 from ..conf.journal import Journal
 from ..conf.progress import Progress
-from ..conf.run import EXIT_AGAIN
 from ..conf.schema import Config
+from ..conf.signals import EXIT_AGAIN, StopSignals, deferred
 from ..data_synthesis.endpoints import Endpoint, RequestError
 from ..data_synthesis.handshake import refusal
 from .asking import QuestionReader, UnaskableError
@@ -25,6 +26,7 @@ from .results import RECORDS, TRAINED
 from .served_engines import Asked, Served, ServingEngine, open_engine
 
 _LOOK_EVERY_S = 5.0
+_TICK_S = 0.1
 
 
 def check_server(config: Config, questions: list[Question]) -> None:
@@ -38,7 +40,7 @@ def check_server(config: Config, questions: list[Question]) -> None:
         raise ValueError(
             f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
         )
-    asyncio.run(_Questioning(config).check(questions))
+    _run(_Questioning(config).check(questions))
 
 
 def answer_by_server(config: Config, questions: list[Question], target: Artifact) -> None:
@@ -54,10 +56,32 @@ def answer_by_server(config: Config, questions: list[Question], target: Artifact
     try:
         if left:
             progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-            asyncio.run(_Questioning(config).answer(left, target, journal, progress))
+            _run(_Questioning(config).answer(left, target, journal, progress))
             progress.close()
     finally:
         journal.close()
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run something to its end, or until a signal: questions in flight are asked again by the next start."""
+    with deferred("it ends now, what it has saved stays") as signals, suppress(asyncio.CancelledError):
+        asyncio.run(_cancelled_by_signal(work, signals))
+
+
+async def _cancelled_by_signal(work: Coroutine[Any, Any, None], signals: StopSignals) -> None:
+    running = asyncio.current_task()
+    assert running is not None
+
+    async def watch() -> None:
+        while not signals.received:
+            await asyncio.sleep(_TICK_S)
+        running.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        await work
+    finally:
+        watching.cancel()
 
 
 class _Questioning:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from ..conf.artifact import MANIFEST, commit, digest, file_digest, write_atomic, write_json
+from ..conf.artifact import MANIFEST, commit, digest, file_digest, held, write_atomic, write_json
 from ..conf.schema import Config, ExportFormat
 from .draft_head import DraftHead
 from .formats import WEIGHTS, head_folder, load_head, save_head
@@ -56,7 +55,7 @@ def _export_one(config: Config, format_: ExportFormat, source: Path, head: Draft
         "texts": digest(texts),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written by"):
         if _current_settings(folder) == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
             print(f"export: {folder} is complete")
             return

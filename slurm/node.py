@@ -12,6 +12,7 @@ import sys
 
 from ..conf.place import find_place
 from ..conf.run import environments, run_stage
+from ..conf.signals import answered, deferred
 
 
 def main(arguments: list[str]) -> int:
@@ -20,10 +21,11 @@ def main(arguments: list[str]) -> int:
     node = find_place(os.environ)
     if node.world > 1 and node.local_world > 1:
         raise ValueError(f"srun must start one task a node, got {node.local_world}: --ntasks-per-node=1")
-    return run_stage(
-        [sys.executable, "-m", "fledge", *command],
-        environments(int(num_processes), node if node.world > 1 else None),
-    )
+    with answered("node"), deferred("passed on to the processes of this node, which end first"):
+        return run_stage(
+            [sys.executable, "-m", "fledge", *command],
+            environments(int(num_processes), node if node.world > 1 else None),
+        )
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _progress(config: Config, stage: str) -> tuple[Path, str]:
     return {
         SERVER: (config.conversations_folder, "*.jsonl"),
         "synthesize": (config.conversations_folder, "*.jsonl"),
-        "dump": (config.hidden_states_folder, "shard-*.safetensors"),
+        "dump": (config.hidden_states_folder, "*-*.safetensors"),
         "train": (config.training_folder / "checkpoints", "step-*"),
         "evaluate": (config.run_folder / "evaluation", "questions.jsonl"),
         "export": (config.run_folder / "exports", "manifest.json"),

@@ -32,7 +32,6 @@ from fledge.conf.schema import (
     VerifierConfig,
     WandbMode,
 )
-from fledge.conf.signals import StopSignals
 from fledge.models.verifier import load_tokenizer
 from fledge.train.loop import _train
 from fledge.train.processes import joined
@@ -130,12 +129,11 @@ def main(folder: Path, spec: Spec) -> None:
     torch.set_num_threads(1)
     small = Spec(dtype=spec.dtype, zero_stage=spec.zero_stage, packs_per_step=int(os.environ.get("WORLD_SIZE", "1")))
     with joined(configuration(small, folder / "small")) as ranks:
-        signals = StopSignals()
-        _train(configuration(small, folder / "small"), ranks, signals)
+        _train(configuration(small, folder / "small"), ranks)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before, sampled = anonymous(), Sampled()
-        _train(configuration(spec, folder / "measured"), ranks, signals)
+        _train(configuration(spec, folder / "measured"), ranks)
         sys.stdout.write(f"PEAK {ranks.rank} {sampled.largest - before}\n")  # print would write the line's end apart
 
 

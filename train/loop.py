@@ -19,7 +19,7 @@ from torch import Tensor
 from ..conf.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
 from ..conf.progress import Progress
 from ..conf.schema import Config, HiddenStates, TTTLoss
-from ..conf.signals import StopSignals
+from ..conf.signals import StopSignals, deferred
 from ..data_synthesis.verifier_check import check_verifier
 from ..models.draft_head import DraftHead, initialise
 from ..models.formats import WEIGHTS, checkpoint_steps
@@ -50,12 +50,11 @@ _NOT_DETERMINING = (
 
 def train(config: Config) -> None:
     """Train the draft head on hidden-state stores into runs/<name>/training/; goes on where it was killed."""
-    signals = StopSignals()
     with joined(config) as ranks:
-        _train(config, ranks, signals)
+        _train(config, ranks)
 
 
-def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
+def _train(config: Config, ranks: Ranks) -> None:
     micro_batches(config)  # refused before anything is read
     require_gpu("train.triton", config.train.triton, ranks.device)
     given = trained_head(config) if config.train.init_from else None
@@ -80,9 +79,8 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
         if ranks.rank == 0:
             opened = artifact(config.training_folder, "training", settings, config.overwrite)
             target = stack.enter_context(opened)
-        if ranks.any_rank(signals.received is not None):  # and no rank goes on before the folder is cleared
-            sys.exit(signals.exit_code)
-        Trainer(config, data, head, ranks, target, kernels).run(signals)
+        ranks.any_rank(False)  # no rank goes on before the folder is cleared
+        Trainer(config, data, head, ranks, target, kernels).run()
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
@@ -157,14 +155,21 @@ class Trainer:
         self.draft_lengths = sorted({config.evaluate.draft_depth, config.train.ttt_steps})
         self.meter = Meter(self.head.config, config.draft.train_lm_head, ranks, self.dtype)
 
-    def run(self, signals: StopSignals) -> None:
-        """Train from the newest checkpoint, or the start, to the last step.
+    def run(self) -> None:
+        """Train from the newest checkpoint, or the start, to the last step."""
+        self._resume()
+        tracker = self._tracker() if self.rank == 0 else None
+        waits = "it finishes the step, or held-out walk, at work and saves a checkpoint"
+        with deferred(waits, then_stop=False) as signals:  # all ranks stop together, or are done
+            self._run(signals, tracker)
+
+    def _run(self, signals: StopSignals, tracker: Tracker | None) -> None:
+        """Take the steps that are left.
 
         Raises:
             SystemExit: a signal asked to stop; everything is saved.
         """
-        state, options = self._resume(), self.config.train
-        tracker = self._tracker() if self.rank == 0 else None
+        state, options = self.state, self.config.train
         progress = Progress("train", self.num_steps, "step", done=state.step) if self.rank == 0 else None
         if progress is not None:
             progress.set_postfix_str(self._postfix({}), refresh=False)
@@ -212,7 +217,7 @@ class Trainer:
             self.target.finish(steps=self.num_steps, heldout=self._acceptance())
             print(f"training: step {self.num_steps} in {self.checkpoints}; held-out {self._postfix({})}")
 
-    def _resume(self) -> TrainerState:
+    def _resume(self) -> None:
         """Load the newest checkpoint if there is one, and write what the run is to its folder."""
         loaded = load_checkpoint(self.engine, self.checkpoints)
         if loaded:
@@ -224,7 +229,6 @@ class Trainer:
             self.target.save(complete=False, wandb_run=wandb_run, kernels=self.kernels.record)
             values = OmegaConf.to_yaml(OmegaConf.structured(self.config))
             write_atomic(self.target.folder / "config.yaml", values)
-        return self.state
 
     def _save(self, walked: bool) -> None:
         """Write a checkpoint: the best so far if its weights were `walked` and accept more than those saved before."""

@@ -8,6 +8,7 @@ they are waiting: NCCL does not notice a peer's end.
 |-----------------------------|-------------------------------------------|---------------------------------------|
 | finished                    |                                           | 0                                     |
 | raised SystemExit, as all   |                                           | its code                              |
+| was stopped before a step   | (conf/signals.py has answered)            | 75, or 130 after Ctrl-C               |
 | met an error a user can fix | the sentence                              | 2                                     |
 | differs from the others     | the sentence, on every rank               | 2                                     |
 | met a fault                 | the traceback                             | 1                                     |
@@ -46,6 +47,7 @@ from ..conf.artifact import differences
 from ..conf.cli import USER_ERRORS, explain
 from ..conf.place import Place, find_place, own_gpus
 from ..conf.schema import Config
+from ..conf.signals import Stopped
 
 _MEETING_S = 300.0  # for all ranks to start; a rank that ends before says nothing to the others
 _GRACE_S = 5.0  # for a rank to end by its own error, which tells more, before it ends because another has
@@ -145,6 +147,8 @@ def joined(config: Config) -> Iterator[Ranks]:
         ranks.check_devices()
         watch = Watch(ranks)
         code = yield from _until_all_end(ranks, watch)
+    except Stopped as stopped:
+        code = stopped.exit_code
     except BaseException as error:  # the process ends here
         code = _report(error, place, watch, config.train.collective_timeout_s)
     finally:
@@ -158,6 +162,8 @@ def _until_all_end(ranks: Ranks, watch: Watch) -> Generator[Ranks, None, int]:
     try:
         yield ranks
     except SystemExit as error:
+        if isinstance(error, Stopped):  # the other ranks may be anywhere, and are not waited for
+            raise
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     watch.leaving = True
     ranks.any_rank(False)

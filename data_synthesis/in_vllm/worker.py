@@ -33,7 +33,7 @@ _NUM_LOGPROBS = 8  # of the tokens that vLLM finds likeliest after a sequence
 def main() -> None:
     """Split in two: vLLM, and a guard that outlives it."""
     parent, folder = int(sys.argv[1]), sys.argv[2]
-    # Slurm sends it to all processes before the time limit: the dump ends its shard, and vLLM has to read on for that.
+    # Slurm sends it to all processes before the time limit: the dump keeps what it has, and then ends vLLM.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes to the log

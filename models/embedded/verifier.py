@@ -16,11 +16,11 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ...conf.artifact import held
 from ...conf.progress import Progress
 from . import corpus, library_text
 
@@ -303,7 +303,7 @@ def embedded_verifier(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{folder.name}.lock"):
+    with held(root / f"{folder.name}.lock", f"{folder} is being made by"):
         if not folder.is_dir():
             unfinished = root / f"{folder.name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
