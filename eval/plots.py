@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,28 @@ def plotting() -> Iterator[Any]:
     import matplotlib.pyplot as plt
 
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK}
-    with plt.rc_context({**style, "font.size": 10, "figure.dpi": 120, "savefig.bbox": "tight"}):
+    # Names are the user's: a dollar sign in one is no formula.
+    style |= {"text.parse_math": False, "savefig.bbox": "tight"}
+    with plt.rc_context({**style, "font.size": 10, "figure.dpi": 120}):
         yield plt
+
+
+def legend_below(axes: Any) -> None:
+    """Name the curves below the axes, however many there are; a picture grows with what hangs from its axes."""
+    drawn, names = axes.get_legend_handles_labels()
+    if drawn:
+        away = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.0}  # below ticks and axis label
+        axes.legend(drawn, [wrapped(name, 60) for name in names], frameon=False, fontsize=8, **away)
+
+
+def wrapped(name: str, width: int) -> str:
+    """Break a name into lines of at most so many letters."""
+    return textwrap.fill(name, width)
+
+
+def lines_high(names: Iterable[str], least: int) -> float:
+    """Give the inches that names need one above the other, each of one line or more."""
+    return 0.32 * max(least, sum(1 + 0.6 * name.count("\n") for name in names))
 
 
 def draw(
@@ -60,21 +81,27 @@ def _training(plt: Any, metrics: list[dict[str, Any]]) -> Any:
         label = f"TTT step {number}" if number in (0, len(steps) - 1) else None
         middle.plot([r["step"] for r in trained], [r[name] for r in trained], color=ACCENT, alpha=shade, label=label)
     middle.set(xlabel="optimizer step", title="Agreement with the verifier's greedy token", ylim=(0, 1))
-    middle.legend(frameon=False, loc="lower right")
-    for name in sorted({name for record in heldout for name in record if name.startswith("heldout/")}):
+    legend_below(middle)
+    names = {name for record in heldout for name in record if name.startswith("heldout/")}
+    numbers = sorted({_draft_tokens(name) for name in names})
+    for name in sorted(names, key=lambda name: (_draft_tokens(name), name)):
         values = [(r["step"], r[name]) for r in heldout if name in r]
         estimated = "_t1_" in name
-        label = f"{name.rpartition('_')[2]} draft tokens" + (", temperature 1, estimated" if estimated else ", greedy")
-        right.plot(
-            *zip(*values, strict=True), linestyle=":" if estimated else "-", marker="o", markersize=3, label=label
-        )
+        label = f"{_draft_tokens(name)} draft tokens" + (", temperature 1, estimated" if estimated else ", greedy")
+        color = plt.get_cmap("viridis")(0.9 * numbers.index(_draft_tokens(name)) / max(1, len(numbers) - 1))
+        line = {"linestyle": ":" if estimated else "-", "marker": "o", "markersize": 3, "color": color}
+        right.plot(*zip(*values, strict=True), label=label, **line)
     right.set(xlabel="optimizer step", title="Held-out acceptance length", ylim=(1, None))
-    right.legend(frameon=False, loc="lower right")
+    legend_below(right)
     return figure
 
 
+def _draft_tokens(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
 def _positions(plt: Any, results: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(figsize=(5, 3.2))
+    figure, axes = plt.subplots(figsize=(max(5, 1 + 0.4 * len(results["acceptance_rate_per_pos"])), 3.2))
     drafters = {TRAINED: results, **results["baselines"]}
     width = 0.8 / len(drafters)
     for number, (name, counts) in enumerate(drafters.items()):
@@ -92,15 +119,16 @@ def _positions(plt: Any, results: dict[str, Any]) -> Any:
         ylim=(0, 1.05),
         xticks=range(1, len(rates) + 1),
     )
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    legend_below(axes)
     return figure
 
 
 def _categories(plt: Any, results: dict[str, Any]) -> Any:
     of = {name: drafters[TRAINED] for name, drafters in reversed(results["by_category"].items())}
-    figure, axes = plt.subplots(figsize=(5.5, 0.8 + 0.32 * max(3, len(of))))
-    labels = [f"{name}  {counts['acceptance_length']:.2f}" for name, counts in of.items()]
-    axes.barh(labels, [counts["acceptance_length"] for counts in of.values()], color=ACCENT, alpha=0.8)
+    labels = [wrapped(f"{name}  {counts['acceptance_length']:.2f}", 40) for name, counts in of.items()]
+    figure, axes = plt.subplots(figsize=(5.5, 0.8 + lines_high(labels, 3)))
+    axes.barh(range(len(of)), [counts["acceptance_length"] for counts in of.values()], color=ACCENT, alpha=0.8)
+    axes.set_yticks(range(len(of)), labels)
     for place, counts in enumerate(of.values()):
         error_bar(axes, place, counts["acceptance_length_interval"])
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")
