@@ -43,18 +43,18 @@ class Output:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that was closed
-                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            if not self.stage:
+            left = error.errno in (errno.EPIPE, errno.EIO)  # EIO: the terminal was closed
+            if left and not self.stage:
                 sys.exit(128 + signal.SIGPIPE)
-            print(
-                f"fledge: nobody reads {self._stream.name} any more; {self.stage} goes on",
-                file=getattr(sys, self._other),
-                flush=True,
-            )
+            what = f"nobody reads {self.name} any more; {self.stage} goes on"
+            if not left:  # the disk of a log is full
+                what = f"error: {self.name} cannot be written: {error.strerror}"
+            print(f"fledge: {what}", file=getattr(sys, self._other), flush=True)
+            if not left:
+                sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from ..conf.artifact import MANIFEST, read_manifest, write_atomic
 from ..conf.schema import Config
 from .metrics import Record, paired_difference
-from .plots import ACCENT, MUTED, error_bar, legend_below, lines_high, plotting, wrapped
+from .plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
 from .report import NONE, drafting, figure, interval, sampling, speedup, table
 from .results import ACCEPTANCE, RECORDS, TRAINED, asked
 
@@ -220,9 +220,8 @@ def unlike(runs: list[Row]) -> list[str]:
 
 def _draw(path: Path, rows: list[Row]) -> None:
     known = [row for row in rows if row.acceptance_length is not None]
-    names = [wrapped(row.name, 40) for row in known[::-1]]
     with plotting() as plt:
-        canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + lines_high(names, 6)))
+        canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
         for number, row in enumerate(known):
             place = len(known) - 1 - number
             run_color = ACCENT if number == 0 else plt.get_cmap("tab10")(number % 10)
@@ -231,8 +230,10 @@ def _draw(path: Path, rows: list[Row]) -> None:
             error_bar(left, place, row.results.get("acceptance_length_interval"), style["color"])
             if row.rates:
                 line = "-" if row.results else ":"
-                right.plot(range(1, len(row.rates) + 1), row.rates, line, label=row.name, **style)
-        left.set(xlabel="acceptance length", yticks=range(len(known)), yticklabels=names, ylim=(-0.5, len(known) - 0.5))
+                name = f" {row.name}"  # matplotlib leaves a name that begins with "_" out of a legend
+                right.plot(range(1, len(row.rates) + 1), row.rates, line, label=name, **style)
+        left.set(xlabel="acceptance length", ylim=(-0.5, len(known) - 0.5))
+        name_rows(left, [row.name for row in known[::-1]])
         ticks = range(1, max(len(row.rates) for row in known) + 1)
         right.set(xlabel="draft position", ylabel="rounds that accepted it, share", ylim=(0, 1), xticks=ticks)
         legend_below(right)

@@ -20,6 +20,7 @@ _RESAMPLES = 10_000
 _CHUNK = 1 << 22  # of drawn numbers in memory
 _TINY = 1e-30
 _FEWEST = 4  # questions of an interval: of three, one draw in nine is of one question alone, and spread over anything
+_FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at most, which hold of fewer too seldom
 
 Record = dict[str, Any]  # a line of questions.jsonl
 
@@ -175,10 +176,12 @@ def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | N
     seconds, whose pull by question i is n_i / N - s_i / S with drafts, less that without.
 
     Returns:
-        None where fewer than four questions had a round, or the verifier was not run alone.
+        Bounds within the speed-ups of single questions; None where fewer than six questions had a round, or the
+        verifier was not run alone.
     """
     columns = np.array([_times(record, drafter) for record in records]).reshape(-1, 4)
-    if np.isnan(columns).any() or np.count_nonzero(columns[:, 1] * columns[:, 3]) < _FEWEST:
+    single = columns[(columns > 0).all(1)]
+    if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
         return None
     signs, totals = np.array([1.0, -1.0, -1.0, 1.0]), columns.sum(0)
     products = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
@@ -188,7 +191,8 @@ def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | N
     squares = np.einsum("di,dij,dj->d", weights, drawn[:, 4:].reshape(-1, 4, 4), weights)
     error = float(np.sqrt((((columns / totals) @ signs) ** 2).sum()))
     bounds = _studentised(float(np.log(totals) @ signs), error, np.log(sums / totals) @ signs, squares)
-    return [float(np.exp(bound)) for bound in bounds]
+    possible = np.log(single) @ signs
+    return np.exp(np.clip(bounds, possible.min(), possible.max())).tolist()
 
 
 def _times(record: Record, drafter: str) -> list[float]:
