@@ -1,8 +1,9 @@
 """Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/device_calls.py < LAUNCHES`.
 
 A launch is the environments of its ranks and how many GPUs each of them sees. Its ranks are started, meet and make
-engines at the stages 2 and 3 of ZeRO (0 and 1 do as 2); only what a driver would answer is made up, and DeepSpeed's accelerator notes the number
-of every device that it is asked for. Prints one JSON line: of every rank its own device, and the numbers.
+engines at the stages 2 and 3 of ZeRO (0 and 1 do as 2). Only what a driver would answer is made up, and DeepSpeed's
+accelerator notes the number of every device that it is asked for. Prints one JSON line: of every rank its own device,
+and the numbers.
 """
 
 from __future__ import annotations
