@@ -29,10 +29,16 @@ class Place:
     port: int = 0
     sees_own_gpus: bool = False  # and no others: the launcher has dealt them out
 
-    def environment(self) -> dict[str, str]:
-        """Give the variables that torch and DeepSpeed read."""
-        numbers = (self.rank, self.world, self.local_rank, self.address, self.port)
-        return {**dict(zip(_TORCH, map(str, numbers), strict=True)), "LOCAL_WORLD_SIZE": str(self.local_world)}
+    def environment(self, num_gpus: int = 0) -> dict[str, str]:
+        """Return the variables that torch, DeepSpeed and transformers read.
+
+        To them LOCAL_RANK is the number of the GPU that the process computes on. So, if it sees GPUs, that is the first
+        of its own, and LOCAL_WORLD_SIZE is how many it sees: read again, they give the same GPU.
+        """
+        device = own_gpus(self, num_gpus)[0] if num_gpus else self.local_rank
+        numbers = (self.rank, self.world, device, self.address, self.port)
+        local_world = num_gpus or self.local_world
+        return {**dict(zip(_TORCH, map(str, numbers), strict=True)), "LOCAL_WORLD_SIZE": str(local_world)}
 
 
 def find_place(environment: Mapping[str, str]) -> Place:

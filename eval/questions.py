@@ -149,7 +149,7 @@ def _encodable(question: Question, place: str) -> Question:
     try:
         json_line(question.record([]))
     except UnicodeEncodeError as error:
-        texts = (question.id, question.category, *question.turns)
+        texts = (question.id, question.category, *map(text_of, question.turns))
         name, category, *turns = (text.encode(errors="backslashreplace").decode() for text in texts)
         problem = f"{place} is not valid UTF-8: {error}"
         return replace(question, id=name, category=category, turns=tuple(turns), problem=problem)

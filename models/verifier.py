@@ -240,7 +240,8 @@ def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -
             )
         if config.device is Device.cpu and torch.cuda.is_available():
             raise ValueError("verifier.device must be auto with verifier.tensor_parallel: transformers takes the GPUs")
-        os.environ.update(place.environment())  # srun sets others than those that transformers reads
+        # srun sets others than those that transformers reads, and it takes its GPU from LOCAL_RANK.
+        os.environ.update(place.environment(torch.cuda.device_count()))
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     num_gpus = torch.cuda.device_count() if gpus is None else len(gpus)
     if config.device is Device.auto and num_gpus > 1 and not (gpus is None and _fits(config, whole)):

@@ -29,9 +29,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from small_heads import make_batch, make_head, matrices
+from small_heads import leave_out_first_tokens, make_batch, make_head, matrices
 
-__all__ = ["make_batch", "make_head", "matrices"]  # beside what is here
+__all__ = ["leave_out_first_tokens", "make_batch", "make_head", "matrices"]  # beside what is here
 
 OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
 

@@ -64,3 +64,12 @@ def make_head(
             if parameter.dim() == 1:
                 parameter += noise * torch.randn(parameter.shape, generator=generator)
     return head
+
+
+def leave_out_first_tokens(head: DraftHead, batch: PackedBatch, lm_head: torch.Tensor) -> None:
+    """Let the draft vocabulary begin behind token 0, and the verifier find that likeliest at every other position."""
+    num_outside = len(head.t2d) - len(head.d2t)
+    head.d2t.fill_(num_outside)
+    head.t2d.copy_(torch.arange(len(head.t2d)) >= num_outside)
+    assert batch.last_hidden_state is not None
+    batch.last_hidden_state[::2] = lm_head[0]

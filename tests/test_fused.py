@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import make_batch, make_head, matrices
+from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import TTTLoss
 from fledge.models import ttt_attention
 from fledge.models.ttt_attention import SplitAttention, TTTAttention
@@ -265,6 +265,16 @@ def test_rows_whose_greedy_token_cannot_be_drafted_are_reported_and_not_counted(
     counted, outside = (sums[:, SUMS.index(name)] for name in ("counted", "outside_draft_vocab"))
     assert (counted + outside).tolist() == [28, 27, 26]
     assert float(outside.min()) > 0
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("loss", list(TTTLoss))
+def test_a_greedy_token_below_the_whole_draft_vocabulary_is_one_outside_like_any_other(loss):
+    head, batch, (embedding, lm_head) = make_head(), make_batch([17, 30], seed=3), matrices()
+    leave_out_first_tokens(head, batch, lm_head)
+    fused, plain = (results(module, batch, embedding, lm_head, acceptance=RUNNING) for module in twins(head, loss))
+    assert_close(fused, plain, 1e-5)
+    assert float(fused[2][:, SUMS.index("outside_draft_vocab")].min()) > 0
 
 
 class Waits(TorchDispatchMode):

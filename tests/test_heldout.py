@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import make_batch, make_head, matrices
+from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import DraftSampling, EvaluateConfig
 from fledge.eval.results import told_in_training
 from fledge.models.verifier import LogitTransform
@@ -32,13 +32,15 @@ def decoded_row(head, ids, aux, last, row, num, transform):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("vocabulary", [None, 60])
+@pytest.mark.parametrize(("vocabulary", "first_outside"), [(None, False), (60, False), (100, True)])
 @pytest.mark.parametrize("chunk_bytes", [128 << 20, 40_000])
-def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, chunk_bytes, monkeypatch):
+def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, first_outside, chunk_bytes, monkeypatch):
     monkeypatch.setitem(fused_loss.CHUNK_BYTES, "cpu", chunk_bytes)
     head = make_head(draft_vocab_size=vocabulary)
     transform = LogitTransform(scale=0.5, softcap=4.0)
     batch, num = make_batch([13, 1, 9], seed=8), 3
+    if first_outside:
+        leave_out_first_tokens(head, batch, matrices()[1])
     module = TTTModule(head, 2, 0.8, transform=transform)  # trained on another number of steps
     hits, reach = acceptance(module, batch, *matrices(), num)
     assert hits.shape == (23,)

@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders import Run
 from fledge.conf.place import Place, find_place, first_host, own_gpus
+from fledge.conf.run import environments
+from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.store import checksums_beside, write_index
 from fledge.models.formats import checkpoint_steps
+from fledge.models.verifier import _placement
 from fledge.train.tracking import read_metrics
 
 TORCHRUN = {
@@ -129,6 +133,73 @@ def slurm_environments() -> list[dict[str, str]]:
         **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
     }
     return [{**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+
+
+def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
+    """Give every launch that the README names: its ranks' environments, GPUs that each sees, and the one it takes."""
+    deepspeed = [{**place, "LOCAL_SIZE": place.pop("LOCAL_WORLD_SIZE")} for place in torch_environments()]
+    mpirun = [{**place, "OMPI_COMM_WORLD_LOCAL_RANK": place["LOCAL_RANK"]} for place in torch_environments()]
+    nodes = [Place(node, 2, address="127.0.0.1", port=free_port()) for node in range(2)]
+    nodes = [replace(node, port=nodes[0].port) for node in nodes]
+
+    def own(*options: str) -> list[dict[str, str]]:
+        return [{**place, **dict.fromkeys(options, "1")} for place in slurm_environments()]
+
+    return {
+        "alone": ([{}], 8, [0]),
+        "torchrun, as many as GPUs": (torch_environments(), 2, [0, 1]),
+        "torchrun, fewer than GPUs": (torch_environments(), 8, [0, 4]),
+        "torchrun, each shown one": (torch_environments(), 1, [0, 0]),
+        "train.num_processes": (environments(2), 4, [0, 2]),
+        "fledge submit": ([place for node in nodes for place in environments(2, node)], 8, [0, 4, 0, 4]),
+        "srun, one task a GPU": (own(), 2, [0, 1]),
+        "srun --gpus-per-task=1": (own("SLURM_GPUS_PER_TASK"), 1, [0, 0]),
+        "srun --gpus-per-task=2": (own("SLURM_GPUS_PER_TASK"), 2, [0, 0]),
+        "srun --tres-per-task=gres/gpu:1": (own("SLURM_TRES_PER_TASK"), 1, [0, 0]),
+        "deepspeed": (deepspeed, 4, [0, 2]),
+        "torch's variables in mpirun": (mpirun, 8, [0, 4]),
+    }
+
+
+def test_deepspeed_takes_the_gpu_that_fledge_trains_on_in_every_launch():
+    cases = launches()
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "device_calls.py")],
+        input=json.dumps({name: case[:2] for name, case in cases.items()}),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, (_, _, devices) in cases.items():
+        assert [rank["device"] for rank in found[name]] == [f"cuda:{device}" for device in devices], name
+        for rank, device in zip(found[name], devices, strict=True):
+            assert rank["current"] == [device], name
+            assert rank["asked"] == {str(stage): [device] for stage in (2, 3)}, name
+
+
+def test_what_ranks_are_told_gives_the_same_gpu_when_it_is_read_again():
+    shown_two = Place(1, 4, 1, 4, sees_own_gpus=True)
+    for place, num_gpus in ((Place(1, 2, 1, 2), 8), (Place(3, 4, 3, 4), 1), (shown_two, 2), (Place(), 8)):
+        again = find_place({**place.environment(num_gpus), "MASTER_PORT": "1"})
+        assert own_gpus(again, num_gpus)[0] == own_gpus(place, num_gpus)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_gpus", "device"), [({}, 8, 4), ({}, 2, 1), ({"SLURM_GPUS_PER_TASK": "1"}, 1, 0)]
+)
+def test_ranks_that_hold_one_verifier_together_tell_transformers_their_own_gpu(changes, num_gpus, device, monkeypatch):
+    for name, value in {**slurm_environments()[1], **changes}.items():
+        monkeypatch.setenv(name, value)
+    for name in Place().environment():  # what it sets goes away again
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    for _ in range(2):  # a verifier may be loaded again
+        _placement(VerifierConfig(path="none", tensor_parallel=True), None)
+        assert os.environ["LOCAL_RANK"] == str(device)
 
 
 class Pair:

@@ -42,6 +42,7 @@ def deepspeed_config(config: Config, universal: bool = False) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
 
 
@@ -64,14 +65,19 @@ def end_micro_batch(engine: Any) -> bool:
 
     A step whose gradient is not finite is skipped on every rank: DeepSpeed finds it when it takes the gradient's norm.
     """
-    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+    last = engine.is_gradient_accumulation_boundary()
+    if engine.zero_optimization_stage() == 0 and last:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
             engine.module.zero_grad()  # stage 0 does not look, and its step cannot be told to leave all as it is
             engine.micro_steps += 1
             return False
     engine.step()
-    return bool(engine.was_step_applied())
+    updated = bool(engine.was_step_applied())
+    if last and not updated:  # with offload DeepSpeed (0.19) would add every further step's gradient to this one
+        sums = getattr(engine.optimizer, "averaged_gradients", {})
+        sums.update(dict.fromkeys(sums))
+    return updated
 
 
 def learning_rate(options: TrainConfig, step: int, num_steps: int) -> float:

@@ -119,6 +119,7 @@ class Ranks:
             raise ValueError(
                 f"rank {other} and rank {self.rank} are on the same GPU of {identity[0]}: start one process a GPU"
             )
+        sum_over_ranks(torch.zeros(1, device=self.device))  # NCCL's barriers use the GPU of a group's first collective
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -172,9 +173,11 @@ def _until_all_end(ranks: Ranks, watch: Watch) -> Generator[Ranks, None, int]:
 
 def _meet(place: Place, timeout_s: int) -> Ranks:
     """Make the group that trains, and give this rank its device."""
-    os.environ.update(place.environment())  # DeepSpeed reads them
     on_gpu = torch.cuda.is_available()
-    gpus = own_gpus(place, torch.cuda.device_count()) if on_gpu else None
+    num_gpus = torch.cuda.device_count() if on_gpu else 0
+    gpus = own_gpus(place, num_gpus) if on_gpu else None
+    os.environ.update(place.environment(num_gpus))  # DeepSpeed takes its GPU from them, and refuses another of Open MPI
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     if gpus:
         torch.cuda.set_device(gpus[0])
     else:

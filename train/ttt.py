@@ -83,7 +83,7 @@ def find_targets(
         highest, top[part] = logits.max(-1)
         # As logits.logsumexp(-1), in place.
         log_normaliser[part] = logits.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
-    draft_ids = head.t2d.cumsum(0) - 1
+    draft_ids = (head.t2d.cumsum(0) - 1).clamp(min=0)  # a token below the first inside has none, and any will do
     return Targets(head.t2d[top], draft_ids[top], log_normaliser)
 
 
