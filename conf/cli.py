@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from .output import Output, readers_may_leave
 from .schema import Config, validate
 
 # command -> (module and function that run it, what it does)
@@ -40,6 +41,8 @@ COMMANDS = {
     "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
     "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
 }
+
+PRINTING = ("compare", "doctor", "preview", "inspect", "plan", "status")  # end when nobody reads them; others go on
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)  # one sentence and exit code 2; others are faults of ours
 
@@ -76,6 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # The DeepSpeed launcher says the local rank twice, in the environment and as an argument, which Hydra refuses.
     arguments = [argument for argument in arguments if argument != f"--local_rank={os.environ.get('LOCAL_RANK')}"]
+    with readers_may_leave():
+        _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         lines = "\n".join(f"  {name:<11} {meaning}" for name, (_, meaning) in COMMANDS.items())
         print(USAGE.format(commands=lines))
@@ -191,6 +199,7 @@ def _task(command: str, show_traceback: bool) -> Any:
             config = OmegaConf.to_object(composed)
             assert isinstance(config, Config)
             validate(config)
+            Output.stage = "" if command in PRINTING or config.submit.dry_run else command
             _quiet_libraries()
             module, function = COMMANDS[command][0].split(":")
             getattr(importlib.import_module(module), function)(config)
@@ -214,6 +223,7 @@ def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of the seconds that its list of fonts takes
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 
