@@ -10,8 +10,8 @@ from typing import Any
 from ..conf.artifact import MANIFEST, read_manifest, write_atomic
 from ..conf.schema import Config
 from .metrics import Record, paired_difference
-from .plots import ACCENT, MUTED, error_bar, plotting
-from .report import NONE, drafting, figure, interval, sampling, table
+from .plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
+from .report import NONE, drafting, figure, interval, sampling, speedup, table
 from .results import ACCEPTANCE, RECORDS, TRAINED, asked
 
 REPORT, PLOT = "compare.md", "compare.png"
@@ -183,7 +183,7 @@ def _acceptance(runs: list[Row], published: list[Row]) -> str:
             *([_difference(row, runs[0])] if several else []),
             *(figure(row.rates[i]) if i < len(row.rates) else NONE for i in positions),
             figure(row.results.get("tokens_per_s"), 0),
-            figure(row.results.get("speedup"), unit="x"),
+            speedup(row.results, of_all=row in runs),
         ]
         for row in rows
     ]
@@ -219,22 +219,23 @@ def unlike(runs: list[Row]) -> list[str]:
 
 
 def _draw(path: Path, rows: list[Row]) -> None:
+    known = [row for row in rows if row.acceptance_length is not None]
     with plotting() as plt:
-        canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.4 * max(5, len(rows))))
-        known = [row for row in rows if row.acceptance_length is not None]
+        canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
         for number, row in enumerate(known):
             place = len(known) - 1 - number
             run_color = ACCENT if number == 0 else plt.get_cmap("tab10")(number % 10)
-            color = run_color if row.results else MUTED
-            left.plot(row.acceptance_length, place, "o", color=color)
-            error_bar(left, place, row.results.get("acceptance_length_interval"), color)
+            style = {"color": run_color if row.results else MUTED, "marker": "osD^v"[number // 10 % 5]}
+            left.plot(row.acceptance_length, place, linestyle="", **style)
+            error_bar(left, place, row.results.get("acceptance_length_interval"), style["color"])
             if row.rates:
                 line = "-" if row.results else ":"
-                right.plot(range(1, len(row.rates) + 1), row.rates, line, marker="o", color=color, label=row.name)
-        names = [row.name for row in known[::-1]]
-        left.set(xlabel="acceptance length", yticks=range(len(known)), yticklabels=names, ylim=(-0.5, len(known) - 0.5))
+                name = f" {row.name}"  # matplotlib leaves a name that begins with "_" out of a legend
+                right.plot(range(1, len(row.rates) + 1), row.rates, line, label=name, **style)
+        left.set(xlabel="acceptance length", ylim=(-0.5, len(known) - 0.5))
+        name_rows(left, [row.name for row in known[::-1]])
         ticks = range(1, max(len(row.rates) for row in known) + 1)
         right.set(xlabel="draft position", ylabel="rounds that accepted it, share", ylim=(0, 1), xticks=ticks)
-        right.legend(frameon=False, fontsize=8)
+        legend_below(right)
         canvas.savefig(path)
         plt.close(canvas)

@@ -20,6 +20,7 @@ _RESAMPLES = 10_000
 _CHUNK = 1 << 22  # of drawn numbers in memory
 _TINY = 1e-30
 _FEWEST = 4  # questions of an interval: of three, one draw in nine is of one question alone, and spread over anything
+_FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at most, which hold of fewer too seldom
 
 Record = dict[str, Any]  # a line of questions.jsonl
 
@@ -167,6 +168,41 @@ def paired_difference(
     return difference, _interval(sides, difference, (-float(num_positions[1]), float(num_positions[0])))
 
 
+def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | None:
+    """Give the 95 % bootstrap interval of tokens a second with drafts over tokens a second of the verifier alone.
+
+    Questions are drawn again, each with its times, so it tells how questions differ and how unsteady single times
+    are; what slows the machine for long is not in it. Bootstrap-t as above, of the logarithm: a sum over tokens and
+    seconds, whose pull by question i is n_i / N - s_i / S with drafts, less that without.
+
+    Returns:
+        Bounds within the speed-ups of single questions; None where fewer than six questions had a round, or the
+        verifier was not run alone.
+    """
+    columns = np.array([_times(record, drafter) for record in records]).reshape(-1, 4)
+    single = columns[(columns > 0).all(1)]
+    if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
+        return None
+    signs, totals = np.array([1.0, -1.0, -1.0, 1.0]), columns.sum(0)
+    products = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
+    drawn = _resampled(np.concatenate([columns, products], 1))
+    sums = np.maximum(drawn[:, :4], _TINY)
+    weights = signs / sums
+    squares = np.einsum("di,dij,dj->d", weights, drawn[:, 4:].reshape(-1, 4, 4), weights)
+    error = float(np.sqrt((((columns / totals) @ signs) ** 2).sum()))
+    bounds = _studentised(float(np.log(totals) @ signs), error, np.log(sums / totals) @ signs, squares)
+    possible = np.log(single) @ signs
+    return np.exp(np.clip(bounds, possible.min(), possible.max())).tolist()
+
+
+def _times(record: Record, drafter: str) -> list[float]:
+    """Give tokens and seconds of a question's answers with drafts, then without; nan where nobody took the time."""
+    pairs = [(answer["drafters"][drafter], answer) for answer in record["answers"]]
+    alone = [np.nan if answer["seconds_alone"] is None else answer["seconds_alone"] for _, answer in pairs]
+    drafted = [sum(rounds[name] for rounds, _ in pairs) for name in ("output_tokens", "seconds")]
+    return [*drafted, sum(answer["output_tokens"] for _, answer in pairs), sum(alone)]
+
+
 _Side = tuple[NDArray[np.float64], NDArray[np.float64]]  # rounds and accepted tokens of each question
 
 
@@ -197,12 +233,17 @@ def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> 
     changes = drawn[:, 1:width:2] / drafts  # of each side's ratio, by draw
     weights = np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(-1, width)
     squares = np.einsum("di,dij,dj->d", weights, drawn[:, width:].reshape(-1, width, width), weights)
-    studentised = (changes @ signs) / np.sqrt(np.maximum(squares, _TINY))
     totals = [max(drafts.sum(), 1.0) for drafts, _ in sides]
     error = float(np.sqrt((((columns[:, 1::2] / totals) @ signs) ** 2).sum()))
+    return [float(np.clip(bound, *bounds)) for bound in _studentised(value, error, changes @ signs, squares)]
+
+
+def _studentised(
+    value: float, error: float, changes: NDArray[np.float64], squares: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Give the bounds around a value: of each draw its change and the square of its own standard error."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = value - error * np.quantile(studentised, [1 - tail, tail])
-    return [float(np.clip(bound, *bounds)) for bound in (low, high)]
+    return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])
 
 
 def _resampled(values: NDArray[np.float64]) -> NDArray[np.float64]:

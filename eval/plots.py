@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,31 @@ def plotting() -> Iterator[Any]:
     import matplotlib.pyplot as plt
 
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK}
-    with plt.rc_context({**style, "font.size": 10, "figure.dpi": 120, "savefig.bbox": "tight"}):
+    # Names are the user's: a dollar sign in one is no formula.
+    style |= {"text.parse_math": False, "axes.titlesize": "medium", "savefig.bbox": "tight"}
+    with plt.rc_context({**style, "font.size": 10, "figure.dpi": 120}):
         yield plt
+
+
+def legend_below(axes: Any) -> None:
+    """Name the curves below the axes, however many there are; a picture grows with what hangs from its axes."""
+    drawn, names = axes.get_legend_handles_labels()
+    if drawn:
+        away = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.0}  # below ticks and axis label
+        axes.legend(drawn, [wrapped(name, 60) for name in names], frameon=False, fontsize=8, **away)
+
+
+def wrapped(name: str, width: int) -> str:
+    """Break a name into lines of at most so many letters."""
+    return textwrap.fill(name, width, break_on_hyphens=False)
+
+
+def name_rows(axes: Any, names: list[str]) -> None:
+    """Name the rows of a plot, from the first at the bottom, and make its figure high enough for them."""
+    told = [wrapped(name, 48) for name in names]
+    axes.set_yticks(range(len(told)), told, fontsize=9)
+    lines = 1 + max(name.count("\n") for name in told)
+    axes.figure.set_figheight(0.9 + max(0.34, 0.22 * lines) * max(3, len(told)))
 
 
 def draw(
@@ -54,27 +78,35 @@ def _training(plt: Any, metrics: list[dict[str, Any]]) -> Any:
     heldout = [record for record in metrics if any(name.startswith("heldout/") for name in record)]
     left.plot([r["step"] for r in trained], [r["train/loss"] for r in trained], color=ACCENT)
     left.set(xlabel="optimizer step", ylabel="loss, nats", title="Loss", ylim=(0, None))
-    steps = sorted(name for name in trained[0] if name.startswith("train/agreement_step_"))
+    steps = sorted((name for name in trained[0] if name.startswith("train/agreement_step_")), key=_number)
     for number, name in enumerate(steps):
         shade = 1 - 0.75 * number / max(1, len(steps) - 1)
         label = f"TTT step {number}" if number in (0, len(steps) - 1) else None
         middle.plot([r["step"] for r in trained], [r[name] for r in trained], color=ACCENT, alpha=shade, label=label)
     middle.set(xlabel="optimizer step", title="Agreement with the verifier's greedy token", ylim=(0, 1))
-    middle.legend(frameon=False, loc="lower right")
-    for name in sorted({name for record in heldout for name in record if name.startswith("heldout/")}):
+    legend_below(middle)
+    names = {name for record in heldout for name in record if name.startswith("heldout/")}
+    numbers = sorted({_number(name) for name in names})
+    for name in sorted(names, key=lambda name: (_number(name), name)):
         values = [(r["step"], r[name]) for r in heldout if name in r]
         estimated = "_t1_" in name
-        label = f"{name.rpartition('_')[2]} draft tokens" + (", temperature 1, estimated" if estimated else ", greedy")
-        right.plot(
-            *zip(*values, strict=True), linestyle=":" if estimated else "-", marker="o", markersize=3, label=label
-        )
-    right.set(xlabel="optimizer step", title="Held-out acceptance length", ylim=(1, None))
-    right.legend(frameon=False, loc="lower right")
+        tokens = f"{_number(name)} draft token{'s' * (_number(name) != 1)}"
+        label = tokens + (", temperature 1, estimated" if estimated else ", greedy")
+        color = plt.get_cmap("viridis")(0.9 * numbers.index(_number(name)) / max(1, len(numbers) - 1))
+        line = {"linestyle": ":" if estimated else "-", "marker": "o", "markersize": 3, "color": color}
+        right.plot(*zip(*values, strict=True), label=label, **line)
+    right.set(xlabel="optimizer step", title="Held-out acceptance length", ylim=(1, None if names else 2))
+    legend_below(right)
     return figure
 
 
+def _number(name: str) -> int:
+    """Give the number that the name of a metric ends with."""
+    return int(name.rpartition("_")[2])
+
+
 def _positions(plt: Any, results: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(figsize=(5, 3.2))
+    figure, axes = plt.subplots(figsize=(max(5, 1 + 0.4 * len(results["acceptance_rate_per_pos"])), 3.2))
     drafters = {TRAINED: results, **results["baselines"]}
     width = 0.8 / len(drafters)
     for number, (name, counts) in enumerate(drafters.items()):
@@ -83,7 +115,7 @@ def _positions(plt: Any, results: dict[str, Any]) -> Any:
         shade = {"color": ACCENT if number == 0 else MUTED, "alpha": 1 - 0.3 * max(0, number - 1)}
         bars = axes.bar(places, rates, width, label=name, **shade)
         if number == 0:
-            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=3)
             given = counts["conditional_acceptance_rate_per_pos"]
             axes.plot(places, given, "o", color=INK, markersize=4, label=f"{name}, given the one before")
     axes.set(
@@ -92,15 +124,15 @@ def _positions(plt: Any, results: dict[str, Any]) -> Any:
         ylim=(0, 1.05),
         xticks=range(1, len(rates) + 1),
     )
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    legend_below(axes)
     return figure
 
 
 def _categories(plt: Any, results: dict[str, Any]) -> Any:
     of = {name: drafters[TRAINED] for name, drafters in reversed(results["by_category"].items())}
-    figure, axes = plt.subplots(figsize=(5.5, 0.8 + 0.32 * max(3, len(of))))
-    labels = [f"{name}  {counts['acceptance_length']:.2f}" for name, counts in of.items()]
-    axes.barh(labels, [counts["acceptance_length"] for counts in of.values()], color=ACCENT, alpha=0.8)
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    axes.barh(range(len(of)), [counts["acceptance_length"] for counts in of.values()], color=ACCENT, alpha=0.8)
+    name_rows(axes, [f"{name}  {counts['acceptance_length']:.2f}" for name, counts in of.items()])
     for place, counts in enumerate(of.values()):
         error_bar(axes, place, counts["acceptance_length_interval"])
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")

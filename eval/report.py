@@ -50,6 +50,12 @@ def interval(counts: dict[str, Any], name: str = "acceptance_length_interval") -
     return f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
 
 
+def speedup(counts: dict[str, Any], of_all: bool = True) -> str:
+    """Write a speed-up and its 95 % interval; without one that of all questions only, for it is of single times."""
+    bounds = interval(counts, "speedup_interval")
+    return f"{figure(counts.get('speedup'), unit='x')} {bounds}".rstrip() if bounds or of_all else NONE
+
+
 def drafting(results: dict[str, Any]) -> str:
     """Write how drafts are laid: a chain, or a tree and its shape."""
     if results["drafting"] == "chain":
@@ -85,7 +91,7 @@ def _tables(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, counts in drafters.items():
         rates = [figure(rate) for rate in counts["acceptance_rate_per_pos"]]
-        speed = [figure(counts["tokens_per_s"], 0), figure(counts["speedup"], unit="x"), str(counts["num_drafts"])]
+        speed = [figure(counts["tokens_per_s"], 0), speedup(counts), str(counts["num_drafts"])]
         rows.append([name, figure(counts["acceptance_length"]), interval(counts) or NONE, *rates, *speed])
         if name == TRAINED:
             given = [figure(rate) for rate in counts["conditional_acceptance_rate_per_pos"]]
@@ -108,7 +114,7 @@ def _parts_table(title: str, parts: dict[str, Any], names: list[str]) -> str:
             name,
             figure(drafters[TRAINED]["acceptance_length"]),
             interval(drafters[TRAINED]) or NONE,
-            figure(drafters[TRAINED]["speedup"], unit="x"),
+            speedup(drafters[TRAINED], of_all=False),
             *(figure(drafters[other]["acceptance_length"]) for other in names if other != TRAINED),
         ]
         for name, drafters in parts.items()
@@ -119,8 +125,8 @@ def _parts_table(title: str, parts: dict[str, Any], names: list[str]) -> str:
 def _macro(results: dict[str, Any]) -> list[str]:
     return [
         f"Acceptance length is over all rounds (micro); the mean over questions (macro) is "
-        f"{figure(results['macro_acceptance_length'])}. Intervals: other questions of the same kind, by bootstrap over "
-        "questions."
+        f"{figure(results['macro_acceptance_length'])}. Intervals, of speed-ups too: other questions of the same kind, "
+        "by bootstrap over questions."
     ]
 
 

@@ -18,7 +18,7 @@ from ..conf.journal import read_journal
 from ..conf.schema import Config, DraftSampling, EvaluateConfig, EvaluateEngine
 from ..data_synthesis.split import conversation_id
 from ..models.formats import HELDOUT_WALKS
-from .metrics import Record, acceptance_interval, count, macro_acceptance_length
+from .metrics import Record, acceptance_interval, count, macro_acceptance_length, speedup_interval
 from .questions import HELDOUT, Question
 
 ACCEPTANCE = "acceptance.json"
@@ -51,15 +51,15 @@ def summarise(
     if config.evaluate.engine is EvaluateEngine.server and config.evaluate.batch_size > 1:
         _forget_seconds(records)
     answered, heldout = ([r for r in records if (r["category"] == HELDOUT) is kind] for kind in (False, True))
-    num = config.evaluate.draft_depth
+    num, timed = config.evaluate.draft_depth, config.evaluate.batch_size == 1
     names = list(answered[0]["answers"][0]["drafters"])
     categories = list(dict.fromkeys(question.category for question in questions if question.category != HELDOUT))
 
     def drafters(of: list[Record]) -> dict[str, Any]:
-        return {name: measured(of, name, num) for name in names}
+        return {name: measured(of, name, num, timed) for name in names}
 
     return {
-        **measured(answered, TRAINED, num),
+        **measured(answered, TRAINED, num, timed),
         **conditions(config, answered),
         "definition": DEFINITION,
         **(served or {}),
@@ -69,7 +69,7 @@ def summarise(
         "verifier_alone_tokens_per_s": alone_tokens_per_s(answered),
         "by_category": {name: drafters([r for r in answered if r["category"] == name]) for name in categories},
         **_by_modality(answered, drafters),
-        "baselines": {name: measured(answered, name, num) for name in names if name != TRAINED},
+        "baselines": {name: measured(answered, name, num, timed) for name in names if name != TRAINED},
         "heldout": {
             "num_conversations": len(heldout),
             "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
@@ -86,8 +86,12 @@ def _forget_seconds(records: list[Record]) -> None:
                 rounds["seconds"] = 0.0
 
 
-def measured(records: list[Record], drafter: str, num_positions: int) -> dict[str, Any]:
-    """Give all that is told of a drafter on some questions; None for what these cannot tell."""
+def measured(records: list[Record], drafter: str, num_positions: int, timed: bool) -> dict[str, Any]:
+    """Give all that is told of a drafter on some questions; None for what these cannot tell.
+
+    Args:
+        timed: each question was answered by itself; in a batch it only has a share of the seconds.
+    """
     counts = count(records, drafter, num_positions)
     with_drafts, alone = counts.tokens_per_s, alone_tokens_per_s(records)
     return {
@@ -95,6 +99,7 @@ def measured(records: list[Record], drafter: str, num_positions: int) -> dict[st
         "acceptance_length_interval": acceptance_interval(records, drafter, num_positions),
         "macro_acceptance_length": macro_acceptance_length(records, drafter, num_positions),
         "speedup": with_drafts / alone if with_drafts and alone else None,
+        "speedup_interval": speedup_interval(records, drafter) if timed else None,
     }
 
 

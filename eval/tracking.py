@@ -6,7 +6,8 @@
 | `evaluation/macro_acceptance_length`  | mean over questions                                                    |
 | `evaluation/acceptance_position_<i>`  | share of rounds that accepted draft token i, from 1; unconditional     |
 | `evaluation/acceptance_length_<name>` | of the questions of a category                                         |
-| `evaluation/tokens_per_s`             | with drafts; `evaluation/speedup`: over the verifier alone             |
+| `evaluation/tokens_per_s`             | with drafts; `evaluation/speedup`: over the verifier alone, with       |
+|                                       | `_low` and `_high`                                                     |
 | `evaluation/condition_<name>`         | what the figures depend on: draft tokens, drafting, temperature, ...   |
 """
 
@@ -71,11 +72,10 @@ def _run_id(config: Config, source: Path | None) -> str | None:
 
 def figures(results: dict[str, Any]) -> dict[str, Any]:
     """Give the figures of acceptance.json by the names above; those that are not known are left out."""
-    low, high = results["acceptance_length_interval"] or (None, None)
+    known = {name: results.get(f"{name}_interval") or (None, None) for name in ("acceptance_length", "speedup")}
     told = {
         **{name: results[name] for name in ("acceptance_length", "macro_acceptance_length", "tokens_per_s", "speedup")},
-        "acceptance_length_low": low,
-        "acceptance_length_high": high,
+        **{f"{name}_{end}": known[name][place] for name in known for place, end in enumerate(("low", "high"))},
         **{f"acceptance_position_{i}": rate for i, rate in enumerate(results["acceptance_rate_per_pos"], 1)},
         **{
             f"acceptance_length_{name}": drafters[TRAINED]["acceptance_length"]

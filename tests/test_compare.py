@@ -64,7 +64,7 @@ def test_figures_stand_side_by_side_with_what_they_depend_on(runs, capsys):
     assert second["95 % interval"] == "[{:.2f}, {:.2f}]".format(*results["acceptance_length_interval"])
     assert [second[f"position {i}"] for i in (1, 2, 3)] == [f"{r:.2f}" for r in results["acceptance_rate_per_pos"]]
     assert second["tokens/s"] == f"{results['tokens_per_s']:.0f}"
-    assert second["speed-up"] == f"{results['speedup']:.2f}x"
+    assert second["speed-up"] == "{:.2f}x [{:.2f}, {:.2f}]".format(results["speedup"], *results["speedup_interval"])
     for name in ("math", "stem"):
         assert categories["second"][name] == f"{results['by_category'][name]['trained head']['acceptance_length']:.2f}"
     told = ("draft tokens", "drafting", "temperature", "dtype", "questions", "template")
@@ -144,6 +144,20 @@ def test_text_and_images_have_rows_of_their_own(runs, capsys):
     acceptance, *_ = tables(compared(capsys, str(runs / "seen"), str(runs / "second"), "compare.published=false"))
     assert acceptance["seen, text"]["acceptance length"] == acceptance["second"]["acceptance length"]
     assert list(categories) == ["first", "seen"]
+
+
+def test_a_speed_up_without_an_interval_is_told_of_all_questions_only(runs, capsys):
+    evaluation(runs / "seen", [*BETTER, *(question_record([0, 1], name=f"seen/{i}", images=1) for i in range(4))])
+    evaluation(runs / "batched", BETTER, batch_size=2)
+    written = runs / "first" / "evaluation" / "acceptance.json"  # by a fledge that told no intervals of speed-ups
+    old = json.loads(written.read_text())
+    written.write_text(json.dumps({name: value for name, value in old.items() if name != "speedup_interval"}))
+    shown, *_ = tables(compared(capsys, "first", "batched", "seen", f"runs_dir={runs}", "compare.published=false"))
+    plain, bounded = r"\d\.\d\dx", r"\d\.\d\dx \[\d\.\d\d, \d\.\d\d\]"
+    for name, form in {
+        "first": plain, "batched": plain, "seen": bounded, "seen, text": bounded, "seen, images": "-"
+    }.items():  # fmt: skip
+        assert re.fullmatch(form, shown[name]["speed-up"]), name
 
 
 def test_vllms_published_positions_add_up_to_its_acceptance_length():

@@ -13,6 +13,7 @@ from fledge.eval.metrics import (
     macro_acceptance_length,
     paired_difference,
     question_lengths,
+    speedup_interval,
 )
 
 NAME = "trained head"
@@ -114,6 +115,54 @@ def test_95_of_100_paired_intervals_hold_the_difference_and_are_narrower_than_tw
         narrower += interval[1] - interval[0] < single[1] - single[0]
     assert 0.90 <= held / 200 <= 0.99
     assert narrower == 200
+
+
+def timed_questions(generator: np.random.Generator, number: int, drawn: bool) -> list[dict[str, Any]]:
+    """Questions timed once each, on a machine that is slower at one than at the next, and now and then far slower.
+
+    Args:
+        drawn: drafts are drawn, so that the answer is not the verifier's own, nor as long.
+    """
+    questions = []
+    for _ in range(number):
+        alone, drafted = generator.integers(20, 200, 2)
+        drafted = drafted if drawn else alone
+        slow = np.exp(generator.normal(0, 0.3)) * (1 + 3 * (generator.random() < 0.05))
+        noise, gain = np.exp(generator.normal(0, 0.1, 2)), generator.normal(1.6, 0.25)
+        told = {"output_tokens": int(drafted), "seconds": drafted / 100 / gain * slow * noise[0]}
+        answer = {"output_tokens": int(alone), "seconds_alone": alone / 100 * slow * noise[1], "drafters": {NAME: told}}
+        questions.append({"answers": [answer]})
+    return questions
+
+
+def speedup(questions: list[dict[str, Any]]) -> float:
+    answers = [answer for question in questions for answer in question["answers"]]
+    with_drafts = [answer["drafters"][NAME] for answer in answers]
+    rates = [
+        sum(told["output_tokens"] for told in of) / sum(told[seconds] for told in of)
+        for of, seconds in ((with_drafts, "seconds"), (answers, "seconds_alone"))
+    ]
+    return rates[0] / rates[1]
+
+
+@pytest.mark.parametrize(("number", "drawn"), [(80, False), (10, False), (80, True), (10, True)])
+def test_95_of_100_intervals_hold_the_speed_up_of_all_questions(number, drawn):
+    generator = np.random.default_rng(5)
+    true = speedup(timed_questions(generator, 50_000, drawn))
+    intervals = [speedup_interval(timed_questions(generator, number, drawn), NAME) for _ in range(200)]
+    assert 0.89 <= sum(low <= true <= high for low, high in intervals) / 200 <= 0.99
+
+
+def test_a_speed_up_has_bounds_within_those_of_single_questions_and_none_of_five_or_untimed_ones():
+    questions = timed_questions(np.random.default_rng(6), 6, False)
+    low, high = speedup_interval(questions, NAME)
+    single = [speedup([question]) for question in questions]
+    assert min(single) <= low < speedup(questions) < high <= max(single)
+    assert speedup_interval(questions[:5], NAME) is None
+    assert speedup_interval([], NAME) is None
+    alike = [record([2, 1])] * 6
+    assert speedup_interval(alike, NAME) == pytest.approx([speedup(alike)] * 2)
+    assert speedup_interval([summed([2, 1])] * 6, NAME) is None
 
 
 def test_three_questions_have_no_interval_and_alike_ones_have_their_value():

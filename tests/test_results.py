@@ -46,6 +46,30 @@ def test_figures_of_the_parts_add_up_and_carry_their_interval_and_speed_up(tmp_p
     assert stem["speedup"] == pytest.approx((9 + 2) / ((4 + 2) / 8) / 10)
 
 
+@pytest.mark.parametrize(
+    ("number", "options", "known"),
+    [(10, {}, True), (6, {}, True), (5, {}, False), (1, {}, False), (10, {"batch_size": 2}, False)],
+)
+def test_a_categorys_speed_up_is_told_with_its_interval_or_not_at_all(tmp_path, capsys, number, options, known):
+    records = [
+        question_record([i % 4, 3], [i % 3], name=f"{category}/{i}", category=category)
+        for category, size in (("math", number), ("stem", 12))
+        for i in range(size)
+    ]
+    results = evaluation(tmp_path / "run", records, **options)
+    math = results["by_category"]["math"]["trained head"]
+    _, out = reported(tmp_path / "run", capsys)
+    (shown,) = re.findall(r"^\| math +\|(?:[^|]*\|){2} +([^|]*?) \|", out, re.M)
+    if known:
+        low, high = math["speedup_interval"]
+        assert low <= math["speedup"] <= high
+        assert shown == f"{math['speedup']:.2f}x [{low:.2f}, {high:.2f}]"
+    else:
+        assert (math["speedup_interval"], shown) == (None, "-")
+    (of_all,) = re.findall(r"^\| trained head +\|(?:[^|]*\|){6} +([\d.]+x)[^|]* \|", out, re.M)
+    assert of_all == f"{results['speedup']:.2f}x"
+
+
 def test_a_figure_comes_with_what_it_depends_on(tmp_path):
     greedy = evaluation(tmp_path / "greedy", QUESTIONS, batch_size=4)
     assert (greedy["drafting"], greedy["temperature"], greedy["batch_size"]) == ("chain", 0.0, 4)
@@ -77,7 +101,7 @@ def test_a_server_leaves_open_what_it_cannot_tell(tmp_path, capsys):
     results = evaluation(tmp_path / "run", records, engine=EvaluateEngine.server, endpoint="http://h/v1")
     assert results["acceptance_length"] == 1 + 4 / 3
     assert results["verifier_alone_tokens_per_s"] is None
-    assert results["speedup"] is None
+    assert (results["speedup"], results["speedup_interval"]) == (None, None)
     assert "lossless" not in results
     _, out = reported(tmp_path / "run", capsys)
     assert "verifier alone" not in out
