@@ -30,6 +30,8 @@ class WandbRun:
 
         online = options.wandb is WandbMode.online
         limits: Any = {key: value for key, value in WANDB_SECONDS.items() if f"WANDB_{key.upper()}" not in os.environ}
+        # Silence for one run only (wandb.init) leaves W&B's advertising, which it prints for the whole process.
+        wandb.setup(wandb.Settings(silent=True))
         # On a terminal W&B asks for a key that is missing, for ever if it is let.
         if online and not wandb.login(timeout=round(WANDB_SECONDS["init_timeout"])):
             raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")
@@ -42,7 +44,7 @@ class WandbRun:
             mode=options.wandb.value,
             resume="allow" if online else None,
             config=about,
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, **limits),
+            settings=wandb.Settings(console="off", disable_git=True, **limits),
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

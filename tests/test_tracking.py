@@ -92,8 +92,9 @@ print(time.monotonic() - started)
 
 
 EVALUATED = """
-import json, logging, sys
+import json, logging, sys, types
 from pathlib import Path
+sys.modules |= {name: types.ModuleType(name) for name in sys.argv[4:]}
 from fledge.conf.schema import Config, TrackingConfig, VerifierConfig, WandbMode
 from fledge.eval.tracking import track
 logging.basicConfig(level=logging.WARNING)
@@ -139,16 +140,17 @@ def recorded(folder: Path) -> tuple[str, dict[str, object]]:
 
 def test_an_evaluation_adds_its_figures_to_the_summary_of_the_run_that_trained_the_head(tmp_path):
     run = tmp_path / "first"
-    results = evaluation(run, [question_record([3, 1], [0], name=f"q/{i}", category="stem") for i in range(3)])
+    results = evaluation(run, [question_record([3, i % 4], [0], name=f"q/{i}", category="stem") for i in range(6)])
     with artifact(run / "training", "training", {}) as target:
         target.finish(wandb_run="a1b2c3")
     assert "W&B" not in evaluated(run, "offline", run / "training" / "checkpoints" / "step-1", {})
     name, summary = recorded(run / "evaluation")
     assert name == "a1b2c3"
     shown = {key.removeprefix("evaluation/"): value for key, value in summary.items() if key.startswith("evaluation/")}
-    assert shown["acceptance_length"] == shown["acceptance_length_stem"] == pytest.approx(1 + 4 / 3)
+    assert shown["acceptance_length"] == shown["acceptance_length_stem"] == pytest.approx(1 + 25 / 18)
     assert [shown[f"acceptance_position_{i}"] for i in (1, 2, 3)] == pytest.approx(results["acceptance_rate_per_pos"])
     assert shown["speedup"] == pytest.approx(results["speedup"])
+    assert [shown[f"speedup_{end}"] for end in ("low", "high")] == pytest.approx(results["speedup_interval"])
     assert (shown["condition_drafting"], shown["condition_num_draft_tokens_per_round"]) == ("chain", 3)
 
 
@@ -170,6 +172,19 @@ def test_wandb_never_stops_an_evaluation(tmp_path, mode, changes):
     assert warnings.count("W&B is left out") == (mode == "online")
     if mode == "disabled":
         assert not (tmp_path / "first" / "evaluation" / "wandb").exists()
+
+
+# W&B advertises where it finds such a package: openai is there in every evaluation.
+@pytest.mark.parametrize(
+    "packages", [[], ["openai"], ["anthropic"], ["litellm", "mcp"]], ids=lambda names: "+".join(names)
+)
+def test_wandb_says_nothing_in_the_midst_of_results(tmp_path, packages):
+    run = tmp_path / "first"
+    evaluation(run, [question_record([3, 1], name=f"q/{i}") for i in range(3)])
+    command = [sys.executable, "-c", EVALUATED, str(run), "offline", str(run / "imports" / "head"), *packages]
+    home = environment(run.parent, NO_KEY)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=home)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +209,7 @@ def test_wandb_never_stops_training_and_warns_once(tmp_path, mode, changes, kill
     assert done.returncode == 0, done.stderr
     works = mode == "offline" and not kill
     assert done.stderr.count("W&B is left out") == (0 if works else 1), done.stderr
+    assert kill or len(done.stderr.splitlines()) == (0 if works else 1), f"W&B itself says something: {done.stderr}"
     assert float(done.stdout.splitlines()[-1]) < 30
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert bool(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == (mode == "offline")
