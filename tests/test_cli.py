@@ -36,6 +36,17 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
     assert len(out.splitlines()) <= 40
 
 
+@pytest.mark.parametrize("command", ["plan", "train", "status"])
+def test_the_help_of_a_command_is_fledges_own(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fledge COMMAND [option=value ...]")
+    assert "train:\n" in out
+    assert "Hydra" not in out
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

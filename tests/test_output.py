@@ -41,7 +41,15 @@ def fledge(*arguments: str) -> list[str]:
         ["--unbuffered", "plan", "--help"],
         ["compare", "first", "first", "runs_dir=RUNS"],
         ["status", "first", "runs_dir=RUNS"],
-        ["submit", "experiment=demo", "name=x", "runs_dir=RUNS", "cluster=one_machine", "--dry-run"],
+        [
+            "submit",
+            "experiment=demo",
+            "name=x",
+            "runs_dir=RUNS",
+            "cluster=one_machine",
+            "train.packs_per_step=2",
+            "--dry-run",
+        ],
     ],
     ids=lambda arguments: "-".join(arguments[:2]),
 )
