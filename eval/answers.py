@@ -66,7 +66,7 @@ class Answerer:
         options = config.evaluate
         self._options = options
         self._verifier = verifier
-        self.kernels = check_decoding(options, verifier, head.config)
+        self.kernels = check_decoding(config, head.config, verifier.device)
         self._rule = replace(AcceptanceRule.of(options), kernels=self.kernels.used)
         self._drafters = self._make_drafters(config, head)
         self._alone = NoDraft()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..conf.schema import EvaluateConfig
+from ..conf.schema import Config
 from ..models.draft_head import DraftHeadConfig
 from ..models.kernels import DECODING
 from ..models.kernels.self_check import TOLERANCES, Check, Checked, Figure, check_kernels
-from ..models.verifier import Verifier
 from .acceptance import AcceptanceRule
 from .cached_verifier import SlotCache
 from .proposal import Proposal, find_way, grow_tree
@@ -24,58 +23,48 @@ NEARLY_ONE = 1 - 2.0**-53  # the highest number there is
 _ROWS = 24  # of logits, in a case
 
 
-@dataclass(frozen=True)
-class DecodingShape:
+class DecodingShape(NamedTuple):
     """What the cases are made like."""
 
     rule: AcceptanceRule
-    vocab_size: int  # of the verifier
-    hidden_size: int  # of the head
-    cache: tuple[int, int]  # heads of keys and their size, in the verifier
+    head: DraftHeadConfig
     num_draft_tokens: int
     is_tree: bool
     dtype: torch.dtype
     device: torch.device
 
 
-def check_decoding(options: EvaluateConfig, verifier: Verifier, head: DraftHeadConfig) -> Checked:
+def check_decoding(config: Config, head: DraftHeadConfig, device: torch.device) -> Checked:
     """Check the kernels that an evaluation may use, in its shapes and dtype."""
-    config = verifier.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    shape = DecodingShape(
-        AcceptanceRule.of(options),
-        config.vocab_size,
-        head.hidden_size,
-        (heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        options.num_draft_tokens,
-        options.tree_depth is not None,
-        verifier.model.dtype,
-        verifier.device,
-    )
-    return check_kernels("evaluate.kernels", options.kernels, verifier.device, decoding_checks(shape))
+    options, dtype = config.evaluate, getattr(torch, config.verifier.dtype.value)
+    is_tree = options.tree_depth is not None
+    shape = DecodingShape(AcceptanceRule.of(options), head, options.num_draft_tokens, is_tree, dtype, device)
+    return check_kernels("evaluate.kernels", options.kernels, device, decoding_checks(shape))
 
 
 def decoding_checks(shape: DecodingShape) -> list[Check]:
-    """Give the comparisons of the kernels that this decoding uses."""
+    """Return the comparisons of the kernels that this decoding uses."""
     compare = {"join": compare_join, "choose": compare_choice, "way": compare_way, "move": compare_move}
     return [Check(name, partial(of, shape)) for name, of in compare.items() if name != "move" or shape.is_tree]
 
 
 def compare_join(shape: DecodingShape) -> dict[str, Figure]:
     """Compare the input of a draft step, of one row and of many."""
-    errors = [joined_error(rows, shape.hidden_size, shape.dtype, shape.device) for rows in (1, 9)]
+    errors = [joined_error(rows, shape.head.hidden_size, shape.dtype, shape.device) for rows in (1, 9)]
     return {"input": Figure(torch.tensor(errors).max().item(), TOLERANCES[shape.dtype])}
 
 
 def compare_choice(shape: DecodingShape) -> dict[str, Figure]:
     """Compare the choice of tokens by the verifier's logits, and of draft tokens if they are drawn; none may differ."""
-    rule, width, dtype, device = shape.rule, shape.vocab_size, shape.dtype, shape.device
+    rule, width, dtype, device = shape.rule, shape.head.vocab_size, shape.dtype, shape.device
     if not rule.temperature:
         return {"greedy tokens": Figure(count_other_likeliest(width, dtype, device), 0)}
     found = {"drawn tokens": Figure(count_other_draws(_ROWS, width, dtype, device, rule)[1], 0)}
     if rule.draws_drafts:
         _, astray, _ = count_other_choices(3, shape.num_draft_tokens, width, dtype, device, rule, 0.6)
         found["drafts accepted or replaced"] = Figure(astray, 0)
+        of_weights = replace(rule, top_k=width)  # by probabilities, as draft tokens are drawn, not by logits
+        found["draft tokens"] = Figure(count_other_draws(_ROWS, width, dtype, device, of_weights)[1], 0)
     return found
 
 
@@ -90,7 +79,8 @@ def compare_move(shape: DecodingShape) -> dict[str, Figure]:
     """Compare how the slots of a tree's way are brought together; no number may differ."""
     proposal = _proposal(shape)
     nodes = [find_way(proposal, choices_for(proposal, kind, 3)).nodes for kind in ("all", "some")]
-    return {"slots": Figure(sum(count_other_slots(way, *shape.cache, shape.dtype) for way in nodes), 0)}
+    cache = shape.head.num_key_value_heads, shape.head.head_dim  # as the verifier's, of which the head is made
+    return {"slots": Figure(sum(count_other_slots(way, *cache, shape.dtype) for way in nodes), 0)}
 
 
 def _proposal(shape: DecodingShape) -> Proposal:

@@ -23,7 +23,7 @@ from fledge.eval.kernel_checks import (
     joined_error,
     random_tree,
 )
-from fledge.eval.prompt_lookup import NoDraft
+from fledge.eval.prompt_lookup import NoDraft, PromptLookup
 from fledge.eval.proposal import find_way
 from fledge.eval.speculative import Request
 from fledge.models import ttt_attention
@@ -212,6 +212,19 @@ def test_the_loop_with_graphs_and_kernels_equals_the_loop_without(shape, name, c
     if name != "drawn":
         assert [a.tokens for a in found] == [a.tokens for a in alone]
     assert sum(sum(a.accepted) for a in found) > 0
+
+
+@pytest.mark.parametrize("name", ["greedy", "drawn"])
+def test_prompt_lookup_with_graphs_equals_prompt_lookup_without(name):
+    loop, answers = Loop("cuda", max_tokens=40), []
+    for cuda_graphs in (True, False):
+        speculator, _ = loop.speculator("tree", RULES[name], kernels=True, cuda_graphs=cuda_graphs)
+        lookup = PromptLookup(3, 3)
+        answers.append([(a.tokens, a.drafted, a.accepted) for a in speculator.decode(lookup)])
+        captured = speculator._graphs._captured if speculator._graphs else {}
+        assert any(key[0] is lookup for key in captured) is cuda_graphs
+    assert answers[0] == answers[1]
+    assert sum(map(sum, (accepted for _, _, accepted in answers[0]))) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from fledge.conf.artifact import read_manifest
 from fledge.conf.cli import main
 from fledge.conf.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
@@ -24,6 +25,16 @@ def test_a_finished_run_is_skipped_stage_by_stage(finished):
     for words in ("conversations: ", "hidden states: ", "training: ", "export: "):
         assert any(line.startswith(words) and line.endswith("is complete") for line in out.splitlines()), out
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_a_run_records_which_kernels_it_used_and_is_known_whatever_is_said_of_them(finished):
+    used = {"training": ["attention"], "evaluation": ["choose", "join", "way"]}
+    for stage, names in used.items():
+        record = read_manifest(finished.path / stage, stage)["kernels"]
+        assert record == {name: {"used": False, "reason": "no GPU"} for name in names}
+    assert "is complete" in finished("train", "train.triton=false").stdout
+    refused = finished("train", "train.triton=true", code=2).stderr
+    assert "train.triton=true needs a GPU and Triton, and there is no GPU: set it to auto" in refused
 
 
 def test_conversations_hold_every_prompt_once_answered_turn_by_turn(finished):

@@ -8,8 +8,9 @@ the twins: train/kernel_checks.py, eval/kernel_checks.py.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def require_gpu(option: str, setting: bool | str, device: torch.device) -> None:
         ValueError: naming the option.
     """
     if setting is True and not run_on(device):
-        raise ValueError(f"{option}=true needs a GPU and Triton, and this run is on {_lack(device)}: set it to auto")
+        raise ValueError(f"{option}=true needs a GPU and Triton, and there is {_lack(device)}: set it to auto")
 
 
 def check_kernels(
@@ -61,7 +62,7 @@ def check_kernels(
     gather: Callable[[Any], list[Any]] = lambda value: [value],
     speaks: bool = True,
 ) -> Checked:
-    """Compare kernels with their plain twins and give those that are used, on every rank the same.
+    """Return which kernels agree with their plain twins, on every rank the same.
 
     Args:
         option: dotted name of the option, whose value is `setting`: "auto", True or False.
@@ -83,7 +84,8 @@ def check_kernels(
         if setting is True and not told["used"]:
             raise ValueError(f"{option}=true: Triton kernel {check.kernel} {told['reason']}: set it to auto or false")
         if speaks and told["used"]:
-            print(f"{option}: kernel {check.kernel} agrees with plain PyTorch ({_said(told)}; {told['seconds']} s)")
+            said = f"{_said(told['figures'])}; {told['seconds']} s"
+            print(f"{option}: Triton kernel {check.kernel} agrees with its plain twin ({said})", flush=True)
         elif speaks:
             logging.getLogger(__name__).warning(
                 "%s: Triton kernel %s %s; plain PyTorch does its work, slower", option, check.kernel, told["reason"]
@@ -92,11 +94,11 @@ def check_kernels(
 
 
 def _lack(device: torch.device) -> str:
-    return "a GPU without Triton" if device.type == "cuda" else "no GPU"
+    return "no Triton" if device.type == "cuda" else "no GPU"
 
 
 def _compared(option: str, check: Check, device: torch.device) -> dict[str, Any]:
-    """Give what a record says of a kernel: whether it is used, its figures as [found, allowed], or else a reason."""
+    """Return what a record says of a kernel: whether it is used, its figures as [found, allowed], or else a reason."""
     started = time.perf_counter()
     try:
         figures = {name: Figure(*map(float, figure)) for name, figure in check.compare().items()}
@@ -105,14 +107,14 @@ def _compared(option: str, check: Check, device: torch.device) -> dict[str, Any]
         return {"used": False, "reason": f"fails ({type(error).__name__}: {' '.join(str(error).split())[:300]})"}
     told: dict[str, Any] = {
         "used": all(figure.found <= figure.allowed for figure in figures.values()),  # false for what is no number
-        "figures": {name: list(figure) for name, figure in figures.items()},
+        "figures": {n: [f.found if math.isfinite(f.found) else None, f.allowed] for n, f in figures.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return told if told["used"] else {**told, "reason": f"differs from its plain twin ({_said(told)})"}
+    return told if told["used"] else {**told, "reason": f"differs from its plain twin ({_said(figures)})"}
 
 
-def _said(told: dict[str, Any]) -> str:
-    return ", ".join(f"{name} off by {of:.1e}, allowed {most:.1e}" for name, (of, most) in told["figures"].items())
+def _said(figures: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{name} off by {found:.1e}, allowed {most:.1e}" for name, (found, most) in figures.items())
 
 
 def _check_device(option: str, check: Check, device: torch.device) -> None:
