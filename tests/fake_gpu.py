@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import weakref
 from collections import Counter
@@ -184,4 +185,5 @@ def _to_gpu(module: nn.Module) -> None:
 if __name__ == "__main__":
     stand_in()
     command, *steps = sys.argv[1:]
-    print(json.dumps(run_decoding() if command == "decode" else [run_step(step) for step in steps]))
+    print(json.dumps(run_decoding() if command == "decode" else [run_step(step) for step in steps]), flush=True)
+    os._exit(0)  # the autograd threads of a GPU that is not there now and then abort a process that ends by itself
