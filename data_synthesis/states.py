@@ -21,6 +21,7 @@ from ..conf.progress import Progress
 from ..conf.schema import Config, DumpEngine, LastStates
 from ..conf.signals import StopSignals
 from ..models.verifier import Verifier
+from .host_copies import on_host
 from .image_reader import ImageReader
 from .images import conversation_images
 from .record import Engine, TransformersEngine, check_first
@@ -131,12 +132,13 @@ def _record(
                 break
             shard = Shard.of(samples, out.spare_buffers())
             shard.made_with = made_with
-            for sample, aux, last in engine.read(samples):
-                if not shard.set_states(sample, aux, last, form):
+            encoded = ((sample, shard.encode(sample, *states, form)) for sample, *states in engine.read(samples))
+            for sample, states in on_host(encoded, config.dump.batch_tokens):
+                if not shard.set_states(sample, states, form):
                     suspects += 1
                     if suspects <= _NAMED:
                         print(f"dump: {samples[sample].id} has states that are not finite as {form.dtype}", flush=True)
-                progress.update(len(aux))
+                progress.update(len(samples[sample].input_ids))
             out.put(number, shard)
     progress.close()
     if suspects:
@@ -212,8 +214,9 @@ def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int
     """Print how long this writer will take, by the last reading: the first warms up."""
     for batch in readings:
         start = time.perf_counter()
-        for _, _, last in engine.read(batch):
-            last[-1:].float().sum().item()  # waits for the device
+        states = ((number, {"aux": aux, "last": last}) for number, aux, last in engine.read(batch))
+        for _ in on_host(states, num_tokens):  # waits for the device at its end
+            pass
     rate = sum(len(sample.input_ids) for sample in batch) / (time.perf_counter() - start)
     hours = num_tokens / rate / 3600
     about = f"{hours:.1f} h" if hours > 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else "less than a minute"
