@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..conf.schema import VerifierConfig
 from ..models.verifier import Verifier, VerifierWeights, check_capture, logit_transform
+from .host_copies import to_device
 from .image_reader import ImageReader
 from .images import UnreadableImagesError
 from .shard import Sample
@@ -57,12 +58,14 @@ class TransformersEngine:
         read = read_documents(self._verifier, documents, self._batch_tokens, max_padding=0.125, stop=stop)
         for place, aux, last in read:
             yield numbers[place], aux, last
+        unlike: list[Tensor] = []
         for number, sample in enumerate(samples):
             if sample.images:
                 if stop():
                     return
                 assert self._images is not None
-                yield number, *read_with_images(self._verifier, self._images, sample)
+                yield number, *read_with_images(self._verifier, self._images, sample, unlike)
+        _refuse(unlike)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -84,10 +87,11 @@ def read_documents(
     Args:
         documents: token ids [T] of each.
         batch_tokens: tokens of one forward, padding included; a longer document is read alone.
-        check: make sure that `lm_head` times the last state is the model's logits.
+        check: make sure that `lm_head` times the last state is the model's logits; at the end, with one wait for all.
         max_padding: share of the longest's length that may be padding beside it.
         stop: asked before every forward.
     """
+    unlike: list[Tensor] = []
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
     while by_length and not stop():
         batch = [by_length.pop()]  # the longest left sets the width
@@ -96,16 +100,22 @@ def read_documents(
         while by_length and (len(batch) + 1) * width <= batch_tokens and len(documents[by_length[-1]]) >= shortest:
             batch.append(by_length.pop())
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].long() for i in batch], batch_first=True)
-        output = verifier.forward(padded.to(verifier.device), logits_to_keep=1, use_cache=False)
+        output = verifier.forward(to_device(padded, verifier.device), logits_to_keep=1, use_cache=False)
         if check:
-            _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
+            unlike.append(_unlike_logits(verifier, output.last_hidden_state[:, -1:], output.logits))
         for row, number in enumerate(batch):
             end = len(documents[number])
             yield number, output.aux_hidden_states[row, :end], output.last_hidden_state[row, :end]
+    _refuse(unlike)
 
 
-def read_with_images(verifier: Verifier, images: ImageReader, sample: Sample) -> tuple[Tensor, Tensor]:
+def read_with_images(
+    verifier: Verifier, images: ImageReader, sample: Sample, unlike: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Give aux [T, A*H] and last hidden states [T, H] of a sample whose images the verifier reads with it.
+
+    Args:
+        unlike: is given another of `_unlike_logits`.
 
     Raises:
         ValueError: an image can no longer be read, or is not the one that the tokens were made with.
@@ -117,9 +127,9 @@ def read_with_images(verifier: Verifier, images: ImageReader, sample: Sample) ->
         raise ValueError(
             f"sample {sample.id}: {error}; give the images back as they were and run `fledge dump` again"
         ) from None
-    input_ids = sample.input_ids.long()[None].to(verifier.device)
+    input_ids = to_device(sample.input_ids.long()[None], verifier.device)
     output = verifier.forward(input_ids, logits_to_keep=1, use_cache=False, **verifier.place(inputs))
-    _check_last_hidden_state(verifier, output.last_hidden_state[:, -1:], output.logits)
+    unlike.append(_unlike_logits(verifier, output.last_hidden_state[:, -1:], output.logits))
     return output.aux_hidden_states[0], output.last_hidden_state[0]
 
 
@@ -152,16 +162,22 @@ def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, f
         print(f"dump: float8 moves the verifier's distribution by {moved:.2g} nats at a token of the first sample")
 
 
-def _check_last_hidden_state(verifier: Verifier, last: Tensor, logits: Tensor) -> None:
-    """Check that lm_head on the recorded state gives the model's logits: training builds its targets so.
+def _unlike_logits(verifier: Verifier, last: Tensor, logits: Tensor) -> Tensor:
+    """Return whether lm_head on the recorded state gives other logits than the model (bool [], on its device).
 
-    It is the model's own module that is asked: its matrix may be quantised, or spread over ranks.
+    Training builds its targets so. It is the model's own module that is asked: its matrix may be quantised, or spread
+    over ranks.
     """
     head = verifier.model.get_output_embeddings()
     again = logit_transform(verifier.model.config.get_text_config()).apply_(head(last).to(logits.device).float())
     bias = getattr(head, "bias", None)
     differs = (again - logits.float()).abs().amax() > _LOGITS_AGREE * logits.float().abs().amax()
-    if differs or not logits.isfinite().all() or (bias is not None and bias.any()):
+    unlike = differs | ~logits.isfinite().all()
+    return unlike if bias is None else unlike | bias.any().to(unlike.device)
+
+
+def _refuse(unlike: list[Tensor]) -> None:
+    if unlike and torch.stack(unlike).any():
         raise ValueError(
             "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "
             "fledge knows it: it cannot train from this verifier"

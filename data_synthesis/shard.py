@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..conf.artifact import commit, sync
+from .host_copies import to_device
 from .state_format import FLOAT8, StateFormat, decode, target_positions
 
 TOKENS = ("input_ids", "loss_mask")
@@ -108,23 +109,21 @@ class Shard:
         records = {number: sample.image_record for number, sample in enumerate(samples) if sample.image_record}
         return cls([sample.id for sample in samples], tensors, records, buffers or {})
 
-    def set_states(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> bool:
-        """Put the states of a sample in their place, and say whether they are finite as they are stored.
-
-        The first call makes the place for all.
+    def encode(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> dict[str, Tensor]:
+        """Return the states of a sample as they are stored, by name, on their device; with them the `bounds` of values.
 
         Args:
-            aux, last: [T, A*H] and [T, H], on any device.
+            aux, last: [T, A*H] and [T, H].
         """
-        start, end = (int(offset) for offset in self.tensors["sample_offsets"][number : number + 2])
-        num_layers = aux.shape[-1] // last.shape[-1]
-        finite = self._put("aux", "aux_hidden_states", slice(start, end), aux, num_layers, form)
         if form.only_counted:
-            if "last_offsets" not in self.tensors:
-                self.tensors["last_offsets"] = self._last_offsets()
-            last = last[target_positions(self.tensors["loss_mask"][start:end]).to(last.device)]
-            start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
-        return self._put("last", "last_hidden_state", slice(start, end), last, 1, form) and finite
+            start, end = self.tensors["sample_offsets"][number : number + 2].tolist()
+            kept = target_positions(self.tensors["loss_mask"][start:end]).nonzero().squeeze(1)
+            last = last.index_select(0, to_device(kept, last.device))
+        encoded = form.encode(aux, aux.shape[-1] // last.shape[-1]), form.encode(last, 1)
+        told = [states if scale is None else scale for states, scale in encoded]
+        bounds = torch.stack([bound for values in told if values.numel() for bound in torch.aminmax(values)])
+        found = zip((*STATES, "bounds"), (*encoded[0], *encoded[1], bounds), strict=True)
+        return {name: value for name, value in found if value is not None}
 
     def part(self, numbers: list[int]) -> Shard:
         """Copy samples that have their states, to go on with after an interruption."""
@@ -155,16 +154,21 @@ class Shard:
                 self.tensors[name][slice(*_rows(self.tensors, name, number))] = states[theirs]
         return taken
 
-    def _put(self, kind: str, name: str, place: slice, states: Tensor, num_layers: int, form: StateFormat) -> bool:
-        encoded, scale = form.encode(states, num_layers)
-        rows = int(self.tensors["last_offsets" if kind == "last" and form.only_counted else "sample_offsets"][-1])
-        for key, value in ((name, encoded), (f"{kind}_scale", scale)):
-            if value is not None:
-                if key not in self.tensors:
-                    self.tensors[key] = self._memory(key, rows, value)
-                self.tensors[key][place] = value.cpu()
-        told = encoded if scale is None else scale
-        return _is_finite(told)
+    def set_states(self, number: int, encoded: dict[str, Tensor], form: StateFormat) -> bool:
+        """Put what `encode` gave, on the host, in its place, and say whether it is finite.
+
+        The first call makes the place for all samples.
+        """
+        of_last = "last_offsets" if form.only_counted else "sample_offsets"
+        for names, offsets in ((AUX_STATES, "sample_offsets"), (LAST_STATES, of_last)):
+            if offsets not in self.tensors:
+                self.tensors[offsets] = self._last_offsets()
+            start, end = self.tensors[offsets][number : number + 2].tolist()
+            for name in (name for name in names if name in encoded):
+                if name not in self.tensors:
+                    self.tensors[name] = self._memory(name, int(self.tensors[offsets][-1]), encoded[name])
+                self.tensors[name][start:end] = encoded[name]
+        return bool(encoded["bounds"].isfinite().all())
 
     def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
         """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""

@@ -22,6 +22,7 @@ from ..conf.progress import Progress
 from ..conf.schema import Config, DumpEngine, LastStates
 from ..conf.signals import deferred
 from ..models.verifier import Verifier
+from .host_copies import Tensors, on_host
 from .image_reader import ImageReader
 from .images import conversation_images
 from .record import Engine, TransformersEngine, check_first
@@ -135,7 +136,7 @@ def _record(
     readings = _readings(config, plan, mine)
     num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
     _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-    progress, suspects = Progress("dump", num_tokens, "token"), list[str]()
+    progress, suspects, form = Progress("dump", num_tokens, "token"), list[str](), state_format(settings)
     with BackgroundWriter(config.hidden_states_folder, scratch) as out:
         for number, samples in zip(mine, readings, strict=True):
             shard = Shard.of(samples, out.spare_buffers())
@@ -145,7 +146,9 @@ def _record(
                     recorded += shard.take(part)
                     progress.update(len(part.tensors["input_ids"]))
                     print(f"dump: {shard_name(number)} was begun, {len(recorded)} of its samples are there", flush=True)
-                _record_shard(samples, shard, recorded, engine, state_format(settings), stop, progress, suspects)
+                _record_shard(
+                    samples, shard, recorded, engine, form, config.dump.batch_tokens, stop, progress, suspects
+                )
             if stop.stopped:
                 break
     progress.close()
@@ -177,6 +180,7 @@ def _record_shard(
     recorded: list[int],
     engine: Engine,
     form: StateFormat,
+    batch_tokens: int,
     stop: _Stop,
     progress: Progress,
     suspects: list[str],
@@ -185,22 +189,33 @@ def _record_shard(
 
     What is left is then read in the batches in which it would have been, and has the same states to the bit.
     """
-    there, batch = set(recorded), list[int]()
+    begun, there = len(recorded), set(recorded)
     left = [number for number in range(len(samples)) if number not in there]
+    computed, ends = list[int](), [0]  # in the order of reading; how many there were at the end of each batch
+    num_placed = 0  # of them; states of a GPU arrive later than they are computed
+
+    def note_whole_batches() -> None:
+        recorded[begun:] = computed[: max(end for end in ends if end <= num_placed)]
 
     def next_batch() -> bool:
-        recorded.extend(batch)
-        batch.clear()
+        ends.append(len(computed))
+        note_whole_batches()
         return stop()
 
-    for place, aux, last in engine.read([samples[number] for number in left], next_batch):
-        if not shard.set_states(left[place], aux, last, form):
-            suspects.append(samples[left[place]].id)
+    def encoded() -> Iterator[tuple[int, Tensors]]:
+        for place, aux, last in engine.read([samples[number] for number in left], next_batch):
+            computed.append(left[place])
+            yield left[place], shard.encode(left[place], aux, last, form)
+
+    for number, states in on_host(encoded(), batch_tokens):
+        if not shard.set_states(number, states, form):
+            suspects.append(samples[number].id)
             if len(suspects) <= _NAMED:
                 print(f"dump: {suspects[-1]} has states that are not finite as {form.dtype}", flush=True)
-        batch.append(left[place])
-        progress.update(len(aux))
-    recorded.extend(batch)
+        num_placed += 1
+        note_whole_batches()
+        progress.update(len(samples[number].input_ids))
+    recorded[begun:] = computed
 
 
 def state_format(settings: dict[str, Any]) -> StateFormat:
@@ -272,8 +287,9 @@ def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int
     """Print how long this writer will take, by the last reading: the first warms up."""
     for batch in readings:
         start = time.perf_counter()
-        for _, _, last in engine.read(batch):
-            last[-1:].float().sum().item()  # waits for the device
+        states = ((number, {"aux": aux, "last": last}) for number, aux, last in engine.read(batch))
+        for _ in on_host(states, num_tokens):  # waits for the device at its end
+            pass
     rate = sum(len(sample.input_ids) for sample in batch) / (time.perf_counter() - start)
     hours = num_tokens / rate / 3600
     about = f"{hours:.1f} h" if hours > 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else "less than a minute"

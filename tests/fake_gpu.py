@@ -3,7 +3,7 @@
 Such a run shows tensors of two devices in one operation, results whose shape does not fit, every wait for the device
 (a value read is an error), how often kernels are launched and with what, and the memory at every moment, for shapes
 that fit no machine at hand. It shows nothing of values. A process of its own, with fake_gpu.cpp loaded: one command,
-`step "OPTION=VALUE ..." ...` (a training step each) or `decode`, prints one JSON line.
+`step "OPTION=VALUE ..." ...` (a training step each), `decode` or `dump`, prints one JSON line.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from typing import Any
 
 import torch
 from fledge.conf.schema import DraftSampling, TTTLoss
+from fledge.data_synthesis.host_copies import on_host
+from fledge.data_synthesis.record import TransformersEngine
+from fledge.data_synthesis.shard import Sample, Shard
+from fledge.data_synthesis.state_format import FLOAT8, StateFormat
 from fledge.eval.acceptance import AcceptanceRule
 from fledge.eval.prompt_lookup import NoDraft
 from fledge.models.draft_head import DraftHead
+from fledge.models.verifier import Verifier
 from fledge.models.vocabulary import VocabularyMap
 from fledge.train import benchmark
 from fledge.train.rows import PackedBatch
@@ -172,6 +177,78 @@ def run_decoding() -> list[dict[str, Any]]:
     return results
 
 
+class Copies(TorchDispatchMode):
+    """Notes what goes between host and GPU, and whatever the host waits for: values, and memory that is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned, self.waits = 0, list[str]()
+        self._of_host: list[Tensor] = []  # in pinned memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, source = func.overloadpacket.__name__, args[0] if args else None
+        if name == "_to_copy" and torch.device(kwargs.get("device") or source.device).type != source.device.type:
+            # Into the host's memory `to` copies as it should if it does not block; out of it, only if that is pinned.
+            pinned = bool(kwargs.get("non_blocking")) and (source.is_cuda or any(source is t for t in self._of_host))
+            self.pinned += pinned
+            self.waits += ["copy"] * (not pinned)
+        if name in ("_local_scalar_dense", "nonzero", "masked_select") and source.is_cuda:
+            self.waits.append(name)
+        return func(*args, **kwargs)
+
+    def stand_in(self) -> None:
+        """Replace what pins memory, waits, or reads a truth value: nothing is wrong."""
+
+        def pin(tensor: Tensor) -> Tensor:
+            self._of_host.append(FAKE.from_tensor(tensor))
+            return self._of_host[-1]
+
+        def read(tensor: Tensor) -> bool:
+            self.waits += ["value"] * tensor.is_cuda
+            return False
+
+        event = SimpleNamespace(synchronize=lambda: self.waits.append("synchronize"))
+        stream = SimpleNamespace(synchronize=event.synchronize, record_event=lambda: event)
+        torch.cuda.current_stream = lambda _: stream
+        torch.cuda._lazy_init = lambda: None
+        Tensor.pin_memory, FakeTensor.__bool__ = pin, read
+
+
+def run_dump() -> list[dict[str, Any]]:
+    """Record samples in every form; give forwards, copies that are pinned, and how often the host waited for what."""
+    from decoding_twins import Loop
+
+    verifier, forward, encode = Loop().verifier, Verifier.forward, StateFormat.encode
+    copies, forwards = Copies(), Counter[str]()
+
+    def fake_forward(*args: Any, **kwargs: Any) -> Any:
+        forwards["forwards"] += 1
+        with FAKE:
+            return forward(*args, **kwargs)
+
+    def fake_encode(*args: Any) -> Any:
+        with FAKE, copies:
+            return encode(*args)
+
+    Verifier.forward, StateFormat.encode = fake_forward, fake_encode  # type: ignore[method-assign]
+    with FAKE:
+        _to_gpu(verifier.model)
+    samples = [Sample(str(n), torch.zeros(n % 9 + 3, dtype=torch.int32), torch.ones(n % 9 + 3)) for n in range(40)]
+    results = []
+    for form in (StateFormat(dtype, counted) for dtype in (torch.bfloat16, FLOAT8) for counted in (False, True)):
+        shard, copies = Shard.of(samples), Copies()
+        forwards.clear()
+        copies.stand_in()
+        with copies:
+            read = TransformersEngine(verifier, 32).read(samples)
+            encoded = ((number, shard.encode(number, *states, form)) for number, *states in read)
+            arrived = [number for number, _ in on_host(encoded, 32)]
+        assert sorted(arrived) == list(range(40))
+        results.append({**forwards, "pinned": copies.pinned, "waits": Counter(copies.waits)})
+    return results
+
+
 def _to_gpu(module: nn.Module) -> None:
     """Replace what a module holds by tensors without memory: `Module.to` cannot."""
     for part in module.modules():
@@ -185,5 +262,6 @@ def _to_gpu(module: nn.Module) -> None:
 if __name__ == "__main__":
     stand_in()
     command, *steps = sys.argv[1:]
-    print(json.dumps(run_decoding() if command == "decode" else [run_step(step) for step in steps]), flush=True)
+    other = {"decode": run_decoding, "dump": run_dump}.get(command)
+    print(json.dumps(other() if other else [run_step(step) for step in steps]), flush=True)
     os._exit(0)  # the autograd threads of a GPU that is not there now and then abort a process that ends by itself

@@ -98,3 +98,11 @@ def test_a_round_of_decoding_stays_on_its_gpu_and_waits_once(run_fake):
     for result in run_fake("decode"):
         assert result["rounds"] == result["reads"] > 0
         assert bool(result["launched"]) == result["kernels"]
+
+
+def test_a_dump_copies_by_pinned_memory_and_waits_once_a_batch(run_fake):
+    for result in run_fake("dump"):
+        assert set(result["waits"]) == {"synchronize", "value"}
+        assert result["waits"]["value"] == 1, "whether the logits are those of the states, once a reading"
+        assert 1 < result["waits"]["synchronize"] <= result["forwards"]
+        assert result["pinned"] > 40 * 3, "what the verifier reads, and what is stored of each sample"

@@ -99,7 +99,7 @@ def write_shards(folder: Path, parts: list[list[Sample]], states: torch.Tensor, 
             shard = Shard.of(part, writer.spare_buffers())
             for place, sample in enumerate(part):
                 rows = states[: len(sample.input_ids)]
-                shard.set_states(place, rows[:, : 3 * width], rows[:, 3 * width :], form)
+                shard.set_states(place, shard.encode(place, rows[:, : 3 * width], rows[:, 3 * width :], form), form)
             writer.put(number, shard)
 
 
