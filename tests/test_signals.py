@@ -20,7 +20,9 @@ from builders import SMALL_DECODER, Run, conversation_record, conversations_run
 from fledge.conf.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.cli import COMMANDS
 from fledge.conf.journal import read_journal
+from fledge.conf.progress import Progress
 from fledge.conf.schema import VerifierConfig
+from fledge.data_synthesis import states
 from fledge.data_synthesis.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
 from fledge.data_synthesis.state_format import FLOAT8, StateFormat
 from fledge.data_synthesis.states import _scratch
@@ -173,6 +175,37 @@ def test_ranks_that_hold_one_verifier_stop_at_the_same_batch(slow, tmp_path):
     assert not list(store.glob("**/part-*"))
 
 
+@pytest.mark.parametrize(("late", "kept"), [(0, 6), (1, 6), (2, 3), (4, 3), (5, 0)])
+def test_an_interruption_keeps_whole_batches_whose_states_have_arrived(monkeypatch, tmp_path, late, kept):
+    """Those of a GPU arrive `late` samples after they are computed; here it is interrupted in the third batch of 3."""
+    samples = [Sample(f"s/{n}", torch.zeros(4, dtype=torch.int32), torch.ones(4)) for n in range(12)]
+
+    class Engine:
+        def read(self, samples, stop):
+            for number in range(len(samples)):
+                if number % 3 == 0:
+                    stop()
+                if number == 7:
+                    raise KeyboardInterrupt
+                yield number, torch.zeros(4, 6), torch.zeros(4, 2)
+
+    def arriving(computed, _num_rows):
+        queue = []
+        for one in computed:
+            queue.append(one)
+            if len(queue) > late:
+                yield queue.pop(0)
+        yield from queue
+
+    monkeypatch.setattr(states, "on_host", arriving)
+    recorded: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        states._record_shard(
+            samples, Shard.of(samples), recorded, Engine(), StateFormat(torch.float32), 8, bool, Progress("", 1, ""), []
+        )
+    assert recorded == list(range(kept))
+
+
 @pytest.mark.parametrize("only_counted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT8])
 def test_a_shard_that_goes_on_from_a_part_is_the_uninterrupted_one(tmp_path, dtype, only_counted):
@@ -184,18 +217,20 @@ def test_a_shard_that_goes_on_from_a_part_is_the_uninterrupted_one(tmp_path, dty
     ]
     samples[2].image_record = ImageRecord("conversations.jsonl", 7, ["digest"])
     whole, first, again = (Shard.of(samples) for _ in range(3))
-    for number in (2, 4, 0, 3, 1):
-        whole.set_states(number, *states[number], form)
-    for number in (2, 4, 0):
-        first.set_states(number, *states[number], form)
+
+    def put(shard: Shard, *numbers: int) -> None:
+        for number in numbers:
+            shard.set_states(number, shard.encode(number, *states[number], form), form)
+
+    put(whole, 2, 4, 0, 3, 1)
+    put(first, 2, 4, 0)
     write_shard(tmp_path, 6, replace(first.part([2, 4]), made_with="this"))
     assert open_part(tmp_path, 6, "that") is None
     part = open_part(tmp_path, 6, "this")
     assert part is not None
     assert list(part.image_records) == [0]
     assert again.take(part) == [2, 4]
-    for number in (0, 3, 1):
-        again.set_states(number, *states[number], form)
+    put(again, 0, 3, 1)
     (tmp_path / "again").mkdir()
     assert write_shard(tmp_path, 6, whole) == write_shard(tmp_path / "again", 6, again), "checksums included"
 
