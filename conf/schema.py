@@ -47,7 +47,7 @@ class AuxNumbering(Enum):
 
 
 class Device(Enum):
-    """Where a model runs; auto takes the first GPU, or the CPU if there is none."""
+    """Where a model runs; auto takes one GPU, several if one does not hold it, or the CPU if there is none."""
 
     auto = "auto"
     cpu = "cpu"
@@ -173,7 +173,7 @@ class DraftConfig:
     vocab_size: int | None = 32000  # draft vocabulary; None: the verifier's, in full
     num_layers: int = 1
     hidden_size: int | None = None  # another than the verifier's gives the head an embedding of its own, trained
-    intermediate_size: int | None = None
+    intermediate_size: int | None = None  # None: models/head_sizes.py says what is taken; so do plan and train
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None

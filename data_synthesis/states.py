@@ -278,6 +278,11 @@ def _load(config: Config, settings: dict[str, Any], place: Place, first: Sample)
     if gpus:
         torch.cuda.set_device(gpus[0])
     verifier = Verifier.load(config.verifier, settings["aux_layers"], gpus)
+    used, number = set(getattr(verifier.model, "hf_device_map", {}).values()), torch.cuda.device_count()
+    if place.world == len(used) == 1 < number and verifier.device.type == "cuda":
+        print(
+            f"dump: one of {number} GPUs reads; `torchrun --nproc-per-node {number} -m fledge dump ...` uses them all"
+        )
     check_first(config.verifier, verifier, first.input_ids, state_format(settings))
     images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
     return TransformersEngine(verifier, config.dump.batch_tokens, images)

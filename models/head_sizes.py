@@ -99,8 +99,8 @@ def _width(verifier: Any) -> tuple[int, str]:
             f"is (four times its hidden_size={hidden} is usual)"
         )
     shared = size_of(verifier, *_SHARED_WIDTH) or (size_of(verifier, *_SHARED) or 0) * expert
-    beside = f" and {shared} of shared ones" if shared else ""
-    return int(active * expert + shared), f"what a token meets, {active} experts of {expert}{beside}"
+    beside = f", and shared ones of {shared}" if shared else ""
+    return int(active * expert + shared), f"the {active} experts of {expert} that a token meets{beside}"
 
 
 def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> tuple[int, int, int]:
@@ -139,10 +139,10 @@ def describe_sizes(draft: DraftConfig, verifier: Any) -> str:
     """Say in a line what sizes a head takes, by which rule, and which options set others."""
     sizes = head_sizes(draft, verifier)
     width = "as given" if draft.intermediate_size else _width(verifier)[1]
-    same = sizes.num_attention_heads == (size_of(verifier, "num_attention_heads"))
-    heads = "as given" if draft.num_attention_heads else "the verifier's own" if same else "as many as its width holds"
+    same = sizes.num_attention_heads == size_of(verifier, "num_attention_heads")
+    heads = "as given" if draft.num_attention_heads else "the verifier's own" if same else "as many as the width holds"
     return (
-        f"MLP of {sizes.intermediate_size} ({width}; draft.intermediate_size), "
-        f"{sizes.num_attention_heads} attention heads of {sizes.head_dim}, {sizes.num_key_value_heads} of keys "
-        f"({heads}; draft.num_attention_heads)"
+        f"MLP of {sizes.intermediate_size} ({width}; draft.intermediate_size sets it), {sizes.num_attention_heads} "
+        f"attention heads of {sizes.head_dim}, {sizes.num_key_value_heads} for keys and values ({heads}; "
+        "draft.num_attention_heads sets it)"
     )
