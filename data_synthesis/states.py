@@ -132,7 +132,8 @@ def _record(
                 break
             shard = Shard.of(samples, out.spare_buffers())
             shard.made_with = made_with
-            encoded = ((sample, shard.encode(sample, *states, form)) for sample, *states in engine.read(samples))
+            read = engine.read(samples)
+            encoded = ((sample, shard.encode(sample, aux, last, form)) for sample, aux, last in read)
             for sample, states in on_host(encoded, config.dump.batch_tokens):
                 if not shard.set_states(sample, states, form):
                     suspects += 1
