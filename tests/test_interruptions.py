@@ -79,12 +79,21 @@ def poison(run: Run) -> str:
     return str(json.loads(header["__metadata__"]["fledge"])["sample_ids"][0])
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "float32")])
-def test_a_step_whose_gradient_is_not_finite_is_skipped_and_its_sample_named(finished, run, zero_stage, dtype):
+@pytest.mark.parametrize(
+    ("deepspeed", "dtype"),
+    [
+        ("zero0", "float32"),
+        ("zero1", "float32"),
+        ("zero2", "bfloat16"),
+        ("zero2_offload", "bfloat16"),
+        ("zero3", "float32"),
+    ],
+)
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_its_sample_named(finished, run, deepspeed, dtype):
     copy_until_dump(finished, run)
     name = poison(run)
     options = [
-        f"deepspeed.zero_stage={zero_stage}",
+        f"deepspeed={deepspeed}",
         f"train.dtype={dtype}",
         "train.packs_per_step=2",
         "train.log_every=1",
