@@ -197,7 +197,8 @@ def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
         with listening(note):
             yield
     finally:
-        about.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.remove(about)
         lock.release()
 
 
