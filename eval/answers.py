@@ -102,10 +102,8 @@ class Answerer:
             told = self._answer_turn(list(requests.values()), questions[0].category) if requests else []
             for number, answer in zip(requests, told, strict=True):
                 answers[number].append(answer)
-        return [
-            question.record(*kept)
-            for question, kept in zip(questions, zip(answers, left_out, strict=True), strict=True)
-        ]
+        whole = zip(questions, answers, left_out, strict=True)
+        return [question.record(given, reason) for question, given, reason in whole]
 
     def _request(self, question: Question, texts: list[str]) -> Request:
         """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""

@@ -91,5 +91,6 @@ class QuestionReader:
             raise ValueError(f"evaluate.questions: none of them can be asked: {shown}")
         if problems:
             print(
-                f"fledge: of the questions {len(problems)} cannot be asked and are left out: {shown}", file=sys.stderr
+                f"fledge: questions that cannot be asked are left out, {len(problems)} of them: {shown}",
+                file=sys.stderr,
             )
