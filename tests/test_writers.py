@@ -353,8 +353,8 @@ def test_shards_of_another_store_are_not_taken_for_its_own(config, tmp_path):
 
 
 def test_states_that_are_not_finite_as_they_are_stored_are_named(config, tmp_path, monkeypatch, capsys):
-    def too_large(self, given):
-        for number, aux, last in read(self, given):
+    def too_large(self, given, *stop):
+        for number, aux, last in read(self, given, *stop):
             yield number, (aux.fill_(7e4) if given[number].id == "s/7" else aux), last
 
     read = TransformersEngine.read
