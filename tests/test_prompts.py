@@ -308,10 +308,10 @@ def test_a_row_whose_question_rests_on_a_column_is_refused_whoever_reads_it(tmp_
 
 def test_what_stands_beside_one_message_and_placeholders_are_refused_too():
     asked = {"role": "user", "content": "What is it?", "images": ["1.jpg"]}
-    with pytest.raises(ValueError, match="^has images beside its messages"):
+    with pytest.raises(ValueError, match=r"^has images beside its messages"):
         read_prompt({"messages": [asked]}, "s", 0, local=True)
     for text in ("<image>\nWhat is it?", "What is it? <image>", "<video>What is it?"):
-        with pytest.raises(ValueError, match="^has images or the like beside its messages: a text holds their mark <"):
+        with pytest.raises(ValueError, match=r"^has images or the like beside its messages: a text holds their mark <"):
             read_prompt({"prompt": text, "file_name": "1.jpg"}, "s", 0, local=True)
 
 
