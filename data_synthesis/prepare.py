@@ -279,7 +279,7 @@ def _read_source(
         candidates.add(prompt.id, text, line)
     if not counts["rows"] and share != 0:
         raise ValueError(f"data.sources: {source.path} holds no row")
-    return counts + candidates.take(share, data.deduplicate), sorted(fields - READ)
+    return counts + candidates.take(share, data.deduplicate), sorted(fields - READ if source.path != EMBEDDED else ())
 
 
 def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | None:

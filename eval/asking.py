@@ -90,7 +90,5 @@ class QuestionReader:
         if not num_askable:
             raise ValueError(f"evaluate.questions: none of them can be asked: {shown}")
         if problems:
-            print(
-                f"fledge: questions that cannot be asked are left out, {len(problems)} of them: {shown}",
-                file=sys.stderr,
-            )
+            said = f"questions that cannot be asked are left out, {len(problems)} of them: {shown}"
+            print(f"fledge: {said}", file=sys.stderr)

@@ -78,6 +78,30 @@ def test_what_is_no_chat_completion_is_an_error_of_the_request(response):
     assert not caught.value.lasting, "it may go well elsewhere or later"
 
 
+@pytest.mark.parametrize(
+    ("missing", "response"),
+    [
+        ("usage.prompt_tokens", {**completion(), "usage": None}),
+        ("usage.prompt_tokens", {name: value for name, value in completion().items() if name != "usage"}),
+        ("usage.prompt_tokens", {**completion(), "usage": {"completion_tokens": 2}}),
+        ("usage.completion_tokens", {**completion(), "usage": {"prompt_tokens": 2, "completion_tokens": None}}),
+        ("choices[0].finish_reason", completion(finish_reason=None)),
+        ("choices[0].finish_reason", {**completion(), "choices": [{"message": {"content": "Hi."}}]}),
+    ],
+)
+def test_a_field_that_an_answer_lacks_is_named_with_what_needs_it(missing, response):
+    with pytest.raises(RequestError) as caught:
+        read_answer(response)
+    assert (caught.value.reason, caught.value.lacking) == (f"an answer without {missing}", True)
+    assert caught.value.detail.startswith("which ")
+
+
+def test_an_answer_that_tells_its_tokens_needs_no_usage():
+    response = {**completion(token_ids=[4, 5]), "prompt_token_ids": [1, 2, 3], "usage": None}
+    answer = read_answer(response)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (3, 2)
+
+
 def refused(status: int, message: str = "no", **headers: str) -> RequestError:
     import httpx2
 

@@ -47,6 +47,16 @@ def test_a_torn_last_line_is_dropped_and_the_rest_is_kept(tmp_path):
     assert [record["id"] for record in read_journal(path)] == ["a", "b", "c"]
 
 
+def test_a_journal_is_lines_to_every_reader(tmp_path):
+    texts = ["one\u2028two", "one\u2029two", "one\x85two", "one\x1e\x0c\x0b\r\ntwo", "plain ü"]
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append([{"id": text, "text": text} for text in texts])
+    journal.close()
+    split = (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in split] == texts
+    assert [record["id"] for record in read_journal(tmp_path / "journal.jsonl")] == texts
+
+
 def test_every_stage_killed_and_started_again_ends_as_if_nothing_had_happened(finished, run):
     conversations = run.path / "conversations" / "conversations.jsonl"
     for share in (0, 15, 30):

@@ -390,3 +390,34 @@ def test_configurations_without_sense_are_refused(tmp_path):
 def test_embedded_prompts_are_all_different(tmp_path):
     prepared = prepare(tmp_path, SourceConfig(path="embedded", limit=2000))
     assert prepared.count == 2000
+
+
+def test_columns_that_are_not_read_are_named_once_by_every_reader(tmp_path, capsys):
+    rows = [{"id": n, "prompt": f"say {n}", "score": n, "topic": "x"} for n in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet")
+    sources = [SourceConfig(p) for p in (written(tmp_path / "lines.jsonl", rows), str(tmp_path / "table.parquet"))]
+    prepared = prepare(tmp_path, *sources, SourceConfig(path="embedded", limit=3), deduplicate=False)
+    said = capsys.readouterr().out
+    for name in ("lines/train", "table/train"):
+        assert said.count(f"prompts: {name} has columns that are not read: score, topic\n") == 1
+    assert "embedded/train has columns" not in said
+    not_read = read_manifest(prepared.folder, "prompts")["not_read"]
+    assert not_read == {"lines/train": ["score", "topic"], "table/train": ["score", "topic"], "embedded/train": []}
+
+
+def test_rows_with_something_beside_them_stop_or_are_counted(tmp_path):
+    rows = [{"prompt": "a?"}, {"prompt": "b?", "images": ["1.png"]}, {"prompt": "c?", "tools": [{"name": "f"}]}]
+    source = SourceConfig(path=written(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 2 has images beside its messages .*malformed_rows=skip"):
+        prepare(tmp_path, source, name="stopped")
+    counts = prepare(tmp_path, source, malformed_rows=SKIP).counts
+    assert (counts["taken"], counts["malformed"]) == (1, 2)
+
+
+def test_prompts_are_lines_to_every_reader(tmp_path):
+    texts = ["one\u2028two", "one\u2029two", "one\x85two", "one\x1e\x0c\x0btwo"]
+    source = SourceConfig(path=written(tmp_path / "p.jsonl", [{"prompt": text} for text in texts]))
+    prepared = prepare(tmp_path, source, deduplicate=False)
+    lines = (prepared.folder / FILE).read_text(encoding="utf-8").splitlines()
+    assert sorted(json.loads(line)["turns"][0] for line in lines) == sorted(texts)
+    assert sorted(prompt.turns[0] for prompt in prepared.read()) == sorted(texts)

@@ -5,10 +5,11 @@ import json
 import datasets
 import fledge.data_synthesis.sources as sources
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from fledge.conf.schema import SourceConfig
-from fledge.data_synthesis.prompts import prompt_of
+from fledge.data_synthesis.prompts import prompt_of, read_prompt
 from fledge.data_synthesis.sources import dataset_rows, read_rows, split_names
 from fledge.data_synthesis.split import conversation_id, is_heldout, sequence_id
 
@@ -281,3 +282,84 @@ def test_the_held_out_split_depends_on_the_id_alone():
     share = sum(is_heldout(i, 0.1) for i in ids) / len(ids)
     assert 0.08 < share < 0.12
     assert all(is_heldout(i, 0.2) for i in ids if is_heldout(i, 0.1))
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+BESIDE = [
+    ({"image": "coco/1.jpg"}, "images"),
+    ({"images": ["1.jpg"]}, "images"),
+    ({"image": {"bytes": "x", "path": None}}, "images"),
+    ({"videos": ["1.mp4"]}, "videos"),
+    ({"audio": {"array": [0.5], "sampling_rate": 16000}}, "audio"),
+    ({"tools": [TOOL]}, "tools"),
+    ({"functions": json.dumps([TOOL])}, "tools"),
+    ({"documents": [{"title": "t", "text": "It rained."}]}, "documents"),
+    ({"context": "It rained."}, "documents"),
+    ({"input": "It rained."}, "input"),
+    ({"history": [["Hi.", "Hello."]]}, "history"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+]
+
+
+def read_all(path):
+    return [read_prompt(row, "s", n, local=True)[0].turns for n, (_, row) in enumerate(read_rows(SourceConfig(path)))]
+
+
+def in_files(folder, row):
+    """A row as JSON lines and as Parquet."""
+    pq.write_table(pa.Table.from_pylist([row]), folder / "rows.parquet")
+    return written(folder / "rows.jsonl", [row]), str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize(("beside", "what"), BESIDE, ids=[f"{next(iter(b))} {n}" for n, (b, _) in enumerate(BESIDE)])
+def test_a_row_whose_question_rests_on_a_column_is_refused_whoever_reads_it(tmp_path, beside, what):
+    for path in in_files(tmp_path, {**said("user: What is it?", "assistant: x"), **beside}):
+        with pytest.raises(ValueError, match=rf"^has {what} beside its messages \(in '{next(iter(beside))}'\)"):
+            read_all(path)
+
+
+def test_what_stands_beside_one_message_and_placeholders_are_refused_too():
+    asked = {"role": "user", "content": "What is it?", "images": ["1.jpg"]}
+    with pytest.raises(ValueError, match=r"^has images beside its messages"):
+        read_prompt({"messages": [asked]}, "s", 0, local=True)
+    for text in ("<image>\nWhat is it?", "What is it? <image>", "<video>What is it?"):
+        with pytest.raises(ValueError, match=r"^has images or the like beside its messages: a text holds their mark <"):
+            read_prompt({"prompt": text, "file_name": "1.jpg"}, "s", 0, local=True)
+
+
+def test_columns_that_bring_nothing_new_are_no_hindrance(tmp_path):
+    empty = {"images": [], "image": None, "tools": "[]", "audio": {"path": None}, "context": " ", "input": ""}
+    repeated = {"context": "It rained.", "documents": "It rained. Why?", "system_prompt": "Be short."}
+    for row in (
+        {**said("user: It rained. Why?"), **empty},
+        {**said("system: Be short.", "user: It rained. Why?"), **repeated},
+        said("user: It rained. Why?", "assistant: x") | {"knowledge": "rain", "reward": 0.5, "instruction": "Why?"},
+    ):
+        for path in in_files(tmp_path, row):
+            assert read_all(path) == [("It rained. Why?",)]
+    for row in (ULTRACHAT, MAGPIE, {"prompt": "What does <image> mean, and <video></video>?"}):
+        assert read_prompt(row, "s", 0, local=True)[0].turns
+    for html in ("<video>\n<source src=a>\n</video> is not shown.", "Is <audio> HTML?"):
+        assert read_prompt({"prompt": html}, "s", 0, local=True)[0].turns == (html,)
+
+
+def test_a_system_prompt_by_another_name_is_read_and_two_that_differ_are_refused():
+    for name in ("system_prompt", "system_message"):
+        assert prompt_of({"prompt": "a?", name: "Be short."}, "s", 0).system == "Be short."
+    with pytest.raises(ValueError, match="has system messages that differ"):
+        prompt_of(said("system: Be long.", "user: a?", system="Be short."), "s", 0)
+
+
+def saved_to_disk(folder):
+    rows = datasets.Dataset.from_list([said("user: a?")])
+    rows.save_to_disk(str(folder / "one"))
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(folder / "splits"))
+    feather.write_feather(rows.data.table, folder / "rows.feather")
+    return folder / "one", folder / "splits", next((folder / "one").glob("*.arrow")), folder / "rows.feather"
+
+
+def test_arrow_of_any_kind_is_named_with_its_cure(tmp_path):
+    for path in map(str, saved_to_disk(tmp_path)):
+        for read in (lambda path=path: list(rows_in(path)), lambda path=path: split_names(path)):
+            with pytest.raises(ValueError, match=rf"{path} holds Arrow files, .*load_from_disk and write it with to_"):
+                read()
