@@ -23,7 +23,7 @@ from .verifier_check import check_verifier
 
 def synthesize(config: Config) -> None:
     """Answer the prompts of `data` with the verifier and write runs/<name>/conversations/."""
-    check_verifier(config)
+    check_verifier(config, for_states=False)
     prompts = prepare_prompts(config)
     settings = _settings(config, prompts)
     folder, shard, num_shards = config.conversations_folder, config.synthesize.shard, config.synthesize.num_shards

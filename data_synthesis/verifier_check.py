@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ..conf.schema import Config
@@ -17,13 +18,16 @@ from ..models.verifier import (
 )
 from ..models.verifier_config import embedded_config
 from ..models.vocabulary import check_vocabulary_size
-from .chat import prompt_tokens
+from .chat import NoExactSpanError, prompt_tokens
 
 
-def check_verifier(config: Config) -> DraftHeadConfig:
+def check_verifier(config: Config, for_states: bool = True) -> DraftHeadConfig:
     """Check that a head can be derived, layers and matrices are found and tokens have embeddings; give the head.
 
     Cheap: of the weights it reads names and headers.
+
+    Args:
+        for_states: a draft vocabulary is made now; answers need none, and one that does not fit is only told.
 
     Raises:
         ValueError: names the option, and what to do.
@@ -33,17 +37,25 @@ def check_verifier(config: Config) -> DraftHeadConfig:
     whole = load_whole_config(config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     find_decoder(empty_model(whole))
-    _check_tokens(config, head)
+    _check_tokens(config, head, for_states)
     VerifierWeights(config.verifier).check()
     return head
 
 
-def _check_tokens(config: Config, head: DraftHeadConfig) -> None:
+def _check_tokens(config: Config, head: DraftHeadConfig, for_states: bool) -> None:
     always = special_token_ids(config.verifier)
-    check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(always))
+    try:
+        check_vocabulary_size(head.draft_vocab_size, head.vocab_size, len(always))
+    except ValueError as error:
+        if for_states:
+            raise
+        print(f"synthesize: `fledge dump` will refuse this: {error}", file=sys.stderr)
     tokenizer = load_tokenizer(config.verifier)
     ends = load_end_token_ids(config.verifier, tokenizer)
-    written = prompt_tokens(tokenizer, [{"role": "user", "content": "Name a colour."}])
+    try:
+        written = prompt_tokens(tokenizer, [{"role": "user", "content": "Name a colour."}])
+    except NoExactSpanError:  # it wants other conversations
+        written = []
     beyond = [token for token in written if token >= head.vocab_size]
     if not beyond and ends and min(ends) >= head.vocab_size:
         beyond = ends

@@ -137,7 +137,7 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
 
 @pytest.mark.parametrize("dtype", [StateDtype.float16, StateDtype.float8])
 def test_last_states_that_are_kept_where_they_count_are_looked_at_too(config, capsys, dtype, tmp_path, monkeypatch):
-    def too_large(self, given):
+    def too_large(self, given, *stop):
         for number, aux, last in read(self, given):
             yield number, aux, (last.fill_(torch.inf) if given[number].id == "b" else last)
 

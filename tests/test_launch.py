@@ -198,7 +198,7 @@ def test_ranks_that_hold_one_verifier_together_tell_transformers_their_own_gpu(c
         monkeypatch.delenv(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
     for _ in range(2):  # a verifier may be loaded again
-        _placement(VerifierConfig(path="none", tensor_parallel=True), None)
+        _placement(VerifierConfig(path="none", tensor_parallel=True), None, None)
         assert os.environ["LOCAL_RANK"] == str(device)
 
 

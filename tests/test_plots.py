@@ -33,7 +33,7 @@ def figures(monkeypatch) -> Iterator[dict[str, Figure]]:
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # matplotlib's
         yield written
 
 

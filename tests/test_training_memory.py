@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,9 @@ def measured(spec: Spec, ranks: int, folder: Path) -> list[int]:
         check=False,
         env={**os.environ, **QUIET},
     )
-    peaks = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("PEAK")]
+    peaks = [
+        int(peak) for peak in re.findall(r"PEAK \d+ (\d+)$", done.stdout, re.MULTILINE)
+    ]  # maybe behind a rank's line
     assert len(peaks) == ranks, f"{done.stdout}\n{done.stderr}"
     return peaks
 
