@@ -30,6 +30,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from small_heads import leave_out_first_tokens, make_batch, make_head, matrices
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 __all__ = ["leave_out_first_tokens", "make_batch", "make_head", "matrices"]  # beside what is here
 
@@ -70,6 +73,20 @@ def composed(*overrides: str) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def save_byte_tokenizer(
+    folder: Path, template: str, special: tuple[str, ...] = (), plain: tuple[str, ...] = ()
+) -> None:
+    """Save a tokenizer whose tokens are bytes, the end of a turn 256, and what is added after it."""
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>", *special])
+    tokenizer.add_tokens(list(plain))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
 
 
 def write_store(

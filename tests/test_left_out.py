@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, conversations_run, recorded_sequence
+from builders import SMALL_DECODER, conversations_run, recorded_sequence, save_byte_tokenizer
 from builders import conversation_record as record
 from fledge.conf.artifact import read_manifest
 from fledge.conf.journal import read_journal
@@ -25,8 +25,6 @@ from fledge.eval.questions import load_questions
 from fledge.models.draft_head import DraftHead, DraftHeadConfig
 from fledge.models.formats import save_head
 from fledge.models.verifier import Verifier, load_config, verifier_identity
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 END, BEYOND = 256, ("<image_soft_token>", "<tool_result>")
 TEMPLATE = (
@@ -40,14 +38,7 @@ LONG = "river " * 60  # of a context of 200 tokens, which are bytes
 def narrow(tmp_path_factory) -> VerifierConfig:
     """A random verifier whose tokenizer has two tokens, special and plain, beyond the rows of its embedding."""
     folder = tmp_path_factory.mktemp("verifier")
-    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>", BEYOND[0]])
-    tokenizer.add_tokens([BEYOND[1]])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    save_byte_tokenizer(folder, TEMPLATE, special=BEYOND[:1], plain=BEYOND[1:])
     config = transformers.LlamaConfig(
         **SMALL_DECODER, vocab_size=END + 1, intermediate_size=64, max_position_embeddings=200, eos_token_id=END
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, Run, conversation_record, conversations_run
+from builders import SMALL_DECODER, Run, conversation_record, conversations_run, save_byte_tokenizer
 from fledge.conf.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.cli import COMMANDS
 from fledge.conf.journal import read_journal
@@ -28,8 +28,6 @@ from fledge.data_synthesis.state_format import FLOAT8, StateFormat
 from fledge.data_synthesis.states import _scratch
 from servers import free_port
 from sglang_double import sglang_double
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 NUM_PROMPTS = 48
 TEMPLATE = (
@@ -43,13 +41,7 @@ TEMPLATE = (
 def slow_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random verifier whose tokens are bytes, large enough that a store of some prompts takes seconds."""
     folder = tmp_path_factory.mktemp("verifier")
-    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    save_byte_tokenizer(folder, TEMPLATE)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **{**SMALL_DECODER, "hidden_size": 256, "intermediate_size": 2048, "num_key_value_heads": 2},

@@ -21,15 +21,13 @@ from threading import Thread
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER
+from builders import SMALL_DECODER, save_byte_tokenizer
 from fledge.conf.artifact import read_manifest
 from fledge.conf.journal import read_journal
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig
 from fledge.data_synthesis.endpoints import Endpoint
 from fledge.data_synthesis.handshake import Handshake
 from servers import END, SHARES, answer_to, faulty_server, free_port, stats, tokens_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROWS = int(os.environ.get("FLEDGE_FAULT_ROWS", "240"))
 KILLS = int(os.environ.get("FLEDGE_FAULT_KILLS", "3"))
@@ -43,13 +41,7 @@ TEMPLATE = (
 def byte_verifier(tmp_path_factory) -> Path:
     """A random verifier whose tokens are bytes, as the fault server's."""
     folder = tmp_path_factory.mktemp("verifier")
-    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    save_byte_tokenizer(folder, TEMPLATE)
     config = transformers.LlamaConfig(
         **SMALL_DECODER,
         vocab_size=END + 1,
