@@ -19,8 +19,8 @@ CODE = "code"  # on PYTHONPATH of the jobs
 _HEADER = """# The configuration of the jobs beside it, resolved: every option, whatever the groups say by now.
 defaults:
   - schema
-  - override hydra/job_logging: disabled
-  - override hydra/hydra_logging: disabled
+  - override hydra/job_logging: none
+  - override hydra/hydra_logging: none
   - _self_
 
 hydra:

@@ -1,6 +1,7 @@
 """What the user types, and what is said when it is wrong: one sentence, exit code 2, no traceback."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -85,6 +86,13 @@ def test_a_malformed_row_of_the_large_public_datasets_is_counted_and_stops_nothi
 
 def test_a_missing_required_option_is_named(capfd):
     assert "name is required" in fails(capfd, "train", "experiment=demo")
+
+
+def test_the_warnings_of_modules_that_were_loaded_before_a_command_are_still_heard(capfd, caplog):
+    loaded = logging.getLogger("loaded_before")
+    fails(capfd, "compare", "nowhere", "nowhere_else")
+    loaded.warning("heard")
+    assert caplog.messages == ["heard"]
 
 
 def test_an_unknown_command_is_answered_with_the_commands(capfd):
