@@ -28,7 +28,7 @@ def run(config: Config) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     started = time.monotonic()
     stage = STAGES[0]
-    with deferred(lambda: f"passed on to `{stage}`, which ends first") as signals:
+    with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
         for number, stage in enumerate(STAGES, 1):
             if signals.received:
                 signals.stop()

@@ -204,7 +204,7 @@ class ImageReader:
         return images
 
     def model_inputs(
-        self, input_ids: Tensor, addresses: abc.Sequence[str], digests: abc.Sequence[str] | None = None
+        self, input_ids: Tensor, images: Images, digests: abc.Sequence[str] | None = None
     ) -> dict[str, Tensor]:
         """Give what the model takes besides a sequence's tokens [T] (a batch of one): pixels, and what goes with them.
 
@@ -212,11 +212,11 @@ class ImageReader:
             digests: of the images that the tokens were made with, where they are known.
 
         Raises:
-            UnreadableImagesError: an image is missing or broken, or not the one that the tokens were made with.
+            UnreadableImagesError: an image is not the one that the tokens were made with.
         """
-        images, token_ids = self.read(addresses), input_ids.tolist()
+        token_ids = input_ids.tolist()
         exchanged = digests is not None and list(digests) != list(images.digests)
-        if exchanged or images.find(token_ids, len(addresses)) is None:
+        if exchanged or images.find(token_ids, len(images.addresses)) is None:
             raise UnreadableImagesError("its images are not those that its tokens were made with")
         inputs, processor = images.model_inputs, self._processor
         assert processor is not None

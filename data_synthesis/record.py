@@ -122,7 +122,8 @@ def read_with_images(
     """
     try:
         record = sample.image_record
-        inputs = images.model_inputs(sample.input_ids, sample.images, record.digests if record else None)
+        read = images.read(sample.images)
+        inputs = images.model_inputs(sample.input_ids, read, record.digests if record else None)
     except UnreadableImagesError as error:
         raise ValueError(
             f"sample {sample.id}: {error}; give the images back as they were and run `fledge dump` again"

@@ -27,7 +27,9 @@ from .results import LOOKUP, RECORDS, TRAINED, UNTRAINED
 from .speculative import Decoded, Request, Speculator
 
 
-def answer_questions(config: Config, head: DraftHead, questions: list[Question], target: Artifact) -> None:
+def answer_questions(
+    config: Config, head: DraftHead, questions: list[Question], target: Artifact, reader: QuestionReader
+) -> None:
     """Answer those questions that the evaluation's journal does not hold yet, and append their records.
 
     A signal ends it at once: the group being answered is answered again by the next start.
@@ -35,7 +37,7 @@ def answer_questions(config: Config, head: DraftHead, questions: list[Question],
     journal = Journal(target.folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
     if left:
-        answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head)
+        answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head, reader)
         target.save(kernels=answerer.kernels.record)
         progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
         for group in _groups(left, config.evaluate.batch_size):
@@ -55,7 +57,9 @@ def _groups(questions: list[Question], size: int) -> Iterator[list[Question]]:
 class Answerer:
     """Answers questions with the verifier alone and with each drafter."""
 
-    def __init__(self, config: Config, verifier: Verifier, head: DraftHead) -> None:
+    def __init__(
+        self, config: Config, verifier: Verifier, head: DraftHead, reader: QuestionReader | None = None
+    ) -> None:
         options = config.evaluate
         self._options = options
         self._verifier = verifier
@@ -65,7 +69,7 @@ class Answerer:
         self._alone = NoDraft()
         drafters = [self._alone, *self._drafters.values()]
         self._speculator = Speculator(verifier, drafters, self._rule, options.batch_size, options.cuda_graphs)
-        self._reader = QuestionReader(config)
+        self._reader = reader or QuestionReader(config)
         self._checked: set[bool] = set()  # with images, and without
 
     def _make_drafters(self, config: Config, head: DraftHead) -> dict[str, Drafter]:
@@ -108,8 +112,8 @@ class Answerer:
     def _request(self, question: Question, texts: list[str]) -> Request:
         """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""
         seed = f"{self._options.seed}/{len(texts)}/{question.id}"
-        prompt, max_tokens, addresses = self._reader.read(question, texts)
-        inputs = self._reader.images.model_inputs(torch.tensor(prompt), addresses) if addresses else {}
+        prompt, max_tokens, images = self._reader.read(question, texts)
+        inputs = self._reader.images.model_inputs(torch.tensor(prompt), images) if images else {}
         return Request(prompt, max_tokens, seed, f"the prompt of question {question.id}", self._verifier.place(inputs))
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:

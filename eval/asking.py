@@ -8,8 +8,8 @@ from typing import Any
 
 from ..conf.schema import Config
 from ..data_synthesis.chat import NoExactSpanError, has_images, prompt_tokens
-from ..data_synthesis.image_reader import ImageReader, ImageTokenizer
-from ..data_synthesis.images import conversation_images, template_messages
+from ..data_synthesis.image_reader import ImageReader, Images, ImageTokenizer
+from ..data_synthesis.images import UnreadableImagesError, conversation_images, template_messages
 from ..data_synthesis.sequences import check_known
 from ..models.verifier import load_config, load_tokenizer
 from .questions import HELDOUT, Question
@@ -31,38 +31,44 @@ class QuestionReader:
 
     def __init__(self, config: Config, max_context: int | None = None, url: str = "") -> None:
         self._options, self._max_context, self._url = config.evaluate, max_context, url
+        self._problems: dict[str, str] | None = None  # by id, as `check` found them
         self.tokenizer = load_tokenizer(config.verifier)
         self.images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
         verifier = load_config(config.verifier)
         self._positions, self._vocab_size = int(verifier.max_position_embeddings), int(verifier.vocab_size)
 
-    def read(self, question: Question, texts: list[str]) -> tuple[list[int], int, list[str]]:
-        """Give the prompt of the next answer, the most tokens of that answer, and the addresses of images.
+    def read(self, question: Question, texts: list[str]) -> tuple[list[int], int, Images | None]:
+        """Give the prompt of the next answer, the most tokens of that answer, and the images in the prompt.
 
         Raises:
             UnaskableError: why there is none.
+            ValueError: an image cannot be read that `check` could read, so the next start may.
         """
         if question.problem:
             raise UnaskableError(question.problem)
         messages, tokenizer = question.history(texts), self.tokenizer
-        addresses = conversation_images(messages) if has_images(messages) else []
+        images = None
         try:
-            if addresses:
-                image_tokenizer: Any = ImageTokenizer(tokenizer, self.images.read(addresses))
+            if has_images(messages):
+                images = self.images.read(conversation_images(messages))
+                image_tokenizer: Any = ImageTokenizer(tokenizer, images)
                 prompt = prompt_tokens(image_tokenizer, template_messages(messages))
             else:
                 prompt = prompt_tokens(tokenizer, messages)
             check_known(tokenizer, prompt, self._vocab_size)
         except NoExactSpanError as error:
+            found = self._problems is None or question.id in self._problems
+            if isinstance(error, UnreadableImagesError) and not found:
+                raise ValueError(f"question {question.id}: {error}; the same command asks it again") from None
             raise UnaskableError(str(error)) from None
-        return prompt, self._limit(question, len(prompt)), addresses
+        return prompt, self._limit(question, len(prompt)), images
 
     def _limit(self, question: Question, length: int) -> int:
         taken = length + self._options.draft_depth + 1
         limit = min(question.max_tokens or self._options.max_tokens, self._positions - taken)
         if self._max_context is not None and (limit < 1 or taken + limit > self._max_context):
             raise UnaskableError(
-                f"a prompt of {length} tokens ({question.id}) and an answer do not fit into the {self._max_context} "
+                f"a prompt of {length} tokens and an answer do not fit into the {self._max_context} "
                 f"tokens of {self._url}: shorten the question, lower evaluate.max_tokens, or start the server with a "
                 "longer context"
             )
@@ -76,7 +82,7 @@ class QuestionReader:
         Raises:
             ValueError: none of the questions can be asked.
         """
-        problems: dict[str, str] = {}
+        self._problems, problems = None, dict[str, str]()
         num_askable = 0
         for question in questions:
             try:
@@ -92,3 +98,4 @@ class QuestionReader:
         if problems:
             said = f"questions that cannot be asked are left out, {len(problems)} of them: {shown}"
             print(f"fledge: {said}", file=sys.stderr)
+        self._problems = problems

@@ -185,7 +185,7 @@ def _acceptance(runs: list[Row], published: list[Row]) -> str:
             *([_difference(row, runs[0])] if several else []),
             *(figure(row.rates[i]) if i < len(row.rates) else NONE for i in positions),
             figure(row.results.get("tokens_per_s"), 0),
-            speedup(row.results, of_all=row in runs),
+            speedup(row.results, of_all=any(row is run for run in runs)),
         ]
         for row in rows
     ]
@@ -198,6 +198,8 @@ def _difference(row: Row, first: Row) -> str:
     """Write the difference from the first run on the same questions, with its interval; a dash for other questions."""
     ours, theirs = (_by_turns(one.records) for one in (row, first))
     if row is first or not ours or ours.keys() != theirs.keys():
+        return NONE
+    if any(len(ours[key]["answers"]) != len(theirs[key]["answers"]) for key in ours):  # one was left out half-way
         return NONE
     pairs = [ours[key] for key in ours], [theirs[key] for key in ours]
     difference, bounds = paired_difference(*pairs, TRAINED, (len(row.rates), len(first.rates)))

@@ -125,7 +125,7 @@ class Verdict:
 
     @property
     def best_first(self) -> float:
-        """The largest share of first draft tokens that are the verifier's, in any form; below FAR none is right."""
+        """The largest share of first draft tokens that are the verifier's, in any form."""
         return max(measured.first for measured in self.measured)
 
     @property
@@ -244,7 +244,10 @@ def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
 
 def _prompts(config: Config) -> list[list[int]]:
     """Give the first turns of questions spread over the categories."""
-    questions = load_questions(replace(config.evaluate, questions=config.evaluate.questions or "embedded"))
+    options = replace(config.evaluate, questions=config.evaluate.questions or "embedded")
+    questions = [q for q in load_questions(options, config.data.local_images) if not q.images]
+    if not questions:
+        raise ValueError(f"evaluate.questions {options.questions!r}: all have images, and doctor measures on text")
     chosen = questions[:: max(1, len(questions) // config.doctor.num_prompts)][: config.doctor.num_prompts]
     reader, prompts = QuestionReader(config), []
     reader.check(chosen)

@@ -39,14 +39,17 @@ def evaluate(config: Config) -> None:
     questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
-    if made_with(folder, settings) is None:
-        check_server(config, questions) if by_server else QuestionReader(config).check(questions)
+    begun, reader = made_with(folder, settings), QuestionReader(config)
+    if by_server and begun is None:
+        check_server(config, questions)
+    elif not by_server and not (begun and begun.complete):
+        reader.check(questions)
     with artifact(folder, "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):
             if head is None:
                 answer_by_server(config, questions, target)
             else:
-                answer_questions(config, head, questions, target)
+                answer_questions(config, head, questions, target, reader)
             served = target.manifest.get("served")
             results = summarise(config, source, verifier, questions, target.folder, served)
             write_json(target.folder / ACCEPTANCE, results)

@@ -195,7 +195,7 @@ def _question(row: Any, path: str, number: int, local_images: bool) -> Question:
     if not isinstance(category, str) or category == HELDOUT:
         raise ValueError(f"has category {category!r}: a text is required, and not {HELDOUT}")
     check_beside(given, map(text_of, turns), read=("images",))
-    if system := next((name for name in SYSTEM_FIELDS if name in given), None):
+    if system := next((name for name in SYSTEM_FIELDS if str(given.get(name, "")).strip()), None):
         raise ValueError(f"has a system message (in {system!r}), which is not asked: write it into the first turn")
     name = next((given[name] for name in _IDS if name in given), number)
     images = _images(given.get("images", []), path, local_images)

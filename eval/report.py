@@ -52,7 +52,7 @@ def interval(counts: dict[str, Any], name: str = "acceptance_length_interval") -
 
 
 def speedup(counts: dict[str, Any], of_all: bool = True) -> str:
-    """Write a speed-up and its 95 % interval; without one that of all questions only, for it is of single times."""
+    """Write a speed-up and its 95 % interval; a dash where there is no interval, unless it is of all questions."""
     bounds = interval(counts, "speedup_interval")
     return f"{figure(counts.get('speedup'), unit='x')} {bounds}".rstrip() if bounds or of_all else NONE
 

@@ -54,9 +54,13 @@ def summarise(
     if config.evaluate.engine is EvaluateEngine.server and config.evaluate.batch_size > 1:
         _forget_seconds(records)
     answered, heldout = ([r for r in records if (r["category"] == HELDOUT) is kind] for kind in (False, True))
+    if not answered:
+        why = "; ".join(left_out.values())[:300]
+        raise ValueError(f"evaluate.questions: none was answered ({why}): cure that, and delete {folder}")
     num, timed = config.evaluate.draft_depth, config.evaluate.batch_size == 1
     names = list(answered[0]["answers"][0]["drafters"])
-    categories = list(dict.fromkeys(question.category for question in questions if question.category != HELDOUT))
+    found = {record["category"] for record in answered}
+    categories = [name for name in dict.fromkeys(question.category for question in questions) if name in found]
 
     def drafters(of: list[Record]) -> dict[str, Any]:
         return {name: measured(of, name, num, timed) for name in names}

@@ -148,7 +148,9 @@ class _Engine:
             return read(response), seconds
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             what = f"an answer without {error}" if isinstance(error, KeyError) else f"no completion ({error!r})"
-            raise ValueError(f"{self._endpoint.url} gives {what}, which is counted: {str(response)[:200]}") from None
+            raise ValueError(
+                f"{self._endpoint.url} gave {what}; evaluation needs a completion and its counts: {str(response)[:200]}"
+            ) from None
 
     def _check_prompt(self, asked: Asked, read: int) -> None:
         if read != len(asked.prompt):
@@ -187,10 +189,16 @@ class Vllm(_Engine):
             **({"seed": asked.seed} if self._options.temperature else {}),
         }
         (choice, usage, told), seconds = await self._post(
-            "/completions", body, lambda r: (r["choices"][0], r["usage"], (r.get("metrics") or {}))
+            "/completions",
+            body,
+            lambda r: (
+                r["choices"][0],
+                {name: int(r["usage"][name]) for name in ("prompt_tokens", "completion_tokens")},
+                r.get("metrics") or {},
+            ),
         )
         self._check_prompt(asked, usage["prompt_tokens"])
-        written = int(usage["completion_tokens"])
+        written = usage["completion_tokens"]
         counts = await self._grown(before, written) if before else self._of_answer(told.get("speculative_decoding"))
         return Served(answer_text(self._tokenizer, choice.get("token_ids"), choice["text"]), written, seconds, counts)
 

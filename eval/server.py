@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Coroutine
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -64,8 +63,12 @@ def answer_by_server(config: Config, questions: list[Question], target: Artifact
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run something to its end, or until a signal: questions in flight are asked again by the next start."""
-    with deferred("it ends now, what it has saved stays") as signals, suppress(asyncio.CancelledError):
-        asyncio.run(_cancelled_by_signal(work, signals))
+    with deferred("it ends now, what it has saved stays") as signals:
+        try:
+            asyncio.run(_cancelled_by_signal(work, signals))
+        except asyncio.CancelledError:
+            if not signals.received:
+                raise
 
 
 async def _cancelled_by_signal(work: Coroutine[Any, Any, None], signals: StopSignals) -> None:

@@ -137,7 +137,7 @@ def _check_fields(folder: Path, values: dict[str, Any], layer: dict[str, Any]) -
     """Refuse what is unknown, and what the head's arithmetic is not."""
     for name in ("eagle_config", "transformer_layer_config", "rope_parameters", "rope_scaling"):
         for place in (values, layer):
-            if not isinstance(place.get(name) or {}, dict):
+            if isinstance(place, dict) and not isinstance(place.get(name) or {}, dict):
                 raise ValueError(
                     f"{folder}: {name} is {place[name]!r}, fields with values are required: fetch the head again"
                 )

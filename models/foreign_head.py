@@ -133,7 +133,8 @@ def wrapper_prefix(tensors: dict[str, Tensor]) -> str:
 
 def layer_counts(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[int, int]:
     """Give the number of layers by config.json and by the names of the tensors."""
-    layer = values.get("transformer_layer_config") or values
+    layer = values.get("transformer_layer_config") if "speculators_model_type" in values else values
+    layer = layer if isinstance(layer, dict) else {}  # head_config says what is wrong with it
     found = {re.sub(r"^midlayer\.", "layers.0.", name).split(".")[1] for name in tensors if _LAYER.match(name)}
     return layer.get("num_hidden_layers") or 1, len(found)
 

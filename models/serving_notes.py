@@ -54,10 +54,8 @@ def vllm_command(served: Served) -> str:
 
 def serving_notes(served: Served) -> str:
     """Give SERVING.md: a command for each engine that reads the format."""
-    parts, refused = (
-        [f"# Serving this head\n\nThe verifier is `{served.verifier}`{_revision(served)}."],
-        unserved(served),
-    )
+    parts = [f"# Serving this head\n\nThe verifier is `{served.verifier}`{_revision(served)}."]
+    refused = unserved(served)
     sections = {"vLLM": _vllm(served)}
     if served.format == "plain":
         sections |= {"SGLang": _sglang(served), "TensorRT-LLM": _tensorrt_llm(served)}

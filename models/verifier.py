@@ -253,10 +253,13 @@ def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -
 def _fits(config: VerifierConfig, whole: Any) -> bool:
     """Say whether the current GPU holds the verifier, and has a quarter of its free memory left for what it computes.
 
-    A quantised one counts as it is stored, unless it is dequantised on loading.
+    A quantised one counts as it is stored, unless it is dequantised on loading: transformers does so by itself where it
+    lacks kernels for a format, or the GPU is too old for it.
     """
     stated = quantisation(whole)
-    if stated is None or stated.get("dequantize"):
+    method = (stated or {}).get("quant_method")
+    by_itself = method == "mxfp4" or (method == "fp8" and torch.cuda.get_device_capability() < (8, 9))
+    if stated is None or stated.get("dequantize") or by_itself:
         size = empty_model(whole).num_parameters() * getattr(torch, config.dtype.value).itemsize
     else:
         size = VerifierWeights(config).num_bytes()

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     node = find_place(os.environ)
     if node.world > 1 and node.local_world > 1:
         raise ValueError(f"srun must start one task a node, got {node.local_world}: --ntasks-per-node=1")
-    with answered("node"), deferred("passed on to the processes of this node, which end first"):
+    with answered("node"), deferred("passed on to the processes of this node, which end first", then_stop=False):
         return run_stage(
             [sys.executable, "-m", "fledge", *command],
             environments(int(num_processes), node if node.world > 1 else None),

@@ -565,6 +565,13 @@ def test_an_unknown_field_is_never_dropped_silently(tmp_path, place, value):
     assert f"{path}gated_residual = {value!r}, {path}another_one = {value!r}; it drops none" in message
 
 
+def test_a_layer_that_is_no_object_is_refused(tmp_path):
+    theirs = published(tmp_path)
+    save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)
+    theirs.change_config(transformer_layer_config="x")
+    refused(theirs, "transformer_layer_config")
+
+
 def test_flags_of_the_layer_must_say_what_the_top_level_says(tmp_path):
     theirs = published(tmp_path)
     save_speculators(theirs.folder, make_head(), {}, torch.bfloat16, VERIFIER, 3)

@@ -1,6 +1,7 @@
 """Questions with images: decoded as the model itself does, or refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fledge.data_synthesis.chat import prompt_tokens
 from fledge.data_synthesis.image_reader import ImageReader, ImageTokenizer
 from fledge.data_synthesis.images import conversation_images, template_messages
 from fledge.eval.answers import Answerer
+from fledge.eval.asking import QuestionReader, UnaskableError
 from fledge.eval.prompt_lookup import NoDraft
 from fledge.eval.questions import Question
 from fledge.eval.speculative import Request, Speculator
@@ -20,10 +22,9 @@ from oracles import Oracle, TreeOracle
 
 def request_of(config, verifier: Verifier, messages, max_tokens: int = 30) -> Request:
     reader = ImageReader(config)
-    addresses = conversation_images(messages)
-    tokenizer = ImageTokenizer(verifier.tokenizer, reader.read(addresses))
-    prompt = prompt_tokens(tokenizer, template_messages(messages))
-    return Request(prompt, max_tokens, inputs=verifier.place(reader.model_inputs(torch.tensor(prompt), addresses)))
+    images = reader.read(conversation_images(messages))
+    prompt = prompt_tokens(ImageTokenizer(verifier.tokenizer, images), template_messages(messages))
+    return Request(prompt, max_tokens, inputs=verifier.place(reader.model_inputs(torch.tensor(prompt), images)))
 
 
 def test_speculation_after_images_gives_what_the_model_generates(tmp_path, tiny_verifier_folder):
@@ -82,3 +83,16 @@ def test_questions_with_images_are_answered_beside_others_and_told_from_them(tmp
     (left_out,) = answerer.answer([gone])
     assert (left_out["id"], left_out["answers"]) == ("c", [])
     assert re.search(r"image 1 .* cannot be read", left_out["left_out"])
+
+
+def test_an_image_that_could_be_read_before_is_asked_for_again_by_the_next_start(tmp_path, tiny_verifier_folder):
+    config = Config(name="x", verifier=save_llama4(tmp_path / "verifier", tiny_verifier_folder))
+    picture, *_ = make_pictures(tmp_path)
+    reader, text = QuestionReader(config), Question("b", "all", ("Who?",))
+    here, gone = (Question(name, "all", ("Who?",), images=(name,)) for name in (picture, str(tmp_path / "gone.png")))
+    reader.check([here, gone, text])
+    Path(picture).unlink()
+    with pytest.raises(UnaskableError, match=r"gone\.png.* cannot be read"):
+        reader.read(gone, [])
+    with pytest.raises(ValueError, match=r"^question .* cannot be read: .*; the same command asks it again"):
+        reader.read(here, [])

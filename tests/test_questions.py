@@ -54,7 +54,10 @@ def test_benchmarks_are_read_in_the_hubs_form_and_as_jsonl(tmp_path, row, subset
 
 def test_a_file_of_plain_prompts_is_asked_as_it_stands(tmp_path):
     path = written(
-        tmp_path / "mine.jsonl", {"prompt": "a?"}, {"turns": "b?", "category": "x"}, {"prompt": ["c?"], "id": 7}
+        tmp_path / "mine.jsonl",
+        {"prompt": "a?"},
+        {"turns": "b?", "category": "x", "system": ""},
+        {"prompt": ["c?"], "id": 7},
     )
     asked = load_questions(EvaluateConfig(questions=path))
     assert [(q.id, q.category, q.turns) for q in asked] == [

@@ -46,6 +46,13 @@ def test_figures_of_the_parts_add_up_and_carry_their_interval_and_speed_up(tmp_p
     assert stem["speedup"] == pytest.approx((9 + 2) / ((4 + 2) / 8) / 10)
 
 
+def test_a_category_without_an_answer_has_no_figure_and_no_answer_at_all_is_an_error(tmp_path):
+    unasked = question_record(name="q/9", category="charts") | {"left_out": "turn 1: it has images"}
+    assert list(evaluation(tmp_path / "run", [*QUESTIONS, unasked])["by_category"]) == ["math", "stem"]
+    with pytest.raises(ValueError, match=r"none was answered \(turn 1: it has images\): cure that, and delete"):
+        evaluation(tmp_path / "none", [unasked])
+
+
 @pytest.mark.parametrize(
     ("number", "options", "known"),
     [(10, {}, True), (6, {}, True), (5, {}, False), (1, {}, False), (10, {"batch_size": 2}, False)],

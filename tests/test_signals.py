@@ -304,6 +304,26 @@ def test_every_command_answers_from_its_start(tmp_path, command):
     assert f"{command}: stopped by SIGUSR1; the same command goes on" in said
 
 
+NODE = """
+import os, signal, sys, time
+from fledge.slurm import node
+
+def run_stage(*_):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.2)
+    return int(sys.argv[1])
+
+node.run_stage = run_stage
+sys.exit(node.main(["1", "train"]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_a_node_ends_with_the_code_of_its_stage_whatever_signal_came(code):
+    done = subprocess.run([sys.executable, "-c", NODE, str(code)], capture_output=True, text=True, check=False)
+    assert (done.returncode, "passed on to the processes of this node" in done.stderr) == (code, True), done.stderr
+
+
 LONG_OPERATION = """
 import sys, torch
 from fledge.conf.signals import answered, deferred

@@ -369,9 +369,19 @@ def test_a_quantised_verifier_counts_as_it_is_stored_when_it_is_placed(tmp_path,
     save(tmp_path / "v", "Llama")
     config = options(tmp_path / "v").verifier
     config.device = Device.auto
-    stored = (tmp_path / "v" / "model.safetensors").stat().st_size
-    for scheme, free, one in (({}, 1.4, True), ({}, 1.2, False), ({"dequantize": True}, 1.2, False)):
+    path = tmp_path / "v" / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    stored = path.stat().st_size  # half of what its float32 takes
+    for scheme, free, one, capability in (
+        ({}, 1.4, True, (9, 0)),
+        ({}, 1.2, False, (9, 0)),
+        ({"dequantize": True}, 2.4, False, (9, 0)),
+        ({"dequantize": True}, 2.8, True, (9, 0)),
+        ({}, 2.4, False, (8, 0)),  # without float8, so that transformers dequantises it
+        ({"quant_method": "mxfp4"}, 2.4, False, (9, 0)),  # dequantised without a package that is not ours
+    ):
         whole = load_whole_config(config)
         whole.quantization_config = {"quant_method": "fp8", "weight_block_size": [32, 32], **scheme}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (int(free * stored), 0))
         assert (verifier_module._placement(config, whole, None)["device_map"] != "auto") is one

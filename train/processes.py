@@ -110,16 +110,13 @@ class Ranks:
             _set_pg_timeout(self._timeout, group)
 
     def check_devices(self) -> None:
-        """Refuse two ranks on one GPU, which NCCL would only call an internal error."""
+        """Refuse, on every rank, two ranks on one GPU, which NCCL would only call an internal error."""
         if self.device.type != "cuda":
             return
-        identity = socket.gethostname(), str(torch.cuda.get_device_properties(self.device).uuid)
-        everyone = self.gather(identity)
-        if (other := everyone.index(identity)) != self.rank:
-            raise ValueError(
-                f"rank {other} and rank {self.rank} are on the same GPU of {identity[0]}: start one process a GPU"
-            )
-        sum_over_ranks(torch.zeros(1, device=self.device))  # NCCL's barriers use the GPU of a group's first collective
+        everyone = self.gather((socket.gethostname(), str(torch.cuda.get_device_properties(self.device).uuid)))
+        for rank, gpu in enumerate(everyone):
+            if (other := everyone.index(gpu)) != rank:
+                raise ValueError(f"ranks {other} and {rank} are on one GPU of {gpu[0]}: start one process a GPU")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -147,6 +144,7 @@ def joined(config: Config) -> Iterator[Ranks]:
         ranks.agree({"fledge": __version__, "source": source_digest(), **_shared(config)})
         ranks.check_devices()
         watch = Watch(ranks)
+        sum_over_ranks(torch.zeros(1, device=ranks.device))  # NCCL's barriers use the GPU of a group's first collective
         code = yield from _until_all_end(ranks, watch)
     except Stopped as stopped:
         code = stopped.exit_code

@@ -70,7 +70,7 @@ def check_kernels(
         speaks: whether this rank logs what was found.
 
     Raises:
-        ValueError: the option is true, and a kernel is not right.
+        ValueError: the option is true, and a kernel is not right; or one has left the GPU unusable.
     """
     require_gpu(option, setting, device)
     if setting is False or not run_on(device):
