@@ -81,8 +81,20 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # The DeepSpeed launcher says the local rank twice, in the environment and as an argument, which Hydra refuses.
     arguments = [argument for argument in arguments if argument != f"--local_rank={os.environ.get('LOCAL_RANK')}"]
-    with readers_may_leave():
-        _run(arguments)
+    try:
+        with readers_may_leave():
+            _run(arguments)
+    except SystemExit as ended:
+        _leave(ended.code)
+        raise
+    _leave(0)
+
+
+def _leave(code: Any) -> None:
+    """End a process that is one of several here: gloo's threads may abort one whose interpreter shuts down."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _run(arguments: list[str]) -> None:
