@@ -352,6 +352,12 @@ with answered("x"), deferred("it waits"), held(Path(sys.argv[2])):
 """
 
 
+def test_a_note_that_cannot_be_written_beside_a_lock_stops_nothing(tmp_path):
+    (tmp_path / ".lock-holder").mkdir()
+    with artifact(tmp_path, "evaluation", {}) as target:
+        assert target.folder == tmp_path
+
+
 @pytest.mark.parametrize("kind", ["artifact", "writer"])
 def test_a_second_start_is_told_who_is_at_work_and_that_it_is_asked_to_stop(tmp_path, kind):
     folder = tmp_path / "evaluation"
