@@ -36,8 +36,11 @@ _ROLES = {
     "system": "system",
 }
 
-# What stands in a text for an image beside it: as other tools write it, before or after what is asked.
-_PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>(?!.*</\1>)|<(?:image|video|audio)>\s*\Z", re.DOTALL)
+# What stands in a text for an image beside it: as other tools write it, in lines before or after what is asked.
+_PLACEHOLDER = re.compile(
+    r"\A\s*<(image|video|audio)>(?:\s*<\1>)*\s*?$(?!.*</\1>)|^[^\S\n]*(?:<(image|video|audio)>\s*)+\Z",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def check_beside(row: dict[str, Any], said: Iterable[str], read: Collection[str]
                     "messages, or remove the field if the question needs none"
                 )
     if mark := next(filter(None, map(_PLACEHOLDER.search, texts)), None):
-        raise ValueError(f"has images or the like beside its messages: a text holds their mark {mark[0].strip()}")
+        kind = mark[1] or mark[2]
+        raise ValueError(f"begins or ends a message with the placeholder <{kind}>, but fledge reads no {kind} for it")
 
 
 def _user_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
