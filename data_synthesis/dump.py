@@ -61,6 +61,7 @@ def dump(config: Config) -> None:
         "max_images": config.dump.max_images,
         "keep_truncated": config.dump.keep_truncated,
         "shard_tokens": config.dump.shard_tokens,
+        **({"local_images": True} if config.data.local_images else {}),
     }
     of_states = {
         "engine": config.dump.engine.value,

@@ -70,11 +70,12 @@ def images_of(content: Content) -> list[str]:
     return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
 
 
-def read_prompt(row: Any, source: str, number: int | None, local: bool) -> tuple[Prompt, bytes]:
+def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: bool = False) -> tuple[Prompt, bytes]:
     """Read a row as `prompt_of` does, all of it or none; give the prompt and its line.
 
     Args:
-        local: the row is this machine's own, and its images may be so too.
+        local: the row is this machine's own, and its images may be files here.
+        hosts: its images may be at hosts of this machine's network.
 
     Raises:
         ValueError: what is wrong with the row, or not read of it, to be put after its place.
@@ -83,8 +84,8 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool) -> tuple
         prompt = prompt_of(row, source, number)
         texts = [text_of(turn) for turn in prompt.turns if not images_of(turn)]
         check_beside(row, [*texts, prompt.system or ""])
-        for address in () if local else chain(*map(images_of, prompt.turns)):
-            check_foreign(address)
+        for address in chain(*map(images_of, prompt.turns)):
+            check_foreign(address, local, hosts)
         return prompt, json_line(vars(prompt))
     except RecursionError:
         raise ValueError("is nested too deeply") from None
