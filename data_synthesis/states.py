@@ -56,10 +56,10 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     mine = [number for number in missing if number % num_writers == writer]
     if not mine:  # of ranks together, all find so: nobody else writes these
         return
-    made_with, stop = digest(settings), _Stop(together)
+    stop = _Stop(together)
     if together and place.rank:
         with _engine(config, settings, place, plan) as engine, stop.heard():
-            _read_along(config, plan, mine, engine, made_with, stop)
+            _read_along(config, plan, mine, engine, digest(settings), stop)
     else:
         with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine, stop.heard():
             _record(config, settings, plan, mine, engine, scratch, stop)
@@ -136,16 +136,18 @@ def _record(
     readings = _readings(config, plan, mine)
     num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
     _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-    progress, suspects, form = Progress("dump", num_tokens, "token"), list[str](), state_format(settings)
+    progress, suspects = Progress("dump", num_tokens, "token"), list[str]()
+    made_with, form = digest(settings), state_format(settings)
     with BackgroundWriter(config.hidden_states_folder, scratch) as out:
         for number, samples in zip(mine, readings, strict=True):
             shard = Shard.of(samples, out.spare_buffers())
-            shard.made_with = digest(settings)
+            shard.made_with = made_with
             with _kept(number, shard, out) as recorded:
-                if part := open_part(config.hidden_states_folder, number, shard.made_with):
+                if part := open_part(config.hidden_states_folder, number, made_with):
                     recorded += shard.take(part)
                     progress.update(len(part.tensors["input_ids"]))
-                    print(f"dump: {shard_name(number)} was begun, {len(recorded)} of its samples are there", flush=True)
+                    done = f"{len(recorded)} of {len(samples)} samples are already recorded"
+                    print(f"dump: resuming shard-{number:05d}: {done}", flush=True)
                 _record_shard(
                     samples, shard, recorded, engine, form, config.dump.batch_tokens, stop, progress, suspects
                 )
