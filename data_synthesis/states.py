@@ -68,7 +68,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
 class _Stop:
     """Whether to stop before a batch: ranks that hold one verifier together all hear a signal at the same one.
 
-    Alone, a signal ends the dump where it stands.
+    Alone, a signal ends the dump where it stands, once the shards it has are written.
     """
 
     def __init__(self, together: bool) -> None:
@@ -165,15 +165,16 @@ def _kept(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int
     try:
         yield recorded
     finally:
-        if len(recorded) == len(shard.ids):
-            out.put(number, shard)
-        elif recorded:
-            print(
-                f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept in "
-                f"{part_name(number)}",
-                flush=True,
-            )
-            out.put(number, shard.part(recorded))
+        with deferred("it ends as soon as the shards it has are written"):
+            if len(recorded) == len(shard.ids):
+                out.put(number, shard)
+            elif recorded:
+                print(
+                    f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept "
+                    f"in {part_name(number)}",
+                    flush=True,
+                )
+                out.put(number, shard.part(recorded))
 
 
 def _record_shard(
