@@ -25,7 +25,7 @@ from ..models.verifier import Verifier
 from .host_copies import Tensors, on_host
 from .image_reader import ImageReader
 from .images import conversation_images
-from .record import Engine, TransformersEngine, check_first
+from .record import Engine, TransformersEngine, check_first, refuse_unlike
 from .shard import Sample, Shard, open_part, part_name, shard_name
 from .split import conversation_id
 from .state_format import TOKEN_BYTES, StateFormat
@@ -208,9 +208,10 @@ def _record_shard(
     def encoded() -> Iterator[tuple[int, Tensors]]:
         for place, aux, last in engine.read([samples[number] for number in left], next_batch):
             computed.append(left[place])
-            yield left[place], shard.encode(left[place], aux, last, form)
+            yield left[place], shard.encode(left[place], aux, last, form) | {"unlike": engine.unlike[-1][None]}
 
     for number, states in on_host(encoded(), batch_tokens):
+        refuse_unlike([states["unlike"]])
         if not shard.set_states(number, states, form):
             suspects.append(samples[number].id)
             if len(suspects) <= _NAMED:

@@ -176,6 +176,8 @@ def test_an_interruption_keeps_whole_batches_whose_states_have_arrived(monkeypat
     samples = [Sample(f"s/{n}", torch.zeros(4, dtype=torch.int32), torch.ones(4)) for n in range(12)]
 
     class Engine:
+        unlike = [torch.tensor(False)]  # noqa: RUF012
+
         def read(self, samples, stop):
             for number in range(len(samples)):
                 if number % 3 == 0:
