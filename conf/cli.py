@@ -17,9 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .output import Output, readers_may_leave
+from .runtime.output import Output, readers_may_leave
+from .runtime.signals import answered
 from .schema import Config, validate
-from .signals import answered
 
 # command -> (module and function that run it, what it does)
 COMMANDS = {
@@ -30,17 +30,17 @@ COMMANDS = {
     "compare": ("fledge.eval.compare:compare", "print evaluations side by side, with published figures"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
-    "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
+    "doctor": ("fledge.eval.doctor.doctor:doctor", "say why a head loses acceptance, and which field to change"),
     "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
     "inspect": (
         "fledge.data_synthesis.inspect_store:inspect_store",
         "print what a store holds, and whether it is sound",
     ),
-    "plan": ("fledge.slurm.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
-    "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
+    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
+    "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
     "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
     "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
-    "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
+    "demo": ("fledge.conf.runtime.launch:run", "run with experiment=demo: a small verifier made on this machine"),
 }
 
 PRINTING = ("compare", "doctor", "preview", "inspect", "plan", "status")  # end when nobody reads them; others go on
@@ -71,7 +71,7 @@ commands:
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
-Every option, with its meaning: conf/schema.py. FLEDGE_TRACEBACK=1 shows the traceback of an error.
+Every option, with its meaning: conf/schema/__init__.py. FLEDGE_TRACEBACK=1 shows the traceback of an error.
 """
 
 

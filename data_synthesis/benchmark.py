@@ -29,10 +29,10 @@ import psutil
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from ..conf.journal import read_journal
+from ..conf.runtime.journal import read_journal
 from ..conf.schema import VerifierConfig
-from ..models.verifier import load_tokenizer
-from .chat import prompt_tokens
+from ..models.verifier.model import load_tokenizer
+from .tokens.chat_template import prompt_tokens
 
 MODEL = "benchmark"
 SAMPLE_EVERY_S = 0.25

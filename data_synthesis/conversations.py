@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..conf.journal import Journal, read_journal, read_journal_lines, read_line
-from .chat import Message, Turn, check_messages, join_turns
-from .prompts import Prompt
-from .reasoning import split_answer, split_text
+from ..conf.runtime.journal import Journal, read_journal, read_journal_lines, read_line
+from .prompts.rows import Prompt
+from .tokens.chat_template import Message, Turn, check_messages, join_turns
+from .tokens.reasoning import split_answer, split_text
 
 FILE = "conversations.jsonl"
 SYNC_EVERY_S = 5.0

@@ -7,17 +7,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import Artifact, artifact, read_manifest
-from ..conf.progress import Progress
+from ..conf.runtime.artifact import Artifact, artifact, read_manifest
+from ..conf.runtime.progress import Progress
+from ..conf.runtime.signals import EXIT_AGAIN
 from ..conf.schema import Config
-from ..conf.signals import EXIT_AGAIN
-from ..models.verifier import verifier_identity
+from ..models.verifier.model import verifier_identity
+from .answers.answer_log import Outcomes
+from .answers.local import answer_here
+from .answers.remote import answer_by_servers
+from .answers.summary import summarise
 from .conversations import add_digests, content_digest, part_folder
-from .in_process import answer_here
-from .outcomes import Outcomes
-from .prepare import PreparedPrompts, prepare_prompts
-from .server import answer_by_servers
-from .summary import summarise
+from .prompts.prepare import PreparedPrompts, prepare_prompts
 from .verifier_check import check_verifier
 
 

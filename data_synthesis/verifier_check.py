@@ -6,8 +6,10 @@ import sys
 from typing import Any
 
 from ..conf.schema import Config
-from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import (
+from ..models.head.draft_head import DraftHeadConfig
+from ..models.head.vocabulary import check_vocabulary_size
+from ..models.verifier.config import embedded_config
+from ..models.verifier.model import (
     VerifierWeights,
     empty_model,
     find_decoder,
@@ -16,9 +18,7 @@ from ..models.verifier import (
     load_whole_config,
     special_token_ids,
 )
-from ..models.verifier_config import embedded_config
-from ..models.vocabulary import check_vocabulary_size
-from .chat import NoExactSpanError, prompt_tokens
+from .tokens.chat_template import NoExactSpanError, prompt_tokens
 
 
 def check_verifier(config: Config, for_states: bool = True) -> DraftHeadConfig:

@@ -24,17 +24,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..conf.arguments import parse_options
 from ..conf.schema import DraftConfig, DraftSampling
-from ..models.draft_head import DraftHead, DraftHeadConfig, initialise
+from ..models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from ..models.head.vocabulary import build_vocabulary
 from ..models.kernels import DECODING
-from ..models.verifier import Verifier, default_aux_layers
-from ..models.vocabulary import build_vocabulary
-from .acceptance import AcceptanceRule
-from .cached_verifier import round_up
-from .draft_decoder import DraftDecoder
-from .graphs import Graphs
-from .prompt_lookup import NoDraft
-from .proposal import Drafter
-from .speculative import Request, Speculator
+from ..models.verifier.model import Verifier, default_aux_layers
+from .decoding.acceptance import AcceptanceRule
+from .decoding.graphs import Graphs
+from .decoding.head_drafter import DraftDecoder
+from .decoding.prompt_lookup import NoDraft
+from .decoding.proposal import Drafter
+from .decoding.speculator import Request, Speculator
+from .decoding.verifier_cache import round_up
 
 
 @dataclass

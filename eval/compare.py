@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import MANIFEST, read_manifest, write_atomic
+from ..conf.runtime.artifact import MANIFEST, read_manifest, write_atomic
 from ..conf.schema import Config
-from .metrics import Record, paired_difference
-from .plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
-from .report import NONE, drafting, figure, interval, sampling, speedup, table
-from .results import ACCEPTANCE, RECORDS, TRAINED, asked
+from .figures.metrics import Record, paired_difference
+from .figures.plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
+from .figures.report import NONE, drafting, figure, interval, sampling, speedup, table
+from .figures.results import ACCEPTANCE, RECORDS, TRAINED, asked
 
 REPORT, PLOT = "compare.md", "compare.png"
 _NOT_TOLD = "not told"

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..conf.artifact import MANIFEST, commit, digest, file_digest, held, write_atomic, write_json
+from ..conf.runtime.artifact import MANIFEST, commit, digest, file_digest, held, write_atomic, write_json
 from ..conf.schema import Config, ExportFormat
-from .draft_head import DraftHead
-from .formats import WEIGHTS, head_folder, load_head, save_head
-from .serving_notes import Served, model_card, serving_notes, trtllm_options, unserved, vllm_command
-from .speculators_format import save_speculators
-from .verifier import check_identity, verifier_architectures, verifier_location
+from .formats.plain import WEIGHTS, head_folder, load_head, save_head
+from .formats.serving_notes import Served, model_card, serving_notes, trtllm_options, unserved, vllm_command
+from .formats.speculators import save_speculators
+from .head.draft_head import DraftHead
+from .verifier.model import check_identity, verifier_architectures, verifier_location
 
 
 def export(config: Config) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import artifact, file_digest
+from ..conf.runtime.artifact import artifact, file_digest
 from ..conf.schema import Config
-from .foreign_head import read_foreign_head, weight_files
-from .formats import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
-from .verifier import VerifierWeights, load_config, verifier_identity
+from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
+from .formats.published import read_foreign_head, weight_files
+from .verifier.model import VerifierWeights, load_config, verifier_identity
 
 
 def import_head(config: Config) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..conf.artifact import write_atomic
-from ..conf.run import STAGES
+from ..conf.runtime.artifact import write_atomic
+from ..conf.runtime.launch import STAGES
 from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, ServerKind
-from .freeze import freeze
-from .queue import cancel, has_slurm, job_states, submit_file
-from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
-from .render import (
+from .jobs.freeze import freeze
+from .jobs.queue import cancel, has_slurm, job_states, submit_file
+from .jobs.records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
+from .jobs.render import (
     COMMON,
     SERVER,
     TEMPLATES,
@@ -31,7 +31,7 @@ from .render import (
     server_copies,
     stage_before,
 )
-from .verifier_shape import planned_head
+from .plan.verifier_shape import planned_head
 
 _SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORECASE)
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from fledge.conf.artifact import artifact, read_manifest
+from fledge.conf.runtime.artifact import artifact, read_manifest
 from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig, validate
 from fledge.data_synthesis.conversations import FILE, content_digest
-from fledge.data_synthesis.shard import Sample, Shard, write_shard
-from fledge.data_synthesis.split import is_heldout
-from fledge.data_synthesis.store import COUNTS_FILE, VOCABULARY_FILE, checksums_beside, write_index
-from fledge.models.draft_head import DraftHeadConfig
-from fledge.models.formats import checkpoint_steps
-from fledge.models.verifier import load_config, special_token_ids, verifier_identity
-from fledge.models.vocabulary import build_vocabulary
-from fledge.train.tracking import read_metrics
+from fledge.data_synthesis.heldout import is_heldout
+from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
+from fledge.data_synthesis.store.store import COUNTS_FILE, VOCABULARY_FILE, checksums_beside, write_index
+from fledge.models.formats.plain import checkpoint_steps
+from fledge.models.head.draft_head import DraftHeadConfig
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.models.verifier.model import load_config, special_token_ids, verifier_identity
+from fledge.train.metrics.tracking import read_metrics
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf

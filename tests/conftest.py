@@ -9,7 +9,7 @@ import torch
 from builders import Run
 from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.models.embedded.verifier import EmbeddedSettings, embedded_verifier
-from fledge.models.verifier import Verifier
+from fledge.models.verifier.model import Verifier
 
 torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from fledge.eval.acceptance import AcceptanceRule
 from fledge.eval.benchmark import Options, make_models
-from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.prompt_lookup import NoDraft
-from fledge.eval.speculative import Decoded, Request, Speculator
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.head_drafter import DraftDecoder
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.eval.decoding.speculator import Decoded, Request, Speculator
 from fledge.models.kernels import DECODING
 
 SHAPES = {"chain": (4,), "tree": (12, 4, 4)}

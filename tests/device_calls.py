@@ -21,10 +21,10 @@ import torch.distributed as dist
 from builders import make_head
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from fledge.conf.place import find_place
+from fledge.conf.runtime.rank_info import find_place
 from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, TrainConfig
 from fledge.train.engine import start_engine
-from fledge.train.processes import Ranks, _meet
+from fledge.train.ranks.group import Ranks, _meet
 
 
 class Recorder(CPU_Accelerator):

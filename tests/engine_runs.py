@@ -16,8 +16,8 @@ from builders import make_batch, make_head, matrices
 from deepspeed.accelerator import get_accelerator
 from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, TrainConfig
 from fledge.train.engine import end_micro_batch, start_engine
-from fledge.train.processes import Ranks, joined
-from fledge.train.ttt import TTTModule
+from fledge.train.loss.unroll import TTTModule
+from fledge.train.ranks.group import Ranks, joined
 
 FORMS = [
     DeepSpeedConfig(zero_stage=stage, offload_optimizer=offload)

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fledge.conf.artifact import artifact, write_json
-from fledge.conf.journal import Journal
+from fledge.conf.runtime.artifact import artifact, write_json
+from fledge.conf.runtime.journal import Journal
 from fledge.conf.schema import Config, Dtype, EvaluateConfig, VerifierConfig
+from fledge.eval.figures.results import ACCEPTANCE, RECORDS, TRAINED, summarise
 from fledge.eval.questions import Question
-from fledge.eval.results import ACCEPTANCE, RECORDS, TRAINED, summarise
 
 VERIFIER = {"fingerprint": "f1", "chat_template": "t1"}
 

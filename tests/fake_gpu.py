@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 from fledge.conf.schema import DraftSampling, TTTLoss
-from fledge.data_synthesis.host_copies import on_host
-from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.shard import Sample, Shard
-from fledge.data_synthesis.state_format import FLOAT8, StateFormat
-from fledge.eval.acceptance import AcceptanceRule
-from fledge.eval.prompt_lookup import NoDraft
-from fledge.models.draft_head import DraftHead
-from fledge.models.verifier import Verifier
-from fledge.models.vocabulary import VocabularyMap
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.store.host_copies import on_host
+from fledge.data_synthesis.store.shard import Sample, Shard
+from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.models.head.draft_head import DraftHead
+from fledge.models.head.vocabulary import VocabularyMap
+from fledge.models.verifier.model import Verifier
 from fledge.train import benchmark
-from fledge.train.rows import PackedBatch
-from fledge.train.ttt import TTTModule
+from fledge.train.loss.rows import PackedBatch
+from fledge.train.loss.unroll import TTTModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode

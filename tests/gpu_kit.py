@@ -147,11 +147,12 @@ def checks(rehearse: bool) -> int:
     """Check every kernel in the shapes of the presets; return 1 if any is left out."""
     import torch
     from fledge.conf.schema import DraftSampling
-    from fledge.eval.acceptance import AcceptanceRule
-    from fledge.eval.kernel_checks import DecodingShape, decoding_checks
+    from fledge.eval.decoding.acceptance import AcceptanceRule
+    from fledge.eval.decoding.kernel_checks import DecodingShape, decoding_checks
     from fledge.models import kernels
     from fledge.models.kernels.self_check import Check, check_kernels
-    from fledge.train import benchmark, kernel_checks
+    from fledge.train import benchmark
+    from fledge.train.loss import kernel_checks
 
     device, dtype, presets = torch.device("cuda"), torch.bfloat16, ["preset=llama31_8b", "preset=maverick"]
     if rehearse:

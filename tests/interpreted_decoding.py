@@ -10,8 +10,8 @@ from decoding_twins import (
     Loop,
 )
 from fledge.conf.schema import DraftSampling
-from fledge.eval.acceptance import AcceptanceRule
-from fledge.eval.kernel_checks import (
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.kernel_checks import (
     chain,
     choices_for,
     count_other_choices,
@@ -21,7 +21,7 @@ from fledge.eval.kernel_checks import (
     joined_error,
     random_tree,
 )
-from fledge.eval.proposal import find_way
+from fledge.eval.decoding.proposal import find_way
 from fledge.models import kernels
 from fledge.models.kernels import choosing
 

@@ -6,9 +6,9 @@ Not in bfloat16, with which the interpreter computes as if it were integers.
 import pytest
 import torch
 from fledge.models import kernels as kernels_module
-from fledge.train import fused_loss
-from fledge.train.kernel_checks import attention_errors, compare_kl
-from fledge.train.ttt import TTTModule
+from fledge.train.loss import fused as fused_loss
+from fledge.train.loss.kernel_checks import attention_errors, compare_kl
+from fledge.train.loss.unroll import TTTModule
 from small_heads import make_batch, make_head, matrices
 
 torch.set_num_threads(1)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fledge.eval.acceptance import AcceptanceRule
-from fledge.eval.kernel_checks import DecodingShape, decoding_checks
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.kernel_checks import DecodingShape, decoding_checks
 from fledge.models import kernels
 from fledge.models.kernels.self_check import Check, check_kernels
-from fledge.train import kernel_checks
-from fledge.train.kernel_checks import compare_attention, compare_kl
+from fledge.train.loss import kernel_checks
+from fledge.train.loss.kernel_checks import compare_attention, compare_kl
 from interpreted_decoding import DRAWN
 from small_heads import make_head
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fledge.eval.acceptance import NUM_DRAWS
-from fledge.eval.cached_verifier import round_up
-from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.proposal import NewRows, Proposal
-from fledge.models.draft_head import DraftHead
+from fledge.eval.decoding.acceptance import NUM_DRAWS
+from fledge.eval.decoding.head_drafter import DraftDecoder
+from fledge.eval.decoding.proposal import NewRows, Proposal
+from fledge.eval.decoding.verifier_cache import round_up
+from fledge.models.head.draft_head import DraftHead
 
 
 class OneSequence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fledge.eval.proposal import Drafter, NewRows, Proposal, Tree
+from fledge.eval.decoding.proposal import Drafter, NewRows, Proposal, Tree
 
 
 class Oracle(Drafter):

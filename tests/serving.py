@@ -12,8 +12,8 @@ from typing import Any
 
 import transformers
 from builders import Run
-from fledge.conf.journal import read_journal
-from fledge.data_synthesis.chat import prompt_tokens
+from fledge.conf.runtime.journal import read_journal
+from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from servers import free_port, model_server
 
 COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
-from fledge.models.vocabulary import build_vocabulary
-from fledge.train.rows import PackedBatch
+from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.train.loss.rows import PackedBatch
 
 
 def make_batch(

@@ -12,17 +12,17 @@ import pytest
 import torch
 import transformers
 from builders import make_head
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, DraftSampling, EvaluateConfig
-from fledge.eval.acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, draw, uniform_draws
-from fledge.eval.answers import Answerer
-from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.proposal import Proposal, find_way
+from fledge.eval.decoding.acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, draw, uniform_draws
+from fledge.eval.decoding.head_drafter import DraftDecoder
+from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
+from fledge.eval.decoding.proposal import Proposal, find_way
+from fledge.eval.decoding.speculator import Request, Speculator
+from fledge.eval.local import Answerer
 from fledge.eval.questions import Question
-from fledge.eval.speculative import Request, Speculator
-from fledge.models.formats import load_head
-from fledge.models.verifier import Verifier
+from fledge.models.formats.plain import load_head
+from fledge.models.verifier.model import Verifier
 
 ALPHA = 1e-6
 DRAWN = {"draft_sampling": DraftSampling.sampled}

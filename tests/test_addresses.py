@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import aiohttp
 import pytest
 from fledge.conf.schema import EvaluateConfig
-from fledge.data_synthesis import addresses
-from fledge.data_synthesis.addresses import check_foreign, read_address
-from fledge.data_synthesis.prompts import read_prompt
+from fledge.data_synthesis.prompts import addresses
+from fledge.data_synthesis.prompts.addresses import check_foreign, read_address
+from fledge.data_synthesis.prompts.rows import read_prompt
 from fledge.eval import questions
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from builders import make_head
 from fledge.train.benchmark import main, parse
-from fledge.train.cost import plain_flops
+from fledge.train.metrics.cost import plain_flops
 
 TINY = ["hidden_size=32", "intermediate_size=48", "vocab_size=200", "draft_vocab_size=120", "seq_len=60", "repeats=1"]
 

@@ -1,7 +1,7 @@
 """Turns, sequences, and the messages that they are of."""
 
 import pytest
-from fledge.data_synthesis.chat import (
+from fledge.data_synthesis.tokens.chat_template import (
     Sequence,
     Turn,
     answer_text,
@@ -11,7 +11,7 @@ from fledge.data_synthesis.chat import (
     prompt_tokens,
     template_turns,
 )
-from fledge.data_synthesis.sequences import leading_answers, num_whole_answers, sequences_problem
+from fledge.data_synthesis.tokens.sequences import leading_answers, num_whole_answers, sequences_problem
 
 
 def turns(*texts: str) -> list[dict[str, str]]:

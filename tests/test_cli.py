@@ -10,10 +10,10 @@ from unittest.mock import MagicMock
 
 import pytest
 from builders import Run
-from fledge.conf.artifact import differences
 from fledge.conf.cli import COMMANDS, main
-from fledge.conf.run import STAGES
-from fledge.conf.run import run as run_stages
+from fledge.conf.runtime.artifact import differences
+from fledge.conf.runtime.launch import STAGES
+from fledge.conf.runtime.launch import run as run_stages
 from fledge.conf.schema import Config, EvaluateEngine, validate
 from omegaconf import OmegaConf
 
@@ -121,8 +121,8 @@ def test_every_experiment_composes_and_is_valid(experiment):
 
 def test_run_leaves_an_evaluation_out_that_no_server_answers_yet(monkeypatch, capsys):
     begun: list[str] = []
-    monkeypatch.setattr("fledge.conf.run.HydraConfig", MagicMock())
-    monkeypatch.setattr("fledge.conf.run.run_stage", lambda command, _environments: begun.append(command[3]))
+    monkeypatch.setattr("fledge.conf.runtime.launch.HydraConfig", MagicMock())
+    monkeypatch.setattr("fledge.conf.runtime.launch.run_stage", lambda command, _environments: begun.append(command[3]))
     config = Config(name="x")
     config.evaluate.engine = EvaluateEngine.server
     run_stages(config)
@@ -256,7 +256,7 @@ def test_other_aux_layers_than_the_dumped_ones_are_refused(finished, run):
 
 
 def test_two_writers_of_one_folder_are_refused(run):
-    from fledge.conf.artifact import artifact
+    from fledge.conf.runtime.artifact import artifact
 
     with artifact(run.path / "conversations", "conversations", {}):
         assert "is being written by another process" in says(run, "synthesize")
@@ -278,7 +278,7 @@ def test_the_same_verifier_under_another_path_is_the_same(finished, run, tmp_pat
 
 
 def test_a_killed_overwrite_is_not_taken_for_the_artifact_it_was_clearing(tmp_path, monkeypatch):
-    from fledge.conf import artifact as module
+    from fledge.conf.runtime import artifact as module
 
     folder = tmp_path / "hidden_states"
     with module.artifact(folder, "hidden_states", {"a": 1}) as target:

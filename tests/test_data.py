@@ -16,16 +16,22 @@ from pathlib import Path
 import pytest
 import torch
 from builders import write_store
-from fledge.conf.artifact import artifact, digest
+from fledge.conf.runtime.artifact import artifact, digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
-from fledge.data_synthesis.shard import Shard, write_shard
-from fledge.data_synthesis.split import conversation_id, is_heldout, sequence_id
-from fledge.data_synthesis.state_format import decode, encode_float8
-from fledge.data_synthesis.store import COUNTS_FILE, VOCABULARY_FILE, HiddenStateStore, checksums_beside, write_index
-from fledge.models.draft_head import DraftHeadConfig
-from fledge.models.verifier import load_config, special_token_ids
-from fledge.models.vocabulary import build_vocabulary
-from fledge.train.data import Batches, PackStream, Passes, Split, TrainingData, answers_end, pack
+from fledge.data_synthesis.heldout import conversation_id, is_heldout, sequence_id
+from fledge.data_synthesis.store.shard import Shard, write_shard
+from fledge.data_synthesis.store.state_format import decode, encode_float8
+from fledge.data_synthesis.store.store import (
+    COUNTS_FILE,
+    VOCABULARY_FILE,
+    HiddenStateStore,
+    checksums_beside,
+    write_index,
+)
+from fledge.models.head.draft_head import DraftHeadConfig
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.models.verifier.model import load_config, special_token_ids
+from fledge.train.data.training_data import Batches, PackStream, Passes, Split, TrainingData, answers_end, pack
 from fledge.train.engine import learning_rate
 from safetensors.torch import load_file, save_file
 

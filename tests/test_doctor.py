@@ -13,11 +13,11 @@ import pytest
 import torch
 from builders import make_head, matrices
 from fledge.conf.schema import Config, validate
-from fledge.eval.doctor import diagnose, report
-from fledge.eval.doctor_rules import IDS, Published, engine_notes, static_findings
-from fledge.models.foreign_head import read_published
-from fledge.models.formats import load_head, save_head
-from fledge.models.speculators_format import save_speculators
+from fledge.eval.doctor.doctor import diagnose, report
+from fledge.eval.doctor.rules import IDS, Published, engine_notes, static_findings
+from fledge.models.formats.plain import load_head, save_head
+from fledge.models.formats.published import read_published
+from fledge.models.formats.speculators import save_speculators
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 

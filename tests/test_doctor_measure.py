@@ -13,8 +13,8 @@ import torch
 from builders import Run, make_head, matrices
 from fledge.conf.schema import Config, HeadImportConfig
 from fledge.data_synthesis.conversations import read_conversations
-from fledge.eval.doctor import Diagnosis, diagnose, report
-from fledge.eval.doctor_measure import (
+from fledge.eval.doctor.doctor import Diagnosis, diagnose, report
+from fledge.eval.doctor.measure import (
     STEPS,
     Measured,
     Text,
@@ -26,13 +26,13 @@ from fledge.eval.doctor_measure import (
     teacher_forced,
     variants,
 )
-from fledge.eval.doctor_repair import readable_head
-from fledge.eval.doctor_rules import IDS, Published
-from fledge.models.draft_head import DraftHead
-from fledge.models.foreign_head import read_foreign_head, read_published
-from fledge.models.formats import load_head, save_head
-from fledge.models.speculators_format import save_speculators
-from fledge.models.verifier import VerifierWeights, load_config
+from fledge.eval.doctor.repair import readable_head
+from fledge.eval.doctor.rules import IDS, Published
+from fledge.models.formats.plain import load_head, save_head
+from fledge.models.formats.published import read_foreign_head, read_published
+from fledge.models.formats.speculators import save_speculators
+from fledge.models.head.draft_head import DraftHead
+from fledge.models.verifier.model import VerifierWeights, load_config
 from one_sequence import OneSequence
 from safetensors.torch import load_file, save_file
 

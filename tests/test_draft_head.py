@@ -7,11 +7,11 @@ import pytest
 import torch
 from builders import make_head
 from fledge.conf.schema import DraftConfig
-from fledge.models.draft_head import DraftHead, DraftHeadConfig, rope_of
-from fledge.models.formats import load_head, plain_config, save_head
-from fledge.models.ttt_attention import TTTAttention
-from fledge.models.verifier import default_aux_layers, special_token_ids
-from fledge.models.vocabulary import build_vocabulary, coverage
+from fledge.models.formats.plain import load_head, plain_config, save_head
+from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, rope_of
+from fledge.models.head.ttt_attention import TTTAttention
+from fledge.models.head.vocabulary import build_vocabulary, coverage
+from fledge.models.verifier.model import default_aux_layers, special_token_ids
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm

@@ -6,12 +6,12 @@ import pytest
 from builders import conversation_record as record
 from builders import conversations_run
 from builders import recorded_sequence as sequence
-from fledge.conf.artifact import read_manifest
+from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.store import HiddenStateStore
+from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.eval.questions import load_heldout
-from fledge.models.verifier import load_tokenizer
+from fledge.models.verifier.model import load_tokenizer
 
 A, B, C, EOT, U = 11, 12, 13, 2, 14  # tokens
 

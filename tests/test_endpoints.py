@@ -7,9 +7,9 @@ import time
 import openai
 import pytest
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig, validate
-from fledge.data_synthesis.chat import Turn
-from fledge.data_synthesis.endpoints import Endpoint, RequestError, Window, read_answer, request_error
-from fledge.data_synthesis.handshake import request_body
+from fledge.data_synthesis.answers.endpoint import Endpoint, RequestError, Window, read_answer, request_error
+from fledge.data_synthesis.answers.verify_endpoint import request_body
+from fledge.data_synthesis.tokens.chat_template import Turn
 from servers import faulty_server
 
 

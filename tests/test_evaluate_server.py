@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, EvaluateConfig, EvaluateEngine, SynthesizeConfig, VerifierConfig, validate
-from fledge.data_synthesis.chat import prompt_tokens
+from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.evaluate import evaluate
 from servers import faulty_server, free_port, model_server
 from sglang_double import ACCEPTED, LETTER, SECRET, rounds, sglang_double

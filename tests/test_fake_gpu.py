@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fledge.slurm import training_memory
-from fledge.slurm.training_memory import TrainingShape
+from fledge.slurm.plan import memory as training_memory
+from fledge.slurm.plan.memory import TrainingShape
 from fledge.train import benchmark
 
 pytest.importorskip("triton")  # has no wheels beside Linux

@@ -21,11 +21,11 @@ from fledge.conf.schema import (
 )
 from fledge.models.embedded.verifier import CHAT_TEMPLATE
 from fledge.models.export import export
-from fledge.models.foreign_head import read_foreign_head
-from fledge.models.formats import load_head, save_head
+from fledge.models.formats.plain import load_head, save_head
+from fledge.models.formats.published import read_foreign_head
+from fledge.models.formats.speculators import save_speculators
 from fledge.models.import_head import import_head
-from fledge.models.speculators_format import save_speculators
-from fledge.models.verifier import VerifierWeights, verifier_identity
+from fledge.models.verifier.model import VerifierWeights, verifier_identity
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -4,14 +4,15 @@ import pytest
 import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import TTTLoss
-from fledge.models import ttt_attention
-from fledge.models.ttt_attention import SplitAttention, TTTAttention
-from fledge.models.verifier import LogitTransform
-from fledge.train import fused_loss, ttt
-from fledge.train.fused_loss import SUMS
+from fledge.models.head import ttt_attention
+from fledge.models.head.ttt_attention import SplitAttention, TTTAttention
+from fledge.models.verifier.model import LogitTransform
+from fledge.train.loss import fused as fused_loss
+from fledge.train.loss import unroll as ttt
+from fledge.train.loss.fused import SUMS
+from fledge.train.loss.rows import find_useful_rows
+from fledge.train.loss.unroll import TTTModule, unroll
 from fledge.train.plain import PlainTTTModule, counted_rows, plain_unroll
-from fledge.train.rows import find_useful_rows
-from fledge.train.ttt import TTTModule, unroll
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNNING = torch.tensor([0.5, 0.3, 0.2, 0.1])  # acceptance so far, for the losses that blend

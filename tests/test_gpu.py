@@ -12,8 +12,8 @@ from decoding_twins import (
     Loop,
 )
 from fledge.conf.schema import DraftSampling
-from fledge.eval.acceptance import AcceptanceRule
-from fledge.eval.kernel_checks import (
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.kernel_checks import (
     chain,
     choices_for,
     count_other_choices,
@@ -23,16 +23,16 @@ from fledge.eval.kernel_checks import (
     joined_error,
     random_tree,
 )
-from fledge.eval.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.proposal import find_way
-from fledge.eval.speculative import Request
-from fledge.models import ttt_attention
+from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
+from fledge.eval.decoding.proposal import find_way
+from fledge.eval.decoding.speculator import Request
+from fledge.models.head import ttt_attention
 from fledge.models.kernels import choosing
 from fledge.models.kernels.self_check import TOLERANCES
-from fledge.train.fused_loss import add_product
-from fledge.train.kernel_checks import attention_errors, compare_kl
+from fledge.train.loss.fused import add_product
+from fledge.train.loss.kernel_checks import attention_errors, compare_kl
+from fledge.train.loss.unroll import TTTModule
 from fledge.train.plain import PlainTTTModule
-from fledge.train.ttt import TTTModule
 from small_heads import make_batch, make_head, matrices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import DraftSampling, EvaluateConfig
-from fledge.eval.results import told_in_training
-from fledge.models.verifier import LogitTransform
-from fledge.train import fused_loss
+from fledge.eval.figures.results import told_in_training
+from fledge.models.verifier.model import LogitTransform
 from fledge.train.heldout import Walk, acceptance, total, walk, walk_batches
-from fledge.train.ttt import TTTModule
+from fledge.train.loss import fused as fused_loss
+from fledge.train.loss.unroll import TTTModule
 from one_sequence import OneSequence
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from fledge.conf.schema import Config, DraftConfig, EvaluateConfig
-from fledge.data_synthesis.chat import prompt_tokens
-from fledge.data_synthesis.image_reader import ImageReader, ImageTokenizer
-from fledge.data_synthesis.images import conversation_images, template_messages
-from fledge.eval.answers import Answerer
+from fledge.data_synthesis.tokens.chat_template import prompt_tokens
+from fledge.data_synthesis.tokens.image_tokens import ImageReader, ImageTokenizer
+from fledge.data_synthesis.tokens.images import conversation_images, template_messages
 from fledge.eval.asking import QuestionReader, UnaskableError
-from fledge.eval.prompt_lookup import NoDraft
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.eval.decoding.speculator import Request, Speculator
+from fledge.eval.local import Answerer
 from fledge.eval.questions import Question
-from fledge.eval.speculative import Request, Speculator
-from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
-from fledge.models.verifier import Verifier, VerifierWeights, load_config
+from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.verifier.model import Verifier, VerifierWeights, load_config
 from image_verifiers import asked, make_pictures, save_llama4, save_qwen3_vl
 from oracles import Oracle, TreeOracle
 

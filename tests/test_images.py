@@ -7,17 +7,17 @@ import torch
 import transformers
 from builders import conversations_run, recorded_sequence
 from fledge.conf.schema import Device, Dtype, HiddenStates, TooLong, VerifierConfig
-from fledge.data_synthesis.chat import NoExactSpanError
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.image_reader import ImageReader
-from fledge.data_synthesis.images import UnreadableImagesError, load_image
 from fledge.data_synthesis.preview import preview
-from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.sequences import SequenceReader, leading_answers
-from fledge.data_synthesis.shard import ImageRecord, Sample
-from fledge.data_synthesis.store import HiddenStateStore
-from fledge.models.verifier import Verifier
-from fledge.train.data import Split
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.store.shard import ImageRecord, Sample
+from fledge.data_synthesis.store.store import HiddenStateStore
+from fledge.data_synthesis.tokens.chat_template import NoExactSpanError
+from fledge.data_synthesis.tokens.image_tokens import ImageReader
+from fledge.data_synthesis.tokens.images import UnreadableImagesError, load_image
+from fledge.data_synthesis.tokens.sequences import SequenceReader, leading_answers
+from fledge.models.verifier.model import Verifier
+from fledge.train.data.training_data import Split
 from image_verifiers import LLAMA4_TOKENS, asked, conversation, data_url, make_pictures, save_llama4, save_qwen3_vl
 from PIL import Image
 

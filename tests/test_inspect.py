@@ -13,10 +13,10 @@ from fledge.conf.cli import inspect_overrides
 from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.inspect_store import inspect_store
-from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.shard import Shard, write_shard
-from fledge.data_synthesis.store import HiddenStateStore, checksums_beside, write_index
-from fledge.models.verifier import load_tokenizer
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.store.shard import Shard, write_shard
+from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
+from fledge.models.verifier.model import load_tokenizer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from builders import Run, as_if_killed_after, assert_same_record, copy_until_dump, metrics_of
-from fledge.models.formats import checkpoint_steps, head_folder, load_head
+from fledge.models.formats.plain import checkpoint_steps, head_folder, load_head
 from safetensors.torch import load_file
 
 

@@ -8,10 +8,10 @@ import time
 
 import torch
 from builders import Run
-from fledge.conf.journal import Journal, read_journal
+from fledge.conf.runtime.journal import Journal, read_journal
 from fledge.data_synthesis.conversations import content_digest
-from fledge.models.formats import checkpoint_steps
-from fledge.train.tracking import read_metrics
+from fledge.models.formats.plain import checkpoint_steps
+from fledge.train.metrics.tracking import read_metrics
 from safetensors.torch import load_file
 
 

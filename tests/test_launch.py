@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 from builders import Run
-from fledge.conf.place import Place, find_place, first_host, own_gpus
-from fledge.conf.run import environments
+from fledge.conf.runtime.launch import environments
+from fledge.conf.runtime.rank_info import Place, find_place, first_host, own_gpus
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis.store import checksums_beside, write_index
-from fledge.models.formats import checkpoint_steps
-from fledge.models.verifier import _placement
-from fledge.train.tracking import read_metrics
+from fledge.data_synthesis.store.store import checksums_beside, write_index
+from fledge.models.formats.plain import checkpoint_steps
+from fledge.models.verifier.model import _placement
+from fledge.train.metrics.tracking import read_metrics
 
 TORCHRUN = {
     "RANK": "3",
@@ -344,7 +344,7 @@ def test_an_error_of_one_rank_alone_ends_the_others_who_say_that_it_did(dumped):
 ASLEEP = """
 import time
 from fledge.conf.schema import Config
-from fledge.train.processes import joined
+from fledge.train.ranks.group import joined
 
 with joined(Config(name="asleep")) as ranks:
     ranks.any_rank(False)

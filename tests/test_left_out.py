@@ -10,21 +10,21 @@ import torch
 import transformers
 from builders import SMALL_DECODER, conversations_run, recorded_sequence, save_byte_tokenizer
 from builders import conversation_record as record
-from fledge.conf.artifact import read_manifest
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, EvaluateConfig, SynthesizeConfig, VerifierConfig
+from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.conversations import Conversation
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.in_process import converse
-from fledge.data_synthesis.prompts import Prompt
-from fledge.eval.answers import Answerer
+from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.eval.asking import QuestionReader, UnaskableError
 from fledge.eval.compare import _questions
 from fledge.eval.evaluate import evaluate
+from fledge.eval.local import Answerer
 from fledge.eval.questions import load_questions
-from fledge.models.draft_head import DraftHead, DraftHeadConfig
-from fledge.models.formats import save_head
-from fledge.models.verifier import Verifier, load_config, verifier_identity
+from fledge.models.formats.plain import save_head
+from fledge.models.head.draft_head import DraftHead, DraftHeadConfig
+from fledge.models.verifier.model import Verifier, load_config, verifier_identity
 
 END, BEYOND = 256, ("<image_soft_token>", "<tool_result>")
 TEMPLATE = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import make_model, save_verifier
-from fledge.eval.prompt_lookup import NoDraft
-from fledge.eval.proposal import Drafter
-from fledge.eval.speculative import Decoded, Request, Speculator
-from fledge.models.verifier import Verifier
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.eval.decoding.proposal import Drafter
+from fledge.eval.decoding.speculator import Decoded, Request, Speculator
+from fledge.models.verifier.model import Verifier
 from oracles import Oracle, TreeOracle
 
 MAX_TOKENS = 16

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluations import question_record
-from fledge.eval.metrics import (
+from fledge.eval.figures.metrics import (
     acceptance_interval,
     count,
     macro_acceptance_length,

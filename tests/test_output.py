@@ -71,7 +71,7 @@ STAGE = """
 import sys
 from pathlib import Path
 from fledge.conf import cli
-from fledge.conf.progress import Progress
+from fledge.conf.runtime.progress import Progress
 made = Path(sys.argv.pop(1))
 def work(config):
     for number in range(3):

@@ -3,12 +3,12 @@
 import json
 
 import torch
-from fledge.conf.artifact import read_manifest
 from fledge.conf.cli import main
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.runtime.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
-from fledge.data_synthesis.split import is_heldout
-from fledge.models.formats import head_folder, load_head
+from fledge.data_synthesis.heldout import is_heldout
+from fledge.models.formats.plain import head_folder, load_head
 
 
 def best(run):

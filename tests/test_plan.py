@@ -6,10 +6,10 @@ from pathlib import Path
 import fledge.conf
 import pytest
 from builders import composed, copy_until_dump
-from fledge.conf.artifact import read_manifest
+from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import LastStates, StateDtype
-from fledge.slurm.plan import make_plan, plan
-from fledge.slurm.verifier_shape import verifier_shape
+from fledge.slurm.plan.plan import make_plan, plan
+from fledge.slurm.plan.verifier_shape import verifier_shape
 from transformers import AutoConfig
 
 EXPERIMENTS = sorted(path.stem for path in (Path(fledge.conf.__file__).parent / "experiment").glob("*.yaml"))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.cli import main
-from fledge.eval.plots import draw
-from fledge.eval.report import write_report
-from fledge.eval.results import asked
+from fledge.eval.figures.plots import draw
+from fledge.eval.figures.report import write_report
+from fledge.eval.figures.results import asked
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 

@@ -11,11 +11,11 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fledge.conf.artifact import artifact, file_digest, read_manifest
+from fledge.conf.runtime.artifact import artifact, file_digest, read_manifest
 from fledge.conf.schema import Config, DataConfig, MalformedRows, SourceConfig
-from fledge.data_synthesis.likeness import RUN, Questions, canonical, fingerprint
-from fledge.data_synthesis.prepare import FILE, REFUSALS, prepare_prompts, prompt_settings
-from fledge.data_synthesis.prompts import Prompt
+from fledge.data_synthesis.prompts.near_duplicates import RUN, Questions, canonical, fingerprint
+from fledge.data_synthesis.prompts.prepare import FILE, REFUSALS, prepare_prompts, prompt_settings
+from fledge.data_synthesis.prompts.rows import Prompt
 
 SKIP = MalformedRows.skip
 

@@ -2,7 +2,7 @@
 
 import time
 
-from fledge.conf.progress import Progress
+from fledge.conf.runtime.progress import Progress
 
 
 def test_without_a_terminal_progress_is_whole_lines(capsys):
@@ -16,7 +16,7 @@ def test_without_a_terminal_progress_is_whole_lines(capsys):
 
 
 def test_without_a_terminal_work_that_has_just_begun_is_no_line(capsys, monkeypatch):
-    monkeypatch.setattr("fledge.conf.progress.LINE_EVERY_S", 0.2)
+    monkeypatch.setattr("fledge.conf.runtime.progress.LINE_EVERY_S", 0.2)
     progress = Progress("prompts", None, "row")
     progress.update()
     assert not capsys.readouterr().err

@@ -3,15 +3,15 @@
 import json
 
 import datasets
-import fledge.data_synthesis.sources as sources
+import fledge.data_synthesis.prompts.sources as sources
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from fledge.conf.schema import SourceConfig
-from fledge.data_synthesis.prompts import prompt_of, read_prompt
-from fledge.data_synthesis.sources import dataset_rows, read_rows, split_names
-from fledge.data_synthesis.split import conversation_id, is_heldout, sequence_id
+from fledge.data_synthesis.heldout import conversation_id, is_heldout, sequence_id
+from fledge.data_synthesis.prompts.rows import prompt_of, read_prompt
+from fledge.data_synthesis.prompts.sources import dataset_rows, read_rows, split_names
 
 ULTRACHAT = {"prompt": "a?", "prompt_id": "f0e3", "messages": [
     {"content": "a?", "role": "user"}, {"content": "x", "role": "assistant"}, {"content": "b?", "role": "user"},

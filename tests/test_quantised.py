@@ -8,10 +8,10 @@ import pytest
 import torch
 from architectures import make_model, save_verifier
 from builders import Run
-from fledge.conf.artifact import read_manifest
+from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import Dtype
-from fledge.data_synthesis.record import read_documents
-from fledge.models.verifier import (
+from fledge.data_synthesis.states.transformers_engine import read_documents
+from fledge.models.verifier.model import (
     Verifier,
     VerifierWeights,
     check_capture,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fledge.conf.schema import EvaluateConfig
-from fledge.data_synthesis.images import conversation_images
+from fledge.data_synthesis.tokens.images import conversation_images
 from fledge.eval.questions import Question, load_questions, questions_identity
 
 MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Shorter."], "reference": None}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from fledge.conf.schema import Device, Dtype, SynthesizeConfig, VerifierConfig
-from fledge.data_synthesis import reasoning as module
-from fledge.data_synthesis.chat import Turn, answer_text, prompt_tokens
+from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.conversations import Answer, Conversation
-from fledge.data_synthesis.in_process import converse
-from fledge.data_synthesis.prompts import Prompt
-from fledge.data_synthesis.reasoning import split_answer, split_text
-from fledge.models.verifier import Verifier
+from fledge.data_synthesis.prompts.rows import Prompt
+from fledge.data_synthesis.tokens import reasoning as module
+from fledge.data_synthesis.tokens.chat_template import Turn, answer_text, prompt_tokens
+from fledge.data_synthesis.tokens.reasoning import split_answer, split_text
+from fledge.models.verifier.model import Verifier
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

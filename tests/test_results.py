@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.schema import EvaluateEngine
-from fledge.eval.plots import draw
+from fledge.eval.figures.plots import draw
+from fledge.eval.figures.report import print_table, write_report
+from fledge.eval.figures.results import asked, questions_digest
 from fledge.eval.questions import HELDOUT
-from fledge.eval.report import print_table, write_report
-from fledge.eval.results import asked, questions_digest
 
 QUESTIONS = [
     question_record([3, 3], [2], name="q/1"),

@@ -14,10 +14,10 @@ import pytest
 import torch
 from decoding_twins import SHAPES, Loop
 from fledge.conf.schema import DraftSampling
-from fledge.eval.acceptance import AcceptanceRule
 from fledge.eval.benchmark import main
-from fledge.eval.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.speculative import Request
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
+from fledge.eval.decoding.speculator import Request
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LOOKS = {  # operations whose result, or its shape, the host must know

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fledge.eval.served_counts import (
+from fledge.eval.served.counters import (
     ServedCounts,
     is_vllms,
     read_sglang_answer,

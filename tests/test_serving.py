@@ -10,7 +10,7 @@ from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
 from conftest import TINY
 from fledge.models.embedded import corpus
 from fledge.models.embedded import verifier as embedded
-from fledge.models.formats import layer_fields, load_head, vllm_layer_ids
+from fledge.models.formats.plain import layer_fields, load_head, vllm_layer_ids
 from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
 pytestmark = pytest.mark.serving

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from fledge.data_synthesis.image_reader import ImageReader
-from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.sequences import SequenceReader
-from fledge.data_synthesis.shard import Sample
-from fledge.models.verifier import Verifier
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.store.shard import Sample
+from fledge.data_synthesis.tokens.image_tokens import ImageReader
+from fledge.data_synthesis.tokens.sequences import SequenceReader
+from fledge.models.verifier.model import Verifier
 from image_verifiers import asked, conversation, data_url, make_pictures, save_llama4
 from PIL import Image
 from serving import in_vllms_environment

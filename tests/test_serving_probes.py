@@ -14,8 +14,8 @@ import torch
 from builders import Run
 from conftest import TINY
 from fledge.conf.schema import Config, Device, Dtype, VerifierConfig
-from fledge.eval.doctor import diagnose, report
-from fledge.eval.doctor_rules import IDS
+from fledge.eval.doctor.doctor import diagnose, report
+from fledge.eval.doctor.rules import IDS
 from fledge.models.embedded.verifier import embedded_verifier
 from safetensors.torch import load_file, save_file
 from serving import COUNTS, decode_in_vllm, evaluated

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from builders import Run
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.journal import read_journal
 from serving import COUNTS, decode_in_vllm, evaluated, vllm_server
 
 pytestmark = pytest.mark.serving

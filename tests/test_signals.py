@@ -17,15 +17,15 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, Run, conversation_record, conversations_run, save_byte_tokenizer
-from fledge.conf.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.cli import COMMANDS
-from fledge.conf.journal import read_journal
-from fledge.conf.progress import Progress
+from fledge.conf.runtime.artifact import MANIFEST, artifact, read_manifest
+from fledge.conf.runtime.journal import read_journal
+from fledge.conf.runtime.progress import Progress
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis import states
-from fledge.data_synthesis.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
-from fledge.data_synthesis.state_format import FLOAT8, StateFormat
-from fledge.data_synthesis.states import _scratch
+from fledge.data_synthesis.states import record as states
+from fledge.data_synthesis.states.record import _scratch
+from fledge.data_synthesis.store.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
+from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat
 from servers import free_port
 from sglang_double import sglang_double
 
@@ -326,7 +326,7 @@ def test_a_node_ends_with_the_code_of_its_stage_whatever_signal_came(code):
 
 LONG_OPERATION = """
 import sys, torch
-from fledge.conf.signals import answered, deferred
+from fledge.conf.runtime.signals import answered, deferred
 a = torch.ones(4000, 4000, dtype=torch.float64)
 with answered("long"), deferred("it ends after the product"):
     print("begins", flush=True)
@@ -347,7 +347,8 @@ def test_a_signal_is_answered_while_one_operation_runs(tmp_path):
 
 def test_a_second_interrupt_ends_at_once_what_the_first_let_finish(tmp_path):
     code = (
-        'import time; from fledge.conf.signals import answered, deferred\nwith answered("x"), deferred("it waits"):\n'
+        "import time; from fledge.conf.runtime.signals import answered, deferred\n"
+        "with answered('x'), deferred('it waits'):\n"
     )
     started = Started([sys.executable, "-c", f"{code}    print('begins', flush=True); time.sleep(600)"], tmp_path)
     started.wait(lambda: "begins" in started.said)
@@ -362,9 +363,9 @@ def test_a_second_interrupt_ends_at_once_what_the_first_let_finish(tmp_path):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from fledge.conf.artifact import artifact
-from fledge.conf.signals import answered, deferred
-from fledge.data_synthesis.states import _scratch
+from fledge.conf.runtime.artifact import artifact
+from fledge.conf.runtime.signals import answered, deferred
+from fledge.data_synthesis.states.record import _scratch
 held = {"artifact": lambda f: artifact(f, "evaluation", {}), "writer": lambda f: _scratch(f, 0)}[sys.argv[1]]
 with answered("x"), deferred("it waits"), held(Path(sys.argv[2])):
     print("holds", flush=True)

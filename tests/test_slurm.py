@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from builders import composed, copy_until_dump
-from fledge.conf.place import Place
-from fledge.conf.run import environments
+from fledge.conf.runtime.launch import environments
+from fledge.conf.runtime.rank_info import Place
 from fledge.conf.schema import (
     Config,
     ContainerConfig,
@@ -26,10 +26,10 @@ from fledge.conf.schema import (
     SourceConfig,
     StoreConfig,
 )
-from fledge.slurm.freeze import freeze
-from fledge.slurm.queue import _parse, array_tasks, submit_file
-from fledge.slurm.records import JobRecord, write_submission
-from fledge.slurm.render import TEMPLATES, _server_sizes, directive, expand, render_jobs
+from fledge.slurm.jobs.freeze import freeze
+from fledge.slurm.jobs.queue import _parse, array_tasks, submit_file
+from fledge.slurm.jobs.records import JobRecord, write_submission
+from fledge.slurm.jobs.render import TEMPLATES, _server_sizes, directive, expand, render_jobs
 from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
 from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
@@ -120,10 +120,10 @@ def test_arrays_parts_and_processes_are_those_of_the_cluster():
     assert 'synthesize.shard="$SLURM_ARRAY_TASK_ID" synthesize.num_shards=5' in jobs["synthesize"]
     assert 'dump.writer="$SLURM_ARRAY_TASK_ID" dump.num_writers=3' in jobs["dump"]
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in jobs["train"]
-    assert "-m fledge.slurm.node 2 train " in jobs["train"]
+    assert "-m fledge.slurm.jobs.node 2 train " in jobs["train"]
     assert "#SBATCH --array=0-0\n" in printed("cluster=one_machine", "train.hidden_states=online")["dump"]
     together = printed("cluster=one_machine", "cluster.dump.gpus=4", "verifier.tensor_parallel=true")["dump"]
-    assert "-m fledge.slurm.node 4 dump " in together
+    assert "-m fledge.slurm.jobs.node 4 dump " in together
 
 
 def test_servers_are_started_in_their_engines_words():

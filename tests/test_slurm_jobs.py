@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from builders import Run, copy_until_dump
-from fledge.models.formats import WEIGHTS
-from fledge.slurm.records import JobRecord, read_events, read_submission
-from fledge.train.tracking import read_metrics
+from fledge.models.formats.plain import WEIGHTS
+from fledge.slurm.jobs.records import JobRecord, read_events, read_submission
+from fledge.train.metrics.tracking import read_metrics
 from safetensors.torch import load_file
 from slurm_cluster import missing, slurm, slurm_cluster, wait_until
 

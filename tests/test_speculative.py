@@ -9,18 +9,18 @@ import torch
 import transformers
 from builders import make_head
 from fledge.conf.schema import DraftConfig
-from fledge.data_synthesis.chat import prompt_tokens
-from fledge.eval.acceptance import GREEDY, AcceptanceRule
-from fledge.eval.cached_verifier import CachedVerifier
-from fledge.eval.draft_decoder import DraftDecoder
-from fledge.eval.metrics import Counts
-from fledge.eval.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.proposal import Drafter, Proposal, Tree, find_way, grow_tree
-from fledge.eval.speculative import Decoded, Request, Speculator, answer_alone
-from fledge.models.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.data_synthesis.tokens.chat_template import prompt_tokens
+from fledge.eval.decoding.acceptance import GREEDY, AcceptanceRule
+from fledge.eval.decoding.head_drafter import DraftDecoder
+from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
+from fledge.eval.decoding.proposal import Drafter, Proposal, Tree, find_way, grow_tree
+from fledge.eval.decoding.speculator import Decoded, Request, Speculator, answer_alone
+from fledge.eval.decoding.verifier_cache import CachedVerifier
+from fledge.eval.figures.metrics import Counts
 from fledge.models.embedded.corpus import questions
-from fledge.models.verifier import Verifier, VerifierWeights
-from fledge.models.vocabulary import build_vocabulary
+from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.models.verifier.model import Verifier, VerifierWeights
 from one_sequence import OneSequence
 from oracles import Oracle, TreeOracle
 
@@ -191,7 +191,7 @@ def test_a_model_to_which_masks_mean_something_else_is_refused(verifier, prompts
     cached = CachedVerifier(verifier, 2)
     cached.check(prompts[0])
     everything = lambda lengths, slots, num_read, ancestors: torch.ones(*slots.shape, num_read, dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr("fledge.eval.cached_verifier.visible", everything)
+    monkeypatch.setattr("fledge.eval.decoding.verifier_cache.visible", everything)
     with pytest.raises(ValueError, match=r"gives other logits with fledge's cache than by itself"):
         cached.check(prompts[0])
 

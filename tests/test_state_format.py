@@ -3,8 +3,8 @@
 import pytest
 import torch
 from builders import make_batch
-from fledge.data_synthesis.state_format import FLOAT8, StateFormat, decode, encode_float8, target_positions
-from fledge.train.rows import find_useful_rows
+from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat, decode, encode_float8, target_positions
+from fledge.train.loss.rows import find_useful_rows
 
 
 def states(num_tokens: int = 500, layers: int = 3, width: int = 16) -> torch.Tensor:

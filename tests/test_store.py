@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import metrics_of
-from fledge.data_synthesis.record import TransformersEngine, check_first
-from fledge.data_synthesis.shard import Sample, Shard, write_shard
-from fledge.data_synthesis.state_format import FLOAT8, StateFormat
-from fledge.data_synthesis.store import HiddenStateStore
-from fledge.models.verifier import VerifierWeights
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine, check_first
+from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
+from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat
+from fledge.data_synthesis.store.store import HiddenStateStore
+from fledge.models.verifier.model import VerifierWeights
 from safetensors.torch import load_file, save_file
 
 

@@ -8,11 +8,12 @@ import time
 
 import pytest
 from builders import Run
-from fledge.conf.artifact import artifact
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.artifact import artifact
+from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import SynthesizeConfig
-from fledge.data_synthesis import in_process
-from fledge.data_synthesis.chat import Turn
+from fledge.data_synthesis.answers import local as in_process
+from fledge.data_synthesis.answers.answer_log import Outcomes
+from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.conversations import (
     CONTEXT_FULL,
     EMPTY_ANSWER,
@@ -22,9 +23,8 @@ from fledge.data_synthesis.conversations import (
     content_digest,
     read_conversations,
 )
-from fledge.data_synthesis.in_process import converse
-from fledge.data_synthesis.outcomes import Outcomes
-from fledge.data_synthesis.prompts import Prompt
+from fledge.data_synthesis.prompts.rows import Prompt
+from fledge.data_synthesis.tokens.chat_template import Turn
 
 
 def answer(text: str, finish_reason: str = "stop", **fields: object) -> Answer:

@@ -22,11 +22,11 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, save_byte_tokenizer
-from fledge.conf.artifact import read_manifest
-from fledge.conf.journal import read_journal
+from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig
-from fledge.data_synthesis.endpoints import Endpoint
-from fledge.data_synthesis.handshake import Handshake
+from fledge.data_synthesis.answers.endpoint import Endpoint
+from fledge.data_synthesis.answers.verify_endpoint import Handshake
 from servers import END, SHARES, answer_to, faulty_server, free_port, stats, tokens_of
 
 ROWS = int(os.environ.get("FLEDGE_FAULT_ROWS", "240"))

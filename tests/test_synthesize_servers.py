@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from builders import Run
-from fledge.conf.artifact import read_manifest
+from fledge.conf.runtime.artifact import read_manifest
 from fledge.data_synthesis import benchmark
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.models.embedded.corpus import prompts as embedded_prompts

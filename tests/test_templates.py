@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis.chat import (
+from fledge.data_synthesis.tokens.chat_template import (
     NoExactSpanError,
     check_template,
     fit_content,
@@ -19,7 +19,7 @@ from fledge.data_synthesis.chat import (
     prompt_tokens,
     template_turns,
 )
-from fledge.models.verifier import load_tokenizer, tokenizer_identity
+from fledge.models.verifier.model import load_tokenizer, tokenizer_identity
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

@@ -12,8 +12,8 @@ from architectures import make_model, save_verifier
 from builders import conversation_record, conversations_run, recorded_sequence
 from fledge.conf.schema import Config, HiddenStates, VerifierConfig
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.store import HiddenStateStore
-from fledge.models.verifier import Verifier, VerifierOutput
+from fledge.data_synthesis.store.store import HiddenStateStore
+from fledge.models.verifier.model import Verifier, VerifierOutput
 from fledge.train.online import OnlineStates
 from quantised import quantise
 from safetensors.torch import load_file, save_file
@@ -28,8 +28,8 @@ def states(output: VerifierOutput) -> dict[str, torch.Tensor]:
 def write_states_of_this_rank(folder: Path) -> None:
     """Let this rank write what it gives of the verifier in a folder, and how many of its parameters are in parts."""
     from fledge.conf.schema import Device, Dtype
-    from fledge.data_synthesis.record import read_documents
-    from fledge.models.verifier import check_capture
+    from fledge.data_synthesis.states.transformers_engine import read_documents
+    from fledge.models.verifier.model import check_capture
 
     config = VerifierConfig(str(folder), dtype=Dtype.float32, device=Device.cpu, tensor_parallel=True)
     verifier = Verifier.load(config)

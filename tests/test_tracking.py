@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from evaluations import evaluation, question_record
-from fledge.conf.artifact import artifact
 from fledge.conf.cli import main
+from fledge.conf.runtime.artifact import artifact
 from fledge.conf.schema import Config, TrackingConfig, WandbMode
-from fledge.train import tracking
-from fledge.train.tracking import Tracker, git_state, read_metrics, run_description
+from fledge.train.metrics import tracking
+from fledge.train.metrics.tracking import Tracker, git_state, read_metrics, run_description
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -74,7 +74,7 @@ TRACK = """
 import json, logging, sys, time
 from pathlib import Path
 from fledge.conf.schema import TrackingConfig, WandbMode
-from fledge.train.tracking import Tracker
+from fledge.train.metrics.tracking import Tracker
 logging.basicConfig(level=logging.WARNING)
 started = time.monotonic()
 options = TrackingConfig(wandb=WandbMode(sys.argv[2]), project="p")
@@ -96,7 +96,7 @@ import json, logging, sys, types
 from pathlib import Path
 sys.modules |= {name: types.ModuleType(name) for name in sys.argv[4:]}
 from fledge.conf.schema import Config, TrackingConfig, VerifierConfig, WandbMode
-from fledge.eval.tracking import track
+from fledge.eval.figures.wandb_summary import track
 logging.basicConfig(level=logging.WARNING)
 run = Path(sys.argv[1])
 tracking = TrackingConfig(wandb=WandbMode(sys.argv[2]), project="p")

@@ -19,10 +19,10 @@ from builders import (
     metrics_of,
     write_store,
 )
-from fledge.models.draft_head import of_width
-from fledge.models.formats import load_head
-from fledge.models.verifier import VerifierWeights
-from fledge.train.tracking import read_metrics
+from fledge.models.formats.plain import load_head
+from fledge.models.head.draft_head import of_width
+from fledge.models.verifier.model import VerifierWeights
+from fledge.train.metrics.tracking import read_metrics
 from safetensors.torch import load_file
 
 

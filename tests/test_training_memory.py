@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fledge.models.draft_head import DraftHeadConfig
-from fledge.models.verifier import load_config
-from fledge.slurm.training_memory import TrainingShape, peak, training_memory
+from fledge.models.head.draft_head import DraftHeadConfig
+from fledge.models.verifier.model import load_config
+from fledge.slurm.plan.memory import TrainingShape, peak, training_memory
 from training_memory import QUIET, Spec, configuration, prepare
 
 SHAPES = {

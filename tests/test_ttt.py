@@ -3,11 +3,11 @@
 import pytest
 import torch
 from builders import make_batch, make_head, matrices
-from fledge.models.verifier import LogitTransform
-from fledge.train.fused_loss import SUMS
+from fledge.models.verifier.model import LogitTransform
+from fledge.train.loss.fused import SUMS
+from fledge.train.loss.rows import PackedBatch
+from fledge.train.loss.unroll import TTTModule, count_rows, find_targets, unroll
 from fledge.train.plain import counted_rows
-from fledge.train.rows import PackedBatch
-from fledge.train.ttt import TTTModule, count_rows, find_targets, unroll
 from one_sequence import OneSequence
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from architectures import IMAGE_TEXT_MODELS, MODELS, SIZES, make_model, save_verifier
 from fledge.conf.schema import Dtype, VerifierConfig
-from fledge.data_synthesis.record import read_documents
-from fledge.eval.cached_verifier import CachedVerifier
-from fledge.eval.prompt_lookup import NoDraft
-from fledge.eval.proposal import Tree
-from fledge.eval.speculative import Request, Speculator
-from fledge.models.verifier import (
+from fledge.data_synthesis.states.transformers_engine import read_documents
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.eval.decoding.proposal import Tree
+from fledge.eval.decoding.speculator import Request, Speculator
+from fledge.eval.decoding.verifier_cache import CachedVerifier
+from fledge.models.verifier.model import (
     Verifier,
     VerifierWeights,
     check_capture,
@@ -180,7 +180,7 @@ def test_a_hub_verifier_that_was_fetched_before_is_read_without_network(tmp_path
     shutil.copytree(tiny_verifier_folder, repository / "snapshots" / ("0" * 40))
     script = (
         "from fledge.conf.schema import Device, Dtype, VerifierConfig\n"
-        "from fledge.models.verifier import Verifier, VerifierWeights\n"
+        "from fledge.models.verifier.model import Verifier, VerifierWeights\n"
         "config = VerifierConfig('some/verifier', dtype=Dtype.float32, device=Device.cpu)\n"
         "Verifier.load(config)\n"
         "print(VerifierWeights(config).lm_head().shape)\n"

@@ -11,13 +11,13 @@ import transformers
 from builders import SMALL_DECODER, composed
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, VerifierConfig
 from fledge.data_synthesis.verifier_check import check_verifier
-from fledge.models import verifier as verifier_module
-from fledge.models.draft_head import DraftHead, DraftHeadConfig
 from fledge.models.embedded.verifier import CHAT_TEMPLATE
-from fledge.models.head_sizes import describe_sizes
-from fledge.models.processor import load_processor
-from fledge.models.verifier import Verifier, VerifierWeights, load_final_norm, load_whole_config
-from fledge.slurm.plan import plan
+from fledge.models.head.draft_head import DraftHead, DraftHeadConfig
+from fledge.models.head.sizes import describe_sizes
+from fledge.models.verifier import model as verifier_module
+from fledge.models.verifier.model import Verifier, VerifierWeights, load_final_norm, load_whole_config
+from fledge.models.verifier.processor import load_processor
+from fledge.slurm.plan.plan import plan
 from fledge.slurm.submit import submit
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer

@@ -16,10 +16,16 @@ import torch
 import transformers
 from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, copy_until_dump
 from fledge.conf.schema import Config, Device, Dtype, DumpConfig, VerifierConfig
-from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.shard import Sample
-from fledge.data_synthesis.vllm_engine import VllmEngine, check_readable, last_words, llm_options, worker_environment
-from fledge.models.verifier import Verifier, load_config
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.states.vllm_engine import (
+    VllmEngine,
+    check_readable,
+    last_words,
+    llm_options,
+    worker_environment,
+)
+from fledge.data_synthesis.store.shard import Sample
+from fledge.models.verifier.model import Verifier, load_config
 
 LENGTHS = (17, 1, 900, 2, 300)
 AUX_LAYERS = {
@@ -157,7 +163,7 @@ def test_nothing_of_vllm_outlives_a_killed_dump(tmp_path, verifier):
         "import os, time\n"
         "from pathlib import Path\n"
         "from fledge.conf.schema import Device, Dtype, VerifierConfig\n"
-        "from fledge.data_synthesis.vllm_engine import VllmEngine\n"
+        "from fledge.data_synthesis.states.vllm_engine import VllmEngine\n"
         "from test_vllm_dump import configure\n"
         f"verifier = VerifierConfig(path={str(tmp_path / 'verifier')!r}, dtype=Dtype.float32, device=Device.cpu)\n"
         f"config = configure(Path({str(tmp_path)!r}), verifier, os.environ['FLEDGE_VLLM_PYTHON'])\n"

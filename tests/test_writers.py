@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from builders import conversation_record, conversations_run, recorded_sequence
-from fledge.conf.artifact import Artifact, read_manifest
+from fledge.conf.runtime.artifact import Artifact, read_manifest
 from fledge.conf.schema import Config, HiddenStates, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.record import TransformersEngine
-from fledge.data_synthesis.shard import Sample, Shard
-from fledge.data_synthesis.state_format import decode, target_positions
-from fledge.data_synthesis.store import HiddenStateStore
-from fledge.data_synthesis.tokens import Tokeniser
-from fledge.data_synthesis.writer import BackgroundWriter
+from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.store.shard import Sample, Shard
+from fledge.data_synthesis.store.state_format import decode, target_positions
+from fledge.data_synthesis.store.store import HiddenStateStore
+from fledge.data_synthesis.store.writer import BackgroundWriter
+from fledge.data_synthesis.tokens.tokenise import Tokeniser
 
 KILLS = int(os.environ.get("FLEDGE_DUMP_KILLS", "2"))
 START = "import pickle, sys; from fledge.data_synthesis.dump import dump; dump(pickle.load(open(sys.argv[1], 'rb')))"
@@ -278,7 +278,7 @@ def test_not_every_shard_of_tokens_has_the_manifest_written_again(spoken, tmp_pa
 def test_files_beside_the_shards_that_are_lost_are_made_again_without_the_verifier(config, tmp_path, monkeypatch):
     store = tmp_path / "store"
     dump(into(config, store))
-    monkeypatch.setattr("fledge.data_synthesis.states.Verifier", None)
+    monkeypatch.setattr("fledge.data_synthesis.states.record.Verifier", None)
     for name in ("index.safetensors", "token_counts.safetensors"):
         before = (store / name).read_bytes()
         (store / name).unlink()
@@ -317,7 +317,7 @@ def test_whatever_stops_the_writing_thread_reaches_the_caller(tmp_path, monkeypa
     def failing(*_):
         raise error
 
-    monkeypatch.setattr("fledge.data_synthesis.writer.write_shard", failing)
+    monkeypatch.setattr("fledge.data_synthesis.store.writer.write_shard", failing)
     shard = Shard.of([Sample("a", torch.arange(4), torch.ones(4))])
 
     def write_four():

@@ -32,9 +32,9 @@ from fledge.conf.schema import (
     VerifierConfig,
     WandbMode,
 )
-from fledge.models.verifier import load_tokenizer
+from fledge.models.verifier.model import load_tokenizer
 from fledge.train.loop import _train
-from fledge.train.processes import joined
+from fledge.train.ranks.group import joined
 
 QUIET = {
     "MALLOC_MMAP_THRESHOLD_": "500000",

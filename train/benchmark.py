@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..conf.arguments import parse_options
 from ..conf.schema import TTTLoss
-from ..models.draft_head import DraftHead, DraftHeadConfig
-from ..models.vocabulary import build_vocabulary
-from .cost import Clock, machine_flops, plain_flops
-from .fused_loss import SUMS
+from ..models.head.draft_head import DraftHead, DraftHeadConfig
+from ..models.head.vocabulary import build_vocabulary
+from .loss.fused import SUMS
+from .loss.rows import PackedBatch
+from .loss.unroll import TTTModule
+from .metrics.cost import Clock, machine_flops, plain_flops
 from .plain import PlainTTTModule
-from .rows import PackedBatch
-from .ttt import TTTModule
 
 
 @dataclass

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from safetensors import SafetensorError
 
-from ..conf.artifact import commit, sync, write_atomic, write_json
-from ..models.draft_head import DraftHead
-from ..models.formats import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
+from ..conf.runtime.artifact import commit, sync, write_atomic, write_json
+from ..models.formats.plain import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
+from ..models.head.draft_head import DraftHead
 from .heldout import Walk, Walks
 
 STATE = "trainer.json"

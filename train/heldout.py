@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .fused_loss import draft_tokens
-from .rows import PackedBatch
-from .ttt import TTTModule, unroll
+from .loss.fused import draft_tokens
+from .loss.rows import PackedBatch
+from .loss.unroll import TTTModule, unroll
 
 
 @dataclass

@@ -16,28 +16,28 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..conf.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
-from ..conf.progress import Progress
+from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
+from ..conf.runtime.progress import Progress
+from ..conf.runtime.signals import StopSignals, deferred
 from ..conf.schema import Config, HiddenStates, TTTLoss
-from ..conf.signals import StopSignals, deferred
 from ..data_synthesis.verifier_check import check_verifier
-from ..models.draft_head import DraftHead, initialise
-from ..models.formats import WEIGHTS, checkpoint_steps
-from ..models.head_sizes import describe_sizes
+from ..models.formats.plain import WEIGHTS, checkpoint_steps
+from ..models.head.draft_head import DraftHead, initialise
+from ..models.head.sizes import describe_sizes
 from ..models.kernels.self_check import Checked, require_gpu
-from ..models.verifier import VerifierWeights, load_config, logit_transform
+from ..models.verifier.model import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
-from .data import TrainingData
+from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
-from .fused_loss import SUMS
 from .heldout import Walks, total, walk_batches
-from .kernel_checks import ATTENTION, check_training
-from .meter import Meter
+from .loss.fused import SUMS
+from .loss.kernel_checks import ATTENTION, check_training
+from .loss.rows import PackedBatch
+from .loss.unroll import TTTModule, count_rows, find_targets
+from .metrics.meter import Meter
+from .metrics.tracking import Tracker, run_description
 from .online import OnlineStates
-from .processes import Ranks, joined, sum_over_ranks
-from .rows import PackedBatch
-from .tracking import Tracker, run_description
-from .ttt import TTTModule, count_rows, find_targets
+from .ranks.group import Ranks, joined, sum_over_ranks
 from .warm_start import trained_head
 
 # Options that change how a run is watched or kept, not what it computes.

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 
 from ..conf.schema import Config
-from ..data_synthesis.record import read_documents
-from ..models.verifier import Verifier
-from .rows import PackedBatch
+from ..data_synthesis.states.transformers_engine import read_documents
+from ..models.verifier.model import Verifier
+from .loss.rows import PackedBatch
 
 
 class OnlineStates:

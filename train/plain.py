@@ -1,4 +1,4 @@
-"""The twin of train/ttt.py in the plain form: every row at every step, logits and losses written as they are defined.
+"""The plain twin of train/loss/unroll.py: every row at every step, logits and losses as they are defined.
 
 Slow and of memory K x T x V; what tests and the benchmark compare with.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..conf.schema import TTTLoss
-from ..models.draft_head import DraftHead
-from ..models.ttt_attention import TTTAttention, wide_dtype
-from ..models.verifier import LogitTransform
-from .fused_loss import Targets
-from .rows import PackedBatch
-from .ttt import TTTModule
+from ..models.head.draft_head import DraftHead
+from ..models.head.ttt_attention import TTTAttention, wide_dtype
+from ..models.verifier.model import LogitTransform
+from .loss.fused import Targets
+from .loss.rows import PackedBatch
+from .loss.unroll import TTTModule
 
 
 def ahead(values: Tensor, distance: int) -> Tensor:

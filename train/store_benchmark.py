@@ -25,12 +25,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from ..conf.artifact import Artifact
-from ..data_synthesis.shard import Sample, Shard, shard_entry
-from ..data_synthesis.state_format import StateFormat
-from ..data_synthesis.store import HiddenStateStore, checksums_beside, write_index
-from ..data_synthesis.writer import BackgroundWriter
-from .data import Batches, pack
+from ..conf.runtime.artifact import Artifact
+from ..data_synthesis.store.shard import Sample, Shard, shard_entry
+from ..data_synthesis.store.state_format import StateFormat
+from ..data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
+from ..data_synthesis.store.writer import BackgroundWriter
+from .data.training_data import Batches, pack
 
 _BLOCK = 16 << 20  # bytes of a plain read
 

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ...conf.artifact import held
-from ...conf.progress import Progress
+from ...conf.runtime.artifact import held
+from ...conf.runtime.progress import Progress
 from . import corpus, library_text
 
 BOS, PAD, START, MESSAGE, END = "<|begin|>", "<|pad|>", "<|start|>", "<|message|>", "<|end|>"

@@ -1,0 +1,69 @@
+"""Heads in the Speculators format, which vLLM serves by itself: the checkpoint names its verifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..head.draft_head import DraftHead, DraftHeadConfig
+from .plain import dtype_name, head_tensors, layer_fields, vllm_layer_ids, write_head_files
+
+SPECULATORS_VERSION = "0.5.0"  # the release of the library whose form this is, for readers only
+
+
+def speculators_config(
+    config: DraftHeadConfig, dtype: torch.dtype, verifier: dict[str, Any], num_draft_tokens: int
+) -> dict[str, Any]:
+    """Give the `config.json` of a head in Speculators format; aux layers are in vLLM's numbering.
+
+    `norm_before_residual` is always written (absent means true there), and there is no `model_type` at the top level.
+
+    Args:
+        verifier: `name_or_path` and `architectures` of the model that serves with the head.
+        num_draft_tokens: tokens proposed a round unless the engine is told otherwise.
+    """
+    differs = config.verifier_hidden_size != config.hidden_size
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.verifier_hidden_size if differs else None,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": False,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "embed_requires_grad": config.own_embedding,
+        "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype_name(dtype),
+        "transformer_layer_config": {"architectures": ["LlamaForCausalLM"], **layer_fields(config)},
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": num_draft_tokens,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": verifier,
+        },
+    }
+
+
+def save_speculators(
+    folder: Path,
+    head: DraftHead,
+    record: dict[str, Any],
+    dtype: torch.dtype,
+    verifier: dict[str, Any],
+    num_draft_tokens: int,
+) -> None:
+    """Write a head in Speculators format into an existing folder; arguments as in `speculators_config`."""
+    tensors = head_tensors(head, head.state_dict(), dtype)  # named layers.0.* in the head as in the format
+    write_head_files(folder, tensors, speculators_config(head.config, dtype, verifier, num_draft_tokens), record)
