@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.models.embedded.verifier import EmbeddedSettings, embedded_verifier
 from fledge.models.verifier.model import Verifier
 
+_HELPERS = [str(Path(__file__).parent / name) for name in ("support", "twins", "tools")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts
 torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
 
 TINY = EmbeddedSettings(

@@ -2,7 +2,7 @@
 
 N parameters in items of b bytes, R ranks, T rows of a pack, n of them useful, K steps; U = 4 N is one float32 copy.
 Each component below says what it is; the sum of those that live at the same time is a phase, the largest phase the
-peak. Tested against the resident size of real steps on the CPU (tests/test_training_memory.py); what a GPU has of its
+peak. Tested against the resident size of real steps on the CPU (tests/slurm); what a GPU has of its
 own (its norms keep less, DeepSpeed's buckets are allocated whole, products in 16 bit give float32) is read from code.
 """
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import Run
+from builders import SUPPORT, Run
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import Place, find_place, first_host, own_gpus
 from fledge.conf.schema import VerifierConfig
@@ -164,7 +164,7 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
 def test_deepspeed_takes_the_gpu_that_fledge_trains_on_in_every_launch():
     cases = launches()
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "device_calls.py")],
+        [sys.executable, str(SUPPORT / "device_calls.py")],
         input=json.dumps({name: case[:2] for name, case in cases.items()}),
         capture_output=True,
         text=True,

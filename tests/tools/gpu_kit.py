@@ -1,4 +1,4 @@
-"""What a GPU has to say of fledge within ten minutes: `make test-gpu`, or `python tests/gpu_kit.py` on a bare machine.
+"""Check fledge on a GPU in ten minutes: `make test-gpu`, or `python tests/tools/gpu_kit.py` on a bare machine.
 
 Needs torch for CUDA, triton, transformers and pytest; fledge need not be installed. Each part is a process of its own
 with a time limit, and what fails or is cut does not keep the next from running. Each line printed is JSON, flushed as
@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+TEST_GPU = ROOT / "tests" / "models" / "kernels" / "test_gpu.py"
 TAIL = 25  # lines of a part that failed, of those that are not JSON
 
 
@@ -110,7 +111,13 @@ def main(rehearse: bool) -> int:
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "fledge").symlink_to(ROOT)
-        paths = [folder, str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [
+            folder,
+            str(ROOT / "tests/support"),
+            str(ROOT / "tests/twins"),
+            str(ROOT / "tests/models/kernels"),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         if rehearse:
             environment["TRITON_INTERPRET"] = "1"
@@ -207,7 +214,7 @@ def tests(rehearse: bool) -> int:
     """Run tests/test_gpu.py."""
     import pytest
 
-    return int(pytest.main(["--noconftest", "-q", "-m", "gpu", str(ROOT / "tests/test_gpu.py")], [Reporter()]))
+    return int(pytest.main(["--noconftest", "-q", "-m", "gpu", str(TEST_GPU)], [Reporter()]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 // What torch for the CPU lacks to let tensors without memory live on `cuda`: one device, whose streams and events do
-// nothing. Loaded before torch asks what there is (LD_PRELOAD, tests/test_fake_gpu.py); written for torch 2.13.
+// nothing. Loaded before torch asks what there is (LD_PRELOAD, tests/models/kernels/test_fake_gpu.py); written for torch 2.13.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

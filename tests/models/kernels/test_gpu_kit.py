@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")  # has no wheels beside Linux
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
 ABSENT = [  # whatever fledge depends on and those four do not bring along
     *("accelerate", "aiohttp", "compressed_tensors", "datasets", "deepspeed", "hydra", "matplotlib"),
     *("omegaconf", "openai", "pandas", "PIL", "prometheus_client", "psutil", "pyarrow", "tensorboard", "torchvision"),
@@ -34,7 +34,7 @@ PathFinder.find_spec = classmethod(hidden)
 def bare(tmp_path):
     """Give an environment in which these packages are not found, in child processes too."""
     (tmp_path / "sitecustomize.py").write_text(HIDE)
-    paths = [str(tmp_path), str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(tmp_path), *os.environ["PYTHONPATH"].split(os.pathsep)]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -57,7 +57,9 @@ def test_a_module_imports_on_a_bare_machine(bare, module):
 
 
 def test_the_tests_of_a_gpu_are_collected_on_a_bare_machine(bare):
-    done = run(bare, "-m", "pytest", "--noconftest", "-m", "gpu", "--collect-only", "-q", "tests/test_gpu.py")
+    done = run(
+        bare, "-m", "pytest", "--noconftest", "-m", "gpu", "--collect-only", "-q", "tests/models/kernels/test_gpu.py"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stdout
 
@@ -67,7 +69,7 @@ def lines(done):
 
 
 def test_the_kit_says_first_that_there_is_no_gpu(bare):
-    done = run(bare, "tests/gpu_kit.py")
+    done = run(bare, "tests/tools/gpu_kit.py")
     said = lines(done)
     assert done.returncode == 2, done.stderr
     assert said[0]["part"] == "machine"
@@ -78,7 +80,7 @@ def test_the_kit_says_first_that_there_is_no_gpu(bare):
 
 
 def test_the_kits_rehearsal_runs_every_part_on_a_bare_machine(bare):
-    done = run(bare, "tests/gpu_kit.py", "--rehearse")
+    done = run(bare, "tests/tools/gpu_kit.py", "--rehearse")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     said = lines(done)
     ended = {line["part"]: line["status"] for line in said if "status" in line}

@@ -1,6 +1,6 @@
 """The Triton kernels, the training engine and speculative decoding on a real GPU, at sizes that matter.
 
-    pytest --noconftest -m gpu tests/test_gpu.py
+    pytest --noconftest -m gpu tests/models/kernels/test_gpu.py
 
 needs torch for CUDA, triton, transformers and pytest alone; `make test-gpu` runs it among others.
 """

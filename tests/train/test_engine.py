@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from builders import SUPPORT
 
 FORMS = [
     *("zero0-float32", "zero1-float32", "zero1-bfloat16", "zero1_offload-float32", "zero1_offload-bfloat16"),
@@ -17,10 +17,10 @@ FORMS = [
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two_ranks"])
 def runs(request):
-    """Give what tests/engine_runs.py found, by form: of each rank a run with steps that are not finite, and without."""
+    """Give what engine_runs.py found, by form: of each rank a run with steps that are not finite, and without."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
     done = subprocess.run(
-        [sys.executable, *(launcher if request.param > 1 else []), str(Path(__file__).parent / "engine_runs.py")],
+        [sys.executable, *(launcher if request.param > 1 else []), str(SUPPORT / "engine_runs.py")],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""The code for GPUs on a machine without one (tests/fake_gpu.py says what that shows, and what not)."""
+"""The code for GPUs on a machine without one (tests/models/kernels/fake_gpu.py says what that shows, and what not)."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TORCH = Path(torch.__file__).parent
 
 @pytest.fixture(scope="module")
 def run_fake(tmp_path_factory):
-    """Give a function that runs a command of tests/fake_gpu.py and gives what it printed."""
+    """Give a function that runs a command of tests/models/kernels/fake_gpu.py and gives what it printed."""
     library = tmp_path_factory.mktemp("fake_gpu") / "fake_gpu.so"
     make = ["c++", "-std=c++20", "-shared", "-fPIC", f"-I{TORCH / 'include'}", str(TESTS / "fake_gpu.cpp")]
     subprocess.run([*make, "-o", str(library), f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"], check=True)

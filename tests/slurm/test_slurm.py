@@ -34,7 +34,7 @@ from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _n
 from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = ("cluster.container.image='/im ages/it.sqsh'", "cluster.container.mounts=['/da ta:/da ta']")
 VARIANTS = {
     "here": ("cluster=one_machine",),

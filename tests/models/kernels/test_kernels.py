@@ -21,7 +21,7 @@ def test_the_kernels_equal_their_plain_twins_in_the_interpreter():
     files = [str(tests / f"interpreted_{name}.py") for name in ("kernels", "decoding", "self_check")]
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-m", "", *files]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tests.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tests.parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
