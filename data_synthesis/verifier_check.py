@@ -8,7 +8,6 @@ from typing import Any
 from ..conf.schema import Config
 from ..models.head.draft_head import DraftHeadConfig
 from ..models.head.vocabulary import check_vocabulary_size
-from ..models.verifier.config import embedded_config
 from ..models.verifier.model import (
     VerifierWeights,
     empty_model,
@@ -32,8 +31,6 @@ def check_verifier(config: Config, for_states: bool = True) -> DraftHeadConfig:
     Raises:
         ValueError: names the option, and what to do.
     """
-    if config.verifier.path == "embedded":
-        DraftHeadConfig.from_verifier(config.draft, embedded_config())  # before it is made
     whole = load_whole_config(config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     find_decoder(empty_model(whole))

@@ -31,7 +31,7 @@ from ..data_synthesis.prompts.rows import SYSTEM_FIELDS, Content, are_text_parts
 from ..data_synthesis.prompts.sources import EMBEDDED, read_rows
 from ..data_synthesis.tokens.chat_template import Message, has_images
 from ..data_synthesis.tokens.sequences import num_whole_answers
-from ..models.embedded.corpus import questions as embedded_questions
+from ..models.embedded.verifier import questions as embedded_questions
 
 HELDOUT = "heldout"
 

@@ -154,7 +154,7 @@ class ServerKind(Enum):
 class VerifierConfig:
     """The frozen model whose output is preserved."""
 
-    path: str = MISSING  # local folder, hub id, or "embedded" for the small verifier made on this machine
+    path: str = MISSING  # local folder, hub id, or "embedded" for the small verifier in this package
     revision: str | None = None  # hub branch, tag or commit
     dtype: Dtype = Dtype.bfloat16  # of what is computed, and of weights that are not quantised
     device: Device = Device.auto
@@ -204,7 +204,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     limit: int | None = None  # prompts of all sources together, shared out by their weights; None: all
     heldout_share: float = 0.02  # share of conversations, chosen by id, answered greedily and never trained on
-    seed: int = 0  # of what limits choose, of the order, and of the embedded prompts
+    seed: int = 0  # of what limits choose, and of the order
     exclude: list[str] = field(default_factory=list)  # evaluation questions, id:subset too: no prompts like them
     deduplicate: bool = True  # of prompts that say the same, only one is taken
     min_chars: int = 1  # characters of the user's side, all turns together

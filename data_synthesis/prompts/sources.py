@@ -1,4 +1,4 @@
-"""Rows of prompt sources: JSON, JSONL and Parquet files, folders of them, datasets of the hub, the embedded corpus."""
+"""Rows of prompt sources: JSON, JSONL and Parquet files, folders of them, datasets of the hub, the embedded ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...conf.schema import SourceConfig
-from ...models.embedded.corpus import prompts as embedded_prompts
+from ...models.embedded.verifier import prompts as embedded_prompts
 from .rows import BESIDE, FIELDS, ID_FIELDS, SYSTEM_FIELDS
 
 EMBEDDED = "embedded"
@@ -18,7 +18,6 @@ SUFFIXES = (".json", ".jsonl", ".parquet")  # of files that are read
 _ARROW = (".arrow", ".feather")  # of those that are not
 READ = {*FIELDS, *ID_FIELDS, *SYSTEM_FIELDS, *BESIDE}  # columns that a prompt is read from
 
-_EMBEDDED_PROMPTS = 1000  # where the source has no limit
 _BATCH_ROWS = 1000
 _SHUFFLED_ROWS = 10_000  # that a stream draws from; they are in memory
 _CHUNK = 1 << 20  # characters
@@ -37,7 +36,7 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
     """Read the rows of a source one after the other; none is kept.
 
     A row that cannot be decoded comes as the ValueError that says why, so that a caller may leave it out. With
-    `streaming` rows come in the order of datasets' own shuffle by `seed`. The embedded corpus depends on `seed` too.
+    `streaming` rows come in the order of datasets' own shuffle by `seed`.
 
     Args:
         whole: give all columns of a table, not those alone that a prompt is read from.
@@ -46,7 +45,7 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
         ValueError: the source does not exist, cannot be reached, or has no such split.
     """
     if source.path == EMBEDDED:
-        yield from _placed(EMBEDDED, embedded_prompts(source.limit or _EMBEDDED_PROMPTS, seed))
+        yield from _placed(EMBEDDED, embedded_prompts()[: source.limit])
         return
     files = local_files(source)
     if not files or (source.streaming and Path(source.path).is_dir() and files[0].suffix == ".parquet"):

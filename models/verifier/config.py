@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,14 +26,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ...conf.runtime.artifact import digest
 from ...conf.schema import Device, VerifierConfig
-from ..embedded.verifier import EmbeddedSettings, embedded_verifier
+from ..embedded.verifier import CHECKPOINT
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
 
 
 def verifier_location(config: VerifierConfig) -> str:
-    """Give the folder or hub id to load from; makes the embedded verifier if it is asked for and not there yet."""
-    return str(embedded_verifier()) if config.path == "embedded" else config.path
+    """Return the folder or hub id to load from."""
+    return str(CHECKPOINT) if config.path == "embedded" else config.path
 
 
 def torch_device(device: Device) -> torch.device:
@@ -86,22 +85,6 @@ def from_checkpoint(verifier: VerifierConfig, kind: Any, **more: Any) -> Any:
 def load_whole_config(config: VerifierConfig) -> Any:
     """Load the checkpoint's configuration, that of its text decoder and of its other parts."""
     return from_checkpoint(config, AutoConfig)
-
-
-def embedded_config() -> LlamaConfig:
-    """Give the sizes of the embedded verifier, which need not be made for that."""
-    sizes = EmbeddedSettings()
-    return LlamaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        max_position_embeddings=sizes.max_positions,
-        tie_word_embeddings=False,
-    )
 
 
 def auto_class(whole: Any) -> Any:

@@ -15,7 +15,6 @@ from ...conf.schema import Config, VerifierConfig
 from ...data_synthesis.verifier_check import check_verifier
 from ...models.head.draft_head import DraftHeadConfig
 from ...models.head.sizes import num_active_experts, num_experts, size_of
-from ...models.verifier.config import embedded_config
 from ...models.verifier.model import empty_model, load_whole_config
 from ...models.verifier.quantised import quantisation
 
@@ -67,8 +66,6 @@ def load_whole(config: Config) -> tuple[Any, str]:
             return load_whole_config(replace(verifier, path=given, revision=None)), given
         except ValueError as error:
             raise ValueError(str(error).replace("verifier.path", "plan.verifier_config")) from None
-    if verifier.path == "embedded":
-        return embedded_config(), verifier.path
     if verifier.shapes and not Path(verifier.path).is_dir():
         return _of_shapes(verifier), "verifier.shapes"
     return load_whole_config(verifier), verifier.path

@@ -9,7 +9,7 @@ from builders import Run
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.data_synthesis import benchmark
 from fledge.data_synthesis.conversations import read_conversations
-from fledge.models.embedded.corpus import prompts as embedded_prompts
+from fledge.models.embedded.verifier import prompts as embedded_prompts
 from omegaconf.errors import ConfigKeyError
 from servers import free_port, model_server
 from serving import vllm_server
@@ -20,7 +20,7 @@ SAME = ("messages", "finish_reasons", "unanswered_turns", "usage", "temperature"
 @pytest.fixture
 def rows(tmp_path) -> Path:
     """Conversations of one to three turns, a third of them with a system message."""
-    questions = [turn for row in embedded_prompts(24, seed=5) for turn in row["turns"]]
+    questions = [turn for row in embedded_prompts()[-24:] for turn in row["turns"]]
     path = tmp_path / "rows.jsonl"
     with open(path, "w") as file:
         for number in range(12):

@@ -17,7 +17,7 @@ from fledge.eval.decoding.proposal import Drafter, Proposal, Tree, find_way, gro
 from fledge.eval.decoding.speculator import Decoded, Request, Speculator, answer_alone
 from fledge.eval.decoding.verifier_cache import CachedVerifier
 from fledge.eval.figures.metrics import Counts
-from fledge.models.embedded.corpus import questions
+from fledge.models.embedded.verifier import questions
 from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import Verifier, VerifierWeights

@@ -19,13 +19,13 @@ from fledge.conf.schema import (
     VerifierConfig,
     validate,
 )
-from fledge.models.embedded.verifier import CHAT_TEMPLATE
 from fledge.models.export import export
 from fledge.models.formats.plain import load_head, save_head
 from fledge.models.formats.published import read_foreign_head
 from fledge.models.formats.speculators import save_speculators
 from fledge.models.import_head import import_head
 from fledge.models.verifier.model import VerifierWeights, verifier_identity
+from make_embedded import CHAT_TEMPLATE
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

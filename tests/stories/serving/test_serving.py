@@ -7,10 +7,9 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
-from conftest import TINY
-from fledge.models.embedded import corpus
-from fledge.models.embedded import verifier as embedded
+from fledge.models.embedded.verifier import conversations
 from fledge.models.formats.plain import layer_fields, load_head, vllm_layer_ids
+from make_embedded import TINY, make_document, train
 from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
 pytestmark = pytest.mark.serving
@@ -105,9 +104,8 @@ def make_verifier(architecture: str, tokenizer: transformers.PreTrainedTokenizer
         config = model_class.config_class(**sizes, **ids)
     torch.manual_seed(0)
     model = model_class(config)
-    conversations = corpus.training_conversations(TINY.num_conversations, TINY.seed)
-    documents = [embedded._document(tokenizer, messages, TINY) for messages in conversations]
-    embedded._train(getattr(model, "language_model", model), documents, TINY)
+    documents = [make_document(tokenizer, messages, TINY) for messages in conversations()[: TINY.num_conversations]]
+    train(getattr(model, "language_model", model), documents, TINY)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from builders import Run
-from conftest import TINY
 from fledge.conf.schema import Config, Device, Dtype, VerifierConfig
 from fledge.eval.doctor.doctor import diagnose, report
 from fledge.eval.doctor.rules import IDS
-from fledge.models.embedded.verifier import embedded_verifier
+from make_embedded import TINY, shared_embedded
 from safetensors.torch import load_file, save_file
 from serving import COUNTS, decode_in_vllm, evaluated
 
@@ -155,7 +154,7 @@ def accepted(counted: dict[str, Any]) -> float:
 def sound(tmp_path_factory) -> Callable[[str], Sound]:
     """Heads by form, each made once; vLLM counts with each what was evaluated, and the doctor finds nothing."""
     folder = tmp_path_factory.mktemp("sound")
-    verifier = embedded_verifier(TALKER)  # kept in the user's cache
+    verifier = shared_embedded(TALKER)
     first = Run(folder, verifier, "first", OPTIONS)
     first("synthesize")
     made: dict[str, Sound] = {}
