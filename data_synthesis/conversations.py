@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..conf.runtime.journal import Journal, read_journal, read_journal_lines, read_line
 from .prompts.rows import Prompt
 from .tokens.chat_template import Message, Turn, check_messages, join_turns
-from .tokens.reasoning import split_answer, split_text
+from .tokens.reasoning import split_answer
 
 FILE = "conversations.jsonl"
 SYNC_EVERY_S = 5.0
@@ -34,8 +34,7 @@ class Answer:
         """Give it with its reasoning beside its text, where whoever answered left it in."""
         if self.reasoning:
             return self
-        known = (tokenizer, self.turn.answer, self.text) if self.turn else None
-        text, reasoning = split_answer(*known) if known else split_text(tokenizer, self.text)
+        text, reasoning = split_answer(tokenizer, self.turn.answer if self.turn else None, self.text)
         return replace(self, text=text or "", reasoning=reasoning)
 
 

@@ -193,7 +193,8 @@ def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
             file.write(f", asked to stop by {came.name} at {time.strftime('%X')}, ends soon")
 
     try:
-        about.write_text(f"{os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %X')}")
+        with suppress(OSError):  # the disk may be full
+            about.write_text(f"{os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %X')}")
         with listening(note):
             yield
     finally:

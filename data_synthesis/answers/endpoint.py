@@ -26,9 +26,9 @@ _CONTEXT_WORDS = (
     *("maximum sequence length", "max_seq_len", "max_num_tokens"),
 )
 _NEEDED = {  # fields of an answer that not every server gives, and what for
-    "choices[0].finish_reason": "which tells an answer that was cut from one that ended",
-    "usage.prompt_tokens": "which the comparison of its tokens with the verifier's needs",
-    "usage.completion_tokens": "which is what its tokens are counted by",
+    "choices[0].finish_reason": "which fledge needs to tell an answer that was cut from one that ended",
+    "usage.prompt_tokens": "which fledge needs to compare its tokens with the verifier's",
+    "usage.completion_tokens": "which fledge needs to count tokens",
 }
 _OF_THE_REQUEST = (400, 413, 415, 422)  # other refusals are of whoever asks, or of all there is to ask
 
@@ -79,7 +79,7 @@ class RequestError(Exception):
     pause_s: float = 0.0  # what it asks for
     context_full: bool = False
     refuses_us: bool = False  # perhaps no request of ours would do
-    lacking: bool = False  # there is an answer, without a field that is needed
+    lacking: str = ""  # a field that is needed, which the answer has not
 
     def __str__(self) -> str:
         return f"{self.reason}, {self.detail}"
@@ -210,7 +210,7 @@ def read_answer(response: Any) -> Answer:
         needed: dict[str, Any] = {"choices[0].finish_reason": finish_reason}
         needed |= dict(zip(("usage.prompt_tokens", "usage.completion_tokens"), counts, strict=True))
         if lacking := [name for name, value in needed.items() if value is None]:
-            raise RequestError(f"an answer without {lacking[0]}", _NEEDED[lacking[0]], lacking=True)
+            raise RequestError(f"an answer without {lacking[0]}", _NEEDED[lacking[0]], lacking=lacking[0])
         f"{text}{reasoning}".encode()
         answer = Answer(
             text=text,
