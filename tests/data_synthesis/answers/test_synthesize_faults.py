@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, save_byte_tokenizer
+from commands import popen, run_command
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig
@@ -75,7 +76,7 @@ class Regeneration:
     def start(self, *endpoints: str, log: int | None = subprocess.PIPE) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "fledge", "synthesize", *self.arguments]
         command.append(f"synthesize.endpoints=[{','.join(endpoints)}]")
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def finish(self, *endpoints: str, starts: int = 1) -> str:
         """Start until the exit code is 0; give what was printed."""
@@ -343,7 +344,7 @@ def test_images_reach_the_server_as_they_are_and_dump_leaves_them_out(tmp_path, 
         "draft.aux_layers=[1,3,5]",
         "draft.vocab_size=99",
     ]
-    dumped = subprocess.run(command, capture_output=True, text=True, check=False)
+    dumped = run_command(command)
     assert dumped.returncode == 2
     assert "1 conversations whose images cannot be read" in dumped.stderr
 
