@@ -22,8 +22,8 @@ from ..conf.runtime.signals import StopSignals, deferred
 from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..data_synthesis.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps
+from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
-from ..models.head.sizes import describe_sizes
 from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier.model import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint

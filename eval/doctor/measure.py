@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ...conf.schema import Config
 from ...models.formats.plain import vllm_layer_ids
 from ...models.formats.published import halves_from_pairs
-from ...models.head.draft_head import DraftHead, DraftHeadConfig, DraftLayer, rope_of
+from ...models.head.config import DraftHeadConfig, rope_of
+from ...models.head.draft_head import DraftHead, DraftLayer
 from ...models.head.ttt_attention import TTTAttention
 from ...models.verifier.model import Verifier, torch_device
 from ..asking import QuestionReader, UnaskableError

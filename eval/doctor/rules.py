@@ -17,7 +17,7 @@ from ...conf.schema import AuxNumbering, HeadImportConfig
 from ...models.formats.plain import EMBEDDING, LM_HEAD, vllm_layer_ids
 from ...models.formats.published import KNOWN, layer_counts, lm_head_cure, other_dtypes, shares_lm_head, wrapper_prefix
 from ...models.formats.published_config import rope_parameters
-from ...models.head.draft_head import rope_of
+from ...models.head.config import rope_of
 from ...models.verifier.model import default_aux_layers
 
 IDS = "eagle_aux_hidden_state_layer_ids"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...conf.runtime.artifact import sync, write_json
-from ..head.draft_head import DraftHead, DraftHeadConfig
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
 from ..head.vocabulary import VocabularyMap
 
 LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"

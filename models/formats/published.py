@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...conf.schema import HeadImportConfig
-from ..head.draft_head import DraftHead, DraftHeadConfig
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
 from ..head.vocabulary import VocabularyMap
 from ..verifier.model import VerifierWeights
 from .plain import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS, dtype_name, tensor_problems

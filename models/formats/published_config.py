@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...conf.schema import AuxNumbering, HeadImportConfig
-from ..head.draft_head import DraftHeadConfig
+from ..head.config import DraftHeadConfig
 from ..verifier.model import default_aux_layers
 from .plain import CONFIG, vllm_layer_ids
 

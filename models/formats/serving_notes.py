@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..head.draft_head import DraftHeadConfig
+from ..head.config import DraftHeadConfig
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..head.draft_head import DraftHead, DraftHeadConfig
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
 from .plain import dtype_name, head_tensors, layer_fields, vllm_layer_ids, write_head_files
 
 SPECULATORS_VERSION = "0.5.0"  # the release of the library whose form this is, for readers only

@@ -11,7 +11,7 @@ import torch
 from ...conf.runtime.artifact import read_manifest
 from ...conf.schema import Config, EvaluateEngine, ExportFormat, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES, StateFormat
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
 from ...train.metrics.cost import plain_flops
 from .gpus import GPUS
 from .memory import TrainingShape

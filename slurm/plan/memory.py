@@ -13,7 +13,8 @@ from functools import cached_property
 
 import torch
 
-from ...models.head.draft_head import DraftHead, DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
+from ...models.head.draft_head import DraftHead
 from ...models.head.vocabulary import VocabularyMap
 from ...train.loss.fused import SLICE_BYTES, rows_in_chunk
 
