@@ -1,7 +1,7 @@
 """The configuration of a draft head, and how it follows from the options and the verifier's configuration.
 
 A head is a dense Llama, and its verifier may be anything. Its MLP is as wide as the verifier's `intermediate_size`.
-Where that is one expert's width, or narrower than the state beside experts, it is as wide as the experts that a token
+If that is one expert's width, or narrower than the state next to experts, it is as wide as the experts that a token
 meets are together, shared ones among them. Attention has the verifier's heads; where their number does not divide the
 width, which a Llama must, as many of the same size as the width holds.
 """
@@ -52,7 +52,7 @@ class DraftHeadConfig:
     fc_norm: bool = True
     norm_output: bool = True
     norm_before_residual: bool = False
-    own_embedding: bool = False  # where not, the head reads the verifier's
+    own_embedding: bool = False  # if not, the head reads the verifier's
 
     @classmethod
     def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
@@ -85,13 +85,9 @@ class DraftHeadConfig:
         )
 
     def llama_config(self) -> LlamaConfig:
-        """Give the Llama configuration of the head's layers (rotary embedding, export)."""
+        """Return the Llama configuration of the head's layers, for the rotary embedding."""
         return LlamaConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
+            **{name: getattr(self, name) for name in HeadSizes._fields},
             num_hidden_layers=self.num_layers,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
@@ -112,7 +108,7 @@ class HeadSizes(NamedTuple):
 
 
 def size_of(verifier: Any, *names: str) -> Any:
-    """Give the first of these sizes that a configuration has, else None; of one that layers differ in, the commonest.
+    """Return the first of these sizes that a configuration has, else None; of one that layers differ in, the commonest.
 
     (transformers refuses to give some of the latter, by an error that getattr does not take for a missing attribute.)
     """
@@ -129,7 +125,7 @@ def size_of(verifier: Any, *names: str) -> Any:
 
 
 def required_size(verifier: Any, name: str, cure: str) -> int:
-    """Give a size that a head cannot do without.
+    """Return a size that a head cannot do without.
 
     Raises:
         ValueError: the verifier's configuration has none of that name.
@@ -141,12 +137,12 @@ def required_size(verifier: Any, name: str, cure: str) -> int:
 
 
 def num_active_experts(verifier: Any) -> int:
-    """Give how many routed experts a token meets in a layer; 0: the verifier has none."""
+    """Return how many routed experts a token meets in a layer; 0: the verifier has none."""
     return int(size_of(verifier, *_ACTIVE) or 0) if num_experts(verifier) > 1 else 0
 
 
 def num_experts(verifier: Any) -> int:
-    """Give how many routed experts a layer has."""
+    """Return how many routed experts a layer has."""
     return int(size_of(verifier, *_EXPERTS) or 0)
 
 
@@ -162,7 +158,7 @@ def head_sizes(draft: DraftConfig, verifier: Any) -> HeadSizes:
 
 
 def _width(verifier: Any) -> tuple[int, str]:
-    """Give the width of the head's MLP, and what it is."""
+    """Return the width of the head's MLP, and what it is."""
     dense, hidden = size_of(verifier, *_DENSE_WIDTH), size_of(verifier, "hidden_size")
     active, expert = num_active_experts(verifier), size_of(verifier, *_EXPERT_WIDTH)
     apart = expert is not None or size_of(verifier, "intermediate_size_mlp") is not None
@@ -180,24 +176,24 @@ def _width(verifier: Any) -> tuple[int, str]:
 
 
 def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> tuple[int, int, int]:
-    """Give the number of heads, of those of keys and values, and their size."""
-    given, theirs = draft.num_attention_heads, size_of(verifier, "num_attention_heads")
+    """Return the number of heads, of those of keys and values, and their size."""
+    option, verifier_heads = draft.num_attention_heads, size_of(verifier, "num_attention_heads")
     head_dim = draft.head_dim or size_of(verifier, "head_dim")
-    if not theirs and not (given and head_dim):
+    if not verifier_heads and not (option and head_dim):
         raise ValueError(
             f"draft.num_attention_heads and draft.head_dim are required: config.json of {verifier.model_type} has no "
             "num_attention_heads"
         )
-    head_dim = head_dim or size_of(verifier, "hidden_size") // theirs
+    head_dim = head_dim or size_of(verifier, "hidden_size") // verifier_heads
     if head_dim % 2:
         raise ValueError(f"draft.head_dim must be even, rotation takes dimensions in pairs, got {head_dim}")
-    if given and hidden % given:
+    if option and hidden % option:
         raise ValueError(
-            f"draft.num_attention_heads must divide the head's width of {hidden}, or no engine reads it, got {given}"
+            f"draft.num_attention_heads must divide the head's width of {hidden}, or no engine reads it, got {option}"
         )
-    heads = given or (theirs if not hidden % theirs else _divisor(hidden, hidden // head_dim))
+    heads = option or (verifier_heads if not hidden % verifier_heads else _divisor(hidden, hidden // head_dim))
     keys = draft.num_key_value_heads or size_of(verifier, "num_key_value_heads") or heads
-    if not given and not draft.num_key_value_heads:
+    if not option and not draft.num_key_value_heads:
         keys = math.gcd(heads, keys)
     if heads % keys:
         raise ValueError(
@@ -207,12 +203,12 @@ def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> tuple[int, int
 
 
 def _divisor(number: int, most: int) -> int:
-    """Give the largest divisor up to `most`, at least 1."""
+    """Return the largest divisor up to `most`, at least 1."""
     return next((part for part in range(most, 1, -1) if number % part == 0), 1)
 
 
 def describe_sizes(draft: DraftConfig, verifier: Any) -> str:
-    """Say in a line what sizes a head takes, by which rule, and which options set others."""
+    """Return in a line what sizes a head takes, by which rule, and which options set others."""
     sizes = head_sizes(draft, verifier)
     width = "as given" if draft.intermediate_size else _width(verifier)[1]
     same = sizes.num_attention_heads == size_of(verifier, "num_attention_heads")
@@ -225,7 +221,7 @@ def describe_sizes(draft: DraftConfig, verifier: Any) -> str:
 
 
 def rope_of(verifier: Any) -> dict[str, Any]:
-    """Give the rotary parameters a head takes from its verifier.
+    """Return the rotary parameters a head takes from its verifier.
 
     A head rotates whole head dimensions by one position: of several sets (by layer type) it takes that of full
     attention, and sections by image axis, equal on text, or a partial rotation are not taken over. Other kinds
@@ -234,8 +230,8 @@ def rope_of(verifier: Any) -> dict[str, Any]:
     parameters = dict(getattr(verifier, "rope_parameters", None) or {})
     if isinstance(parameters.get("full_attention"), dict):
         parameters = dict(parameters["full_attention"])
-    kept = {key: value for key, value in parameters.items() if key not in ("mrope_section", "partial_rotary_factor")}
-    kind = kept.get("rope_type", "default")
-    if kind not in ROPE_TYPES or "mrope_interleaved" in kept:
-        kept = {"rope_theta": kept.get("rope_theta", 10000.0)}
-    return {"rope_theta": 10000.0, "rope_type": "default", **kept}
+    rope = {key: value for key, value in parameters.items() if key not in ("mrope_section", "partial_rotary_factor")}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES or "mrope_interleaved" in rope:
+        rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    return {"rope_theta": 10000.0, "rope_type": "default", **rope}

@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         projected: Projected | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Attend from `rows` (all where None) to all rows; `projected` joins the projections of x, its last columns."""
+        """Attend from `rows` (all if None) to all rows; `projected` joins the projections of x, its last columns."""
         columns = slice(-x.shape[-1], None)
         inputs = (_rows(x, rows), x, x)
         q, k, v = (proj(i, columns) for proj, i in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True))
@@ -83,7 +83,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps these two for the backward pass and not silu(gate) beside them."""
+    """silu(gate) * up, which keeps these two for the backward pass and not silu(gate) next to them."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class DraftLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def project_embedding(self, embedding: Tensor) -> Projected:
-        """Give what embeddings [T, H] add to q, k and v; the first layer only."""
+        """Return what embeddings [T, H] add to q, k and v; the first layer only."""
         x, attention = self.input_layernorm(embedding), self.self_attn
         columns = slice(x.shape[-1])
         return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
@@ -161,7 +161,7 @@ class OutputHead(nn.Linear):
     """The map to logits, or to anything else that is made of states and its weight."""
 
     def forward(self, states: Any, reduce: Callable[[Any, Tensor], Any] | None = None) -> Any:
-        """Give logits [T, Vd] of states [T, H]; with `reduce`, reduce(states, weight).
+        """Return logits [T, Vd] of states [T, H]; with `reduce`, reduce(states, weight).
 
         ZeRO-3 has the weight in one piece inside this call only.
         """
@@ -202,33 +202,33 @@ class DraftHead(nn.Module):
 
     @property
     def target_ids(self) -> Tensor:
-        """Give the verifier's id of every draft token (int64 [Vd])."""
+        """Return the verifier's id of every draft token (int64 [Vd])."""
         return VocabularyMap(self.d2t, self.t2d).target_ids
 
     def rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
+        """Return cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
         cos, sin = self._rotary[0].to(like.device)(like, positions[None])
         return cos[0], sin[0]
 
     def embed(self, tokens: Tensor, verifier_embedding: Tensor) -> Tensor:
-        """Give the embeddings [T, H] of tokens [T]: the head's own, or rows of the verifier's [V, H]."""
+        """Return the embeddings [T, H] of tokens [T]: the head's own, or rows of the verifier's [V, H]."""
         if self.embed_tokens is not None:
             return self.embed_tokens(tokens)
         return nn.functional.embedding(tokens, verifier_embedding)
 
     def lookup(self, tokens: Tensor, verifier_embedding: Tensor) -> Lookup:
-        """Give what `embed` looks up, for `step` to look up."""
+        """Return what `embed` looks up, for `step` to look up."""
         return Lookup(tokens, verifier_embedding if self.embed_tokens is None else self.embed_tokens.weight)
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
-        """Give the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
+        """Return the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
         if self.fc_norm is not None:
             parts = aux_hidden_states.split(self.config.verifier_hidden_size, dim=-1)
             aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(aux_hidden_states)
 
     def project_embedding(self, embedding: Tensor) -> Projected:
-        """Give what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
+        """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
         first: Any = self.layers[0]
         return first.project_embedding(embedding)
 
@@ -247,7 +247,7 @@ class DraftHead(nn.Module):
             state: [T, H], `fuse` at step 0, the state of the step before after that.
             rotary: cosine and sine at the rows' positions.
             attention: joins these rows' queries with the keys they may see.
-            rows: int64, those whose states are wanted; all where None. The others give keys and values only.
+            rows: int64, those whose states are read; all if None. The others give keys and values only.
 
         Returns:
             The state to feed onward and the normed state that `lm_head` multiplies, [T, H] each (one and the same
@@ -282,7 +282,7 @@ def initialise(head: DraftHead, verifier_embedding: Tensor, verifier_lm_head: Te
 
 
 def of_width(rows: Tensor, width: int) -> Tensor:
-    """Give rows [n, H] another width: along their leading principal directions, or with zeros beside them."""
+    """Return rows [n, H] in another width: along their leading principal directions, or with zeros added."""
     if width >= rows.shape[1]:
         return nn.functional.pad(rows, (0, width - rows.shape[1]))
     rows = rows.float()
