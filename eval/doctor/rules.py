@@ -158,11 +158,8 @@ def _field_findings(head: Published) -> Iterator[Finding]:
         yield Finding("quantization", "quantization_config stands in config.json", cost, "remove quantization_config")
     declared, held = head.layer_counts
     if declared != held:
-        what, cost = (
-            f"num_hidden_layers is {declared}, the weights hold {held}",
-            "engines look for others than are there",
-        )
-        yield Finding("layer_count", what, cost, f"write num_hidden_layers: {held}")
+        what = f"num_hidden_layers is {declared}, the weights hold {held}"
+        yield Finding("layer_count", what, "engines look for others than are there", f"write num_hidden_layers: {held}")
     elif held != 1:
         cost = "engines norm the input of further layers differently"
         yield Finding("layers", f"{held} draft layers", cost, "train a head of one layer")
