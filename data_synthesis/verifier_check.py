@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from ..conf.schema import Config
-from ..models.head.draft_head import DraftHeadConfig
+from ..models.head.config import DraftHeadConfig
 from ..models.head.vocabulary import check_vocabulary_size
 from ..models.verifier.model import (
     VerifierWeights,

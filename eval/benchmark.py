@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..conf.arguments import parse_options
 from ..conf.schema import DraftConfig, DraftSampling
-from ..models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from ..models.head.config import DraftHeadConfig
+from ..models.head.draft_head import DraftHead, initialise
 from ..models.head.vocabulary import build_vocabulary
 from ..models.kernels import DECODING
 from ..models.verifier.model import Verifier, default_aux_layers

@@ -13,6 +13,7 @@ from ..conf.runtime.journal import Journal
 from ..conf.runtime.progress import Progress
 from ..conf.schema import Config
 from ..data_synthesis.tokens.chat_template import answer_text
+from ..models.head.architectures import build_head
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.head.vocabulary import VocabularyMap
 from ..models.verifier.model import Verifier, VerifierWeights
@@ -85,7 +86,7 @@ class Answerer:
 
         drafters: dict[str, Drafter] = {TRAINED: decoder(head)}
         if options.baselines:
-            untrained = DraftHead(head.config, VocabularyMap(head.d2t, head.t2d))
+            untrained = build_head(head.config, VocabularyMap(head.d2t, head.t2d))
             initialise(untrained, matrix, weights.lm_head(), config.train.seed)
             drafters[UNTRAINED] = decoder(untrained)
             drafters[LOOKUP] = PromptLookup(options.draft_depth, options.batch_size)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..conf.arguments import parse_options
 from ..conf.schema import TTTLoss
-from ..models.head.draft_head import DraftHead, DraftHeadConfig
+from ..models.head.config import DraftHeadConfig
+from ..models.head.draft_head import DraftHead
 from ..models.head.vocabulary import build_vocabulary
 from .loss.fused import SUMS
 from .loss.rows import PackedBatch

@@ -22,8 +22,9 @@ from ..conf.runtime.signals import StopSignals, deferred
 from ..conf.schema import Config, HiddenStates, TTTLoss
 from ..data_synthesis.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps
+from ..models.head.architectures import build_head
+from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
-from ..models.head.sizes import describe_sizes
 from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier.model import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
@@ -63,7 +64,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
     with ExitStack() as stack:
         data = stack.enter_context(TrainingData(config, shape, ranks.rank, ranks.world, ranks.device.type == "cuda"))
-        head = given or DraftHead(shape, data.vocabulary)
+        head = given or build_head(shape, data.vocabulary)
         settings = _settings(config, data, head)
         saved = checkpoint_steps(config.training_folder / "checkpoints")
         ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})

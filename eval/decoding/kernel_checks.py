@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...conf.schema import Config
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
 from ...models.kernels import DECODING
 from ...models.kernels.self_check import TOLERANCES, Check, Checked, Figure, check_kernels
 from .acceptance import AcceptanceRule

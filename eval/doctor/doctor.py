@@ -1,17 +1,24 @@
-"""The doctor command: why a published head loses acceptance, told from its files and by measurement."""
+"""The doctor command: why a published head loses acceptance, by its files and by measurement."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
-from ...conf.schema import Config
-from ...models.formats.published import other_dtypes, read_published
+import torch
+from torch import Tensor
+
+from ...conf.schema import Config, HeadImportConfig
+from ...models.formats.fields import AUX_IDS, EAGLE, LAYER, vllm_layer_ids
+from ...models.formats.plain import LM_HEAD
+from ...models.formats.published import KNOWN, assemble_head, read_published
+from ...models.formats.published_config import HeadFiles
+from ...models.head.draft_head import DraftHead
 from ...models.import_head import source_folder
 from ...models.verifier.model import VerifierWeights, load_config
 from .measure import FAR, STEPS, Measured, Verdict, measure, variants
-from .repair import readable_head
-from .rules import PAIRS, Finding, Published, engine_notes, static_findings
+from .rules import PAIRS, Finding, Published, absolute_ids, engine_notes, static_findings
 
 
 @dataclass
@@ -20,15 +27,15 @@ class Diagnosis:
 
     findings: list[Finding]
     notes: list[str]  # by engine
-    verdict: Verdict | None = None  # None where nothing was measured
-    unmeasured: str = ""  # why, where it was asked for
+    verdict: Verdict | None = None  # None if nothing was measured
+    unmeasured: str = ""  # why, if it was to be measured
     names_layers: bool = True  # whether it is known on which layers the head was trained
 
 
 def doctor(config: Config) -> None:
     """Print what is wrong with the head at head_import.source.
 
-    Exit code 1 if something is, 2 if nothing was found but what was asked for could not be measured.
+    Exit code 1 if something is, 2 if nothing was found but the head could not be measured.
     """
     diagnosis = diagnose(config)
     print(report(diagnosis))
@@ -47,7 +54,7 @@ def diagnose(config: Config) -> Diagnosis:
     embedding = weights.embedding()
     published = Published(folder, *read_published(folder), load_config(config.verifier), embedding, config.head_import)
     diagnosis = Diagnosis(static_findings(published), engine_notes(published), names_layers=published.names_layers)
-    if other_dtypes(published.tensors):
+    if published.other_dtypes:
         return diagnosis
     try:
         head = readable_head(published, weights)
@@ -137,3 +144,56 @@ def _conclusion(verdict: Verdict, names_layers: bool) -> str:
 def _names(measured: list[Measured]) -> str:
     more = f"; and {len(measured) - 4} more" if len(measured) > 4 else ""
     return "; ".join(one.variant.name for one in measured[:4]) + more
+
+
+def readable_head(head: Published, weights: VerifierWeights) -> DraftHead:
+    """Return the head with everything corrected whose cure leaves no choice.
+
+    Raises:
+        ValueError: what is wrong cannot be corrected without a choice.
+    """
+    tensors = _corrected_tensors(head, weights)
+    values = _corrected_config(head, tensors)
+    options = HeadImportConfig(interleaved_rotary=head.options.interleaved_rotary)  # the layers are in the values now
+    return assemble_head(HeadFiles(head.folder, values, tensors), head.verifier, options, weights).head
+
+
+def _corrected_tensors(head: Published, weights: VerifierWeights) -> dict[str, Tensor]:
+    prefix = head.prefix or "model."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if KNOWN.fullmatch(name)}
+    vocab_size = head.verifier.vocab_size
+    if "d2t" not in tensors and "t2d" in tensors:
+        inside = tensors["t2d"].bool().nonzero().flatten()
+        tensors["d2t"] = inside - torch.arange(len(inside))
+    if "d2t" in tensors:
+        if absolute_ids(tensors, vocab_size):
+            tensors["d2t"] = tensors["d2t"].long() - torch.arange(len(tensors["d2t"]))
+        tensors.pop("t2d", None)  # it follows from d2t
+        if len(tensors["d2t"]) == vocab_size:
+            del tensors["d2t"]
+    if LM_HEAD not in tensors:  # then trained on the verifier's, or lost
+        d2t = tensors.get("d2t")
+        ids = torch.arange(vocab_size) if d2t is None else torch.arange(len(d2t)) + d2t
+        if int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
+            tensors[LM_HEAD] = weights.lm_head()[ids]
+    return tensors
+
+
+def _corrected_config(head: Published, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layers, num_layers = head.aux_layers(), head.verifier.num_hidden_layers
+    if not layers or not all(isinstance(k, int) and 0 <= k < num_layers for k in layers):
+        layers = head.default_layers()
+    layer = {name: value for name, value in head.layer.items() if name not in ("quantization_config", AUX_IDS)}
+    layer["num_hidden_layers"] = HeadFiles(head.folder, head.values, tensors).layer_counts[1]
+    if (rope := layer.get("rope_parameters")) and "rope_theta" in rope:
+        layer["rope_theta"] = rope["rope_theta"]
+    if head.speculators:
+        values = {**head.values, LAYER: layer, AUX_IDS: vllm_layer_ids(layers)}
+        values.pop(EAGLE, None)
+    else:
+        values = {**layer, EAGLE: {**(head.values.get(EAGLE) or {}), AUX_IDS: layers}}
+    values.pop("quantization_config", None)
+    values["draft_vocab_size"] = len(tensors[LM_HEAD]) if LM_HEAD in tensors else None
+    values["fc_norm"] = any(name.startswith("fc_norm.") for name in tensors)
+    return values

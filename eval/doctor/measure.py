@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ...conf.schema import Config
-from ...models.formats.plain import vllm_layer_ids
 from ...models.formats.published import halves_from_pairs
-from ...models.head.draft_head import DraftHead, DraftHeadConfig, DraftLayer, rope_of
+from ...models.head.config import DraftHeadConfig, rope_of
+from ...models.head.draft_head import DraftHead, DraftLayer
 from ...models.head.ttt_attention import TTTAttention
 from ...models.verifier.model import Verifier, torch_device
 from ..asking import QuestionReader, UnaskableError
 from ..decoding.speculator import answer_alone
 from ..questions import load_questions
-from .rules import AUX, NESTED, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, TOP, Published
+from .rules import AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, Published
 
 CONFIGURED = "as configured"
 PAIRS_CURE = (
@@ -68,26 +68,26 @@ class Measured:
 
     @property
     def first(self) -> float:
-        """Share of rows whose first draft token is the verifier's."""
+        """Return the share of rows whose first draft token is the verifier's."""
         return float(torch.cat(self.hits)[:, 0].double().mean())
 
     @property
     def length(self) -> float:
-        """Tokens gained in STEPS steps, the verifier's own included."""
+        """Return the tokens gained in STEPS steps, the verifier's own included."""
         return 1 + float(torch.cat(self.hits).long().cumprod(dim=1).sum(dim=1).double().mean())
 
     @property
     def loss(self) -> float:
-        """Mean nats a row."""
+        """Return the mean nats a row."""
         return float(torch.cat(self.nats).mean())
 
     def clearly_further_than(self, other: Measured) -> bool:
-        """Whether this form is further from the verifier, by CLEAR standard errors."""
+        """Return whether this form is further from the verifier, by CLEAR standard errors."""
         return _mean_over_error(self.nats, other.nats) > CLEAR
 
 
 def _mean_over_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Give the mean difference over rows in its standard errors; rows of one text count as drawn together."""
+    """Return the mean difference over rows in its standard errors; rows of one text count as drawn together."""
     sums = torch.stack([(a - b).double().sum() for a, b in zip(ours, theirs, strict=True)])
     rows = torch.tensor([len(text) for text in ours], dtype=torch.float64)
     mean = sums.sum() / rows.sum()
@@ -103,49 +103,49 @@ class Verdict:
 
     @property
     def configured(self) -> Measured:
-        """The head as it is."""
+        """Return the head as it is."""
         return next(measured for measured in self.measured if not measured.variant.changes)
 
     @property
     def alike(self) -> list[Measured]:
-        """Forms that the texts do not tell from the nearest one, those of fewest changes first."""
+        """Return forms that the texts do not tell from the nearest one, those of fewest changes first."""
         found = [m for m in self.measured if not m.clearly_further_than(self.measured[0])]
         return sorted(found, key=lambda measured: len(measured.variant.changes))
 
     @property
     def candidates(self) -> list[Measured]:
-        """Forms the weights may have been trained for: of those alike, the ones nearest to the head as configured."""
+        """Return forms the weights may have been trained for: of those alike, the nearest to the head as configured."""
         alike = self.alike
         return [m for m in alike if len(m.variant.changes) == len(alike[0].variant.changes)]
 
     @property
     def as_configured(self) -> bool:
-        """Whether nothing speaks against the head as configured."""
+        """Return whether nothing speaks against the head as configured."""
         return not self.alike[0].variant.changes
 
     @property
     def best_first(self) -> float:
-        """The largest share of first draft tokens that are the verifier's, in any form."""
+        """Return the largest share of first draft tokens that are the verifier's, in any form."""
         return max(measured.first for measured in self.measured)
 
     @property
     def otherwise(self) -> bool:
-        """Whether the weights were trained for another form, in which they accept more."""
+        """Return whether the weights were trained for another form, in which they accept more."""
         return not self.as_configured and all(one.length > self.configured.length for one in self.candidates)
 
     @property
     def aux_layers(self) -> list[int] | None:
-        """The layers the weights were trained on; None where the texts do not tell."""
+        """Return the layers the weights were trained on; None if the texts do not tell."""
         layers = {one.variant.config.aux_layers for one in self.candidates}
         return list(layers.pop()) if len(layers) == 1 else None
 
     def settles(self, change: str) -> bool:
-        """Whether the head as configured is right in this respect: every form that differs in it is ruled out."""
+        """Return whether the head as configured is right in this respect: all forms that differ in it are ruled out."""
         return self.as_configured and not any(change in m.variant.changes for m in self.alike)
 
 
 def variants(head: Published, config: DraftHeadConfig) -> list[Variant]:
-    """Give the forms to try: aux layers one up or down, both norm flags, the verifier's rope, in every combination.
+    """Return the forms to try: aux layers one up or down, both norm flags, the verifier's rope, in every combination.
 
     And, by itself, the rotation of Llama 4 and GPT-J: of neighbouring dimensions as pairs.
     """
@@ -163,11 +163,10 @@ def variants(head: Published, config: DraftHeadConfig) -> list[Variant]:
             norm_output=config.norm_output ^ output,
             rope_parameters=rope,
         )
-        ids = f"{TOP}: {vllm_layer_ids(layers)}"
         flag = f"norm_before_residual: {str(formed.norm_before_residual).lower()}"
         feedback = f"norm_output: {str(formed.norm_output).lower()}"
         forms = (  # what differs, whether it does, its name, the fields that declare it
-            (AUX, shift, f"aux layers {list(layers)}", ids if head.speculators else f"{NESTED}: {list(layers)}, {ids}"),
+            (AUX, shift, f"aux layers {list(layers)}", ", ".join(head.written_ids(layers))),
             (NORM_BEFORE_RESIDUAL, residual, flag, flag),
             (NORM_OUTPUT, output, feedback, feedback),
             (ROPE, rope is theirs, "rope of the verifier", f"rope_theta, rope_scaling and rope_parameters: {theirs}"),
@@ -232,9 +231,9 @@ def compare(
 
 
 def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
-    """Give a head of the same weights, not copied, in another form of the same shapes."""
-    kept: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(head.parameters(), head.buffers())}
-    formed = copy.deepcopy(head, kept)
+    """Return a head of the same weights, not copied, in another form of the same shapes."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(head.parameters(), head.buffers())}
+    formed = copy.deepcopy(head, shared)
     formed.config = config
     for layer in formed.layers:
         cast(DraftLayer, layer).norm_before_residual = config.norm_before_residual
@@ -243,7 +242,7 @@ def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
 
 
 def _prompts(config: Config) -> list[list[int]]:
-    """Give the first turns of questions spread over the categories."""
+    """Return the first turns of questions spread over the categories."""
     options = replace(config.evaluate, questions=config.evaluate.questions or "embedded")
     questions = [q for q in load_questions(options, config.data.local_images) if not q.images]
     if not questions:
@@ -268,7 +267,7 @@ def _answered(verifier: Verifier, prompt: list[int], max_tokens: int, target_ids
 
 
 def _rows(text: Text) -> Tensor:
-    """Give the rows from which all steps predict tokens of the answer: for positions s ... e, s-1 ... e-1-STEPS."""
+    """Return the rows from which all steps predict tokens of the answer: for positions s ... e, s-1 ... e-1-STEPS."""
     return torch.arange(text.start - 1, max(text.start, len(text.tokens) - STEPS) - 1)
 
 

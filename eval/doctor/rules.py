@@ -1,27 +1,27 @@
-"""What can be told of a published head from its files alone: fields and tensors under which engines lose acceptance.
+"""What a published head's files alone show: fields and tensors under which engines lose acceptance.
 
 Rules and costs are those of the engines' readers; the lengths quoted were counted in vLLM on one small head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...conf.schema import AuxNumbering, HeadImportConfig
-from ...models.formats.plain import EMBEDDING, LM_HEAD, vllm_layer_ids
-from ...models.formats.published import KNOWN, layer_counts, lm_head_cure, other_dtypes, shares_lm_head, wrapper_prefix
-from ...models.formats.published_config import rope_parameters
-from ...models.head.draft_head import rope_of
+from ...models.formats.fields import AUX_IDS, EAGLE, FIELDS, POST_NORM, TOP, vllm_layer_ids
+from ...models.formats.plain import EMBEDDING, LM_HEAD
+from ...models.formats.published import KNOWN
+from ...models.formats.published_config import HeadFiles, rope_parameters
+from ...models.formats.serving_formats import SERVING_FORMATS, ServingFormat
+from ...models.head.config import rope_of
 from ...models.verifier.model import default_aux_layers
 
-IDS = "eagle_aux_hidden_state_layer_ids"
-NESTED, TOP = f"eagle_config.{IDS}", f"{IDS} at the top level"
+PLACES = {EAGLE: f"{EAGLE}.{AUX_IDS}", TOP: f"{AUX_IDS} at the top level"}
 AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, PAIRS = "aux", "norm_before_residual", "norm_output", "rope", "pairs"
 _LOWER = "aux states one layer lower are taken without an error (3.08 accepted in place of 3.51)"
 
@@ -38,36 +38,24 @@ class Finding:
 
 
 @dataclass
-class Published:
+class Published(HeadFiles):
     """A head as it lies in its folder, and the verifier it is to serve."""
 
-    folder: Path
-    values: dict[str, Any]  # config.json
-    tensors: dict[str, Tensor]
     verifier: Any  # its language-model configuration
     embedding: Tensor  # the verifier's [V, H]
     options: HeadImportConfig = field(default_factory=HeadImportConfig)  # what config.json leaves open
 
     @property
-    def speculators(self) -> bool:
-        """Whether the head is in Speculators format; if not, in the plain one."""
-        return "speculators_model_type" in self.values
+    def format(self) -> ServingFormat:
+        """Return the format that the head is in."""
+        return SERVING_FORMATS["speculators" if self.speculators else "plain"]
 
-    @property
-    def layer(self) -> dict[str, Any]:
-        """The Llama fields."""
-        return (self.values.get("transformer_layer_config") or {}) if self.speculators else self.values
-
-    def ids(self, nested: bool) -> list[Any]:
-        """Give the aux layer ids at one of their two places, ascending; empty where there are none."""
-        place = self.values.get("eagle_config") if nested else self.values
-        found = (place.get(IDS) if isinstance(place, dict) else None) or []
-        if not isinstance(found, list):
-            return [found]
-        return sorted(found) if all(isinstance(k, int) for k in found) else found
+    def written_ids(self, layers: Iterable[int]) -> list[str]:
+        """Return what config.json must say for these aux layers, by place."""
+        return [f"{PLACES[at]}: {[layer + first for layer in layers]}" for at, first in self.format.first_ids.items()]
 
     def default_layers(self) -> list[int]:
-        """Give the layers that engines take unasked; empty for a verifier too small to have them."""
+        """Return the layers that engines take unasked; empty for a verifier too small to have them."""
         try:
             return default_aux_layers(self.verifier.num_hidden_layers)
         except ValueError:
@@ -75,12 +63,12 @@ class Published:
 
     @property
     def names_layers(self) -> bool:
-        """Whether config.json, or the option, says on which layers the head was trained."""
-        return bool(self.ids(nested=True) or self.ids(nested=False) or self.options.aux_layers)
+        """Return whether config.json, or the option, says on which layers the head was trained."""
+        return bool(self.ids(EAGLE) or self.ids(TOP) or self.options.aux_layers)
 
     def aux_layers(self) -> list[int]:
-        """Give the layers meant, 0-based; ids at the top level alone are taken as vLLM numbers them."""
-        nested, top = self.ids(nested=True), self.ids(nested=False)
+        """Return the layers meant, 0-based; ids at the top level alone are taken as vLLM numbers them."""
+        nested, top = self.ids(EAGLE), self.ids(TOP)
         if nested and not self.speculators:
             return nested
         if self.options.aux_numbering is AuxNumbering.zero_based and not self.speculators:
@@ -88,16 +76,17 @@ class Published:
         return [k - 1 for k in top if isinstance(k, int)] or sorted(self.options.aux_layers or self.default_layers())
 
     def engine_layers(self) -> dict[str, list[int]]:
-        """Give the 0-based layers that each engine which reads the format would take."""
-        nested, top = ([k for k in self.ids(place) if isinstance(k, int)] for place in (True, False))
-        default = self.default_layers()
-        vllm = {"vLLM": [k - 1 for k in (top or nested)] or default}
-        return vllm if self.speculators else {**vllm, "SGLang": nested or default, "TensorRT-LLM": default}
+        """Return the 0-based layers that each engine which reads the format would take."""
+        taken = {}
+        for engine in self.format.engines:
+            ids = next((ids for at in engine.ids_at if (ids := [k for k in self.ids(at) if isinstance(k, int)])), [])
+            taken[engine.name] = [k - engine.first_id for k in ids] or self.default_layers()
+        return taken
 
 
 def static_findings(head: Published) -> list[Finding]:
     """Compare a head's files with its verifier and the engines' rules; every problem is named."""
-    if prefix := wrapper_prefix(head.tensors):
+    if prefix := head.prefix:
         what, cost = (
             f"the names of the tensors begin with {prefix!r}",
             "vLLM refuses to load them, SGLang drops them silently",
@@ -105,40 +94,38 @@ def static_findings(head: Published) -> list[Finding]:
         bare = replace(head, tensors={name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()})
         return [Finding("prefixed", what, cost, f"remove {prefix!r} from the names"), *static_findings(bare)]
     rules = [_aux_findings, _field_findings, _rope_findings]
-    rules += [_dtype_findings] if other_dtypes(head.tensors) else [_vocabulary_findings, _tensor_findings]
+    rules += [_dtype_findings] if head.other_dtypes else [_vocabulary_findings, _tensor_findings]
     return [finding for rule in rules for finding in rule(head)]
 
 
 def _aux_findings(head: Published) -> Iterator[Finding]:
-    nested, top, num_layers = head.ids(nested=True), head.ids(nested=False), head.verifier.num_hidden_layers
+    nested, top, num_layers = head.ids(EAGLE), head.ids(TOP), head.verifier.num_hidden_layers
     if not all(isinstance(k, int) for k in (*nested, *top)):
         yield Finding(
-            "aux_malformed", f"{IDS} is no list of integers", "no engine can read it", "write the layers' ids"
+            "aux_malformed", f"{AUX_IDS} is no list of integers", "no engine can read it", "write the layers' ids"
         )
         return
     layers, default = head.aux_layers(), head.default_layers()
-    both = f"write {NESTED}: {layers} and {TOP}: {vllm_layer_ids(layers)}"
+    write = "write " + " and ".join(head.written_ids(layers))
     taken = ", ".join(f"{engine} {ids}" for engine, ids in head.engine_layers().items())
-    if head.speculators:
-        both = f"write {TOP}: {vllm_layer_ids(layers)}"
     if len(set(layers)) < len(layers) or not all(0 <= k < num_layers for k in layers):
         cure = f"write different layers from 0 to {num_layers - 1} (0-based)"
         yield Finding("aux_out_of_range", f"the aux layers are {layers} (0-based)", "engines fail or take others", cure)
         return
     if not nested and not top:
         cost = f"engines take their default layers, {default} (0-based): lost, if the head was trained on others"
-        places = TOP if head.speculators else f"{NESTED} and {TOP}"
+        places = " and ".join(PLACES[at] for at in head.format.first_ids)
         ask = f"ask who trained it, or measure the likely ones by head_import.aux_layers=[...]; then write {places}"
-        known = both if head.names_layers else ask
-        yield Finding("aux_absent", "config.json does not say on which layers the head was trained", cost, known)
+        cure = write if head.names_layers else ask
+        yield Finding("aux_absent", "config.json does not say on which layers the head was trained", cost, cure)
     elif not head.speculators and not (nested and top):
-        what = f"aux layer ids stand in one place only: {NESTED if nested else TOP} {nested or top}"
+        what = f"aux layer ids stand in one place only: {PLACES[EAGLE if nested else TOP]} {nested or top}"
         other = "" if nested else "; if they count from 0, write both places anew: the measurement tells"
         cost = f"engines take different layers (0-based): {taken}; {_LOWER}"
-        yield Finding("aux_one_numbering", what, cost, both + other)
+        yield Finding("aux_one_numbering", what, cost, write + other)
     elif not head.speculators and top != vllm_layer_ids(nested):
-        what = f"{NESTED} {nested} and {TOP} {top} contradict each other: the second must be one higher"
-        yield Finding("aux_contradictory", what, f"engines take different layers (0-based): {taken}; {_LOWER}", both)
+        what = f"{PLACES[EAGLE]} {nested} and {PLACES[TOP]} {top} contradict each other: the second must be one higher"
+        yield Finding("aux_contradictory", what, f"engines take different layers (0-based): {taken}; {_LOWER}", write)
     elif default and layers in ([k + 1 for k in default], [k - 1 for k in default]):
         what = f"the aux layers are {layers} (0-based), one off from the usual {default}; taken are: {taken}"
         cure = (
@@ -169,31 +156,31 @@ def _field_findings(head: Published) -> Iterator[Finding]:
     if any(place.get("quantization_config") for place in (values, layer)):
         cost = "engines quantize the head, or look for scales that it has not"
         yield Finding("quantization", "quantization_config stands in config.json", cost, "remove quantization_config")
-    said, held = layer_counts(values, head.tensors)
-    if said != held:
-        what, cost = f"num_hidden_layers is {said}, the weights hold {held}", "engines look for others than are there"
-        yield Finding("layer_count", what, cost, f"write num_hidden_layers: {held}")
+    declared, held = head.layer_counts
+    if declared != held:
+        what = f"num_hidden_layers is {declared}, the weights hold {held}"
+        yield Finding("layer_count", what, "engines look for others than are there", f"write num_hidden_layers: {held}")
     elif held != 1:
         cost = "engines norm the input of further layers differently"
         yield Finding("layers", f"{held} draft layers", cost, "train a head of one layer")
-    if (values.get("eagle_config") or {}).get("return_hidden_post_norm") and not values.get("norm_output"):
+    if (values.get(EAGLE) or {}).get(POST_NORM) and not values.get("norm_output"):
         cost = "vLLM and SGLang read norm_output at the top level alone, and feed the un-normed state onward"
-        what = "eagle_config.return_hidden_post_norm, TensorRT-LLM's name of norm_output, stands alone"
+        what = f"{EAGLE}.{POST_NORM}, TensorRT-LLM's name of norm_output, stands alone"
         yield Finding("norm_output_nested", what, cost, "write norm_output: true at the top level too")
     if head.options.interleaved_rotary:
         cost = "engines rotate halves of each head: q and k do not fit their positions"
         cure = "serve what `fledge import` and `fledge export` write, in which they are reordered"
         yield Finding("pairs", "q_proj and k_proj are made for pairs of neighbours (interleaved_rotary)", cost, cure)
-    absent = [name for name in ("attention_bias", "mlp_bias", "tie_word_embeddings") if name not in values]
+    absent = [row.name for row in FIELDS if row.needed_by and row.name not in values]
     if absent and not head.speculators:
         cure = "write " + ", ".join(f"{name}: false" for name in absent)
         yield Finding("trtllm_fields", f"{', '.join(absent)} absent", "TensorRT-LLM reads them", cure)
     if values.get("tie_word_embeddings"):
         cost, cure = "the head's lm_head is ignored for the embedding", "write tie_word_embeddings: false"
         yield Finding("tied", "tie_word_embeddings is true", cost, cure)
-    needed, given = head.verifier.max_position_embeddings, layer.get("max_position_embeddings")
-    if not given or given < needed:
-        what = f"max_position_embeddings is {given}, the verifier's {needed}"
+    needed, found = head.verifier.max_position_embeddings, layer.get("max_position_embeddings")
+    if not found or found < needed:
+        what = f"max_position_embeddings is {found}, the verifier's {needed}"
         cost = "positions beyond it fail, or engines shorten the verifier's context to it"
         yield Finding("max_position_embeddings", what, cost, f"write max_position_embeddings: {needed}")
 
@@ -217,7 +204,7 @@ def _rope_findings(head: Published) -> Iterator[Finding]:
 
 
 def absolute_ids(tensors: dict[str, Tensor], vocab_size: int) -> bool:
-    """Tell whether `d2t` holds target ids in place of offsets; a `t2d` that agrees with either settles it."""
+    """Return whether `d2t` holds target ids in place of offsets; a `t2d` that agrees with either settles it."""
     d2t, t2d = tensors["d2t"].long(), tensors.get("t2d")
     if len(d2t) == vocab_size and not bool(d2t.any()):
         return False
@@ -236,7 +223,7 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
     )
     size = head.values.get("draft_vocab_size")
     rows = len(tensors[LM_HEAD]) if LM_HEAD in tensors else size
-    if shares_lm_head(head.values, tensors):
+    if head.shares_lm_head:
         if size is not None:
             cost = "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)"
             cure = "write draft_vocab_size: null"
@@ -251,9 +238,7 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
         yield Finding("draft_vocab_size", what, "engines fail to load, or cut it", f"write draft_vocab_size: {rows}")
     if LM_HEAD not in tensors:
         cost = "vLLM and TensorRT-LLM take the verifier's, SGLang random weights, without an error (1.0 accepted)"
-        yield Finding(
-            "lm_head_absent", f"{LM_HEAD} [{size or vocab_size}, H] is missing", cost, lm_head_cure(head.values)
-        )
+        yield Finding("lm_head_absent", f"{LM_HEAD} [{size or vocab_size}, H] is missing", cost, head.lm_head_cure)
     if "d2t" not in tensors:
         if (rows or vocab_size) < vocab_size:
             cure = (
@@ -281,7 +266,7 @@ def _vocabulary_findings(head: Published) -> Iterator[Finding]:
 
 def _dtype_findings(head: Published) -> Iterator[Finding]:
     cost = "engines read them by scales and a quantization_config of the head's own, or as plain numbers; not measured"
-    yield Finding("dtype", "; ".join(other_dtypes(head.tensors)[:5]), cost, "fetch the head unquantised, in bfloat16")
+    yield Finding("dtype", "; ".join(head.other_dtypes[:5]), cost, "fetch the head unquantised, in bfloat16")
 
 
 def _tensor_findings(head: Published) -> Iterator[Finding]:
@@ -310,10 +295,10 @@ def _tensor_findings(head: Published) -> Iterator[Finding]:
 
 
 def engine_notes(head: Published, trained: list[int] | None = None) -> list[str]:
-    """Say what each engine makes of the head, and the settings without which it would lose acceptance.
+    """Return what each engine makes of the head, and the settings without which it would lose acceptance.
 
     Args:
-        trained: the aux layers it was trained on, where measured; otherwise those that the files mean.
+        trained: the aux layers it was trained on if measured; otherwise those that the files mean.
     """
     layers = trained or (head.aux_layers() if head.names_layers else None)
     named = layers or "the layers it was trained on, which config.json does not say"

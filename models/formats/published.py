@@ -20,34 +20,157 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...conf.schema import HeadImportConfig
-from ..head.draft_head import DraftHead, DraftHeadConfig
+from ..head.architectures import build_head
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
 from ..head.vocabulary import VocabularyMap
 from ..verifier.model import VerifierWeights
-from .plain import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS, dtype_name, tensor_problems
-from .published_config import head_config
+from .plain import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS, tensor_problems
+from .published_config import FLOATS, HeadFiles, head_config
+from .serving_formats import SERVING_FORMATS
 
 INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
 KNOWN = re.compile(
     r"(fc|norm|lm_head|embed_tokens|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\.((input_layernorm|hidden_norm"
     r"|post_attention_layernorm)|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FLOATS = "float32, bfloat16 or float16 is"
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_LAYER = re.compile(r"(midlayer|layers\.\d+)\.")
 _ROTATED = re.compile(r"layers\.\d+\.self_attn\.[qk]_proj\.weight")
 
 
 @dataclass
-class ForeignHead:
+class PublishedHead:
     """A head as read: float32 weights, and the dtype they were published in."""
 
     head: DraftHead
     dtype: torch.dtype
 
 
+def read_published_head(
+    folder: Path, verifier: Any, options: HeadImportConfig | None = None, weights: VerifierWeights | None = None
+) -> PublishedHead:
+    """Read a published head.
+
+    Args:
+        verifier: the verifier's language-model configuration, which the head must fit.
+        options: what config.json leaves open.
+        weights: the verifier's matrices, for what a head shares with it. An embedding equal to the verifier's is left
+            out, and an lm_head that config.json declares shared (`draft_vocab_size` null) is the verifier's.
+
+    Raises:
+        ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
+    """
+    return assemble_head(HeadFiles(folder, *read_published(folder)), verifier, options, weights)
+
+
+def assemble_head(
+    files: HeadFiles, verifier: Any, options: HeadImportConfig | None = None, weights: VerifierWeights | None = None
+) -> PublishedHead:
+    """Return the head that files hold; further arguments and errors as in `read_published_head`."""
+    options, folder, tensors = options or HeadImportConfig(), files.folder, files.tensors
+    if files.prefix:
+        raise ValueError(
+            f"{folder}: the names of the tensors begin with {files.prefix!r}, of a model that held the head: rename "
+            "them without it"
+        )
+    declared, held = files.layer_counts
+    if declared != held:
+        raise ValueError(
+            f"{folder}: {CONFIG} says num_hidden_layers {declared}, and the weights hold {held}: write "
+            f"num_hidden_layers: {held} if they are complete, else fetch the head again"
+        )
+    if weights is not None and files.shares_lm_head:
+        tensors = {**tensors, LM_HEAD: weights.lm_head()}
+    if LM_HEAD not in tensors:
+        raise ValueError(
+            f"{folder}: {LM_HEAD} is missing, and engines would silently use another: {files.lm_head_cure}"
+        )
+    own = tensors.get(EMBEDDING)
+    if own is not None and own.dtype in FLOATS and weights and torch.equal(own, weights.embedding().to(own.dtype)):
+        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
+    config = head_config(files, tensors[LM_HEAD].shape[0], verifier, options)
+    published = _assemble(folder, replace(config, own_embedding=EMBEDDING in tensors), tensors)
+    if options.interleaved_rotary:
+        published.head.load_state_dict(halves_from_pairs(published.head.state_dict(), config.head_dim))
+    return published
+
+
+def halves_from_pairs(weights: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    """Reorder q and k of a head whose neighbouring dimensions are rotated as pairs, as in Llama 4 and GPT-J.
+
+    Dimensions 2i and 2i+1 of each attention head become i and i + head_dim / 2, which fledge rotates together.
+    """
+    order = torch.arange(head_dim).unflatten(0, (-1, 2)).T.flatten()
+    return {
+        name: weight.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1) if _ROTATED.fullmatch(name) else weight
+        for name, weight in weights.items()
+    }
+
+
+def _assemble(folder: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -> PublishedHead:
+    """Check every tensor and put the head together."""
+    renamed = [re.sub(r"^midlayer\.", "layers.0.", name) for name in tensors]
+    weights = dict(zip(renamed, tensors.values(), strict=True))
+    problems = HeadFiles(folder, {}, weights).other_dtypes
+    d2t, t2d = weights.pop("d2t", None), weights.pop("t2d", None)
+    with torch.device("meta"):
+        problems += tensor_problems(_empty_head(config), weights)
+    problems += [f"{name} stands twice, as midlayer.* too" for name in {n for n in renamed if renamed.count(n) > 1}]
+    problems += _map_problems(config, d2t, t2d)
+    if not config.own_embedding and config.hidden_size != config.verifier_hidden_size:
+        problems.append(f"{EMBEDDING} is missing, the verifier's has rows of {config.verifier_hidden_size}")
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+    head = _empty_head(config, None if d2t is None else _vocabulary(folder, config, d2t, t2d))
+    head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights.values()))
+    return PublishedHead(head, dtype)
+
+
+def _empty_head(config: DraftHeadConfig, vocabulary: VocabularyMap | None = None) -> DraftHead:
+    """Return a head of these shapes; without a map, with one that stands for any."""
+    if vocabulary is None:
+        zeros = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
+        vocabulary = VocabularyMap(zeros, torch.ones(config.vocab_size, dtype=torch.bool))
+    return build_head(config, vocabulary)
+
+
+def _map_problems(config: DraftHeadConfig, d2t: Tensor | None, t2d: Tensor | None) -> list[str]:
+    """Return what is missing or misshaped of the vocabulary map."""
+    problems = []
+    if d2t is None and (t2d is not None or config.draft_vocab_size != config.vocab_size):
+        problems.append("d2t is missing, and the draft vocabulary is reduced")
+    for name, tensor, size in (("d2t", d2t, config.draft_vocab_size), ("t2d", t2d, config.vocab_size)):
+        if tensor is not None and list(tensor.shape) != [size]:
+            problems.append(f"{name} has shape {list(tensor.shape)}, [{size}] is required")
+    return problems
+
+
+def _vocabulary(folder: Path, config: DraftHeadConfig, d2t: Tensor, t2d: Tensor | None) -> VocabularyMap:
+    """Check the map's values, and make t2d of d2t if it is absent."""
+    d2t = d2t.to(torch.int64)
+    ids = torch.arange(len(d2t)) + d2t
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: d2t gives target ids from {int(ids.min())} to {int(ids.max())}, "
+            f"0 to {config.vocab_size - 1} is required: it must hold offsets (target id = draft id + d2t[draft id])"
+        )
+    if bool((ids[1:] <= ids[:-1]).any()):
+        raise ValueError(
+            f"{folder}: the target ids of d2t do not increase: it must hold offsets (target id = draft id + "
+            "d2t[draft id]), with draft ids in the order of their target ids"
+        )
+    inside = torch.zeros(config.vocab_size, dtype=torch.bool)
+    inside[ids] = True
+    if t2d is not None and not torch.equal(t2d.bool(), inside):
+        raise ValueError(
+            f"{folder}: t2d contradicts d2t, they hold {int(t2d.bool().sum())} and {len(ids)} tokens and not the same: "
+            "remove t2d from the weights if d2t is right"
+        )
+    return VocabularyMap(d2t, inside)
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Give the files that hold the weights of a published head.
+    """Return the files that hold the weights of a published head.
 
     Raises:
         ValueError: the folder is no head, or a file that the index names is missing.
@@ -70,107 +193,8 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no weights: {WEIGHTS}, {INDEX} or {PICKLE} is required")
 
 
-def read_foreign_head(
-    folder: Path, verifier: Any, options: HeadImportConfig | None = None, weights: VerifierWeights | None = None
-) -> ForeignHead:
-    """Read a published head.
-
-    Args:
-        verifier: the verifier's language-model configuration, which the head must fit.
-        options: what config.json leaves open.
-        weights: the verifier's matrices, for what a head shares with it: an embedding equal to the verifier's is not
-            kept, and an lm_head that config.json declares shared (`draft_vocab_size` null) is the verifier's.
-
-    Raises:
-        ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
-    """
-    values, tensors = read_published(folder)
-    return assemble_head(folder, values, tensors, verifier, options, weights)
-
-
-def assemble_head(
-    folder: Path,
-    values: dict[str, Any],
-    tensors: dict[str, Tensor],
-    verifier: Any,
-    options: HeadImportConfig | None = None,
-    weights: VerifierWeights | None = None,
-) -> ForeignHead:
-    """Make a head of what `read_published` gave; further arguments and errors as in `read_foreign_head`."""
-    options = options or HeadImportConfig()
-    if prefix := wrapper_prefix(tensors):
-        raise ValueError(
-            f"{folder}: the names of the tensors begin with {prefix!r}, of a model that held the head: rename them "
-            "without it"
-        )
-    said, held = layer_counts(values, tensors)
-    if said != held:
-        raise ValueError(
-            f"{folder}: {CONFIG} says num_hidden_layers {said}, and the weights hold {held}: write num_hidden_layers: "
-            f"{held} if they are complete, else fetch the head again"
-        )
-    if weights is not None and shares_lm_head(values, tensors):
-        tensors = {**tensors, LM_HEAD: weights.lm_head()}
-    if LM_HEAD not in tensors:
-        raise ValueError(
-            f"{folder}: {LM_HEAD} is missing, and engines would silently use another: {lm_head_cure(values)}"
-        )
-    own = tensors.get(EMBEDDING)
-    if own is not None and own.dtype in _DTYPES and weights and torch.equal(own, weights.embedding().to(own.dtype)):
-        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
-    config = head_config(folder, values, tensors[LM_HEAD].shape[0], verifier, options)
-    foreign = _assemble(folder, replace(config, own_embedding=EMBEDDING in tensors), tensors)
-    if options.interleaved_rotary:
-        foreign.head.load_state_dict(halves_from_pairs(foreign.head.state_dict(), config.head_dim))
-    return foreign
-
-
-def wrapper_prefix(tensors: dict[str, Tensor]) -> str:
-    """Give what stands before the names of the tensors, by fc.weight, which every head has; empty if nothing does."""
-    names = [name.removesuffix("fc.weight") for name in tensors if name.endswith(".fc.weight")]
-    return names[0] if len(names) == 1 and "fc.weight" not in tensors else ""
-
-
-def layer_counts(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Give the number of layers by config.json and by the names of the tensors."""
-    layer = values.get("transformer_layer_config") if "speculators_model_type" in values else values
-    layer = layer if isinstance(layer, dict) else {}  # head_config says what is wrong with it
-    found = {re.sub(r"^midlayer\.", "layers.0.", name).split(".")[1] for name in tensors if _LAYER.match(name)}
-    return layer.get("num_hidden_layers") or 1, len(found)
-
-
-def halves_from_pairs(weights: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Reorder q and k of a head whose neighbouring dimensions are rotated as pairs, as in Llama 4 and GPT-J.
-
-    Dimensions 2i and 2i+1 of each attention head become i and i + head_dim / 2, which fledge rotates together.
-    """
-    order = torch.arange(head_dim).unflatten(0, (-1, 2)).T.flatten()
-    return {
-        name: weight.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1) if _ROTATED.fullmatch(name) else weight
-        for name, weight in weights.items()
-    }
-
-
-def shares_lm_head(values: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-    """Tell whether a head declares the verifier's lm_head, of its whole vocabulary, as its own."""
-    size = values.get("draft_vocab_size", 0)
-    whole = size is None or (bool(values.get("reuse_target_lm_head")) and size == _vocab_size(values))
-    return LM_HEAD not in tensors and whole
-
-
-def lm_head_cure(values: dict[str, Any]) -> str:
-    """Say what to do about a head without lm_head."""
-    declare = ", or, if it was trained on the verifier's own, say so by draft_vocab_size: null in config.json"
-    whole = values.get("draft_vocab_size") in (None, _vocab_size(values))
-    return "fetch the head's complete checkpoint" + (declare if whole else "")
-
-
-def _vocab_size(values: dict[str, Any]) -> Any:
-    return (values.get("transformer_layer_config") or values).get("vocab_size")
-
-
 def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Give config.json and the tensors of a published head as they stand.
+    """Read config.json and the tensors of a published head.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -180,7 +204,8 @@ def read_published(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read_weights(file)
-    return values, tensors
+    translated = (form.read(values, tensors) for form in SERVING_FORMATS.values())
+    return next((found for found in translated if found is not None), (values, tensors))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -209,76 +234,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f"{path} holds something else than named tensors, it is not a head's state")
     return tensors
-
-
-def _assemble(folder: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -> ForeignHead:
-    """Check every tensor and put the head together."""
-    renamed = [re.sub(r"^midlayer\.", "layers.0.", name) for name in tensors]
-    weights = dict(zip(renamed, tensors.values(), strict=True))
-    problems = other_dtypes(weights)
-    d2t, t2d = weights.pop("d2t", None), weights.pop("t2d", None)
-    with torch.device("meta"):
-        problems += tensor_problems(_empty_head(config), weights)
-    problems += [f"{name} stands twice, as midlayer.* too" for name in {n for n in renamed if renamed.count(n) > 1}]
-    problems += _map_problems(config, d2t, t2d)
-    if not config.own_embedding and config.hidden_size != config.verifier_hidden_size:
-        problems.append(f"{EMBEDDING} is missing, the verifier's has rows of {config.verifier_hidden_size}")
-    if problems:
-        raise ValueError(f"{folder}: {'; '.join(problems)}")
-    head = _empty_head(config, None if d2t is None else _vocabulary(folder, config, d2t, t2d))
-    head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights.values()))
-    return ForeignHead(head, dtype)
-
-
-def other_dtypes(tensors: dict[str, Tensor]) -> list[str]:
-    """Name the tensors of a dtype in which no head is trained: quantised ones, and maps that are not integers."""
-    maps = {name for name in tensors if name.endswith(("d2t", "t2d"))}
-    return [
-        f"{name} is {dtype_name(tensor.dtype)}, {'integers are' if name in maps else _FLOATS} required"
-        for name, tensor in tensors.items()
-        if tensor.dtype not in (_INTEGERS if name in maps else _DTYPES)
-    ]
-
-
-def _empty_head(config: DraftHeadConfig, vocabulary: VocabularyMap | None = None) -> DraftHead:
-    """Make a head of these shapes; without a map, one that stands for any."""
-    if vocabulary is None:
-        zeros = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
-        vocabulary = VocabularyMap(zeros, torch.ones(config.vocab_size, dtype=torch.bool))
-    return DraftHead(config, vocabulary)
-
-
-def _map_problems(config: DraftHeadConfig, d2t: Tensor | None, t2d: Tensor | None) -> list[str]:
-    """Name what is missing or misshaped of the vocabulary map."""
-    problems = []
-    if d2t is None and (t2d is not None or config.draft_vocab_size != config.vocab_size):
-        problems.append("d2t is missing, and the draft vocabulary is reduced")
-    for name, tensor, size in (("d2t", d2t, config.draft_vocab_size), ("t2d", t2d, config.vocab_size)):
-        if tensor is not None and list(tensor.shape) != [size]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, [{size}] is required")
-    return problems
-
-
-def _vocabulary(folder: Path, config: DraftHeadConfig, d2t: Tensor, t2d: Tensor | None) -> VocabularyMap:
-    """Check the map's values; a t2d that is not there is made of d2t."""
-    d2t = d2t.to(torch.int64)
-    ids = torch.arange(len(d2t)) + d2t
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
-        raise ValueError(
-            f"{folder}: d2t gives target ids from {int(ids.min())} to {int(ids.max())}, "
-            f"0 to {config.vocab_size - 1} is required: it must hold offsets (target id = draft id + d2t[draft id])"
-        )
-    if bool((ids[1:] <= ids[:-1]).any()):
-        raise ValueError(
-            f"{folder}: the target ids of d2t do not increase: it must hold offsets (target id = draft id + "
-            "d2t[draft id]), with draft ids in the order of their target ids"
-        )
-    inside = torch.zeros(config.vocab_size, dtype=torch.bool)
-    inside[ids] = True
-    if t2d is not None and not torch.equal(t2d.bool(), inside):
-        raise ValueError(
-            f"{folder}: t2d contradicts d2t, they hold {int(t2d.bool().sum())} and {len(ids)} tokens and not the same: "
-            "remove t2d from the weights if d2t is right"
-        )
-    return VocabularyMap(d2t, inside)

@@ -1,177 +1,191 @@
 """The config.json of heads as other projects publish them, in plain or Speculators format, read strictly.
 
-Every field is represented, known to be without effect, or refused by name, at every level; null is the same as absent.
+Every field is represented, known to have no effect, or refused by name, at every level; null is the same as absent.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...conf.schema import AuxNumbering, HeadImportConfig
-from ..head.draft_head import DraftHeadConfig
+from ..head.architectures import named_architecture
+from ..head.config import DraftHeadConfig
 from ..verifier.model import default_aux_layers
-from .plain import CONFIG, vllm_layer_ids
+from .fields import (
+    ANY,
+    AUX_IDS,
+    EAGLE,
+    FIELDS,
+    LAYER,
+    POST_NORM,
+    ROPE_FIELDS,
+    TOP,
+    Field,
+    has_no_effect,
+    vllm_layer_ids,
+)
+from .plain import CONFIG, LM_HEAD, dtype_name
 
-_IDS = "eagle_aux_hidden_state_layer_ids"
-_POST_NORM = "return_hidden_post_norm"  # TensorRT-LLM's name of norm_output, in eagle_config
-
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_LAYER = re.compile(r"(midlayer|layers\.\d+)\.")
 _CURE = "serve the head in the engine it was made for, or correct the field if it was trained otherwise"
-# Fields that change the arithmetic, and the only value with which it is fledge's.
-_REPRESENTED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "norm_type": "rms",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "qkv_bias": False,
-    "bias": False,  # of fc
-    "is_causal": True,
-    "norm_before_fc": False,
-    "additional_fc": False,
-    "eh_proj_before_attn": False,
-    "eh_proj_bias": False,
-    "quantization_config": None,
-    "use_sliding_window": False,
-    "attention_chunk_size": None,
-    "position_embedding_type": "rope",
-    "use_rotary_pos_emb": True,
-    "partial_rotary_factor": 1.0,
-    "rope_interleave": False,
-    "rope_interleaved": False,
-    "logit_scale": 1.0,
-    "speculators_model_type": "eagle3",
-    "use_aux_hidden_state": True,
-    "use_input_layernorm_in_first_layer": True,
-    "use_last_layernorm": True,
-    "use_mtp_layernorm": False,
-    "next_layer_regular": True,
-    "parallel_drafting": False,
-    "parallel_draft_step": 1,
-    "parallel_draft_heads_num_layers": 1,
-}
-# Fields that are read at the top level, and those that are read of the layer: a head in Speculators format has its own
-# place for the latter. Elsewhere they must say the same.
-_TOP = re.compile(
-    "draft_vocab_size|fc_norm|norm_before_residual|norm_output|num_aux_hidden_states|reuse_target_lm_head"
-    "|target_hidden_size|use_aux_norm"
-)
-_LAYER = re.compile(
-    "head_dim|hidden_size|intermediate_size|intermediate_size_mlp|layer_types|max_position_embeddings|no_rope_layers"
-    "|num_attention_heads|num_hidden_layers|num_key_value_heads|rms_norm_eps|rope_parameters|rope_scaling|rope_theta"
-    "|sliding_window|vocab_size"
-)
-# Fields without effect on a head: what transformers keeps beside any model, what served training or describes the
-# verifier, and what would show in tensors, each of which is checked. (The first ones are read, wherever they stand.)
-_KNOWN = re.compile(
-    r"""eagle_aux_hidden_state_layer_ids|eagle_config|tie_word_embeddings|transformer_layer_config
-    |add_classification_head|add_cross_attention|attention_dropout|attention_head_dim|auto_map|class_num
-    |cla_share_factor|cross_attention_hidden_size|decoder_sparse_step|dense_list|embed_requires_grad|eagle_decoder_type
-    |finetuning_task|first_k_dense_replace|has_lm_head|inference_type|initializer_range|interleave_moe_layer_step|is_decoder
-    |max_window_layers|modal_type|model_max_length|moe_intermediate_size|moe_layers|n_routed_experts|n_shared_experts
-    |no_rope_layer_interval|norm_topk_prob|num_experts|num_experts_per_tok|num_local_experts|num_nextn_predict_layers
-    |org_vocab_size|output_router_logits|pool_type|prefix|pretraining_tp|pruned_heads|router_aux_loss_coef
-    |router_jitter_noise|speculators_config|target_model_type|task_specific_params|tf_legacy_loss|tie_encoder_decoder
-    |tokenizer_class|torch_dtype|torchscript|use_bfloat16|use_cla|use_mrope|use_qk_norm
-
-    |_.+|.+_version|(.+_)?token_(id|index)|(im|text)_(start|end|newline)_id|(pad|mask_init)_id""",
-    re.VERBOSE,
-)
-_OF_ANY_MODEL = PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()
-_ROPE_KNOWN = re.compile(
-    r"""rope_type|type|rope_theta|factor|original_max_position_embeddings|attention_factor|beta_fast|beta_slow|truncate
-    |short_factor|long_factor|low_freq_factor|high_freq_factor|mscale|mscale_all_dim|mrope_section|mrope_interleaved
-    |partial_rotary_factor""",
-    re.VERBOSE,
-)
 _ROPE_ALIASES = {"mrope": "default", "su": "longrope"}  # equal on text, and an older name
 
 
-def head_config(
-    folder: Path, values: dict[str, Any], lm_head_rows: int, verifier: Any, options: HeadImportConfig
-) -> DraftHeadConfig:
+@dataclass
+class HeadFiles:
+    """A published head: its folder, its config.json and its tensors."""
+
+    folder: Path
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def speculators(self) -> bool:
+        """Return whether the head is in Speculators format; if not, it is in the plain one."""
+        return "speculators_model_type" in self.values
+
+    @property
+    def layer(self) -> dict[str, Any]:
+        """Return the fields of the layer: of a plain head, all."""
+        return (self.values.get(LAYER) or {}) if self.speculators else self.values
+
+    def ids(self, place: str) -> list[Any]:
+        """Return the aux layer ids at one of their two places, ascending; empty if there are none."""
+        fields = self.values.get(EAGLE) if place == EAGLE else self.values
+        found = (fields.get(AUX_IDS) if isinstance(fields, dict) else None) or []
+        if not isinstance(found, list):
+            return [found]
+        return sorted(found) if all(isinstance(k, int) for k in found) else found
+
+    @property
+    def prefix(self) -> str:
+        """Return what stands before the names of the tensors, by fc.weight, which every head has; mostly empty."""
+        names = [name.removesuffix("fc.weight") for name in self.tensors if name.endswith(".fc.weight")]
+        return names[0] if len(names) == 1 and "fc.weight" not in self.tensors else ""
+
+    @property
+    def layer_counts(self) -> tuple[int, int]:
+        """Return the number of layers by config.json and by the names of the tensors."""
+        layer = self.layer if isinstance(self.layer, dict) else {}  # head_config says what is wrong with it
+        names = (re.sub(r"^midlayer\.", "layers.0.", name) for name in self.tensors if _LAYER.match(name))
+        return layer.get("num_hidden_layers") or 1, len({name.split(".")[1] for name in names})
+
+    @property
+    def shares_lm_head(self) -> bool:
+        """Return whether the head declares the verifier's lm_head, of its whole vocabulary, as its own."""
+        size = self.values.get("draft_vocab_size", 0)
+        whole = size is None or (bool(self.values.get("reuse_target_lm_head")) and size == self._vocab_size)
+        return LM_HEAD not in self.tensors and whole
+
+    @property
+    def lm_head_cure(self) -> str:
+        """Return what to do about a head without lm_head."""
+        declare = ", or, if it was trained on the verifier's own, say so by draft_vocab_size: null in config.json"
+        whole = self.values.get("draft_vocab_size") in (None, self._vocab_size)
+        return "fetch the head's complete checkpoint" + (declare if whole else "")
+
+    @property
+    def _vocab_size(self) -> Any:
+        return (self.values.get(LAYER) or self.values).get("vocab_size")
+
+    @property
+    def other_dtypes(self) -> list[str]:
+        """Return the tensors of a dtype in which no head is trained: quantised ones, and maps that are not integers."""
+        maps = {name for name in self.tensors if name.endswith(("d2t", "t2d"))}
+        return [
+            f"{name} is {dtype_name(tensor.dtype)}, "
+            f"{'integers are' if name in maps else 'float32, bfloat16 or float16 is'} required"
+            for name, tensor in self.tensors.items()
+            if tensor.dtype not in (_INTEGERS if name in maps else FLOATS)
+        ]
+
+
+def head_config(files: HeadFiles, lm_head_rows: int, verifier: Any, options: HeadImportConfig) -> DraftHeadConfig:
     """Read either format's config.json.
 
     Args:
-        lm_head_rows: the draft vocabulary where the configuration does not name its size.
+        lm_head_rows: the draft vocabulary if the configuration does not name its size.
         verifier: the verifier's language-model configuration, which the head must fit.
         options: what the configuration may leave open.
 
     Raises:
         ValueError: a field is missing, unknown, contradicts another, or says what fledge's head cannot represent.
     """
-    speculators = "speculators_model_type" in values
-    layer = values.get("transformer_layer_config") or {} if speculators else values
-    _check_fields(folder, values, layer)
-    required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    absent = [name for name in required if not isinstance(layer.get(name), int) or layer[name] < 1]
+    folder, values, layer = files.folder, files.values, files.layer
+    architecture = named_architecture(values)
+    fields = {field.name: field for field in (*FIELDS, *architecture.fields)}
+    _check_fields(files, fields)
+    absent = [f.name for f in FIELDS if f.required and (not isinstance(layer.get(f.name), int) or layer[f.name] < 1)]
     if absent:
         raise ValueError(f"{folder / CONFIG} has no usable {', '.join(absent)}: fetch the head again")
-    verifier_hidden_size = values.get("target_hidden_size") or layer["hidden_size"]
-    _check_fit(folder, verifier, layer["vocab_size"], verifier_hidden_size)
-    llama4 = layer.get("model_type") == "llama4_text"  # SGLang and TensorRT-LLM then read the other field
-    return DraftHeadConfig(
-        hidden_size=layer["hidden_size"],
-        intermediate_size=(llama4 and layer.get("intermediate_size_mlp")) or layer["intermediate_size"],
-        num_attention_heads=layer["num_attention_heads"],
-        num_key_value_heads=layer.get("num_key_value_heads") or layer["num_attention_heads"],
-        head_dim=layer.get("head_dim") or layer["hidden_size"] // layer["num_attention_heads"],
-        vocab_size=layer["vocab_size"],
-        draft_vocab_size=values.get("draft_vocab_size") or lm_head_rows,
-        verifier_hidden_size=verifier_hidden_size,
-        aux_layers=_aux_layers(folder, values, verifier.num_hidden_layers, options),
-        max_position_embeddings=layer.get("max_position_embeddings") or verifier.max_position_embeddings,
-        rope_parameters=rope_parameters(folder, layer),
-        rms_norm_eps=layer.get("rms_norm_eps") or 1e-6,  # engines read the file as a LlamaConfig: its default
-        num_layers=layer.get("num_hidden_layers") or 1,
-        fc_norm=bool(values.get("fc_norm") or values.get("use_aux_norm")),
-        norm_output=_norm_output(folder, values),
-        norm_before_residual=bool(values.get("norm_before_residual", speculators)),
-    )
+    read: dict[str, Any] = {
+        field.ours: (layer if field.home == LAYER else values).get(field.name)
+        or (field.absent and field.absent(layer, verifier))
+        for field in fields.values()
+        if field.ours
+    }
+    read["verifier_hidden_size"] = values.get("target_hidden_size") or layer["hidden_size"]
+    _check_fit(folder, verifier, layer["vocab_size"], read["verifier_hidden_size"])
+    if layer.get("model_type") == "llama4_text":  # SGLang and TensorRT-LLM then read the other field
+        read["intermediate_size"] = layer.get("intermediate_size_mlp") or layer["intermediate_size"]
+    read["draft_vocab_size"] = read["draft_vocab_size"] or lm_head_rows
+    read["aux_layers"] = _aux_layers(files, verifier.num_hidden_layers, options)
+    read["rope_parameters"] = rope_parameters(folder, layer)
+    read["fc_norm"] = bool(values.get("fc_norm") or values.get("use_aux_norm"))
+    read["norm_output"] = _norm_output(folder, values)
+    read["norm_before_residual"] = bool(values.get("norm_before_residual", files.speculators))
+    return architecture.config(**read)
 
 
-def _check_fields(folder: Path, values: dict[str, Any], layer: dict[str, Any]) -> None:
+def _check_fields(files: HeadFiles, fields: dict[str, Field]) -> None:
     """Refuse what is unknown, and what the head's arithmetic is not."""
-    for name in ("eagle_config", "transformer_layer_config", "rope_parameters", "rope_scaling"):
+    folder, values, layer = files.folder, files.values, files.layer
+    for name in (EAGLE, LAYER, "rope_parameters", "rope_scaling"):
         for place in (values, layer):
             if isinstance(place, dict) and not isinstance(place.get(name) or {}, dict):
                 raise ValueError(
                     f"{folder}: {name} is {place[name]!r}, fields with values are required: fetch the head again"
                 )
-    eagle = values.get("eagle_config") or {}
-    places = {"": values, "transformer_layer_config.": layer if layer is not values else {}, "eagle_config.": eagle}
-    given = [(p + name, name, value) for p, held in places.items() for name, value in held.items() if value is not None]
-    for path, name, value in given:
-        if name in _REPRESENTED and value != _REPRESENTED[name]:
-            raise ValueError(f"{folder}: {path} is {value!r}, fledge's head knows {_REPRESENTED[name]!r} only: {_CURE}")
+    places = {TOP: values, LAYER: layer if layer is not values else {}, EAGLE: values.get(EAGLE) or {}}
+    found = [
+        (f"{place}.{name}".removeprefix("."), fields.get(name), name, value)
+        for place, content in places.items()
+        for name, value in content.items()
+        if value is not None
+    ]
+    for path, field, _, value in found:
+        if field and field.only is not ANY and value != field.only:
+            raise ValueError(f"{folder}: {path} is {value!r}, fledge's head knows {field.only!r} only: {_CURE}")
     unknown = []
-    for path, name, value in given:
-        home, where = _home(name, values, layer)
-        if home is not None and value != home.get(name, name == "norm_before_residual" and home is not layer):
-            raise ValueError(
-                f"{folder}: {path} is {value!r}, and {name} is read {where}, where it is {home.get(name, 'absent')!r}: "
-                "write the one that the head was trained with there, and remove the other"
-            )
-        known = home is not None or name in _OF_ANY_MODEL or name in _REPRESENTED or _KNOWN.fullmatch(name)
-        unknown += [] if known else [f"{path} = {value!r}"]
+    for path, field, name, value in found:
+        if field and field.home is not None:
+            home = TOP if layer is values and field.home == LAYER else field.home
+            absent = name == "norm_before_residual" and files.speculators  # means true there
+            if value != places[home].get(name, absent):
+                where = f"in {home}" if home else "at the top level"
+                raise ValueError(
+                    f"{folder}: {path} is {value!r}, and {name} is read {where}, where it is "
+                    f"{places[home].get(name, 'absent')!r}: write the one that the head was trained with there, and "
+                    "remove the other"
+                )
+        elif not field and not has_no_effect(name):
+            unknown.append(f"{path} = {value!r}")
     if unknown:
         raise ValueError(
             f"{folder / CONFIG} has fields that fledge does not know: {', '.join(unknown)}; it drops none silently, as "
             "they may change what the head computes: remove those that do not from the file"
         )
     _check_attention(folder, layer)
-
-
-def _home(name: str, values: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Give the one place where a field is read, and its name; None if there are several, or none."""
-    if name == _POST_NORM:
-        return values.get("eagle_config") or {}, "in eagle_config"
-    if _LAYER.fullmatch(name) and layer is not values:
-        return layer, "in transformer_layer_config"
-    return (values, "at the top level") if _TOP.fullmatch(name) or _LAYER.fullmatch(name) else (None, "")
 
 
 def _check_attention(folder: Path, layer: dict[str, Any]) -> None:
@@ -192,11 +206,11 @@ def _check_attention(folder: Path, layer: dict[str, Any]) -> None:
 
 
 def _norm_output(folder: Path, values: dict[str, Any]) -> bool:
-    """Tell whether the normed state is fed onward, by either name."""
-    top, nested = values.get("norm_output"), (values.get("eagle_config") or {}).get(_POST_NORM)
+    """Read whether the normed state is fed onward, by either name."""
+    top, nested = values.get("norm_output"), (values.get(EAGLE) or {}).get(POST_NORM)
     if top is not None and nested is not None and top != nested:
         raise ValueError(
-            f"{folder}: norm_output is {top} and eagle_config.{_POST_NORM} {nested}, TensorRT-LLM's name of the same: "
+            f"{folder}: norm_output is {top} and {EAGLE}.{POST_NORM} {nested}, TensorRT-LLM's name of the same: "
             "correct config.json to the one the head was trained with"
         )
     return bool(top or nested)
@@ -216,9 +230,9 @@ def _check_fit(folder: Path, verifier: Any, vocab_size: int, hidden_size: int) -
 def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     """Join the rotary fields, in the form of transformers 5 (`rope_parameters`) or the older one (two fields)."""
     joined: dict[str, Any] = {"rope_theta": layer["rope_theta"]} if layer.get("rope_theta") else {}
-    given = [(name, *item) for name in ("rope_parameters", "rope_scaling") for item in (layer.get(name) or {}).items()]
-    for name, field, value in given:
-        if not _ROPE_KNOWN.fullmatch(field) or (field == "partial_rotary_factor" and value not in (None, 1)):
+    found = [(name, *item) for name in ("rope_parameters", "rope_scaling") for item in (layer.get(name) or {}).items()]
+    for name, field, value in found:
+        if not ROPE_FIELDS.fullmatch(field) or (field == "partial_rotary_factor" and value not in (None, 1)):
             raise ValueError(
                 f"{folder}: {name}.{field} is {value!r}, which fledge's head does not know: remove it if the head was "
                 "trained without"
@@ -236,41 +250,39 @@ def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _aux_layers(folder: Path, values: dict[str, Any], num_layers: int, options: HeadImportConfig) -> tuple[int, ...]:
-    """Give the aux layers, 0-based and ascending, the order in which every engine concatenates their states.
+def _aux_layers(files: HeadFiles, num_layers: int, options: HeadImportConfig) -> tuple[int, ...]:
+    """Return the aux layers, 0-based and ascending, the order in which every engine concatenates their states.
 
     Nested ids are 0-based, those of the Speculators format are vLLM's, one higher. At the top level of a plain head
-    both occur in the wild: nested ids beside them tell which, without them the option must.
+    both occur in the wild: nested ids next to them tell which, without them the option must.
     """
-    nested, top = ((place or {}).get(_IDS) or [] for place in (values.get("eagle_config"), values))
+    folder, nested, top, numbering = files.folder, files.ids(EAGLE), files.ids(TOP), options.aux_numbering
     if not all(isinstance(layer, int) for layer in (*nested, *top)):
-        raise ValueError(f"{folder}: {_IDS} must be a list of integers, got {nested or top}")
-    nested, top, numbering = sorted(nested), sorted(top), options.aux_numbering
-    speculators = "speculators_model_type" in values
-    for name, given, is_open in (
-        ("aux_numbering", numbering and numbering.value, top and not nested and not speculators),
+        raise ValueError(f"{folder}: {AUX_IDS} must be a list of integers, got {nested or top}")
+    for name, value, is_open in (
+        ("aux_numbering", numbering and numbering.value, top and not nested and not files.speculators),
         ("aux_layers", options.aux_layers, not top and not nested),
     ):
-        if given is not None and not is_open:
+        if value is not None and not is_open:
             raise ValueError(
-                f"head_import.{name} is {given}, and {folder / CONFIG} leaves nothing open: drop the option"
+                f"head_import.{name} is {value}, and {folder / CONFIG} leaves nothing open: drop the option"
             )
     if nested and top and top not in (vllm_layer_ids(nested), nested):
         raise ValueError(
-            f"{folder}: {_IDS} is {top} at the top level and {nested} in eagle_config, which is neither the same nor "
-            "one higher: correct config.json to the layers the head was trained with"
+            f"{folder}: {AUX_IDS} is {top} at the top level and {nested} in eagle_config, which is neither the same "
+            "nor one higher: correct config.json to the layers the head was trained with"
         )
     if nested:
         layers = nested
     elif not top:
-        layers = _given_layers(folder, options.aux_layers, num_layers)
-    elif speculators or numbering is AuxNumbering.vllm:
+        layers = _layers_by_option(folder, options.aux_layers, num_layers)
+    elif files.speculators or numbering is AuxNumbering.vllm:
         layers = [layer - 1 for layer in top]
     elif numbering is AuxNumbering.zero_based:
         layers = top
     else:
         raise ValueError(
-            f"{folder}: {_IDS} is {top} at the top level alone, which projects number in two ways: set "
+            f"{folder}: {AUX_IDS} is {top} at the top level alone, which projects number in two ways: set "
             "head_import.aux_numbering=zero_based if id k is the output of layer k, =vllm if of layer k-1"
         )
     if len(set(layers)) != len(layers) or not 0 <= layers[0] <= layers[-1] < num_layers:
@@ -278,16 +290,16 @@ def _aux_layers(folder: Path, values: dict[str, Any], num_layers: int, options: 
             f"{folder}: the aux layers are {layers} (0-based), different ones from 0 to {num_layers - 1}, the "
             "verifier's, are required"
         )
-    if values.get("num_aux_hidden_states") not in (None, len(layers)):
+    if files.values.get("num_aux_hidden_states") not in (None, len(layers)):
         raise ValueError(
-            f"{folder}: num_aux_hidden_states is {values['num_aux_hidden_states']}, and the aux layers are {layers} "
-            "(0-based): correct config.json to what the head was trained with"
+            f"{folder}: num_aux_hidden_states is {files.values['num_aux_hidden_states']}, and the aux layers are "
+            f"{layers} (0-based): correct config.json to what the head was trained with"
         )
     return tuple(layers)
 
 
-def _given_layers(folder: Path, layers: list[int] | None, num_layers: int) -> list[int]:
-    """Give the layers of the option, which must name them where config.json does not."""
+def _layers_by_option(folder: Path, layers: list[int] | None, num_layers: int) -> list[int]:
+    """Return the layers of the option, which must name them if config.json does not."""
     if layers is None:
         try:
             usual = f"; engines take {default_aux_layers(num_layers)} unasked, which costs acceptance if it was others"

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-from ..head.draft_head import DraftHead, DraftHeadConfig
-from .plain import dtype_name, head_tensors, layer_fields, vllm_layer_ids, write_head_files
+from ..head.architectures import architecture_of
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
+from .fields import AUX_IDS, LAYER, TOP, vllm_layer_ids, written_fields
+from .plain import dtype_name, head_tensors, write_head_files
 
 SPECULATORS_VERSION = "0.5.0"  # the release of the library whose form this is, for readers only
 
@@ -16,7 +19,7 @@ SPECULATORS_VERSION = "0.5.0"  # the release of the library whose form this is, 
 def speculators_config(
     config: DraftHeadConfig, dtype: torch.dtype, verifier: dict[str, Any], num_draft_tokens: int
 ) -> dict[str, Any]:
-    """Give the `config.json` of a head in Speculators format; aux layers are in vLLM's numbering.
+    """Return the `config.json` of a head in Speculators format; aux layers are in vLLM's numbering.
 
     `norm_before_residual` is always written (absent means true there), and there is no `model_type` at the top level.
 
@@ -24,33 +27,30 @@ def speculators_config(
         verifier: `name_or_path` and `architectures` of the model that serves with the head.
         num_draft_tokens: tokens proposed a round unless the engine is told otherwise.
     """
+    architecture = architecture_of(config)
     differs = config.verifier_hidden_size != config.hidden_size
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": num_draft_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
     return {
-        "architectures": ["Eagle3DraftModel"],
+        "architectures": [architecture.names["speculators"]],
         "speculators_model_type": "eagle3",
         "speculators_version": SPECULATORS_VERSION,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.verifier_hidden_size if differs else None,
-        "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": False,
-        "fc_norm": config.fc_norm,
-        "norm_output": config.norm_output,
+        **written_fields(config, TOP, architecture.fields),
         "embed_requires_grad": config.own_embedding,
-        "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
+        AUX_IDS: vllm_layer_ids(config.aux_layers),
         "tie_word_embeddings": False,
         "torch_dtype": dtype_name(dtype),
-        "transformer_layer_config": {"architectures": ["LlamaForCausalLM"], **layer_fields(config)},
+        LAYER: {"architectures": ["LlamaForCausalLM"], **written_fields(config, LAYER, architecture.fields)},
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": num_draft_tokens,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
+            "proposal_methods": [proposal],
             "verifier": verifier,
         },
     }

@@ -12,18 +12,14 @@ Sequences are laid end to end without a batch dimension: T rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
-from ...conf.schema import DraftConfig
-from ..verifier.model import default_aux_layers
-from .sizes import head_sizes, required_size, size_of
+from .config import DraftHeadConfig
 from .vocabulary import VocabularyMap
 
 # (layer index, queries [T, heads, D], keys [T, kv_heads, D], values [T, kv_heads, D]) -> [T, heads, D]
@@ -36,97 +32,6 @@ class Lookup(NamedTuple):
 
     tokens: Tensor  # int64 [T]
     matrix: Tensor  # [V, H]
-
-
-# Rotary embeddings of the Llama family, which every engine computes alike: not `dynamic`, which SGLang scales at any
-# length and transformers, so training, beyond the maximal one only.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-def rope_of(verifier: Any) -> dict[str, Any]:
-    """Give the rotary parameters a head takes from its verifier.
-
-    A head rotates whole head dimensions by one position: of several sets (by layer type) it takes that of full
-    attention, and sections by image axis, equal on text, or a partial rotation are not taken over. Other kinds
-    (longrope, dynamic) give way to the default one with their base.
-    """
-    parameters = dict(getattr(verifier, "rope_parameters", None) or {})
-    if isinstance(parameters.get("full_attention"), dict):
-        parameters = dict(parameters["full_attention"])
-    kept = {key: value for key, value in parameters.items() if key not in ("mrope_section", "partial_rotary_factor")}
-    kind = kept.get("rope_type", "default")
-    if kind not in ROPE_TYPES or "mrope_interleaved" in kept:
-        kept = {"rope_theta": kept.get("rope_theta", 10000.0)}
-    return {"rope_theta": 10000.0, "rope_type": "default", **kept}
-
-
-@dataclass(frozen=True)
-class DraftHeadConfig:
-    """Everything that determines the shape and the arithmetic of a draft head."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    verifier_hidden_size: int
-    aux_layers: tuple[int, ...]
-    max_position_embeddings: int
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    rms_norm_eps: float = 1e-5
-    num_layers: int = 1
-    fc_norm: bool = True
-    norm_output: bool = True
-    norm_before_residual: bool = False
-    own_embedding: bool = False  # where not, the head reads the verifier's
-
-    @classmethod
-    def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
-        """Derive the head's shape from the options and the verifier's language-model configuration."""
-        sizes = head_sizes(draft, verifier)
-        layers, width = verifier.num_hidden_layers, verifier.hidden_size
-        aux_layers = draft.aux_layers if draft.aux_layers is not None else default_aux_layers(layers)
-        if not aux_layers or not set(aux_layers) <= set(range(layers)):
-            raise ValueError(f"draft.aux_layers must be layers of the verifier, 0 to {layers - 1}, got {aux_layers}")
-        if sizes.hidden_size != width and not draft.train_lm_head:
-            raise ValueError(
-                f"draft.train_lm_head must be true with draft.hidden_size={sizes.hidden_size}: the verifier's lm_head "
-                f"has rows of {width}"
-            )
-        positions = required_size(verifier, "max_position_embeddings", "write there how many tokens it reads")
-        return cls(
-            **sizes._asdict(),
-            vocab_size=verifier.vocab_size,
-            draft_vocab_size=draft.vocab_size or verifier.vocab_size,
-            verifier_hidden_size=width,
-            aux_layers=tuple(sorted(aux_layers)),
-            max_position_embeddings=positions,
-            rope_parameters=rope_of(verifier),
-            rms_norm_eps=size_of(verifier, "rms_norm_eps") or 1e-5,
-            num_layers=draft.num_layers,
-            fc_norm=draft.fc_norm,
-            norm_output=draft.norm_output,
-            norm_before_residual=draft.norm_before_residual,
-            own_embedding=sizes.hidden_size != width,
-        )
-
-    def llama_config(self) -> LlamaConfig:
-        """Give the Llama configuration of the head's layers (rotary embedding, export)."""
-        return LlamaConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            num_hidden_layers=self.num_layers,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=self.max_position_embeddings,
-            rope_parameters=dict(self.rope_parameters),
-            rms_norm_eps=self.rms_norm_eps,
-            tie_word_embeddings=False,
-        )
 
 
 class PartialLinear(nn.Linear):
@@ -157,7 +62,7 @@ class SelfAttention(nn.Module):
         projected: Projected | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Attend from `rows` (all where None) to all rows; `projected` joins the projections of x, its last columns."""
+        """Attend from `rows` (all if None) to all rows; `projected` joins the projections of x, its last columns."""
         columns = slice(-x.shape[-1], None)
         inputs = (_rows(x, rows), x, x)
         q, k, v = (proj(i, columns) for proj, i in zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True))
@@ -178,7 +83,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps these two for the backward pass and not silu(gate) beside them."""
+    """silu(gate) * up, which keeps these two for the backward pass and not silu(gate) next to them."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -246,7 +151,7 @@ class DraftLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def project_embedding(self, embedding: Tensor) -> Projected:
-        """Give what embeddings [T, H] add to q, k and v; the first layer only."""
+        """Return what embeddings [T, H] add to q, k and v; the first layer only."""
         x, attention = self.input_layernorm(embedding), self.self_attn
         columns = slice(x.shape[-1])
         return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
@@ -256,7 +161,7 @@ class OutputHead(nn.Linear):
     """The map to logits, or to anything else that is made of states and its weight."""
 
     def forward(self, states: Any, reduce: Callable[[Any, Tensor], Any] | None = None) -> Any:
-        """Give logits [T, Vd] of states [T, H]; with `reduce`, reduce(states, weight).
+        """Return logits [T, Vd] of states [T, H]; with `reduce`, reduce(states, weight).
 
         ZeRO-3 has the weight in one piece inside this call only.
         """
@@ -297,33 +202,33 @@ class DraftHead(nn.Module):
 
     @property
     def target_ids(self) -> Tensor:
-        """Give the verifier's id of every draft token (int64 [Vd])."""
+        """Return the verifier's id of every draft token (int64 [Vd])."""
         return VocabularyMap(self.d2t, self.t2d).target_ids
 
     def rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
+        """Return cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
         cos, sin = self._rotary[0].to(like.device)(like, positions[None])
         return cos[0], sin[0]
 
     def embed(self, tokens: Tensor, verifier_embedding: Tensor) -> Tensor:
-        """Give the embeddings [T, H] of tokens [T]: the head's own, or rows of the verifier's [V, H]."""
+        """Return the embeddings [T, H] of tokens [T]: the head's own, or rows of the verifier's [V, H]."""
         if self.embed_tokens is not None:
             return self.embed_tokens(tokens)
         return nn.functional.embedding(tokens, verifier_embedding)
 
     def lookup(self, tokens: Tensor, verifier_embedding: Tensor) -> Lookup:
-        """Give what `embed` looks up, for `step` to look up."""
+        """Return what `embed` looks up, for `step` to look up."""
         return Lookup(tokens, verifier_embedding if self.embed_tokens is None else self.embed_tokens.weight)
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
-        """Give the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
+        """Return the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
         if self.fc_norm is not None:
             parts = aux_hidden_states.split(self.config.verifier_hidden_size, dim=-1)
             aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(aux_hidden_states)
 
     def project_embedding(self, embedding: Tensor) -> Projected:
-        """Give what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
+        """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
         first: Any = self.layers[0]
         return first.project_embedding(embedding)
 
@@ -342,7 +247,7 @@ class DraftHead(nn.Module):
             state: [T, H], `fuse` at step 0, the state of the step before after that.
             rotary: cosine and sine at the rows' positions.
             attention: joins these rows' queries with the keys they may see.
-            rows: int64, those whose states are wanted; all where None. The others give keys and values only.
+            rows: int64, those whose states are read; all if None. The others give keys and values only.
 
         Returns:
             The state to feed onward and the normed state that `lm_head` multiplies, [T, H] each (one and the same
@@ -377,7 +282,7 @@ def initialise(head: DraftHead, verifier_embedding: Tensor, verifier_lm_head: Te
 
 
 def of_width(rows: Tensor, width: int) -> Tensor:
-    """Give rows [n, H] another width: along their leading principal directions, or with zeros beside them."""
+    """Return rows [n, H] in another width: along their leading principal directions, or with zeros added."""
     if width >= rows.shape[1]:
         return nn.functional.pad(rows, (0, width - rows.shape[1]))
     rows = rows.float()

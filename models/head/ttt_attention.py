@@ -94,7 +94,7 @@ class SplitAttention:
         self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and step
 
     def at(self, step: int) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-        """Give the attention of one step, for `DraftHead.step`: steps in order, any of them again to recompute."""
+        """Return the attention of one step, for `DraftHead.step`: steps in order, any of them again to recompute."""
         return partial(self._attend, step)
 
     def _attend(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class JoinedAttention(torch.autograd.Function):
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Give the type of softmaxes and sums: float32 for the 16-bit types, else the type itself."""
+    """Return the type of softmaxes and sums: float32 for the 16-bit types, else the type itself."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -205,7 +205,7 @@ def _grouped(x: Tensor, keys: Tensor) -> Tensor:
 
 
 def _own_scores(q: Tensor, keys: Sequence[Tensor], places: list[Tensor]) -> Tensor:
-    """Give the scores [n, heads, own steps] of queries with the keys of their own rows."""
+    """Return the scores [n, heads, own steps] of queries with the keys of their own rows."""
     scale = q.shape[-1] ** -0.5
     columns = [
         (_grouped(q, key) * key.index_select(0, place).unsqueeze(2)).sum(-1, dtype=wide_dtype(q.dtype)).flatten(1)
@@ -254,7 +254,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of q, k and v where `out` and `lse` are those of a softmax these keys are a part of.
+    """Return the gradients of q, k and v where `out` and `lse` are those of a softmax these keys are a part of.
 
     Those of k and v may be wider than they, as sums of many blocks have to be.
     """
@@ -308,7 +308,7 @@ def _row_blocks(num_rows: int, row_size: int) -> list[slice]:
 
 
 def _block_softmax(q: Tensor, k: Tensor, rows: slice, causal: bool, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Give the weights [kv_heads, rows, group, m] of some query rows, and their log-sum-exp [rows, heads]."""
+    """Return the weights [kv_heads, rows, group, m] of some query rows, and their log-sum-exp [rows, heads]."""
     scores = _wide_product(q[rows], k).mul_(q.shape[-1] ** -0.5)
     if causal:
         keys = torch.arange(len(k), device=q.device)
@@ -318,7 +318,7 @@ def _block_softmax(q: Tensor, k: Tensor, rows: slice, causal: bool, lse: Tensor 
 
 
 def _wide_product(x: Tensor, keys: Tensor) -> Tensor:
-    """Give the products [kv_heads, n, group, m] of x [n, heads, D] with keys [m, kv_heads, D], at least float32."""
+    """Return the products [kv_heads, n, group, m] of x [n, heads, D] with keys [m, kv_heads, D], at least float32."""
     grouped, wide = _grouped(x, keys).transpose(0, 1), wide_dtype(x.dtype)
     factors = grouped.flatten(1, 2), keys.permute(1, 2, 0)
     if x.is_cuda and x.dtype != wide:

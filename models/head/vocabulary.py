@@ -22,7 +22,7 @@ class VocabularyMap:
 
     @property
     def target_ids(self) -> Tensor:
-        """Give the target id of every draft id, ascending (int64 [Vd])."""
+        """Return the target id of every draft id, ascending (int64 [Vd])."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
 
@@ -55,6 +55,6 @@ def check_vocabulary_size(size: int, vocab_size: int, always: int = 1) -> None:
 
 
 def coverage(token_counts: Tensor, vocabulary: VocabularyMap) -> float:
-    """Give the share of counted occurrences that the draft vocabulary covers; it bounds acceptance."""
+    """Return the share of counted occurrences that the draft vocabulary covers; it bounds acceptance."""
     total = int(token_counts.sum())
     return float(token_counts[vocabulary.t2d].sum()) / total if total else 1.0

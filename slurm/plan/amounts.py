@@ -11,7 +11,8 @@ import torch
 from ...conf.runtime.artifact import read_manifest
 from ...conf.schema import Config, EvaluateEngine, ExportFormat, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES, StateFormat
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.formats.serving_formats import SERVING_FORMATS
+from ...models.head.config import DraftHeadConfig
 from ...train.metrics.cost import plain_flops
 from .gpus import GPUS
 from .memory import TrainingShape
@@ -74,7 +75,7 @@ def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingS
     """
     options = config.train
     every, _ = shape.parameters
-    exports = 2 if config.export.format is ExportFormat.all else 1
+    exports = len(SERVING_FORMATS) if config.export.format is ExportFormat.all else 1
     checkpoint = checkpoint_bytes(shape)
     stored = tokens.tokens * (
         TOKEN_BYTES if options.hidden_states is HiddenStates.online else store_bytes(config, head, tokens)

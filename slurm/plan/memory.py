@@ -13,7 +13,8 @@ from functools import cached_property
 
 import torch
 
-from ...models.head.draft_head import DraftHead, DraftHeadConfig
+from ...models.head.architectures import build_head
+from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import VocabularyMap
 from ...train.loss.fused import SLICE_BYTES, rows_in_chunk
 
@@ -61,7 +62,7 @@ def count_parameters(config: DraftHeadConfig) -> int:
         map_ = VocabularyMap(
             torch.zeros(config.draft_vocab_size, dtype=torch.int64), torch.zeros(config.vocab_size, dtype=torch.bool)
         )
-        head = DraftHead(config, map_)
+        head = build_head(config, map_)
     return sum(parameter.numel() for parameter in head.parameters())
 
 

@@ -12,8 +12,7 @@ import torch
 from ...conf.runtime.artifact import write_json
 from ...conf.schema import Config, DumpEngine, EvaluateEngine, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES
-from ...models.head.draft_head import DraftHeadConfig
-from ...models.head.sizes import describe_sizes
+from ...models.head.config import DraftHeadConfig, describe_sizes
 from .amounts import Tokens, costs, disk, find_tokens, store_bytes
 from .gpus import GPUS
 from .memory import TrainingShape, peak, training_memory

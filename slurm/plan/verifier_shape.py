@@ -13,8 +13,7 @@ from transformers import AutoConfig
 
 from ...conf.schema import Config, VerifierConfig
 from ...data_synthesis.verifier_check import check_verifier
-from ...models.head.draft_head import DraftHeadConfig
-from ...models.head.sizes import num_active_experts, num_experts, size_of
+from ...models.head.config import DraftHeadConfig, num_active_experts, num_experts, size_of
 from ...models.verifier.model import empty_model, load_whole_config
 from ...models.verifier.quantised import quantisation
 

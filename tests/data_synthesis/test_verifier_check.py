@@ -12,8 +12,8 @@ from builders import SMALL_DECODER, composed
 from commands import run_command
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, VerifierConfig
 from fledge.data_synthesis.verifier_check import check_verifier
-from fledge.models.head.draft_head import DraftHead, DraftHeadConfig
-from fledge.models.head.sizes import describe_sizes
+from fledge.models.head.config import DraftHeadConfig, describe_sizes
+from fledge.models.head.draft_head import DraftHead
 from fledge.models.verifier import model as verifier_module
 from fledge.models.verifier.model import Verifier, VerifierWeights, load_final_norm, load_whole_config
 from fledge.models.verifier.processor import load_processor

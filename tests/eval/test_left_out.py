@@ -23,7 +23,8 @@ from fledge.eval.evaluate import evaluate
 from fledge.eval.local import Answerer
 from fledge.eval.questions import load_questions
 from fledge.models.formats.plain import save_head
-from fledge.models.head.draft_head import DraftHead, DraftHeadConfig
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead
 from fledge.models.verifier.model import Verifier, load_config, verifier_identity
 
 END, BEYOND = 256, ("<image_soft_token>", "<tool_result>")

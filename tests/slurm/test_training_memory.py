@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import SUPPORT
-from fledge.models.head.draft_head import DraftHeadConfig
+from fledge.models.head.config import DraftHeadConfig
 from fledge.models.verifier.model import load_config
 from fledge.slurm.plan.memory import TrainingShape, peak, training_memory
 from training_memory import QUIET, Spec, configuration, prepare

@@ -21,7 +21,7 @@ from fledge.data_synthesis.heldout import is_heldout
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.store.store import COUNTS_FILE, VOCABULARY_FILE, checksums_beside, write_index
 from fledge.models.formats.plain import checkpoint_steps
-from fledge.models.head.draft_head import DraftHeadConfig
+from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import load_config, special_token_ids, verifier_identity
 from fledge.train.metrics.tracking import read_metrics

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.train.loss.rows import PackedBatch
 

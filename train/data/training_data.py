@@ -32,7 +32,7 @@ from ...data_synthesis.heldout import conversation_id, heldout_order, is_heldout
 from ...data_synthesis.store.draft_vocabulary import choose_vocabulary
 from ...data_synthesis.store.shard import STATES
 from ...data_synthesis.store.store import HiddenStateStore
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import VocabularyMap
 from ...models.verifier.model import check_identity, special_token_ids
 from ..loss.rows import PackedBatch, find_useful_rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...conf.schema import TrainConfig
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
 from ...models.head.ttt_attention import MAX_HEAD_DIM, SplitAttention, TTTAttention
 from ...models.kernels.self_check import TOLERANCES, Check, Checked, Figure, check_kernels
 from .rows import find_useful_rows

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
 
 
 def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], num_counted: list[float]) -> float:

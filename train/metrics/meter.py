@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from ...models.head.draft_head import DraftHeadConfig
+from ...models.head.config import DraftHeadConfig
 from ..loss.rows import PackedBatch
 from ..ranks.group import Ranks
 from .cost import machine_flops, plain_flops

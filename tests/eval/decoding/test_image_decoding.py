@@ -14,7 +14,8 @@ from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.eval.local import Answerer
 from fledge.eval.questions import Question
-from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.verifier.model import Verifier, VerifierWeights, load_config
 from image_verifiers import asked, make_pictures, save_llama4, save_qwen3_vl
 from oracles import Oracle, TreeOracle

@@ -18,7 +18,8 @@ from fledge.eval.decoding.speculator import Decoded, Request, Speculator, answer
 from fledge.eval.decoding.verifier_cache import CachedVerifier
 from fledge.eval.figures.metrics import Counts
 from fledge.models.embedded.verifier import questions
-from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, initialise
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import Verifier, VerifierWeights
 from one_sequence import OneSequence

@@ -14,7 +14,8 @@ from builders import make_head, matrices
 from commands import run_command
 from fledge.conf.schema import Config, validate
 from fledge.eval.doctor.doctor import diagnose, report
-from fledge.eval.doctor.rules import IDS, Published, engine_notes, static_findings
+from fledge.eval.doctor.rules import Published, engine_notes, static_findings
+from fledge.models.formats.fields import AUX_IDS as IDS
 from fledge.models.formats.plain import load_head, save_head
 from fledge.models.formats.published import read_published
 from fledge.models.formats.speculators import save_speculators

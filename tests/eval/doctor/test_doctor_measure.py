@@ -13,7 +13,7 @@ import torch
 from builders import Run, make_head, matrices
 from fledge.conf.schema import Config, HeadImportConfig
 from fledge.data_synthesis.conversations import read_conversations
-from fledge.eval.doctor.doctor import Diagnosis, diagnose, report
+from fledge.eval.doctor.doctor import Diagnosis, diagnose, readable_head, report
 from fledge.eval.doctor.measure import (
     STEPS,
     Measured,
@@ -26,10 +26,10 @@ from fledge.eval.doctor.measure import (
     teacher_forced,
     variants,
 )
-from fledge.eval.doctor.repair import readable_head
-from fledge.eval.doctor.rules import IDS, Published
+from fledge.eval.doctor.rules import Published
+from fledge.models.formats.fields import AUX_IDS as IDS
 from fledge.models.formats.plain import load_head, save_head
-from fledge.models.formats.published import read_foreign_head, read_published
+from fledge.models.formats.published import read_published, read_published_head
 from fledge.models.formats.speculators import save_speculators
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.verifier.model import VerifierWeights, load_config
@@ -225,7 +225,7 @@ def test_interleaved_rotation_is_measured(tmp_path, trained, config, texts, chan
         assert verdict.otherwise
         assert [one.variant.changes for one in verdict.candidates] == [("pairs",)]
     config = replace(config, head_import=HeadImportConfig(source=str(tmp_path), interleaved_rotary=True))
-    head = read_foreign_head(tmp_path, load_config(config.verifier), config.head_import).head
+    head = read_published_head(tmp_path, load_config(config.verifier), config.head_import).head
     assert torch.equal(head.layers[0].self_attn.k_proj.weight, trained.layers[0].self_attn.k_proj.weight)
 
 

@@ -8,7 +8,8 @@ import torch
 from builders import make_head
 from fledge.conf.schema import DraftConfig
 from fledge.models.formats.plain import load_head, plain_config, save_head
-from fledge.models.head.draft_head import DraftHead, DraftHeadConfig, rope_of
+from fledge.models.head.config import DraftHeadConfig, rope_of
+from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.ttt_attention import TTTAttention
 from fledge.models.head.vocabulary import build_vocabulary, coverage
 from fledge.models.verifier.model import default_aux_layers, special_token_ids

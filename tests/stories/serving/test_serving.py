@@ -8,7 +8,8 @@ import torch
 import transformers
 from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
 from fledge.models.embedded.verifier import conversations
-from fledge.models.formats.plain import layer_fields, load_head, vllm_layer_ids
+from fledge.models.formats.fields import LAYER, vllm_layer_ids, written_fields
+from fledge.models.formats.plain import load_head
 from make_embedded import TINY, make_document, train
 from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
@@ -76,7 +77,7 @@ def check_read_by_speculators(run: Run) -> None:
         "target_hidden_size": None,
         "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
     }
-    layer = layer_fields(config)
+    layer = written_fields(config, LAYER)
     assert answer["layer"] == {name: layer[name] for name in answer["layer"]}
     assert answer["verifier"]["name_or_path"] == str(run.verifier)
     assert answer["num_draft_tokens"] == 3

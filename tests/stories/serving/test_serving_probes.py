@@ -14,7 +14,7 @@ import torch
 from builders import Run
 from fledge.conf.schema import Config, Device, Dtype, VerifierConfig
 from fledge.eval.doctor.doctor import diagnose, report
-from fledge.eval.doctor.rules import IDS
+from fledge.models.formats.fields import AUX_IDS as IDS
 from make_embedded import TINY, shared_embedded
 from safetensors.torch import load_file, save_file
 from serving import COUNTS, decode_in_vllm, evaluated

@@ -28,7 +28,7 @@ from fledge.data_synthesis.store.store import (
     checksums_beside,
     write_index,
 )
-from fledge.models.head.draft_head import DraftHeadConfig
+from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import load_config, special_token_ids
 from fledge.train.data.training_data import Batches, PackStream, Passes, Split, TrainingData, answers_end, pack
