@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fledge.conf.schema import TTTLoss
+from fledge.models.head.draft_head import DraftHead
+from fledge.models.head.ttt_attention import TTTAttention, wide_dtype
+from fledge.models.verifier.model import LogitTransform
+from fledge.train.loss.fused import Targets
+from fledge.train.loss.rows import PackedBatch
+from fledge.train.loss.unroll import TTTModule
 from torch import Tensor
-
-from ..conf.schema import TTTLoss
-from ..models.head.draft_head import DraftHead
-from ..models.head.ttt_attention import TTTAttention, wide_dtype
-from ..models.verifier.model import LogitTransform
-from .loss.fused import Targets
-from .loss.rows import PackedBatch
-from .loss.unroll import TTTModule
 
 
 def ahead(values: Tensor, distance: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Teacher-forced steps do not need each other's logits, so all K are unrolled first (`unroll`) and one pass over their
 states forms the loss (`fused_loss`). What row r is fed and predicts at step k stands in train/loss/rows.py.
-train/plain.py does the same in the plain form.
+tests/twins/plain_ttt.py does the same in the plain form.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from fledge.train.loss import unroll as ttt
 from fledge.train.loss.fused import SUMS
 from fledge.train.loss.rows import find_useful_rows
 from fledge.train.loss.unroll import TTTModule, unroll
-from fledge.train.plain import PlainTTTModule, counted_rows, plain_unroll
+from plain_ttt import PlainTTTModule, counted_rows, plain_unroll
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNNING = torch.tensor([0.5, 0.3, 0.2, 0.1])  # acceptance so far, for the losses that blend
