@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .loss.fused import draft_tokens
 from .loss.rows import PackedBatch
-from .loss.unroll import TTTModule, unroll
+from .loss.unroll import TTTModule
 
 
 @dataclass
@@ -56,7 +56,7 @@ def acceptance(
     """
     head, rows = module.head, batch.useful_rows(num_draft_tokens)
     job = module.job(batch, rows, verifier_lm_head)
-    proposed, overlaps = head.lm_head(unroll(head, batch, rows, embedding), partial(draft_tokens, job))
+    proposed, overlaps = head.lm_head(module.unroll(head, batch, rows, embedding), partial(draft_tokens, job))
     hits = torch.zeros_like(batch.input_ids)
     reach = torch.zeros(len(hits), num_draft_tokens, device=hits.device)
     for step, places in enumerate(rows.steps):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
 from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import StopSignals, deferred
-from ..conf.schema import Config, HiddenStates, TTTLoss
+from ..conf.schema import Config, HiddenStates
 from ..data_synthesis.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps
 from ..models.head.draft_head import DraftHead, initialise
@@ -32,6 +32,7 @@ from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .heldout import Walks, total, walk_batches
 from .loss.fused import SUMS
 from .loss.kernel_checks import ATTENTION, check_training
+from .loss.losses import LOSSES
 from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule, count_rows, find_targets
 from .metrics.meter import Meter
@@ -132,7 +133,7 @@ class Trainer:
             self.head,
             options.ttt_steps,
             options.gamma,
-            options.loss,
+            LOSSES[options.loss.value],
             transform,
             options.blend_rate,
             options.checkpoint_activations,
@@ -275,7 +276,7 @@ class Trainer:
             self._skip(packed, losses)
             return torch.zeros_like(sums)
         self.state.skipped_in_a_row = 0
-        if options.loss in (TTTLoss.lk_lambda, TTTLoss.acceptance_length):
+        if self.module.loss.blends:
             overlap = sum_over_ranks(sums[:, SUMS.index("overlap")].clone())
             latest = torch.where(num_counted > 0, overlap / num_counted.clamp(min=1), self.acceptance)
             self.acceptance = torch.lerp(self.acceptance, latest, 0.1)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from benchmark_options import parse_options
-from fledge.conf.schema import TTTLoss
 from fledge.models.head.draft_head import DraftHead, DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.train.loss.fused import SUMS
+from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule
 from fledge.train.metrics.cost import Clock, machine_flops, plain_flops
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 IMPLEMENTATIONS: dict[str, type[TTTModule]] = {"fused": TTTModule, "plain": PlainTTTModule}
 CHOICES = {
     "implementation": [*IMPLEMENTATIONS, "both"],
-    "loss": [loss.value for loss in TTTLoss],
+    "loss": list(LOSSES),
     "dtype": ["float32", "bfloat16", "float64"],
     "device": ["cpu", "cuda"],
 }
@@ -225,7 +225,7 @@ def measure(options: Options) -> dict[str, Any]:
         head,
         options.ttt_steps,
         0.8,
-        TTTLoss(options.loss),
+        LOSSES[options.loss],
         recompute=options.recompute,
         kernels=options.triton,
         loss_kernel=options.loss_kernel,

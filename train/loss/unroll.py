@@ -8,18 +8,36 @@ tests/twins/plain_ttt.py does the same in the plain form.
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...conf.schema import TTTLoss
 from ...models.head.draft_head import DraftHead, Projected
 from ...models.head.ttt_attention import SplitAttention, wide_dtype
 from ...models.verifier.model import LogitTransform
 from .fused import LossJob, Targets, fused_loss, product, rows_in_chunk
+from .losses import LOSSES, Loss
 from .rows import PackedBatch, UsefulRows
+
+
+class Unroll(Protocol):
+    """The contract of an unroll: the loss does not care how the states of its steps came about."""
+
+    def __call__(
+        self,
+        head: DraftHead,
+        batch: PackedBatch,
+        rows: UsefulRows,
+        embedding: Tensor,
+        recompute: bool = False,
+        kernels: bool = False,
+    ) -> list[Tensor]:
+        """Return for each step k the states [n_k, H] of the rows `rows.rows[rows.steps[k]]`.
+
+        `head.lm_head` multiplies them. The options are those of `unroll`, EAGLE-3's.
+        """
 
 
 def unroll(
@@ -95,15 +113,16 @@ def count_rows(targets: Targets, rows: UsefulRows) -> Tensor:
 class TTTModule(nn.Module):
     """The trained module: a draft head and the loss of its unroll.
 
-    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `TTTLoss` has others. Rows whose
+    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `LOSSES` has others. Rows whose
     target's greedy token is outside the draft vocabulary are not counted.
 
     Args:
         transform: how the verifier's logits come from its `lm_head`.
-        blend_rate: see train/loss/fused.py, eta.
+        blend_rate: of the losses that blend; see `Rows.blend`.
         recompute: run the draft steps again in the backward pass, to keep less.
         kernels: let Triton kernels do the attention, on a GPU.
         loss_kernel: let a Triton kernel do the row-wise part of the loss, on logits in the weights' type.
+        unroll: gives the states of the steps.
     """
 
     def __init__(
@@ -111,15 +130,16 @@ class TTTModule(nn.Module):
         head: DraftHead,
         ttt_steps: int,
         gamma: float,
-        loss: TTTLoss = TTTLoss.kl,
+        loss: Loss = LOSSES["kl"],
         transform: LogitTransform = LogitTransform(),  # noqa: B008
         blend_rate: float = 3.0,
         recompute: bool = False,
         kernels: bool = False,
         loss_kernel: bool = False,
+        unroll: Unroll = unroll,
     ) -> None:
         super().__init__()
-        assert loss is TTTLoss.kl or not loss_kernel, loss
+        assert loss.is_kl or not loss_kernel, loss
         self.head = head
         self.ttt_steps = ttt_steps
         self.gamma = gamma
@@ -129,6 +149,7 @@ class TTTModule(nn.Module):
         self.recompute = recompute
         self.kernels = kernels
         self.loss_kernel = loss_kernel
+        self.unroll = unroll
 
     def forward(
         self,
@@ -153,7 +174,7 @@ class TTTModule(nn.Module):
         """
         rows = batch.useful_rows(self.ttt_steps)
         job = self.job(batch, rows, verifier_lm_head, targets, num_counted, acceptance)
-        states = unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
+        states = self.unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
         return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))
 
     def job(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import training_step
-from fledge.conf.schema import DraftSampling, TTTLoss
+from fledge.conf.schema import DraftSampling
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
 from fledge.data_synthesis.store.host_copies import on_host
 from fledge.data_synthesis.store.shard import Sample, Shard
@@ -30,6 +30,7 @@ from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.vocabulary import VocabularyMap
 from fledge.models.verifier.model import Verifier
+from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def run_step(arguments: str) -> dict[str, Any]:
             head,
             ttt_steps,
             0.8,
-            TTTLoss(options.loss),
+            LOSSES[options.loss],
             recompute=options.recompute,
             kernels=options.triton,
             loss_kernel=options.loss_kernel,
