@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from ..conf.runtime.artifact import commit, sync, write_atomic, write_json
 from ..models.formats.plain import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
 from ..models.head.draft_head import DraftHead
-from .heldout import Walk, Walks
+from .heldout import HeldoutByLength, HeldoutCounts
 
 STATE = "trainer.json"
 _SAVING, _UNIVERSAL = ".saving", ".universal"
@@ -43,7 +43,7 @@ class TrainerState:
     best_step: int | None = None
     best_acceptance_length: float = 0.0
     best_measure: str = ""  # digest of draft tokens and held-out conversations; under another one all begins anew
-    walks: Walks = field(default_factory=dict)  # held-out rounds of these weights; empty where they were not walked
+    walks: HeldoutByLength = field(default_factory=dict)  # of these weights; empty if they were not measured
 
 
 def save_checkpoint(
@@ -189,7 +189,9 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
     walks = json.loads((newest / HELDOUT_WALKS).read_text())
     known = {entry.name for entry in dataclasses.fields(TrainerState)}
     state = TrainerState(**{name: value for name, value in values.items() if name in known})
-    state.walks = {int(num): {name: Walk(**walked) for name, walked in by_id.items()} for num, by_id in walks.items()}
+    state.walks = {
+        int(num): {name: HeldoutCounts(**walked) for name, walked in by_id.items()} for num, by_id in walks.items()
+    }
     if dist.get_rank() == 0:
         _name(folder, state)  # a kill may have come between the checkpoint and its names
     return state

@@ -29,7 +29,7 @@ from ..models.verifier.model import VerifierWeights, load_config, logit_transfor
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
 from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
-from .heldout import Walks, total, walk_batches
+from .heldout import HeldoutByLength, count_heldout, total
 from .loss.fused import SUMS
 from .loss.kernel_checks import ATTENTION, check_training
 from .loss.losses import LOSSES
@@ -85,7 +85,7 @@ def _train(config: Config, ranks: Ranks) -> None:
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
-    """Give everything that determines the weights."""
+    """Return everything that determines the weights."""
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
     is_online = config.train.hidden_states is HiddenStates.online
     online = {"verifier_dtype": config.verifier.dtype.value} if is_online else {}
@@ -148,7 +148,7 @@ class Trainer:
         # the losses that blend begin as KL.
         self.acceptance = torch.zeros(options.ttt_steps, device=device)
         self.state = TrainerState()
-        self.walks: Walks = {}  # the latest
+        self.walks: HeldoutByLength = {}  # the latest
 
         self.micro_batches = micro_batches(config)
         self.packs_per_step = options.packs_per_step
@@ -183,7 +183,7 @@ class Trainer:
             with self.meter.waiting():
                 read = list(itertools.islice(batches, self.micro_batches))
             self.meter.add(read)
-            sums += self._optimizer_step([self._here(batch, options.ttt_steps) for batch in read])
+            sums += self._optimizer_step([self._to_device(batch, options.ttt_steps) for batch in read])
             stop = self.ranks.any_rank(signals.received is not None)
             save = state.step % options.save_every == 0 or state.step == self.num_steps
             log = state.step % options.log_every == 0 or save or stop
@@ -289,7 +289,7 @@ class Trainer:
             ValueError: too many such steps in a row.
         """
         here = [batch for batch, loss in zip(packed, losses, strict=True) if not loss.isfinite()]
-        gathered = self.ranks.gather([name for batch in here for name in batch.suspects()])
+        gathered = self.ranks.gather([name for batch in here for name in batch.non_finite_samples()])
         names = [name for of_rank in gathered for name in of_rank]
         cause = f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the gradient"
         self.state.skipped_steps += 1
@@ -303,8 +303,8 @@ class Trainer:
                 "train.init_from=<the newest checkpoint> may have a lower train.lr"
             )
 
-    def _here(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
-        """Give a batch on this rank's device, with its states."""
+    def _to_device(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
+        """Return a batch on this rank's device, with its states."""
         batch = batch.to(self.device, self.dtype, ttt_steps)
         return self.online.fill(batch) if self.online else batch
 
@@ -312,8 +312,8 @@ class Trainer:
     def _walk_heldout(self) -> None:
         """Walk the held-out answers, of which every rank takes its share."""
         steps = max(self.draft_lengths)
-        batches = (self._here(batch, steps) for batch in self.data.heldout_batches(steps))
-        mine = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
+        batches = (self._to_device(batch, steps) for batch in self.data.heldout_batches(steps))
+        mine = count_heldout(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
         of_ranks = self.ranks.gather(mine)
         self.walks = {num: {k: v for walks in of_ranks for k, v in walks[num].items()} for num in self.draft_lengths}
 

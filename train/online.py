@@ -36,7 +36,7 @@ class OnlineStates:
 
     @torch.no_grad()
     def fill(self, batch: PackedBatch) -> PackedBatch:
-        """Give the batch with its states, on its device, document by document in its order."""
+        """Return the batch with its states, on its device, document by document in its order."""
         num_tokens, device = len(batch.input_ids), batch.input_ids.device
         width = self.verifier.model.config.get_text_config().hidden_size
         aux = torch.empty(num_tokens, len(self.verifier.aux_layers) * width, dtype=self.dtype, device=device)

@@ -74,7 +74,7 @@ class Passes:
     weight: float = 1.0  # passes in an epoch
 
     def epoch(self, number: int, seed: str) -> list[int]:
-        """Give the samples that an epoch takes; one that it takes twice is there twice."""
+        """Return the samples that an epoch takes; one that it takes twice is there twice."""
         num, share = len(self.samples), self.weight * len(self.samples)
         first, end = math.floor(number * share), math.floor((number + 1) * share)
         taken = []
@@ -98,7 +98,7 @@ class PackStream:
         self._seed = seed
 
     def epoch(self, number: int) -> list[list[int]]:
-        """Give the packs of one epoch."""
+        """Return the packs of one epoch."""
         taken = [part.epoch(number, f"{self._seed}/store {place}") for place, part in enumerate(self._parts)]
         order = sorted(itertools.chain.from_iterable(taken))
         random.Random(f"{self._seed}/{number}").shuffle(order)
@@ -117,7 +117,7 @@ class PackStream:
 
 
 def answers_end(loss_mask: Tensor, budget: int) -> int:
-    """Give how many tokens there are up to the end of the last answer that ends within a budget, 0 without one.
+    """Return how many tokens there are up to the end of the last answer that ends within a budget, 0 without one.
 
     Args:
         loss_mask: [T], longer than the budget. With the mask 0 1 1 0 1 1 1, budget 3 and 6 give 3, budget 2 gives 0.
@@ -253,7 +253,7 @@ class Batches(Dataset[PackedBatch | ValueError]):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Give torch.cat(parts); in a reading process laid where the training process sees it, without another copy.
+    """Return torch.cat(parts); in a reading process laid where the training process sees it, without another copy.
 
     (Left to the queue between the two, a lack of shared memory would lose the batch and training would wait for ever.)
     """
@@ -335,7 +335,7 @@ class TrainingData:
             ) from error
 
     def inputs(self) -> dict[str, str]:
-        """Give the digest of every store and of the conversations it was made of, by folder."""
+        """Return the digest of every store and of the conversations it was made of, by folder."""
         manifests = {str(store.folder): store.manifest for store in self.stores}
         conversations = {f"{name}: conversations": m["settings"]["conversations"] for name, m in manifests.items()}
         return {name: manifest["digest"] for name, manifest in manifests.items()} | conversations
@@ -350,7 +350,7 @@ class TrainingData:
 
     @cached_property
     def vocabulary(self) -> VocabularyMap:
-        """Give the draft vocabulary that the stores ask for."""
+        """Return the draft vocabulary that the stores ask for."""
         always = special_token_ids(self._verifier)
         return choose_vocabulary(self.stores, self._weights, self._head.draft_vocab_size, self._head.vocab_size, always)
 

@@ -38,7 +38,7 @@ class Targets:
     log_normaliser: Tensor | None = None  # [n], log-sum-exp of the logits over the whole vocabulary
 
     def counted(self, rows: UsefulRows) -> list[Tensor]:
-        """Give for each step which of its rows are counted (bool [n_k]): those whose greedy token can be drafted."""
+        """Return for each step which of its rows are counted (bool [n_k]): those whose greedy token can be drafted."""
         return [self.inside.index_select(0, at + step) for step, at in enumerate(rows.steps)]
 
 
@@ -59,7 +59,7 @@ class LossJob:
 
 
 def fused_loss(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the loss and, per step, the sums over counted rows that metrics are made of.
+    """Return the loss and, per step, the sums over counted rows that metrics are made of.
 
     Args:
         states: per step [n_k, H], of the rows that go so far.
@@ -111,7 +111,7 @@ class _FusedLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def draft_tokens(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Give the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) at each step.
+    """Return the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) at each step.
 
     Args:
         states, weight: as `fused_loss`'s.
@@ -158,7 +158,7 @@ BLOCK_BYTES = 512 << 10  # of logits a thread works on at once; as much of P and
 
 
 def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device, trained_width: int = 0) -> int:
-    """Give how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
+    """Return how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
 
     Every chunk reads and writes that gradient, so chunks that are small beside it would do little else.
 
@@ -235,7 +235,7 @@ def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
 
 
 def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
-    """Give the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
+    """Return the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
 
     Not as a matrix product: `sum` adds in pairs, a product may add V terms one after the other and lose four digits.
     """

@@ -114,15 +114,15 @@ class PackedBatch:
         assert self.last_hidden_state is not None
         return self.aux_hidden_states, self.last_hidden_state
 
-    def suspects(self) -> list[str]:
-        """Give the ids of the documents with states that are not finite, or of all where every state is finite."""
+    def non_finite_samples(self) -> list[str]:
+        """Return the ids of the documents with states that are not finite, or of all where every state is finite."""
         aux, last = self.states
         finite = (aux.isfinite().all(-1) & last.isfinite().all(-1)).cpu()
         parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
         return [name for name, part in parts if not part.all()] or self.sample_ids
 
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
-        """Give the useful rows of K steps; those found by `to` if they are for as many."""
+        """Return the useful rows of K steps; those found by `to` if they are for as many."""
         if self.useful is not None and len(self.useful.steps) == ttt_steps:
             return self.useful
         return find_useful_rows(self.loss_mask, self.lengths, ttt_steps).to(self.loss_mask.device)
@@ -133,7 +133,7 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
-    """Give the useful rows of every answer, as spans."""
+    """Return the useful rows of every answer, as spans."""
     spans = []
     for document in documents:
         start, end = document.first, document.first + document.rows

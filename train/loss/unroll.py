@@ -106,7 +106,7 @@ def find_targets(
 
 
 def count_rows(targets: Targets, rows: UsefulRows) -> Tensor:
-    """Give the rows a batch counts at each step (float32 [K])."""
+    """Return the rows a batch counts at each step (float32 [K])."""
     return torch.stack([counted.sum() for counted in targets.counted(rows)]).float()
 
 
@@ -160,7 +160,7 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Give the loss of a packed batch and the sums its metrics are made of.
+        """Return the loss of a packed batch and the sums its metrics are made of.
 
         Args:
             embedding, verifier_lm_head: the verifier's frozen matrices [V, H].
@@ -186,7 +186,7 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> LossJob:
-        """Give what the pass over the logits needs of a batch besides the draft's states; arguments as `forward`'s."""
+        """Return what the pass over the logits needs besides the draft's states; arguments as `forward`'s."""
         if targets is None:
             targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
         ttt_steps, device = len(rows.steps), verifier_lm_head.device

@@ -74,7 +74,7 @@ class Ranks:
         self._words = dist.new_group(backend="gloo", timeout=self._timeout) if self.world > 1 else None
 
     def any_rank(self, flag: bool) -> bool:
-        """Say whether the flag is set on any rank; every rank calls it, and none waits for the GPU."""
+        """Return whether the flag is set on any rank; every rank calls it, and none waits for the GPU."""
         if self._words is None:
             return flag
         word = torch.tensor([int(flag)])
@@ -82,7 +82,7 @@ class Ranks:
         return bool(word)
 
     def gather(self, value: Any) -> list[Any]:
-        """Give the values of all ranks, by rank."""
+        """Return the values of all ranks, by rank."""
         if self._words is None:
             return [value]
         values: list[Any] = [None] * self.world
@@ -195,7 +195,7 @@ def _meet(place: Place, timeout_s: int) -> Ranks:
 
 
 def _shared(config: Config) -> dict[str, Any]:
-    """Give the options in which ranks must not differ."""
+    """Return the options in which ranks must not differ."""
     options = dataclasses.asdict(config)
     for group, names in _OF_ONE_NODE.items():
         for name in names:
@@ -313,7 +313,7 @@ def _receive(peer: socket.socket) -> str:
 
 
 def ended_message(ended: list[int], text: str = "") -> str:
-    """Say which ranks have ended and what to do."""
+    """Return which ranks have ended and what to do."""
     names = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))}" if ended else "another rank"
     return (
         f"{names} ended: see the log there for the cause; start the same command again, training goes on from the "
