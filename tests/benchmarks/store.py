@@ -28,7 +28,8 @@ from fledge.data_synthesis.store.shard import Sample, Shard, shard_entry
 from fledge.data_synthesis.store.state_format import StateFormat
 from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
 from fledge.data_synthesis.store.writer import BackgroundWriter
-from fledge.train.data.training_data import Batches, pack
+from fledge.train.data.packing import pack
+from fledge.train.data.training_data import Batches
 from safetensors.torch import load_file, save_file
 
 _BLOCK = 16 << 20  # bytes of a plain read

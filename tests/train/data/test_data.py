@@ -31,7 +31,8 @@ from fledge.data_synthesis.store.store import (
 from fledge.models.head.draft_head import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import load_config, special_token_ids
-from fledge.train.data.training_data import Batches, PackStream, Passes, Split, TrainingData, answers_end, pack
+from fledge.train.data.packing import PackStream, Passes, pack
+from fledge.train.data.training_data import Batches, Split, TrainingData, answers_end
 from fledge.train.engine import learning_rate
 from safetensors.torch import load_file, save_file
 
