@@ -58,13 +58,13 @@ def train(config: Config) -> None:
 def _train(config: Config, ranks: Ranks) -> None:
     micro_batches(config)  # refused before anything is read
     require_gpu("train.triton", config.train.triton, ranks.device)
-    given = trained_head(config) if config.train.init_from else None
-    shape = given.config if given else check_verifier(config)
-    if ranks.rank == 0 and not given:
+    initial_head = trained_head(config) if config.train.init_from else None
+    shape = initial_head.config if initial_head else check_verifier(config)
+    if ranks.rank == 0 and not initial_head:
         print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
     with ExitStack() as stack:
         data = stack.enter_context(TrainingData(config, shape, ranks.rank, ranks.world, ranks.device.type == "cuda"))
-        head = given or DraftHead(shape, data.vocabulary)
+        head = initial_head or DraftHead(shape, data.vocabulary)
         settings = _settings(config, data, head)
         saved = checkpoint_steps(config.training_folder / "checkpoints")
         ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
@@ -264,8 +264,8 @@ class Trainer:
         sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
         losses = []
         updated = False
-        for batch, known in zip(packed, targets, strict=True):
-            arguments = known, num_counted, self.acceptance
+        for batch, batch_targets in zip(packed, targets, strict=True):
+            arguments = batch_targets, num_counted, self.acceptance
             loss, batch_sums = self.engine(batch, self.embedding, self.verifier_lm_head, *arguments)
             self.engine.backward(loss * self.packs_per_step)
             updated = end_micro_batch(self.engine)

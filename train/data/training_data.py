@@ -79,8 +79,8 @@ class Split:
                     split.num_heldout_elsewhere += 1
                 elif store.lengths[index] <= batch_tokens:
                     train.append(first + index)
-                elif too_long is TooLong.cut and (kept := answers_end(store.loss_mask(index), batch_tokens)):
-                    split.lengths[first + index] = kept
+                elif too_long is TooLong.cut and (cut_length := answers_end(store.loss_mask(index), batch_tokens)):
+                    split.lengths[first + index] = cut_length
                     split.num_cut += 1
                     train.append(first + index)
                 else:

@@ -49,11 +49,13 @@ class UsefulRows:
     rows: Tensor = field(init=False)  # [n_0], ascending: the useful rows of the batch
     firsts: Tensor = field(init=False)  # [T], first row of each row's document
     steps: list[Tensor] = field(init=False)  # per step [n_k], ascending: which of `rows` go as far as that step
-    kept: list[Tensor] = field(init=False)  # per step [n_k]: where they stand among the rows of the step before
+    from_previous: list[Tensor] = field(
+        init=False
+    )  # per step [n_k]: places among the rows of the step before
 
     def __post_init__(self) -> None:
         self.rows, self.firsts, *others = self.indices.split(self.sizes)
-        self.steps, self.kept = others[: len(others) // 2], others[len(others) // 2 :]
+        self.steps, self.from_previous = others[: len(others) // 2], others[len(others) // 2 :]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return UsefulRows, (self.indices, self.sizes, self.spans, self.documents, self.starts)
@@ -157,14 +159,14 @@ def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> U
     spans = _answer_spans(loss_mask.tolist(), documents)
     rows = [row for span in spans for row in range(span.first, span.first + span.rows)]
     steps_left = torch.tensor([left for span in spans for left in range(span.rows, 0, -1)], dtype=torch.int64)
-    steps, kept = [], []
+    steps, from_previous = [], []
     before = torch.arange(len(rows))
     for step in range(ttt_steps):
-        kept.append((steps_left[before] > step).nonzero().squeeze(1))
-        before = before[kept[-1]]
+        from_previous.append((steps_left[before] > step).nonzero().squeeze(1))
+        before = before[from_previous[-1]]
         steps.append(before)
     firsts = torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths))
-    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *kept]
+    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *from_previous]
     return UsefulRows(
         indices=torch.cat(indices),
         sizes=[len(part) for part in indices],

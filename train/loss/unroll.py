@@ -64,15 +64,15 @@ def unroll(
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)
     state = head.fuse(batch.states[0])
     states: list[Tensor] = []
-    for step, (places, kept) in enumerate(zip(rows.steps, rows.kept, strict=True)):
+    for step, (places, from_previous) in enumerate(zip(rows.steps, rows.from_previous, strict=True)):
         at = rows.rows[places] if step else every_row
         fed = (at + step + 1).clamp(max=len(every_row) - 1)
-        state = state.index_select(0, kept) if step else state
+        state = state.index_select(0, from_previous) if step else state
         shares = cast(Projected, tuple(share.index_select(0, fed) for share in projected))
-        wanted = None if step else rows.rows
+        output_rows = None if step else rows.rows
         run = partial(checkpoint, head.step, use_reentrant=False) if recompute else head.step
         rotary = head.rotary(batch.position[at] + step, state)
-        state, normed = run(shares, state, rotary, attention.at(step), wanted)
+        state, normed = run(shares, state, rotary, attention.at(step), output_rows)
         states.append(normed)
     return states
 

@@ -255,7 +255,7 @@ def equal(ours, theirs) -> bool:
             return torch.equal(a, b)
         return equal(a, b) if dataclasses.is_dataclass(a) else a == b
 
-    names = [f.name for f in dataclasses.fields(ours) if f.name not in ("steps", "kept")]
+    names = [f.name for f in dataclasses.fields(ours) if f.name not in ("steps", "from_previous")]
     return all(same(getattr(ours, name), getattr(theirs, name)) for name in names)
 
 

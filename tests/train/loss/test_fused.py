@@ -197,7 +197,7 @@ def test_useful_rows_are_the_counted_rows():
             assert at.tolist() == counted[step].nonzero().squeeze(1).tolist()
             assert at.tolist() == [r for span in rows.spans[step] for r in range(span.first, span.first + span.rows)]
             before = rows.steps[step - 1] if step else torch.arange(len(rows.rows))
-            assert torch.equal(before[rows.kept[step]], rows.steps[step])
+            assert torch.equal(before[rows.from_previous[step]], rows.steps[step])
             assert all(start == int((rows.steps[step] < j).sum()) for j, start in enumerate(rows.starts[step]))
 
 
