@@ -49,9 +49,7 @@ class UsefulRows:
     rows: Tensor = field(init=False)  # [n_0], ascending: the useful rows of the batch
     firsts: Tensor = field(init=False)  # [T], first row of each row's document
     steps: list[Tensor] = field(init=False)  # per step [n_k], ascending: which of `rows` go as far as that step
-    from_previous: list[Tensor] = field(
-        init=False
-    )  # per step [n_k]: places among the rows of the step before
+    from_previous: list[Tensor] = field(init=False)  # per step [n_k]: places among the rows of the step before
 
     def __post_init__(self) -> None:
         self.rows, self.firsts, *others = self.indices.split(self.sizes)
