@@ -270,7 +270,8 @@ class Chunk:
         counted = [self.inside[at] for at in self.at]
         prefix = torch.ones(self.num_rows, dtype=torch.bool, device=sums.device)
         reach = torch.ones(self.num_rows, dtype=sums.dtype, device=sums.device)
-        overlaps, reaches, coefficients = [], [], []
+        overlaps, reaches = [], []
+        coefficients: list[tuple[Tensor | None, Tensor]] = []
         for step, (z, place, at) in enumerate(zip(logits, self.places, self.at, strict=True)):
             kl, overlap, hits = self.compare(z, at)
             prefix[place] = prefix[place] & hits & counted[step]
@@ -284,17 +285,17 @@ class Chunk:
             else:
                 value = job.loss.value(rows)
             if job.loss.coefficients:
-                one = torch.ones_like(overlap)
-                coefficients.append([c if c is None else c * one for c in job.loss.coefficients(rows)])
+                (of_kl, of_overlap), one = job.loss.coefficients(rows), torch.ones_like(overlap)
+                coefficients.append((None if of_kl is None else of_kl * one, of_overlap * one))
             columns = (value, kl, torch.ones_like(kl), hits, prefix[place], overlap, self.window.entropy[at])
             included = torch.stack([column * counted[step] for column in columns]).sum(-1)
             sums[step] += torch.cat([included, (~counted[step]).sum()[None]])
         weights = job.gammas / job.num_counted.clamp(min=1)
         if job.loss.reach_share:
             gains = self._gains(job.loss.reach_share(job.blend), reaches)
-            for step, (of_kl, of_overlap) in enumerate(coefficients):
-                of_kl = of_kl if of_kl is None else of_kl * weights[step]
-                coefficients[step] = [of_kl, of_overlap * weights[step] + gains[step] / overlaps[step]]
+            for step, (a, b) in enumerate(coefficients):
+                a = None if a is None else a * weights[step]
+                coefficients[step] = a, b * weights[step] + gains[step] / overlaps[step]
             weights = torch.ones_like(weights)
         for step, pair in enumerate(coefficients):
             self._gradient(logits[step], self.at[step], *pair)
