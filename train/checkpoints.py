@@ -34,7 +34,7 @@ _SAVING, _UNIVERSAL = ".saving", ".universal"
 
 @dataclass
 class TrainerState:
-    """What a run knows beside its weights, optimizer and RNG."""
+    """What a run knows besides its weights, optimizer and RNG."""
 
     step: int = 0  # optimizer steps made
     acceptance: list[float] = field(default_factory=list)  # running probability of acceptance by TTT step
@@ -53,7 +53,7 @@ def save_checkpoint(
 
     Args:
         record: the head's record (`fledge.json`).
-        keep: how many of the newest checkpoints stay, beside the best.
+        keep: how many of the newest checkpoints stay, next to the best.
 
     Raises:
         ValueError: it cannot be written, or the ranks' folders differ; the checkpoints before it are as they were.
@@ -155,7 +155,7 @@ def needs_conversion(folder: Path, zero_stage: int) -> bool:
 
 
 def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
-    """Restore weights, optimizer and RNG from the newest checkpoint and give its state; None where there is none.
+    """Restore weights, optimizer and RNG from the newest checkpoint and return its state; None if there is none.
 
     An engine started for it (`needs_conversion`) loads the checkpoint through DeepSpeed's universal format.
 

@@ -34,12 +34,12 @@ class HeldoutCounts:
 
     @property
     def acceptance_length(self) -> float:
-        """Return 1 + accepted / rounds; 1 where there was no round."""
+        """Return 1 + accepted / rounds; 1 if there was no round."""
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
 
     @property
     def acceptance_length_t1(self) -> float:
-        """Return 1 + expected / rows, the estimate at temperature 1; 1 where there is no row."""
+        """Return 1 + expected / rows, the estimate at temperature 1; 1 if there is no row."""
         return 1 + self.expected / self.rows if self.rows else 1.0
 
 

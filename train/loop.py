@@ -1,4 +1,4 @@
-"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or beside the verifier."""
+"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or next to the verifier."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _NOT_DETERMINING = (
 
 
 def train(config: Config) -> None:
-    """Train the draft head on hidden-state stores into runs/<name>/training/; goes on where it was killed."""
+    """Train the draft head on hidden-state stores into runs/<name>/training/; goes on from where it was killed."""
     with joined(config) as ranks:
         _train(config, ranks)
 
@@ -331,7 +331,7 @@ class Trainer:
             for k, (value, number) in enumerate(zip(sum_of[name], counted, strict=True)):
                 if number:
                     metrics[f"train/{name}_step_{k}"] = value / number
-        if any(counted):  # not where every step was skipped
+        if any(counted):  # not if every step was skipped
             losses = zip(sum_of["loss"], counted, strict=True)
             metrics["train/loss"] = sum(value / max(1.0, number) for value, number in losses)
             outside = sum(sum_of["outside_draft_vocab"])

@@ -1,4 +1,4 @@
-"""Online training: the frozen verifier reads every packed batch beside the trainer, and nothing touches the disk."""
+"""Online training: the frozen verifier reads every packed batch next to the trainer, and nothing touches the disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OnlineStates:
 
     @classmethod
     def load(cls, config: Config, aux_layers: Sequence[int], gpus: range | None) -> OnlineStates:
-        """Load the verifier onto this rank's own GPUs, or into this process where there are none."""
+        """Load the verifier onto this rank's own GPUs, or into this process if there are none."""
         if config.verifier.tensor_parallel:
             raise ValueError(
                 "verifier.tensor_parallel must be false with train.hidden_states=online: every rank reads other "

@@ -34,7 +34,7 @@ class Targets:
     """
 
     inside: Tensor  # bool [n], whether the greedy token is in the draft vocabulary
-    top: Tensor | None = None  # int64 [n], its draft id (any where it is not inside)
+    top: Tensor | None = None  # int64 [n], its draft id (any if it is not inside)
     log_normaliser: Tensor | None = None  # [n], log-sum-exp of the logits over the whole vocabulary
 
     def counted(self, rows: UsefulRows) -> list[Tensor]:
@@ -160,7 +160,7 @@ BLOCK_BYTES = 512 << 10  # of logits a thread works on at once; as much of P and
 def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device, trained_width: int = 0) -> int:
     """Return how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
 
-    Every chunk reads and writes that gradient, so chunks that are small beside it would do little else.
+    Every chunk reads and writes that gradient, so chunks that are small next to it would do little else.
 
     A row has K rows of logits; one of the teacher's window, whose first K-1 rows come on top; one of scratch, which a
     gather of the window may need as well; all Vd wide, and of 4 bytes. In 16-bit training the K rows of gradients are
@@ -264,7 +264,7 @@ class Chunk:
         """Turn the logits of each step [rows, Vd] into their gradient, in place, and add to the sums.
 
         Returns:
-            Per step a weight for each row [rows], 0 where it is not counted, by which its gradient is to be multiplied.
+            Per step a weight for each row [rows], 0 if it is not counted, by which its gradient is to be multiplied.
         """
         job = self.job
         counted = [self.inside[at] for at in self.at]

@@ -115,7 +115,7 @@ class PackedBatch:
         return self.aux_hidden_states, self.last_hidden_state
 
     def non_finite_samples(self) -> list[str]:
-        """Return the ids of the documents with states that are not finite, or of all where every state is finite."""
+        """Return the ids of the documents with states that are not finite, or of all if every state is finite."""
         aux, last = self.states
         finite = (aux.isfinite().all(-1) & last.isfinite().all(-1)).cpu()
         parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
@@ -129,7 +129,7 @@ class PackedBatch:
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=device.type == "cuda")  # waits for nothing where the memory is pinned
+    return tensor.to(device, non_blocking=device.type == "cuda")  # waits for nothing if the memory is pinned
 
 
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:

@@ -164,10 +164,10 @@ class TTTModule(nn.Module):
 
         Args:
             embedding, verifier_lm_head: the verifier's frozen matrices [V, H].
-            targets: `find_targets` of this batch; found here where None.
+            targets: `find_targets` of this batch; found here if None.
             num_counted: N_k, float32 [K], rows counted over all ranks and micro-batches of the optimizer step; this
-                batch's own where None.
-            acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 where None.
+                batch's own if None.
+            acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 if None.
 
         Returns:
             The loss, and float32 [K, 8]: the columns of `SUMS`.

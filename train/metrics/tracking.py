@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always; W&B and TensorBoard beside it, neither of which ever stops a run.
+"""Where metrics go: metrics.jsonl always; W&B and TensorBoard next to it, neither of which ever stops a run.
 
 | name                           | meaning                                                                     |
 |--------------------------------|-----------------------------------------------------------------------------|
@@ -60,7 +60,7 @@ def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, A
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit that a folder is a checkout of and whether files differ from it; None where it is none."""
+    """Return the commit that a folder is a checkout of and whether files differ from it; None if it is none."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:

@@ -302,7 +302,7 @@ def _send(peer: socket.socket, line: str) -> None:
 
 
 def _receive(peer: socket.socket) -> str:
-    """Read one line; nothing where the other end has closed."""
+    """Read one line; nothing if the other end has closed."""
     line = b""
     try:
         while not line.endswith(b"\n") and (more := peer.recv(4096)):
