@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...train.loss.losses import LOSSES
+
 MISSING: Any = "???"  # how OmegaConf writes a value that has to be given; not imported, so that benchmarks run without
 
 
@@ -107,15 +109,7 @@ class HiddenStates(Enum):
     online = "online"  # the verifier, run beside the trainer on every batch; the store holds tokens only
 
 
-class TTTLoss(Enum):
-    """What training minimises; train/loss/fused.py defines each."""
-
-    kl = "kl"  # KL(verifier || draft)
-    reverse_kl = "reverse_kl"  # KL(draft || verifier)
-    total_variation = "total_variation"  # 1 - probability of acceptance
-    lk_alpha = "lk_alpha"  # - log probability of acceptance
-    lk_lambda = "lk_lambda"  # KL, and 1 - probability of acceptance the more of it there is
-    acceptance_length = "acceptance_length"  # KL, and - expected number of accepted tokens
+TTTLoss = Enum("TTTLoss", {name: name for name in LOSSES})  # type: ignore[misc]  # what training minimises
 
 
 class MalformedRows(Enum):
@@ -278,8 +272,8 @@ class TrainConfig:
     hidden_states: HiddenStates = HiddenStates.offline  # online: no disk, a verifier forward a batch; for `dump` too
     ttt_steps: int = 7  # draft steps unrolled (training-time test)
     gamma: float = 0.8  # step k weighs gamma^k in the loss
-    loss: TTTLoss = TTTLoss.kl
-    blend_rate: float = 3.0  # lk_lambda, acceptance_length: KL has the share exp(-blend_rate * running acceptance)
+    loss: TTTLoss = TTTLoss("kl")  # train/loss/losses.py defines each
+    blend_rate: float = 3.0  # of losses that blend: KL has the share exp(-blend_rate * running acceptance)
     triton: bool | str = "auto"  # attention by Triton kernels, on a GPU; auto: if they agree there with plain PyTorch
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
     stores: list[StoreConfig] = field(default_factory=list)  # all that are trained on; none: the run's own

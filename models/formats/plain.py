@@ -27,7 +27,7 @@ LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
 _CURE = "`fledge import` reads the heads of other projects and formats"
 LATEST, BEST = "latest", "best"  # names of training checkpoints
-HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `Walk` by draft tokens and conversation
+HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
 
 
 def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:

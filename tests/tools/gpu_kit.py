@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "tests" / "benchmarks"
 TEST_GPU = ROOT / "tests" / "models" / "kernels" / "test_gpu.py"
 TAIL = 25  # lines of a part that failed, of those that are not JSON
 
@@ -41,7 +42,7 @@ def parts(rehearse: bool) -> list[Part]:
     kit = [__file__, *(["--rehearse"] if rehearse else [])]
     small = ["hidden_size=32", "intermediate_size=48", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=16"]
     small += ["vocab_size=100", "draft_vocab_size=60"]
-    step, decode = ["-m", "fledge.train.benchmark"], ["-m", "fledge.eval.benchmark"]
+    step, decode = [str(BENCHMARKS / "training_step.py")], [str(BENCHMARKS / "decoding.py")]
     if rehearse:
         presets, decoding, on = {"small": [*small, "seq_len=64", "repeats=1"]}, [*small, "rounds=6"], ["triton=true"]
     else:
@@ -113,9 +114,7 @@ def main(rehearse: bool) -> int:
         (Path(folder) / "fledge").symlink_to(ROOT)
         paths = [
             folder,
-            str(ROOT / "tests/support"),
-            str(ROOT / "tests/twins"),
-            str(ROOT / "tests/models/kernels"),
+            *(str(ROOT / "tests" / name) for name in ("support", "twins", "benchmarks", "models/kernels")),
             *filter(None, [os.environ.get("PYTHONPATH")]),
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
@@ -153,12 +152,12 @@ def machine(rehearse: bool) -> int:
 def checks(rehearse: bool) -> int:
     """Check every kernel in the shapes of the presets; return 1 if any is left out."""
     import torch
+    import training_step
     from fledge.conf.schema import DraftSampling
     from fledge.eval.decoding.acceptance import AcceptanceRule
     from fledge.eval.decoding.kernel_checks import DecodingShape, decoding_checks
     from fledge.models import kernels
     from fledge.models.kernels.self_check import Check, check_kernels
-    from fledge.train import benchmark
     from fledge.train.loss import kernel_checks
 
     device, dtype, presets = torch.device("cuda"), torch.bfloat16, ["preset=llama31_8b", "preset=maverick"]
@@ -173,8 +172,8 @@ def checks(rehearse: bool) -> int:
     }
     left_out = 0
     for preset in presets:
-        options = benchmark.parse(preset.split())
-        head = benchmark.head_config(options)
+        options = training_step.parse(preset.split())
+        head = training_step.head_config(options)
         cases: list[tuple[str, Check]] = [
             ("", Check("attention", partial(kernel_checks.compare_attention, head, 7, dtype, device))),
             ("", Check("kl", partial(kernel_checks.compare_kl, options.draft_vocab_size, dtype, device))),

@@ -8,7 +8,7 @@ from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import DraftSampling, EvaluateConfig
 from fledge.eval.figures.results import told_in_training
 from fledge.models.verifier.model import LogitTransform
-from fledge.train.heldout import Walk, acceptance, total, walk, walk_batches
+from fledge.train.heldout import HeldoutCounts, acceptance, count_heldout, teacher_forced_rounds, total
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss.unroll import TTTModule
 from one_sequence import OneSequence
@@ -67,7 +67,7 @@ def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, first_
 def test_the_estimate_is_the_mean_over_rows_of_what_they_are_expected_to_accept():
     head, batch = make_head(), make_batch([13, 1, 9], seed=8)
     module = TTTModule(head, 4, 0.8)
-    walks = walk_batches(module, [batch], *matrices(), [2, 4])
+    walks = count_heldout(module, [batch], *matrices(), [2, 4])
     _, reach = acceptance(module, batch, *matrices(), 4)
     rows = batch.useful_rows(4).rows
     for num in (2, 4):
@@ -75,22 +75,22 @@ def test_the_estimate_is_the_mean_over_rows_of_what_they_are_expected_to_accept(
         assert walks[num].keys() == set(batch.sample_ids)
         assert whole.rows == len(rows)
         assert whole.acceptance_length_t1 == pytest.approx(1 + float(reach[rows, :num].sum(-1).mean()), rel=1e-5)
-    assert (Walk().acceptance_length, Walk().acceptance_length_t1) == (1.0, 1.0)
+    assert (HeldoutCounts().acceptance_length, HeldoutCounts().acceptance_length_t1) == (1.0, 1.0)
 
 
 def test_walk_counts_the_rounds_of_greedy_decoding():
     #            u  A  B  C  D  e
     mask = [0, 1, 1, 1, 1, 1]
     hits = [2, 9, 0, 1, 9, 9]
-    walked = walk(hits, mask, num_draft_tokens=3)
+    walked = teacher_forced_rounds(hits, mask, num_draft_tokens=3)
     # From row 0 (A is known) two drafts B, C and the bonus D; row 3 then drafts e.
     assert (walked.rounds, walked.accepted) == (2, 3)
-    assert walk(hits, mask, num_draft_tokens=1).rounds == 3
+    assert teacher_forced_rounds(hits, mask, num_draft_tokens=1).rounds == 3
 
 
 def test_walk_starts_every_answer_at_its_last_prompt_token():
     mask = [0, 1, 1, 0, 0, 1, 1, 1]
-    walked = walk([0] * 8, mask, 3)
+    walked = teacher_forced_rounds([0] * 8, mask, 3)
     assert (walked.rounds, walked.accepted, walked.acceptance_length) == (1 + 2, 0, 1.0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from fledge.eval.benchmark import Options, make_models
+from decoding import Options, make_models
 from fledge.eval.decoding.acceptance import AcceptanceRule
 from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.prompt_lookup import NoDraft

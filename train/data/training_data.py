@@ -1,20 +1,13 @@
 """Training data: stores mixed by weight, split, packed, shared out to ranks, and read by processes of their own.
 
-The samples of all stores are numbered through, store by store. A store's *weight* is how often each of its training
-samples is seen in an epoch: the store is passed over again and again, each pass in an order of its own, and an epoch
-takes the next `weight * samples` of that endless sequence. With weight 1/2 it takes one half, the next one the other.
-
-Which samples share a pack, and which pack comes n-th, depends on the seed, the stores and `train.batch_tokens` alone;
-pack n of the whole sequence goes to rank n mod ranks.
+Pack n of the whole sequence (packing.py) goes to rank n mod ranks.
 """
 
 from __future__ import annotations
 
 import bisect
-import heapq
 import itertools
 import math
-import random
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,88 +29,11 @@ from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import VocabularyMap
 from ...models.verifier.model import check_identity, special_token_ids
 from ..loss.rows import PackedBatch, find_useful_rows
-
-
-def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:
-    """Put samples, in the order given, each into the fullest pack that still holds it (best fit).
-
-    Args:
-        lengths: tokens of every sample; those in `order` are at most `batch_tokens`.
-
-    Returns:
-        Packs of sample numbers, in the order in which they were opened.
-    """
-    packs: list[list[int]] = []
-    open_packs: list[list[int]] = [[] for _ in range(batch_tokens + 1)]  # by tokens free, each a heap of pack numbers
-    some = 0  # bit n: a pack with n tokens free is there
-    for sample in order:
-        length = lengths[sample]
-        if fitting := some >> length:
-            free = length + (fitting & -fitting).bit_length() - 1
-            number = heapq.heappop(open_packs[free])
-            if not open_packs[free]:
-                some ^= 1 << free
-        else:
-            packs.append([])
-            free, number = batch_tokens, len(packs) - 1
-        packs[number].append(sample)
-        heapq.heappush(open_packs[free - length], number)
-        some |= 1 << (free - length)
-    return packs
-
-
-@dataclass
-class Passes:
-    """The training samples of one store, passed over for ever."""
-
-    samples: list[int]
-    weight: float = 1.0  # passes in an epoch
-
-    def epoch(self, number: int, seed: str) -> list[int]:
-        """Give the samples that an epoch takes; one that it takes twice is there twice."""
-        num, share = len(self.samples), self.weight * len(self.samples)
-        first, end = math.floor(number * share), math.floor((number + 1) * share)
-        taken = []
-        for passed in range(first // num, -(-end // num)):
-            order = self.samples.copy()
-            part = slice(max(0, first - passed * num), min(num, end - passed * num))
-            if part != slice(0, num):
-                random.Random(f"{seed}/{passed}").shuffle(order)
-            taken += order[part]
-        return taken
-
-
-class PackStream:
-    """An endless, reproducible sequence of packs: every epoch is reshuffled and packed anew."""
-
-    def __init__(self, lengths: list[int], parts: list[Passes], batch_tokens: int, seed: int) -> None:
-        assert any(part.samples for part in parts), "nothing to train on"
-        self._lengths = lengths
-        self._parts = parts
-        self._batch_tokens = batch_tokens
-        self._seed = seed
-
-    def epoch(self, number: int) -> list[list[int]]:
-        """Give the packs of one epoch."""
-        taken = [part.epoch(number, f"{self._seed}/store {place}") for place, part in enumerate(self._parts)]
-        order = sorted(itertools.chain.from_iterable(taken))
-        random.Random(f"{self._seed}/{number}").shuffle(order)
-        packs = pack(self._lengths, order, self._batch_tokens)
-        random.Random(f"{self._seed}/{number}/packs").shuffle(packs)
-        return packs
-
-    def start_at(self, first: int) -> Iterator[list[int]]:
-        """Yield packs for ever, from the `first` of the whole sequence on."""
-        number = 0
-        while True:
-            packs = self.epoch(number)
-            yield from packs[first:]
-            first = max(0, first - len(packs))
-            number += 1
+from .packing import PackStream, Passes, pack
 
 
 def answers_end(loss_mask: Tensor, budget: int) -> int:
-    """Give how many tokens there are up to the end of the last answer that ends within a budget, 0 without one.
+    """Return how many tokens there are up to the end of the last answer that ends within a budget, 0 without one.
 
     Args:
         loss_mask: [T], longer than the budget. With the mask 0 1 1 0 1 1 1, budget 3 and 6 give 3, budget 2 gives 0.
@@ -163,8 +79,8 @@ class Split:
                     split.num_heldout_elsewhere += 1
                 elif store.lengths[index] <= batch_tokens:
                     train.append(first + index)
-                elif too_long is TooLong.cut and (kept := answers_end(store.loss_mask(index), batch_tokens)):
-                    split.lengths[first + index] = kept
+                elif too_long is TooLong.cut and (cut_length := answers_end(store.loss_mask(index), batch_tokens)):
+                    split.lengths[first + index] = cut_length
                     split.num_cut += 1
                     train.append(first + index)
                 else:
@@ -253,7 +169,7 @@ class Batches(Dataset[PackedBatch | ValueError]):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Give torch.cat(parts); in a reading process laid where the training process sees it, without another copy.
+    """Return torch.cat(parts); in a reading process laid where the training process sees it, without another copy.
 
     (Left to the queue between the two, a lack of shared memory would lose the batch and training would wait for ever.)
     """
@@ -335,7 +251,7 @@ class TrainingData:
             ) from error
 
     def inputs(self) -> dict[str, str]:
-        """Give the digest of every store and of the conversations it was made of, by folder."""
+        """Return the digest of every store and of the conversations it was made of, by folder."""
         manifests = {str(store.folder): store.manifest for store in self.stores}
         conversations = {f"{name}: conversations": m["settings"]["conversations"] for name, m in manifests.items()}
         return {name: manifest["digest"] for name, manifest in manifests.items()} | conversations
@@ -350,7 +266,7 @@ class TrainingData:
 
     @cached_property
     def vocabulary(self) -> VocabularyMap:
-        """Give the draft vocabulary that the stores ask for."""
+        """Return the draft vocabulary that the stores ask for."""
         always = special_token_ids(self._verifier)
         return choose_vocabulary(self.stores, self._weights, self._head.draft_vocab_size, self._head.vocab_size, always)
 

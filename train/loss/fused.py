@@ -1,21 +1,8 @@
 """The loss of all K steps in one pass over chunks of rows, with its gradients (docs/fused_loss.md derives it).
 
-For a useful row j and step k, with z the draft's logits over its vocabulary, q = softmax(z), P the verifier's
-distribution at target j+k (of the whole vocabulary, seen at the draft's tokens), m = sum P its mass and p = P / m:
-
-    loss               value a row                     gradient in z
-    kl                 KL(p || q)                      q - p
-    reverse_kl         KL(q || p)                      q (log q - log p - KL(q || p))
-    total_variation    1 - alpha                       q (s - [q < P])
-    lk_alpha           -log alpha                      q (s - [q < P]) / alpha
-    lk_lambda          b KL + (1 - b) (1 - alpha)      accordingly
-    acceptance_length  b KL - (1 - b) R_k              KL's, and from R: W q (s - [q < P]) / alpha
-
-with alpha = sum min(P, q) the probability that the verifier, sampling, accepts; s = sum of q where q < P;
-R_k = alpha_0 ... alpha_k the probability that draft token k is reached and accepted; and b = exp(-eta a), a the running
-mean of alpha at the step, so that KL leads while the head is far off (LK losses: arXiv:2602.23881). A row weighs
-gamma^k / N_k. R_k weighs 1 / N_k, and since all of a row's steps are at hand its gradient is exact: -sum_i W_i d log
-alpha_i with W_i = sum_{k >= i} (1 - b_k) R_k / N_k, what is still to be gained by accepting at step i.
+A loss (train/loss/losses.py) gives the value of a row and the coefficients of its gradient. A row weighs gamma^k / N_k,
+what is subtracted for R_k weighs c / N_k. All of a row's steps are at hand, so its gradient is exact: -sum_i W_i d log
+alpha_i with W_i = sum_{k >= i} c_k R_k / N_k, what is still to be gained by accepting at step i.
 """
 
 from __future__ import annotations
@@ -28,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...conf.schema import TTTLoss
 from ...models.head.ttt_attention import wide_dtype
 from ...models.verifier.model import LogitTransform
+from .losses import Loss, Rows
 from .rows import UsefulRows
 
 # Columns of the sums over counted rows that are given per step.
@@ -47,11 +34,11 @@ class Targets:
     """
 
     inside: Tensor  # bool [n], whether the greedy token is in the draft vocabulary
-    top: Tensor | None = None  # int64 [n], its draft id (any where it is not inside)
+    top: Tensor | None = None  # int64 [n], its draft id (any if it is not inside)
     log_normaliser: Tensor | None = None  # [n], log-sum-exp of the logits over the whole vocabulary
 
     def counted(self, rows: UsefulRows) -> list[Tensor]:
-        """Give for each step which of its rows are counted (bool [n_k]): those whose greedy token can be drafted."""
+        """Return for each step which of its rows are counted (bool [n_k]): those whose greedy token can be drafted."""
         return [self.inside.index_select(0, at + step) for step, at in enumerate(rows.steps)]
 
 
@@ -59,7 +46,7 @@ class Targets:
 class LossJob:
     """Everything the pass reads besides the draft's states and its `lm_head`."""
 
-    loss: TTTLoss
+    loss: Loss
     rows: UsefulRows
     targets: Targets
     states: Tensor  # [n, H], the verifier's final states at the targets
@@ -67,12 +54,12 @@ class LossJob:
     transform: LogitTransform
     gammas: Tensor  # [K], gamma^k
     num_counted: Tensor  # [K], N_k
-    blend: Tensor  # [K], b
-    kernel: bool = False  # compare and differentiate rows in one Triton kernel; `kl` only, at most float32
+    blend: Tensor  # [K], b of train/loss/losses.py
+    kernel: bool = False  # compare and differentiate rows in one Triton kernel; KL only, at most float32
 
 
 def fused_loss(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the loss and, per step, the sums over counted rows that metrics are made of.
+    """Return the loss and, per step, the sums over counted rows that metrics are made of.
 
     Args:
         states: per step [n_k, H], of the rows that go so far.
@@ -124,7 +111,7 @@ class _FusedLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def draft_tokens(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Give the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) at each step.
+    """Return the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) at each step.
 
     Args:
         states, weight: as `fused_loss`'s.
@@ -171,9 +158,9 @@ BLOCK_BYTES = 512 << 10  # of logits a thread works on at once; as much of P and
 
 
 def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device, trained_width: int = 0) -> int:
-    """Give how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
+    """Return how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
 
-    Every chunk reads and writes that gradient, so chunks that are small beside it would do little else.
+    Every chunk reads and writes that gradient, so chunks that are small next to it would do little else.
 
     A row has K rows of logits; one of the teacher's window, whose first K-1 rows come on top; one of scratch, which a
     gather of the window may need as well; all Vd wide, and of 4 bytes. In 16-bit training the K rows of gradients are
@@ -248,7 +235,7 @@ def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
 
 
 def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
-    """Give the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
+    """Return the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
 
     Not as a matrix product: `sum` adds in pairs, a product may add V terms one after the other and lose four digits.
     """
@@ -277,40 +264,45 @@ class Chunk:
         """Turn the logits of each step [rows, Vd] into their gradient, in place, and add to the sums.
 
         Returns:
-            Per step a weight for each row [rows], 0 where it is not counted, by which its gradient is to be multiplied.
+            Per step a weight for each row [rows], 0 if it is not counted, by which its gradient is to be multiplied.
         """
         job = self.job
         counted = [self.inside[at] for at in self.at]
         prefix = torch.ones(self.num_rows, dtype=torch.bool, device=sums.device)
         reach = torch.ones(self.num_rows, dtype=sums.dtype, device=sums.device)
         overlaps, reaches = [], []
+        coefficients: list[tuple[Tensor | None, Tensor]] = []
         for step, (z, place, at) in enumerate(zip(logits, self.places, self.at, strict=True)):
             kl, overlap, hits = self.compare(z, at)
             prefix[place] = prefix[place] & hits & counted[step]
             reach[place] = reach[place] * overlap
             overlaps.append(overlap)
             reaches.append(reach[place] * counted[step])
-            if job.loss is TTTLoss.reverse_kl:
-                value = job.gammas[step] * self._reverse_kl(z, at)
+            rows = Rows(kl, overlap, reach[place], job.gammas[step], job.blend[step])
+            if job.loss.gradient_:
+                window, scratch = self.window, self.scratch[: len(z)]
+                value = rows.gamma * job.loss.gradient_(z, window.probabilities[at], window.mass[at], scratch)
             else:
-                value = self._value(step, kl, overlap, reach[place])
+                value = job.loss.value(rows)
+            if job.loss.coefficients:
+                (of_kl, of_overlap), one = job.loss.coefficients(rows), torch.ones_like(overlap)
+                coefficients.append((None if of_kl is None else of_kl * one, of_overlap * one))
             columns = (value, kl, torch.ones_like(kl), hits, prefix[place], overlap, self.window.entropy[at])
             included = torch.stack([column * counted[step] for column in columns]).sum(-1)
             sums[step] += torch.cat([included, (~counted[step]).sum()[None]])
         weights = job.gammas / job.num_counted.clamp(min=1)
-        if job.loss is TTTLoss.acceptance_length:
-            gains = self._gains(reaches)
-            for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
-                of_kl = (job.blend[step] * weights[step]).expand(len(q))
-                self._gradient(q, at, of_kl, gains[step] / overlaps[step])
-            return [rows.to(sums.dtype) for rows in counted]
-        for step, (q, at) in enumerate(zip(logits, self.at, strict=True)):
-            if job.loss not in (TTTLoss.kl, TTTLoss.reverse_kl):  # theirs are made
-                self._gradient(q, at, *self._coefficients(step, overlaps[step]))
+        if job.loss.reach_share:
+            gains = self._gains(job.loss.reach_share(job.blend), reaches)
+            for step, (a, b) in enumerate(coefficients):
+                a = None if a is None else a * weights[step]
+                coefficients[step] = a, b * weights[step] + gains[step] / overlaps[step]
+            weights = torch.ones_like(weights)
+        for step, pair in enumerate(coefficients):
+            self._gradient(logits[step], self.at[step], *pair)
         return [rows * weight for rows, weight in zip(counted, weights, strict=True)]
 
     def compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn logits, in place, into q, or for `kl` into q - p.
+        """Turn logits, in place, into q, or for KL into q - p.
 
         Returns:
             KL(p || q), alpha, and whether the greedy tokens are the same (where two have the highest logit, either is).
@@ -328,13 +320,13 @@ class Chunk:
             log_normaliser = highest - q.amax(-1).log()
             overlap = torch.minimum(probabilities, q, out=scratch).sum(-1)
             found.append((log_normaliser - cross - window.entropy[here], overlap, hits))
-            if self.job.loss is TTTLoss.kl:
+            if self.job.loss.is_kl:
                 q.addcmul_(probabilities, (1 / window.mass[here])[:, None], value=-1)
         kl, overlap, hits = (torch.cat(column) for column in zip(*found, strict=True))
         return kl, overlap.clamp(min=torch.finfo(z.dtype).tiny), hits
 
     def _compare_in_kernel(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
-        """Do as `compare`, for `kl`, in one kernel."""
+        """Do as `compare`, for KL, in one kernel."""
         from ...models.kernels.kl_loss import kl_rows
 
         window = self.window
@@ -342,39 +334,13 @@ class Chunk:
         kl, overlap, hits = kl_rows(z, window.probabilities, targets, window.mass, window.entropy, window.top)
         return kl, overlap.clamp(min=torch.finfo(overlap.dtype).tiny), hits
 
-    def _value(self, step: int, kl: Tensor, overlap: Tensor, reach: Tensor) -> Tensor:
-        """Give the loss of each row, but for 1 / N_k."""
-        gamma, blend = self.job.gammas[step], self.job.blend[step]
-        match self.job.loss:
-            case TTTLoss.kl:
-                return gamma * kl
-            case TTTLoss.total_variation:
-                return gamma * (1 - overlap)
-            case TTTLoss.lk_alpha:
-                return -gamma * overlap.log()
-            case TTTLoss.lk_lambda:
-                return gamma * (blend * kl + (1 - blend) * (1 - overlap))
-            case _:
-                return gamma * blend * kl - (1 - blend) * reach
-
-    def _coefficients(self, step: int, overlap: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Give what the gradient has of KL's, and of alpha's taken negative."""
-        one, blend = torch.ones_like(overlap), self.job.blend[step]
-        match self.job.loss:
-            case TTTLoss.total_variation:
-                return None, one
-            case TTTLoss.lk_alpha:
-                return None, 1 / overlap
-            case _:
-                return blend * one, (1 - blend) * one
-
-    def _gains(self, reaches: list[Tensor]) -> list[Tensor]:
-        """Give W_i of each step: what is still to be gained from accepting there, sum_{k >= i} (1 - b_k) R_k / N_k."""
+    def _gains(self, shares: Tensor, reaches: list[Tensor]) -> list[Tensor]:
+        """Return W_i of each step: what is still to be gained from accepting there, sum_{k >= i} c_k R_k / N_k."""
         total = torch.zeros(self.num_rows, dtype=self.scratch.dtype, device=self.scratch.device)
         gains = []
         for step in reversed(range(len(reaches))):
             place = self.places[step]
-            weight = (1 - self.job.blend[step]) / self.job.num_counted[step].clamp(min=1)
+            weight = shares[step] / self.job.num_counted[step].clamp(min=1)
             total[place] = total[place] + weight * reaches[step]
             gains.append(total[place].clone())
         return gains[::-1]
@@ -389,12 +355,3 @@ class Chunk:
             part.addcmul_(below, of_overlap[rows, None], value=-1)
             if of_kl is not None:
                 part.addcmul_(probabilities, (of_kl[rows] / self.window.mass[here])[:, None], value=-1)
-
-    def _reverse_kl(self, q: Tensor, at: Index) -> Tensor:
-        """Turn q, in place, into the gradient of KL(q || p), and give that; what underflows counts as the tiniest."""
-        tiny = torch.finfo(q.dtype).tiny
-        log_p = self.window.probabilities[at].clamp(min=tiny).log() - self.window.mass[at].log()[:, None]
-        ratio = q.clamp(min=tiny).log_().sub_(log_p)
-        kl = row_dot(q, ratio, self.scratch[: len(q)])
-        q.mul_(ratio.sub_(kl[:, None]))
-        return kl

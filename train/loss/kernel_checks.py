@@ -1,4 +1,4 @@
-"""The Triton kernels of training beside their plain twins in float64: for runs, and for tests in the interpreter."""
+"""The Triton kernels of training next to their plain twins in float64: for runs, and for tests in the interpreter."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def attention_errors(
     pairs = zip(gradients(found, inputs), gradients(expected, exact), strict=True)
     far = [(a - b).abs().max() / b.abs().max().clamp(min=1e-3) for a, b in pairs]
     near = [(a - b).detach().abs().flatten() for a, b in zip(found, expected, strict=True)]
-    near.append(torch.zeros(1, dtype=torch.float64, device=device))  # where no row is of use
+    near.append(torch.zeros(1, dtype=torch.float64, device=device))  # if no row is of use
     return float(torch.cat(near).max()), float(torch.stack(far).max())  # no number if any is none
 
 

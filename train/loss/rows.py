@@ -49,11 +49,11 @@ class UsefulRows:
     rows: Tensor = field(init=False)  # [n_0], ascending: the useful rows of the batch
     firsts: Tensor = field(init=False)  # [T], first row of each row's document
     steps: list[Tensor] = field(init=False)  # per step [n_k], ascending: which of `rows` go as far as that step
-    kept: list[Tensor] = field(init=False)  # per step [n_k]: where they stand among the rows of the step before
+    from_previous: list[Tensor] = field(init=False)  # per step [n_k]: places among the rows of the step before
 
     def __post_init__(self) -> None:
         self.rows, self.firsts, *others = self.indices.split(self.sizes)
-        self.steps, self.kept = others[: len(others) // 2], others[len(others) // 2 :]
+        self.steps, self.from_previous = others[: len(others) // 2], others[len(others) // 2 :]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return UsefulRows, (self.indices, self.sizes, self.spans, self.documents, self.starts)
@@ -114,26 +114,26 @@ class PackedBatch:
         assert self.last_hidden_state is not None
         return self.aux_hidden_states, self.last_hidden_state
 
-    def suspects(self) -> list[str]:
-        """Give the ids of the documents with states that are not finite, or of all where every state is finite."""
+    def non_finite_samples(self) -> list[str]:
+        """Return the ids of the documents with states that are not finite, or of all if every state is finite."""
         aux, last = self.states
         finite = (aux.isfinite().all(-1) & last.isfinite().all(-1)).cpu()
         parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
         return [name for name, part in parts if not part.all()] or self.sample_ids
 
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
-        """Give the useful rows of K steps; those found by `to` if they are for as many."""
+        """Return the useful rows of K steps; those found by `to` if they are for as many."""
         if self.useful is not None and len(self.useful.steps) == ttt_steps:
             return self.useful
         return find_useful_rows(self.loss_mask, self.lengths, ttt_steps).to(self.loss_mask.device)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=device.type == "cuda")  # waits for nothing where the memory is pinned
+    return tensor.to(device, non_blocking=device.type == "cuda")  # waits for nothing if the memory is pinned
 
 
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
-    """Give the useful rows of every answer, as spans."""
+    """Return the useful rows of every answer, as spans."""
     spans = []
     for document in documents:
         start, end = document.first, document.first + document.rows
@@ -157,14 +157,14 @@ def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> U
     spans = _answer_spans(loss_mask.tolist(), documents)
     rows = [row for span in spans for row in range(span.first, span.first + span.rows)]
     steps_left = torch.tensor([left for span in spans for left in range(span.rows, 0, -1)], dtype=torch.int64)
-    steps, kept = [], []
+    steps, from_previous = [], []
     before = torch.arange(len(rows))
     for step in range(ttt_steps):
-        kept.append((steps_left[before] > step).nonzero().squeeze(1))
-        before = before[kept[-1]]
+        from_previous.append((steps_left[before] > step).nonzero().squeeze(1))
+        before = before[from_previous[-1]]
         steps.append(before)
     firsts = torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths))
-    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *kept]
+    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *from_previous]
     return UsefulRows(
         indices=torch.cat(indices),
         sizes=[len(part) for part in indices],

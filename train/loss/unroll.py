@@ -2,24 +2,42 @@
 
 Teacher-forced steps do not need each other's logits, so all K are unrolled first (`unroll`) and one pass over their
 states forms the loss (`fused_loss`). What row r is fed and predicts at step k stands in train/loss/rows.py.
-train/plain.py does the same in the plain form.
+tests/twins/plain_ttt.py does the same in the plain form.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...conf.schema import TTTLoss
 from ...models.head.draft_head import DraftHead, Projected
 from ...models.head.ttt_attention import SplitAttention, wide_dtype
 from ...models.verifier.model import LogitTransform
 from .fused import LossJob, Targets, fused_loss, product, rows_in_chunk
+from .losses import LOSSES, Loss
 from .rows import PackedBatch, UsefulRows
+
+
+class Unroll(Protocol):
+    """The contract of an unroll: the loss does not care how the states of its steps came about."""
+
+    def __call__(
+        self,
+        head: DraftHead,
+        batch: PackedBatch,
+        rows: UsefulRows,
+        embedding: Tensor,
+        recompute: bool = False,
+        kernels: bool = False,
+    ) -> list[Tensor]:
+        """Return for each step k the states [n_k, H] of the rows `rows.rows[rows.steps[k]]`.
+
+        `head.lm_head` multiplies them. The options are those of `unroll`, EAGLE-3's.
+        """
 
 
 def unroll(
@@ -46,15 +64,15 @@ def unroll(
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)
     state = head.fuse(batch.states[0])
     states: list[Tensor] = []
-    for step, (places, kept) in enumerate(zip(rows.steps, rows.kept, strict=True)):
+    for step, (places, from_previous) in enumerate(zip(rows.steps, rows.from_previous, strict=True)):
         at = rows.rows[places] if step else every_row
         fed = (at + step + 1).clamp(max=len(every_row) - 1)
-        state = state.index_select(0, kept) if step else state
+        state = state.index_select(0, from_previous) if step else state
         shares = cast(Projected, tuple(share.index_select(0, fed) for share in projected))
-        wanted = None if step else rows.rows
+        output_rows = None if step else rows.rows
         run = partial(checkpoint, head.step, use_reentrant=False) if recompute else head.step
         rotary = head.rotary(batch.position[at] + step, state)
-        state, normed = run(shares, state, rotary, attention.at(step), wanted)
+        state, normed = run(shares, state, rotary, attention.at(step), output_rows)
         states.append(normed)
     return states
 
@@ -88,22 +106,23 @@ def find_targets(
 
 
 def count_rows(targets: Targets, rows: UsefulRows) -> Tensor:
-    """Give the rows a batch counts at each step (float32 [K])."""
+    """Return the rows a batch counts at each step (float32 [K])."""
     return torch.stack([counted.sum() for counted in targets.counted(rows)]).float()
 
 
 class TTTModule(nn.Module):
     """The trained module: a draft head and the loss of its unroll.
 
-    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `TTTLoss` has others. Rows whose
+    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `LOSSES` has others. Rows whose
     target's greedy token is outside the draft vocabulary are not counted.
 
     Args:
         transform: how the verifier's logits come from its `lm_head`.
-        blend_rate: see train/loss/fused.py, eta.
+        blend_rate: of the losses that blend; see `Rows.blend`.
         recompute: run the draft steps again in the backward pass, to keep less.
         kernels: let Triton kernels do the attention, on a GPU.
         loss_kernel: let a Triton kernel do the row-wise part of the loss, on logits in the weights' type.
+        unroll: gives the states of the steps.
     """
 
     def __init__(
@@ -111,15 +130,16 @@ class TTTModule(nn.Module):
         head: DraftHead,
         ttt_steps: int,
         gamma: float,
-        loss: TTTLoss = TTTLoss.kl,
+        loss: Loss = LOSSES["kl"],
         transform: LogitTransform = LogitTransform(),  # noqa: B008
         blend_rate: float = 3.0,
         recompute: bool = False,
         kernels: bool = False,
         loss_kernel: bool = False,
+        unroll: Unroll = unroll,
     ) -> None:
         super().__init__()
-        assert loss is TTTLoss.kl or not loss_kernel, loss
+        assert loss.is_kl or not loss_kernel, loss
         self.head = head
         self.ttt_steps = ttt_steps
         self.gamma = gamma
@@ -129,6 +149,7 @@ class TTTModule(nn.Module):
         self.recompute = recompute
         self.kernels = kernels
         self.loss_kernel = loss_kernel
+        self.unroll = unroll
 
     def forward(
         self,
@@ -139,21 +160,21 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Give the loss of a packed batch and the sums its metrics are made of.
+        """Return the loss of a packed batch and the sums its metrics are made of.
 
         Args:
             embedding, verifier_lm_head: the verifier's frozen matrices [V, H].
-            targets: `find_targets` of this batch; found here where None.
+            targets: `find_targets` of this batch; found here if None.
             num_counted: N_k, float32 [K], rows counted over all ranks and micro-batches of the optimizer step; this
-                batch's own where None.
-            acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 where None.
+                batch's own if None.
+            acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 if None.
 
         Returns:
             The loss, and float32 [K, 8]: the columns of `SUMS`.
         """
         rows = batch.useful_rows(self.ttt_steps)
         job = self.job(batch, rows, verifier_lm_head, targets, num_counted, acceptance)
-        states = unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
+        states = self.unroll(self.head, batch, rows, embedding, self.recompute, self.kernels)
         return cast("tuple[Tensor, Tensor]", self.head.lm_head(states, partial(fused_loss, job)))
 
     def job(
@@ -165,7 +186,7 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> LossJob:
-        """Give what the pass over the logits needs of a batch besides the draft's states; arguments as `forward`'s."""
+        """Return what the pass over the logits needs besides the draft's states; arguments as `forward`'s."""
         if targets is None:
             targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
         ttt_steps, device = len(rows.steps), verifier_lm_head.device

@@ -10,7 +10,7 @@ from ...models.head.config import DraftHeadConfig
 
 
 def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], num_counted: list[float]) -> float:
-    """Give the operations of the matrix products of the plain algorithm, forward and backward.
+    """Return the operations of the matrix products of the plain algorithm, forward and backward.
 
     Every row runs at every step, with causal attention (half of a square); the draft's lm_head runs on counted rows,
     the verifier's once on every row. A product with a trained weight is done three times, where its input needs no
@@ -35,7 +35,7 @@ def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], 
 
 
 def machine_flops(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, float]:
-    """Give the operations a second of square products of `size`: by CPU seconds, and by wall seconds."""
+    """Return the operations a second of square products of `size`: by CPU seconds, and by wall seconds."""
     times = 4 if device.type == "cpu" else 8
     generator = torch.Generator(device)  # its own: training's is not to be moved on
     a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
@@ -60,6 +60,6 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
     def read(self) -> tuple[float, float]:
-        """Give CPU and wall seconds."""
+        """Return CPU and wall seconds."""
         self._wait()
         return time.process_time() - self._cpu, time.perf_counter() - self._wall

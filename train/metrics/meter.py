@@ -54,7 +54,7 @@ class Meter:
         self._lengths += [length for batch in batches for length in batch.lengths]
 
     def read(self, num_counted: list[float]) -> dict[str, float]:
-        """Give the metrics of the steps since the last time, over all ranks, and begin anew.
+        """Return the metrics of the steps since the last time, over all ranks, and begin anew.
 
         Args:
             num_counted: rows counted on this rank at each TTT step; once they are read, the device has done its work.
@@ -74,7 +74,7 @@ class Meter:
         }
 
     def _memory_gib(self) -> float:
-        """Give the most memory torch held on the GPU since the last time, or the resident size on the CPU."""
+        """Return the most memory torch held on the GPU since the last time, or the resident size on the CPU."""
         on_gpu = self._device.type == "cuda"
         size = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
         return float(size) / 2**30

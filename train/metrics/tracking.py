@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always; W&B and TensorBoard beside it, neither of which ever stops a run.
+"""Where metrics go: metrics.jsonl always; W&B and TensorBoard next to it, neither of which ever stops a run.
 
 | name                           | meaning                                                                     |
 |--------------------------------|-----------------------------------------------------------------------------|
@@ -53,14 +53,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, Any]) -> dict[str, Any]:
-    """Give what trackers are told of a run: every option, the code, the inputs' digests and which kernels are used."""
+    """Return what trackers record of a run: every option, the code, the inputs' digests and the kernels used."""
     options: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     about = {"fledge": __version__, "git": git_state(Path(__file__).parents[2])}
     return {**options, **about, "inputs": inputs, "kernels": kernels}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Give the commit that a folder is a checkout of and whether files differ from it; None where it is none."""
+    """Return the commit that a folder is a checkout of and whether files differ from it; None if it is none."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:

@@ -74,7 +74,7 @@ class Ranks:
         self._words = dist.new_group(backend="gloo", timeout=self._timeout) if self.world > 1 else None
 
     def any_rank(self, flag: bool) -> bool:
-        """Say whether the flag is set on any rank; every rank calls it, and none waits for the GPU."""
+        """Return whether the flag is set on any rank; every rank calls it, and none waits for the GPU."""
         if self._words is None:
             return flag
         word = torch.tensor([int(flag)])
@@ -82,7 +82,7 @@ class Ranks:
         return bool(word)
 
     def gather(self, value: Any) -> list[Any]:
-        """Give the values of all ranks, by rank."""
+        """Return the values of all ranks, by rank."""
         if self._words is None:
             return [value]
         values: list[Any] = [None] * self.world
@@ -101,8 +101,8 @@ class Ranks:
             if changes := differences(first, theirs):
                 ranks.setdefault("; ".join(changes), []).append(str(rank))
         if ranks:
-            said = ", and ".join(f"rank {', '.join(those)} from rank 0 in {what}" for what, those in ranks.items())
-            raise ValueError(f"the ranks differ, {said}: start all with the same command, data and code")
+            message = ", and ".join(f"rank {', '.join(those)} from rank 0 in {what}" for what, those in ranks.items())
+            raise ValueError(f"the ranks differ, {message}: start all with the same command, data and code")
 
     def bound_collectives(self) -> None:
         """Give every group made so far, DeepSpeed's own too, the timeout of the run."""
@@ -195,7 +195,7 @@ def _meet(place: Place, timeout_s: int) -> Ranks:
 
 
 def _shared(config: Config) -> dict[str, Any]:
-    """Give the options in which ranks must not differ."""
+    """Return the options in which ranks must not differ."""
     options = dataclasses.asdict(config)
     for group, names in _OF_ONE_NODE.items():
         for name in names:
@@ -270,8 +270,8 @@ def _accept(ranks: Ranks) -> dict[int, socket.socket]:
         while len(peers) < ranks.world - 1:
             peer, _ = server.accept()
             peer.settimeout(_MEETING_S)
-            given, _, rank = _receive(peer).partition(" ")
-            if secrets.compare_digest(given.encode(), token.encode()):
+            peer_token, _, rank = _receive(peer).partition(" ")
+            if secrets.compare_digest(peer_token.encode(), token.encode()):
                 peers[int(rank)] = _kept_alive(peer)
             else:
                 peer.close()
@@ -302,7 +302,7 @@ def _send(peer: socket.socket, line: str) -> None:
 
 
 def _receive(peer: socket.socket) -> str:
-    """Read one line; nothing where the other end has closed."""
+    """Read one line; nothing if the other end has closed."""
     line = b""
     try:
         while not line.endswith(b"\n") and (more := peer.recv(4096)):
@@ -313,7 +313,7 @@ def _receive(peer: socket.socket) -> str:
 
 
 def ended_message(ended: list[int], text: str = "") -> str:
-    """Say which ranks have ended and what to do."""
+    """Return which ranks have ended and what to do."""
     names = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))}" if ended else "another rank"
     return (
         f"{names} ended: see the log there for the cause; start the same command again, training goes on from the "
@@ -331,22 +331,22 @@ def _report(error: BaseException, place: Place, watch: Watch | None, timeout_s: 
         watch.noticed.wait(_GRACE_S)
     if watch and not watch.ending.acquire(blocking=False):
         time.sleep(_GRACE_S)  # the watch is ending this process
-    said, code = "", 1
+    message, code = "", 1
     if isinstance(error, KeyboardInterrupt):
-        said, code = "interrupted; the same command goes on from here", 130
+        message, code = "interrupted; the same command goes on from here", 130
     elif isinstance(error, USER_ERRORS):
-        said, code = explain(error), 2
+        message, code = explain(error), 2
     elif gone:
-        said = ended_message(watch.ended if watch else [], text)
+        message = ended_message(watch.ended if watch else [], text)
     elif watch is None and isinstance(error, dist.DistError):
-        said = f"{place.world} ranks were to meet at {place.address}:{place.port}, and not all came ({text})"
+        message = f"{place.world} ranks were to meet at {place.address}:{place.port}, and not all came ({text})"
     elif timed_out:
-        said = (
+        message = (
             f"another rank has not answered for train.collective_timeout_s={timeout_s}: end the one that hangs; start "
             f"the same command again, training goes on from the newest checkpoint ({text})"
         )
-    if not said or os.environ.get("FLEDGE_TRACEBACK") == "1":
+    if not message or os.environ.get("FLEDGE_TRACEBACK") == "1":
         traceback.print_exception(error)
-    if said:
-        print(f"fledge: error: rank {place.rank}: {said}", file=sys.stderr)
+    if message:
+        print(f"fledge: error: rank {place.rank}: {message}", file=sys.stderr)
     return code

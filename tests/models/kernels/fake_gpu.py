@@ -19,7 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fledge.conf.schema import DraftSampling, TTTLoss
+import training_step
+from fledge.conf.schema import DraftSampling
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
 from fledge.data_synthesis.store.host_copies import on_host
 from fledge.data_synthesis.store.shard import Sample, Shard
@@ -29,7 +30,7 @@ from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.vocabulary import VocabularyMap
 from fledge.models.verifier.model import Verifier
-from fledge.train import benchmark
+from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule
 from torch import Tensor, nn
@@ -93,11 +94,11 @@ def stand_in(shared_kib: int = 227) -> None:
 
 
 def run_step(arguments: str) -> dict[str, Any]:
-    """Run forward and backward of a training step; options as those of `python -m fledge.train.benchmark`."""
+    """Run forward and backward of a training step; options as those of `python tests/benchmarks/training_step.py`."""
     LAUNCHED.clear()
-    options = benchmark.parse(["device=cuda", "dtype=bfloat16", *arguments.split()])
+    options = training_step.parse(["device=cuda", "dtype=bfloat16", *arguments.split()])
     dtype, ttt_steps = getattr(torch, options.dtype), options.ttt_steps
-    tokens = benchmark.draw_batch(options)
+    tokens = training_step.draw_batch(options)
     tokens = dataclasses.replace(tokens, useful=tokens.useful_rows(ttt_steps))
     with FAKE:
         head, embedding, lm_head = _models(options, dtype)
@@ -106,7 +107,7 @@ def run_step(arguments: str) -> dict[str, Any]:
             head,
             ttt_steps,
             0.8,
-            TTTLoss(options.loss),
+            LOSSES[options.loss],
             recompute=options.recompute,
             kernels=options.triton,
             loss_kernel=options.loss_kernel,
@@ -119,21 +120,21 @@ def run_step(arguments: str) -> dict[str, Any]:
     return {"peak": memory.peak, "without_gradient": without, "sums": list(sums.shape), "launched": dict(LAUNCHED)}
 
 
-def _models(options: benchmark.Options, dtype: torch.dtype) -> tuple[DraftHead, Tensor, Tensor]:
+def _models(options: training_step.Options, dtype: torch.dtype) -> tuple[DraftHead, Tensor, Tensor]:
     width, vocab_size, draft_vocab_size = options.hidden_size, options.vocab_size, options.draft_vocab_size
     # The ids of the draft vocabulary are found among the values of t2d: here there are as many.
     VocabularyMap.target_ids = property(lambda self: torch.empty_like(self.d2t))  # type: ignore[assignment]
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):
         d2t, t2d = torch.empty(draft_vocab_size, dtype=torch.int64), torch.empty(vocab_size, dtype=torch.bool)
-        head = DraftHead(benchmark.head_config(options), VocabularyMap(d2t, t2d))
+        head = DraftHead(training_step.head_config(options), VocabularyMap(d2t, t2d))
         matrices = torch.empty(vocab_size, width), torch.empty(vocab_size, width)
     torch.set_default_dtype(torch.float32)
     head.lm_head.weight.requires_grad_(options.train_lm_head)
     return head, *matrices
 
 
-def _moved(tokens: PackedBatch, options: benchmark.Options, dtype: torch.dtype) -> PackedBatch:
+def _moved(tokens: PackedBatch, options: training_step.Options, dtype: torch.dtype) -> PackedBatch:
     aux = torch.empty(options.seq_len, options.num_aux * options.hidden_size, dtype=dtype)
     last = torch.empty(options.seq_len, options.hidden_size, dtype=dtype)
     batch = dataclasses.replace(tokens.mapped(FAKE.from_tensor), aux_hidden_states=aux, last_hidden_state=last)

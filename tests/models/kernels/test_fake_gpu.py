@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_step
 from fledge.slurm.plan import memory as training_memory
 from fledge.slurm.plan.memory import TrainingShape
-from fledge.train import benchmark
 
 pytest.importorskip("triton")  # has no wheels beside Linux
 
@@ -73,9 +73,9 @@ LARGE = ["preset=maverick seq_len=1024 recompute=true", "preset=llama31_8b seq_l
 def test_the_memory_of_a_step_on_a_gpu_is_what_the_plan_says(run_fake, monkeypatch):
     monkeypatch.setattr(training_memory, "_norm", lambda _: 8)  # torch for the CPU has no fused norm: twice float32
     for arguments, result in zip(LARGE, run_fake("step", *LARGE), strict=True):
-        options = benchmark.parse(arguments.split())
+        options = training_step.parse(arguments.split())
         shape = TrainingShape(
-            benchmark.head_config(options),
+            training_step.head_config(options),
             torch.bfloat16,
             options.ttt_steps,
             options.seq_len,

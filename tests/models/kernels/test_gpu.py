@@ -32,7 +32,7 @@ from fledge.models.kernels.self_check import TOLERANCES
 from fledge.train.loss.fused import add_product
 from fledge.train.loss.kernel_checks import attention_errors, compare_kl
 from fledge.train.loss.unroll import TTTModule
-from fledge.train.plain import PlainTTTModule
+from plain_ttt import PlainTTTModule
 from small_heads import make_batch, make_head, matrices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

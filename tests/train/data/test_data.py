@@ -31,7 +31,8 @@ from fledge.data_synthesis.store.store import (
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import load_config, special_token_ids
-from fledge.train.data.training_data import Batches, PackStream, Passes, Split, TrainingData, answers_end, pack
+from fledge.train.data.packing import PackStream, Passes, pack
+from fledge.train.data.training_data import Batches, Split, TrainingData, answers_end
 from fledge.train.engine import learning_rate
 from safetensors.torch import load_file, save_file
 
@@ -254,7 +255,7 @@ def equal(ours, theirs) -> bool:
             return torch.equal(a, b)
         return equal(a, b) if dataclasses.is_dataclass(a) else a == b
 
-    names = [f.name for f in dataclasses.fields(ours) if f.name not in ("steps", "kept")]
+    names = [f.name for f in dataclasses.fields(ours) if f.name not in ("steps", "from_previous")]
     return all(same(getattr(ours, name), getattr(theirs, name)) for name in names)
 
 

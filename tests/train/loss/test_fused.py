@@ -3,16 +3,16 @@
 import pytest
 import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
-from fledge.conf.schema import TTTLoss
 from fledge.models.head import ttt_attention
 from fledge.models.head.ttt_attention import SplitAttention, TTTAttention
 from fledge.models.verifier.model import LogitTransform
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss import unroll as ttt
 from fledge.train.loss.fused import SUMS
+from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import find_useful_rows
 from fledge.train.loss.unroll import TTTModule, unroll
-from fledge.train.plain import PlainTTTModule, counted_rows, plain_unroll
+from plain_ttt import PlainTTTModule, counted_rows, plain_unroll
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNNING = torch.tensor([0.5, 0.3, 0.2, 0.1])  # acceptance so far, for the losses that blend
@@ -36,8 +36,8 @@ def assert_close(found, expected, relative):
     torch.testing.assert_close(found[2], expected[2], rtol=10 * relative, atol=relative)
 
 
-def twins(head, loss=TTTLoss.kl, ttt_steps=4, **options):
-    return (kind(head, ttt_steps, 0.8, loss, **options) for kind in (TTTModule, PlainTTTModule))
+def twins(head, loss="kl", ttt_steps=4, **options):
+    return (kind(head, ttt_steps, 0.8, LOSSES[loss], **options) for kind in (TTTModule, PlainTTTModule))
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("draft_vocab_size", [60, None])
-@pytest.mark.parametrize("loss", list(TTTLoss))
+@pytest.mark.parametrize("loss", list(LOSSES))
 def test_every_loss_equals_its_definition_and_autograds_gradient(loss, draft_vocab_size):
     """In float64 to 1e-6, and in float32 no further than 1e-5 from that."""
 
     def found(kind, dtype):
         head = make_head(draft_vocab_size=draft_vocab_size).to(dtype)
         batch = make_batch([17, 1, 2, 31, 9], seed=3).to(torch.device("cpu"), dtype, 4)
-        module = kind(head, 4, 0.8, loss, transform=LogitTransform(scale=0.3))
+        module = kind(head, 4, 0.8, LOSSES[loss], transform=LogitTransform(scale=0.3))
         return results(module, batch, *(matrix.to(dtype) for matrix in matrices()), acceptance=RUNNING)
 
     exact = found(PlainTTTModule, torch.float64)
@@ -119,7 +119,7 @@ def test_capped_logits_of_the_verifier_are_the_targets():
     assert found[0] != results(TTTModule(head, 4, 0.8), batch, embedding, lm_head)[0]
 
 
-@pytest.mark.parametrize("loss", [TTTLoss.kl, TTTLoss.acceptance_length])
+@pytest.mark.parametrize("loss", ["kl", "acceptance_length"])
 def test_gradients_equal_finite_differences_in_float64(loss):
     head = make_head(draft_vocab_size=None).double()
     batch = make_batch([9, 7], seed=2)
@@ -129,7 +129,7 @@ def test_gradients_equal_finite_differences_in_float64(loss):
         batch.aux_hidden_states.double(),
         batch.last_hidden_state.double(),
     )
-    module = TTTModule(head, 3, 0.8, loss)
+    module = TTTModule(head, 3, 0.8, LOSSES[loss])
 
     def value():
         return module(batch, embedding, lm_head * 0.3, acceptance=RUNNING[:3])[0]
@@ -197,7 +197,7 @@ def test_useful_rows_are_the_counted_rows():
             assert at.tolist() == counted[step].nonzero().squeeze(1).tolist()
             assert at.tolist() == [r for span in rows.spans[step] for r in range(span.first, span.first + span.rows)]
             before = rows.steps[step - 1] if step else torch.arange(len(rows.rows))
-            assert torch.equal(before[rows.kept[step]], rows.steps[step])
+            assert torch.equal(before[rows.from_previous[step]], rows.steps[step])
             assert all(start == int((rows.steps[step] < j).sum()) for j, start in enumerate(rows.starts[step]))
 
 
@@ -269,7 +269,7 @@ def test_rows_whose_greedy_token_cannot_be_drafted_are_reported_and_not_counted(
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("loss", list(TTTLoss))
+@pytest.mark.parametrize("loss", list(LOSSES))
 def test_a_greedy_token_below_the_whole_draft_vocabulary_is_one_outside_like_any_other(loss):
     head, batch, (embedding, lm_head) = make_head(), make_batch([17, 30], seed=3), matrices()
     leave_out_first_tokens(head, batch, lm_head)
@@ -292,16 +292,16 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("loss", list(TTTLoss))
+@pytest.mark.parametrize("loss", list(LOSSES))
 def test_a_step_never_waits_for_the_device(loss):
     head = make_head(draft_vocab_size=60, num_layers=2)
     batch = make_batch([17, 30], seed=3).to(torch.device("cpu"), torch.float32, 4)
     embedding, lm_head = matrices()
     with Waits() as waits:
-        TTTModule(head, 4, 0.8, loss)(batch, embedding, lm_head, acceptance=RUNNING)[0].backward()
+        TTTModule(head, 4, 0.8, LOSSES[loss])(batch, embedding, lm_head, acceptance=RUNNING)[0].backward()
     assert waits.found == []
     with Waits() as waits:
-        PlainTTTModule(head, 4, 0.8, loss)(batch, embedding, lm_head, acceptance=RUNNING)
+        PlainTTTModule(head, 4, 0.8, LOSSES[loss])(batch, embedding, lm_head, acceptance=RUNNING)
     assert "nonzero" in waits.found, "the plain twin does wait"
 
 

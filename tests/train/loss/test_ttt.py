@@ -7,8 +7,8 @@ from fledge.models.verifier.model import LogitTransform
 from fledge.train.loss.fused import SUMS
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule, count_rows, find_targets, unroll
-from fledge.train.plain import counted_rows
 from one_sequence import OneSequence
+from plain_ttt import counted_rows
 
 
 def states_of(head, batch, embedding, ttt_steps):

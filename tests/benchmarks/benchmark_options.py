@@ -1,4 +1,4 @@
-"""Options of the benchmarks: `name=value` arguments, read with nothing but Python."""
+"""Options of the benchmarks: `name=value` arguments onto a dataclass, read with nothing but Python."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ T = TypeVar("T")
 def parse_options(
     arguments: Sequence[str],
     defaults: T,
-    presets: Mapping[str, Mapping[str, Any]],
-    choices: Mapping[str, Sequence[str]],
+    presets: Mapping[str, Mapping[str, Any]] = {},
+    choices: Mapping[str, Sequence[str]] = {},
 ) -> T:
     """Read arguments, in order, onto a dataclass of options; `preset=name` sets several.
 

@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fledge.models.head.draft_head import DraftHead
+from fledge.models.head.ttt_attention import TTTAttention, wide_dtype
+from fledge.models.verifier.model import LogitTransform
+from fledge.train.loss.fused import Targets
+from fledge.train.loss.losses import Rows
+from fledge.train.loss.rows import PackedBatch
+from fledge.train.loss.unroll import TTTModule
 from torch import Tensor
-
-from ..conf.schema import TTTLoss
-from ..models.head.draft_head import DraftHead
-from ..models.head.ttt_attention import TTTAttention, wide_dtype
-from ..models.verifier.model import LogitTransform
-from .loss.fused import Targets
-from .loss.rows import PackedBatch
-from .loss.unroll import TTTModule
 
 
 def ahead(values: Tensor, distance: int) -> Tensor:
@@ -99,16 +98,13 @@ class PlainTTTModule(TTTModule):
             counted = verifier.inside[at]
             log_q = self.head.lm_head(normed[rows]).to(wide_dtype(normed.dtype)).log_softmax(-1)
             p, mass = verifier.probabilities[at], verifier.mass[at]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_KL):
-                kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss in _OF_OVERLAP):
+            kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss.coefficients is not None):
                 overlap = torch.minimum(p * mass[:, None], log_q.exp()).sum(-1)
             # A row that is not counted at a step still decides whether later ones are reached.
             reach = reach.index_put((rows,), reach[rows] * torch.where(counted, overlap, overlap.detach()))
             blend = 1.0 if acceptance is None else (-self.blend_rate * acceptance[step]).exp()
-            value = self.gamma**step * self._value(kl, overlap, blend, p, log_q)
-            if self.loss is TTTLoss.acceptance_length:
-                value = self.gamma**step * blend * kl - (1 - blend) * reach[rows]
+            value = self.loss.value(Rows(kl, overlap, reach[rows], self.gamma**step, blend, p, log_q))
             num = counted.sum() if num_counted is None else num_counted[step]
             loss = loss + (value * counted).sum() / num.clamp(min=1)
             with torch.no_grad():
@@ -120,21 +116,3 @@ class PlainTTTModule(TTTModule):
                 columns = (value, kl, torch.ones_like(kl), agrees, prefix[rows], overlap, entropy)
                 sums.append(torch.stack([*((column * counted).sum() for column in columns), (~counted).sum()]))
         return loss, torch.stack(sums)
-
-    def _value(self, kl: Tensor, overlap: Tensor, blend: Tensor | float, p: Tensor, log_q: Tensor) -> Tensor:
-        """Give the loss of each row and step by itself."""
-        match self.loss:
-            case TTTLoss.reverse_kl:
-                return (log_q.exp() * (log_q - p.log())).sum(-1)
-            case TTTLoss.total_variation:
-                return 1 - overlap
-            case TTTLoss.lk_alpha:
-                return -overlap.log()
-            case TTTLoss.lk_lambda:
-                return blend * kl + (1 - blend) * (1 - overlap)
-            case _:
-                return kl
-
-
-_OF_KL = (TTTLoss.kl, TTTLoss.lk_lambda, TTTLoss.acceptance_length)
-_OF_OVERLAP = (TTTLoss.total_variation, TTTLoss.lk_alpha, TTTLoss.lk_lambda, TTTLoss.acceptance_length)

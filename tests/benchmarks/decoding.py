@@ -1,4 +1,4 @@
-"""Measure speculative decoding with a random verifier and head: `python -m fledge.eval.benchmark [option=value ...]`.
+"""Measure speculative decoding of a random model: `python tests/benchmarks/decoding.py [option=value ...]`.
 
 Prints one JSON line. Needs torch and transformers only. What a random head proposes is never accepted, and a round
 costs the same whatever is: `tokens_per_s` is of rounds that gain `acceptance_length` tokens each. Parts of a round are
@@ -19,23 +19,22 @@ from typing import Any
 
 import tokenizers
 import torch
+from benchmark_options import parse_options
+from fledge.conf.schema import DraftConfig, DraftSampling
+from fledge.eval.decoding.acceptance import AcceptanceRule
+from fledge.eval.decoding.graphs import Graphs
+from fledge.eval.decoding.head_drafter import DraftDecoder
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.eval.decoding.proposal import Drafter
+from fledge.eval.decoding.speculator import Request, Speculator
+from fledge.eval.decoding.verifier_cache import round_up
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead, initialise
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.models.kernels import DECODING
+from fledge.models.verifier.model import Verifier, default_aux_layers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from ..conf.arguments import parse_options
-from ..conf.schema import DraftConfig, DraftSampling
-from ..models.head.config import DraftHeadConfig
-from ..models.head.draft_head import DraftHead, initialise
-from ..models.head.vocabulary import build_vocabulary
-from ..models.kernels import DECODING
-from ..models.verifier.model import Verifier, default_aux_layers
-from .decoding.acceptance import AcceptanceRule
-from .decoding.graphs import Graphs
-from .decoding.head_drafter import DraftDecoder
-from .decoding.prompt_lookup import NoDraft
-from .decoding.proposal import Drafter
-from .decoding.speculator import Request, Speculator
-from .decoding.verifier_cache import round_up
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Measure the hidden-state store: `python -m fledge.train.store_benchmark [folder=DISK option=value ...]`.
+"""Measure the hidden-state store: `python tests/benchmarks/store.py [folder=DISK option=value ...]`.
 
 Rates: a store of large states is written as `fledge dump` writes it and read in packs as `fledge train` reads it,
 beside a plain copy and a plain read of the same bytes, in turn. Many: a store of many small samples is opened and read
@@ -19,18 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from benchmark_options import parse_options
+from fledge.conf.runtime.artifact import Artifact
+from fledge.data_synthesis.store.shard import Sample, Shard, shard_entry
+from fledge.data_synthesis.store.state_format import StateFormat
+from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
+from fledge.data_synthesis.store.writer import BackgroundWriter
+from fledge.train.data.packing import pack
+from fledge.train.data.training_data import Batches
 from safetensors.torch import load_file, save_file
-
-from ..conf.runtime.artifact import Artifact
-from ..data_synthesis.store.shard import Sample, Shard, shard_entry
-from ..data_synthesis.store.state_format import StateFormat
-from ..data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
-from ..data_synthesis.store.writer import BackgroundWriter
-from .data.training_data import Batches, pack
 
 _BLOCK = 16 << 20  # bytes of a plain read
 
@@ -52,11 +52,6 @@ class Options:
     many_sample_tokens: int = 64
     packs: int = 200  # random ones, whose latency is measured
     seed: int = 0
-
-
-def parse(arguments: list[str]) -> Options:
-    """Read `name=value` arguments."""
-    return cast(Options, OmegaConf.to_object(OmegaConf.merge(Options, OmegaConf.from_dotlist(arguments))))
 
 
 def timed(work: Callable[..., object], *arguments: object) -> tuple[float, float]:
@@ -244,4 +239,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(parse(sys.argv[1:]))))
+    print(json.dumps(measure(parse_options(sys.argv[1:], Options()))))

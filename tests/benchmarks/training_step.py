@@ -1,7 +1,7 @@
-"""Measure one training step of a draft head on random inputs: `python -m fledge.train.benchmark [option=value ...]`.
+"""Measure a training step on random inputs: `python tests/benchmarks/training_step.py [option=value ...]`.
 
 Prints one JSON line. Needs torch and transformers only. `implementation=plain` measures the plain twin
-(train/plain.py), `both` the two and their ratios: only figures of one process compare.
+(tests/twins/plain_ttt.py), `both` the two and their ratios: only figures of one process compare.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_options import parse_options
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.train.loss.fused import SUMS
+from fledge.train.loss.losses import LOSSES
+from fledge.train.loss.rows import PackedBatch
+from fledge.train.loss.unroll import TTTModule
+from fledge.train.metrics.cost import Clock, machine_flops, plain_flops
 from torch import Tensor
 
-from ..conf.arguments import parse_options
-from ..conf.schema import TTTLoss
-from ..models.head.config import DraftHeadConfig
-from ..models.head.draft_head import DraftHead
-from ..models.head.vocabulary import build_vocabulary
-from .loss.fused import SUMS
-from .loss.rows import PackedBatch
-from .loss.unroll import TTTModule
-from .metrics.cost import Clock, machine_flops, plain_flops
-from .plain import PlainTTTModule
+sys.path.append(str(Path(__file__).parents[1] / "twins"))  # where this is started as a command
+from plain_ttt import PlainTTTModule
 
 
 @dataclass
@@ -99,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 IMPLEMENTATIONS: dict[str, type[TTTModule]] = {"fused": TTTModule, "plain": PlainTTTModule}
 CHOICES = {
     "implementation": [*IMPLEMENTATIONS, "both"],
-    "loss": [loss.value for loss in TTTLoss],
+    "loss": list(LOSSES),
     "dtype": ["float32", "bfloat16", "float64"],
     "device": ["cpu", "cuda"],
 }
@@ -225,7 +226,7 @@ def measure(options: Options) -> dict[str, Any]:
         head,
         options.ttt_steps,
         0.8,
-        TTTLoss(options.loss),
+        LOSSES[options.loss],
         recompute=options.recompute,
         kernels=options.triton,
         loss_kernel=options.loss_kernel,

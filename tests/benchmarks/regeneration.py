@@ -1,4 +1,4 @@
-"""Measure what regeneration costs beside the server: `python -m fledge.data_synthesis.benchmark [option=value ...]`.
+"""Measure what regeneration costs beside the server: `python tests/benchmarks/regeneration.py [option=value ...]`.
 
 Runs `fledge synthesize` on made-up rows against a server without a model, each in a process of its own, and prints one
 JSON line. With `latency_s=0` the server answers at once and the client is the bound; else it works on `at_once`
@@ -23,16 +23,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
-from omegaconf import OmegaConf
+from benchmark_options import parse_options
+from fledge.conf.runtime.journal import read_journal
+from fledge.conf.schema import VerifierConfig
+from fledge.data_synthesis.tokens.chat_template import prompt_tokens
+from fledge.models.verifier.model import load_tokenizer
 from transformers import PreTrainedTokenizerBase
-
-from ..conf.runtime.journal import read_journal
-from ..conf.schema import VerifierConfig
-from ..models.verifier.model import load_tokenizer
-from .tokens.chat_template import prompt_tokens
 
 MODEL = "benchmark"
 SAMPLE_EVERY_S = 0.25
@@ -58,7 +57,7 @@ class Options:
 
 def parse(arguments: list[str]) -> Options:
     """Read `name=value` arguments."""
-    return cast(Options, OmegaConf.to_object(OmegaConf.merge(Options, OmegaConf.from_dotlist(arguments))))
+    return parse_options(arguments, Options())
 
 
 class Server(asyncio.Protocol):
