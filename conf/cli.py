@@ -36,7 +36,7 @@ COMMANDS = {
         "fledge.data_synthesis.inspect_store:inspect_store",
         "print what a store holds, and whether it is sound",
     ),
-    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
+    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory"),
     "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
     "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
     "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
@@ -62,7 +62,7 @@ commands:
 {commands}
 
   fledge demo                                        every stage on a laptop, in minutes
-  fledge plan experiment=llama31_8b name=first       disk, memory and hours, before it begins
+  fledge plan experiment=llama31_8b name=first       disk and memory, before it begins
   fledge run experiment=llama31_8b name=first        a whole run
   fledge train experiment=llama31_8b name=first train.lr=5e-5
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs

@@ -69,7 +69,7 @@ class EvaluateEngine(Enum):
 
 
 class Gpu(Enum):
-    """A kind of GPU, for `fledge plan`; slurm/plan/gpus.py has their figures."""
+    """A kind of GPU, for `fledge plan`; slurm/plan/plan.py has their memory."""
 
     a100 = "a100"
     h100 = "h100"
@@ -421,11 +421,6 @@ class PlanConfig:
     gpus_per_node: int = 8
     ranks_per_node: int | None = None  # of training; None: one a GPU; online, a rank's verifier takes its share of them
     disk_tb: float | None = None  # free space for the run, in 10^12 bytes; None: of the disk that runs_dir is on
-    price_per_gpu_hour: float | None = None
-    decode_utilisation: float = 0.05  # of the GPUs' peak while a server answers many requests at a time
-    read_utilisation: float = 0.3  # while the verifier reads whole conversations
-    train_utilisation: float = 0.3
-    acceptance_length: float = 2.5  # of the head, for the time that decoding the questions takes
     json: bool = False  # print JSON instead of the table
     save: bool = False  # write plan.json to the run folder too
 
@@ -739,14 +734,11 @@ def _validate_plan(options: PlanConfig) -> None:
         raise ValueError(
             f"plan.ranks_per_node must divide plan.gpus_per_node={options.gpus_per_node}, got {options.ranks_per_node}"
         )
-    for name in ("conversations", "mean_tokens", "gpu_memory_gib", "disk_tb", "price_per_gpu_hour"):
+    for name in ("conversations", "mean_tokens", "gpu_memory_gib", "disk_tb"):
         if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"plan.{name} must be above 0 and finite, got {value}")
-    for name in ("counted_share", "decode_utilisation", "read_utilisation", "train_utilisation"):
-        if not 0 < (value := getattr(options, name)) <= 1:
-            raise ValueError(f"plan.{name} must be above 0 and at most 1, got {value}")
-    if not 1 <= options.acceptance_length < math.inf:
-        raise ValueError(f"plan.acceptance_length must be at least 1, got {options.acceptance_length}")
+    if not 0 < options.counted_share <= 1:
+        raise ValueError(f"plan.counted_share must be above 0 and at most 1, got {options.counted_share}")
 
 
 def _validate_data(data: DataConfig) -> None:

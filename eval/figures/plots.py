@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .metrics import Record, question_lengths
-from .results import TRAINED
+from .metrics import question_lengths
+from .records import TRAINED, Record
 
 INK, MUTED, ACCENT = "#222222", "#9a9a9a", "#2563a8"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...conf.schema import DraftSampling
 from .plots import draw
-from .results import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, asked
+from .records import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, answered_records
 
 NONE = "-"
 _MOST_LEFT_OUT = 20  # questions that are named
@@ -20,7 +20,7 @@ def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
     metrics_file = training_folder / "metrics.jsonl"
     lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
     metrics = [json.loads(line) for line in lines if line.endswith("}")]
-    plots = draw(folder, results, asked(folder), metrics)
+    plots = draw(folder, results, answered_records(folder), metrics)
     parts = [
         f"# Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip(),
         f"{conditions_line(results)}. {results['definition']}.",

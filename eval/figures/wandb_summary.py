@@ -20,7 +20,7 @@ from typing import Any
 from ...conf.runtime.artifact import MANIFEST, digest, read_manifest
 from ...conf.runtime.wandb_run import WandbRun
 from ...conf.schema import Config, WandbMode
-from .results import TRAINED
+from .records import TRAINED
 
 _CONDITIONS = (
     "num_draft_tokens_per_round",
