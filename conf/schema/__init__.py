@@ -31,6 +31,20 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class TrackerName(Enum):
+    """A tracker of accelerate.tracking; each but wandb is a package of that name to install."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+    mlflow = "mlflow"
+    swanlab = "swanlab"
+    comet_ml = "comet_ml"
+    aim = "aim"
+    clearml = "clearml"
+    dvclive = "dvclive"
+
+
 class ExportFormat(Enum):
     """Checkpoint format written by `fledge export`."""
 
@@ -429,10 +443,19 @@ class PlanConfig:
 class TrackingConfig:
     """Where metrics go besides the run's own files; train/metrics/tracking.py has the table of training's."""
 
-    wandb: WandbMode = WandbMode.offline
+    report_to: list[TrackerName] = field(default_factory=lambda: [TrackerName.wandb])
+    wandb: WandbMode = WandbMode.offline  # disabled: as if report_to did not name it
     project: str = "fledge"
-    entity: str | None = None
-    tensorboard: bool = False  # event files in training/tensorboard, by the package of the extra [tensorboard]
+    entity: str | None = None  # of W&B
+    tensorboard: bool = False  # as if report_to named it: event files in training/tensorboard, by [tensorboard]
+
+    @property
+    def trackers(self) -> list[TrackerName]:
+        """Trackers that are used, each once."""
+        names = [*self.report_to, *([TrackerName.tensorboard] if self.tensorboard else [])]
+        if self.wandb is WandbMode.disabled:
+            names = [name for name in names if name is not TrackerName.wandb]
+        return list(dict.fromkeys(names))
 
 
 @dataclass
@@ -651,6 +674,12 @@ def validate(config: Config) -> None:
             "tracking.tensorboard needs the package tensorboard, which is not installed: "
             "pip install 'fledge[tensorboard]', or set it to false"
         )
+    for name in config.tracking.trackers:
+        if find_spec(name.value) is None:
+            raise ValueError(
+                f"tracking.report_to needs the package {name.value}, which is not installed: "
+                f"pip install {name.value}, or leave it out"
+            )
     if config.train.lr <= 0:
         raise ValueError(f"train.lr must be above 0, got {config.train.lr}")
     if "/" in config.name or config.name in ("", ".", ".."):
