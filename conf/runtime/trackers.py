@@ -29,14 +29,13 @@ def open_tracker(
     about: dict[str, Any] | None = None,
     step: int = 0,
 ) -> Any:
-    """Open a tracker: a `GeneralTracker` with `log(values, step=)`, `finish()`, and its package's run as `tracker`.
+    """Open a tracker of accelerate; its `tracker` is its package's own run.
 
-    W&B goes on under its id, online, and does not record steps twice that are there already; offline every start makes
-    a directory of its own, which `wandb sync` puts together. TensorBoard hides steps beyond the one resumed from. With
-    the others every start makes a run of its own.
+    W&B online goes on under its id; offline every start makes a directory, which `wandb sync` joins. TensorBoard
+    hides steps beyond the one resumed from. With the others every start makes a run of its own.
 
     Args:
-        folder: where a tracker of files keeps them.
+        folder: of the files that W&B and TensorBoard write.
         run: W&B run id, the same over all starts.
         about: logged with the run; None adds nothing.
         step: the step training goes on from.
