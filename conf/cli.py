@@ -36,7 +36,7 @@ COMMANDS = {
         "fledge.data_synthesis.inspect_store:inspect_store",
         "print what a store holds, and whether it is sound",
     ),
-    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
+    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory"),
     "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
     "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
     "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
@@ -62,7 +62,7 @@ commands:
 {commands}
 
   fledge demo                                        every stage on a laptop, in minutes
-  fledge plan experiment=llama31_8b name=first       disk, memory and hours, before it begins
+  fledge plan experiment=llama31_8b name=first       disk and memory, before it begins
   fledge run experiment=llama31_8b name=first        a whole run
   fledge train experiment=llama31_8b name=first train.lr=5e-5
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
@@ -225,7 +225,7 @@ def _task(command: str, show_traceback: bool) -> Any:
             assert isinstance(config, Config)
             validate(config)
             Output.stage = "" if command in PRINTING or config.submit.dry_run else command
-            _quiet_libraries()
+            _quiet_libraries(command)
             module, function = COMMANDS[command][0].split(":")
             getattr(importlib.import_module(module), function)(config)
         except USER_ERRORS as error:
@@ -236,20 +236,21 @@ def _task(command: str, show_traceback: bool) -> Any:
     return task
 
 
-def _quiet_libraries() -> None:
-    """Progress and results are ours to print; libraries speak from warnings up."""
-    import torch
+def _quiet_libraries(command: str) -> None:
+    """Progress and results are ours to print; libraries speak from warnings up. Commands that only read load none."""
+    if command not in PRINTING:
+        import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of the seconds that its list of fonts takes
     if not sys.stderr.isatty():
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers too, when it is loaded
+        if "transformers" in sys.modules:
+            importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def _fail(message: str) -> NoReturn:

@@ -12,7 +12,8 @@ from ..data_synthesis.tokens.image_tokens import ImageReader, Images, ImageToken
 from ..data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
 from ..data_synthesis.tokens.sequences import check_known
 from ..models.verifier.model import load_config, load_tokenizer
-from .questions import HELDOUT, Question
+from .figures.records import HELDOUT
+from .questions import Question
 
 _SHOWN = 20  # questions that cannot be asked
 

@@ -12,8 +12,9 @@ from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
 from ..models.verifier.model import check_identity, torch_device, verifier_outline
 from .asking import QuestionReader
+from .figures.records import ACCEPTANCE
 from .figures.report import print_table, write_report
-from .figures.results import ACCEPTANCE, summarise
+from .figures.results import summarise
 from .figures.wandb_summary import track
 from .local import answer_questions
 from .questions import Question, load_heldout, load_questions, questions_identity

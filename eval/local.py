@@ -24,8 +24,8 @@ from .decoding.kernel_checks import check_decoding
 from .decoding.prompt_lookup import NoDraft, PromptLookup
 from .decoding.proposal import Drafter
 from .decoding.speculator import Decoded, Request, Speculator
-from .figures.results import LOOKUP, RECORDS, TRAINED, UNTRAINED
-from .questions import HELDOUT, Question
+from .figures.records import HELDOUT, LOOKUP, RECORDS, TRAINED, UNTRAINED
+from .questions import Question
 
 
 def answer_questions(

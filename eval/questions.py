@@ -32,8 +32,7 @@ from ..data_synthesis.prompts.sources import EMBEDDED, read_rows
 from ..data_synthesis.tokens.chat_template import Message, has_images
 from ..data_synthesis.tokens.sequences import num_whole_answers
 from ..models.embedded.verifier import questions as embedded_questions
-
-HELDOUT = "heldout"
+from .figures.records import HELDOUT
 
 
 class _Form(NamedTuple):

@@ -33,6 +33,20 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class TrackerName(Enum):
+    """A tracker of accelerate.tracking; each but wandb is a package of that name to install."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+    mlflow = "mlflow"
+    swanlab = "swanlab"
+    comet_ml = "comet_ml"
+    aim = "aim"
+    clearml = "clearml"
+    dvclive = "dvclive"
+
+
 class ExportFormat(Enum):
     """Checkpoint format written by `fledge export`."""
 
@@ -71,7 +85,7 @@ class EvaluateEngine(Enum):
 
 
 class Gpu(Enum):
-    """A kind of GPU, for `fledge plan`; slurm/plan/gpus.py has their figures."""
+    """A kind of GPU, for `fledge plan`; slurm/plan/plan.py has their memory."""
 
     a100 = "a100"
     h100 = "h100"
@@ -415,11 +429,6 @@ class PlanConfig:
     gpus_per_node: int = 8
     ranks_per_node: int | None = None  # of training; None: one a GPU; online, a rank's verifier takes its share of them
     disk_tb: float | None = None  # free space for the run, in 10^12 bytes; None: of the disk that runs_dir is on
-    price_per_gpu_hour: float | None = None
-    decode_utilisation: float = 0.05  # of the GPUs' peak while a server answers many requests at a time
-    read_utilisation: float = 0.3  # while the verifier reads whole conversations
-    train_utilisation: float = 0.3
-    acceptance_length: float = 2.5  # of the head, for the time that decoding the questions takes
     json: bool = False  # print JSON instead of the table
     save: bool = False  # write plan.json to the run folder too
 
@@ -428,10 +437,19 @@ class PlanConfig:
 class TrackingConfig:
     """Where metrics go besides the run's own files; train/metrics/tracking.py has the table of training's."""
 
-    wandb: WandbMode = WandbMode.offline
+    report_to: list[TrackerName] = field(default_factory=lambda: [TrackerName.wandb])
+    wandb: WandbMode = WandbMode.offline  # disabled: as if report_to did not name it
     project: str = "fledge"
-    entity: str | None = None
-    tensorboard: bool = False  # event files in training/tensorboard, by the package of the extra [tensorboard]
+    entity: str | None = None  # of W&B
+    tensorboard: bool = False  # as if report_to named it: event files in training/tensorboard, by [tensorboard]
+
+    @property
+    def trackers(self) -> list[TrackerName]:
+        """Trackers that are used, each once."""
+        names = [*self.report_to, *([TrackerName.tensorboard] if self.tensorboard else [])]
+        if self.wandb is WandbMode.disabled:
+            names = [name for name in names if name is not TrackerName.wandb]
+        return list(dict.fromkeys(names))
 
 
 @dataclass
@@ -650,6 +668,12 @@ def validate(config: Config) -> None:
             "tracking.tensorboard needs the package tensorboard, which is not installed: "
             "pip install 'fledge[tensorboard]', or set it to false"
         )
+    for name in config.tracking.trackers:
+        if find_spec(name.value) is None:
+            raise ValueError(
+                f"tracking.report_to needs the package {name.value}, which is not installed: "
+                f"pip install {name.value}, or leave it out"
+            )
     if config.train.lr <= 0:
         raise ValueError(f"train.lr must be above 0, got {config.train.lr}")
     if "/" in config.name or config.name in ("", ".", ".."):
@@ -733,14 +757,11 @@ def _validate_plan(options: PlanConfig) -> None:
         raise ValueError(
             f"plan.ranks_per_node must divide plan.gpus_per_node={options.gpus_per_node}, got {options.ranks_per_node}"
         )
-    for name in ("conversations", "mean_tokens", "gpu_memory_gib", "disk_tb", "price_per_gpu_hour"):
+    for name in ("conversations", "mean_tokens", "gpu_memory_gib", "disk_tb"):
         if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"plan.{name} must be above 0 and finite, got {value}")
-    for name in ("counted_share", "decode_utilisation", "read_utilisation", "train_utilisation"):
-        if not 0 < (value := getattr(options, name)) <= 1:
-            raise ValueError(f"plan.{name} must be above 0 and at most 1, got {value}")
-    if not 1 <= options.acceptance_length < math.inf:
-        raise ValueError(f"plan.acceptance_length must be at least 1, got {options.acceptance_length}")
+    if not 0 < options.counted_share <= 1:
+        raise ValueError(f"plan.counted_share must be above 0 and at most 1, got {options.counted_share}")
 
 
 def _validate_data(data: DataConfig) -> None:

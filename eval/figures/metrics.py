@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .records import Record
+
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _CHUNK = 1 << 22  # of drawn numbers in memory
 _TINY = 1e-30
 _FEWEST = 4  # questions of an interval: of three, one draw in nine is of one question alone, and spread over anything
 _FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at most, which hold of fewer too seldom
-
-Record = dict[str, Any]  # a line of questions.jsonl
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Counts:
         self.seconds += seconds
 
     def add_sums(self, sums: dict[str, Any]) -> None:
-        """Add an answer of which a server told sums only.
+        """Add an answer of which a server reports sums only.
 
         Raises:
             ValueError: it accepted tokens at positions that the evaluation does not draft.
@@ -76,16 +76,16 @@ class Counts:
 
     @property
     def acceptance_length(self) -> float:
-        """Give tokens gained per verifier forward; 1 where there was no round."""
+        """Return tokens gained per verifier forward; 1 if there was no round."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Give output tokens a second of decoding."""
+        """Return output tokens a second of decoding."""
         return self.num_output_tokens / self.seconds if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Give counts and rates under the names of acceptance.json."""
+        """Return counts and rates under the names of acceptance.json."""
         by_position = self.num_accepted_tokens_per_pos or []
         before = [self.num_drafts, *by_position]
         return {
@@ -119,19 +119,19 @@ def count(records: Iterable[Record], drafter: str, num_positions: int) -> Counts
 
 
 def question_lengths(records: Iterable[Record], drafter: str, num_positions: int) -> list[float]:
-    """Give the acceptance length of each question that had a round."""
+    """Return the acceptance length of each question that had a round."""
     counts = [count([record], drafter, num_positions) for record in records]
     return [one.acceptance_length for one in counts if one.num_drafts]
 
 
 def macro_acceptance_length(records: Iterable[Record], drafter: str, num_positions: int) -> float:
-    """Give the mean over questions of each question's acceptance length; 1 where no question had a round."""
+    """Return the mean over questions of each question's acceptance length; 1 if no question had a round."""
     lengths = question_lengths(records, drafter, num_positions)
     return sum(lengths) / len(lengths) if lengths else 1.0
 
 
 def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: int) -> list[float] | None:
-    """Give the 95 % bootstrap interval [low, high] of the acceptance length over all rounds.
+    """Return the 95 % bootstrap interval [low, high] of the acceptance length over all rounds.
 
     Questions are drawn again, not rounds: the rounds of an answer are alike (its text is easy or hard throughout), so
     as many independent rounds would say far more than they do, and the interval would be too narrow. It tells what
@@ -142,7 +142,7 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
     (docs/experiments.md). Where all questions accepted alike both bounds are that value.
 
     Returns:
-        None where fewer than four questions had a round: they say too little of how questions differ.
+        None if fewer than four questions had a round: they say too little of how questions differ.
     """
     side = _by_question(records, drafter, num_positions)
     if np.count_nonzero(side[0]) < _FEWEST:
@@ -153,7 +153,7 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
 def paired_difference(
     ours: list[Record], theirs: list[Record], drafter: str, num_positions: tuple[int, int]
 ) -> tuple[float, list[float] | None]:
-    """Give how much longer our acceptance length is than theirs on the same questions, and the 95 % interval of that.
+    """Return how much longer our acceptance length is than theirs on the same questions, and the 95 % interval of that.
 
     The same questions are drawn for both, so what makes a question easy or hard for both of them falls out.
 
@@ -169,14 +169,14 @@ def paired_difference(
 
 
 def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | None:
-    """Give the 95 % bootstrap interval of tokens a second with drafts over tokens a second of the verifier alone.
+    """Return the 95 % bootstrap interval of tokens a second with drafts over tokens a second of the verifier alone.
 
     Questions are drawn again, each with its times, so it tells how questions differ and how unsteady single times
     are; what slows the machine for long is not in it. Bootstrap-t as above, of the logarithm: a sum over tokens and
     seconds, whose pull by question i is n_i / N - s_i / S with drafts, less that without.
 
     Returns:
-        Bounds within the speed-ups of single questions; None where fewer than six questions had a round, or the
+        Bounds within the speed-ups of single questions; None if fewer than six questions had a round, or the
         verifier was not run alone.
     """
     columns = np.array([_times(record, drafter) for record in records]).reshape(-1, 4)
@@ -184,11 +184,10 @@ def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | N
     if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
         return None
     signs, totals = np.array([1.0, -1.0, -1.0, 1.0]), columns.sum(0)
-    products = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
-    drawn = _resampled(np.concatenate([columns, products], 1))
-    sums = np.maximum(drawn[:, :4], _TINY)
+    drawn, products = _resampled(columns)
+    sums = np.maximum(drawn, _TINY)
     weights = signs / sums
-    squares = np.einsum("di,dij,dj->d", weights, drawn[:, 4:].reshape(-1, 4, 4), weights)
+    squares = np.einsum("di,dij,dj->d", weights, products, weights)
     error = float(np.sqrt((((columns / totals) @ signs) ** 2).sum()))
     bounds = _studentised(float(np.log(totals) @ signs), error, np.log(sums / totals) @ signs, squares)
     possible = np.log(single) @ signs
@@ -196,7 +195,7 @@ def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | N
 
 
 def _times(record: Record, drafter: str) -> list[float]:
-    """Give tokens and seconds of a question's answers with drafts, then without; nan where nobody took the time."""
+    """Return tokens and seconds of a question's answers with drafts, then without; nan if nobody took the time."""
     pairs = [(answer["drafters"][drafter], answer) for answer in record["answers"]]
     alone = [np.nan if answer["seconds_alone"] is None else answer["seconds_alone"] for _, answer in pairs]
     drafted = [sum(rounds[name] for rounds, _ in pairs) for name in ("output_tokens", "seconds")]
@@ -217,7 +216,7 @@ def _ratio(side: _Side) -> float:
 
 
 def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> list[float]:
-    """Give the bootstrap-t interval around `value`: the ratio accepted / rounds of one side, or of two the difference.
+    """Return the bootstrap-t interval around `value`: one side's ratio accepted / rounds, or the difference of two.
 
     With R a side's ratio and D its rounds, question i pulls at it by (a_i - R d_i) / D; the standard error is the root
     of the sum of the squares of what it pulls in all. In a draw R and D are that draw's, and the sum of squares is a
@@ -226,13 +225,11 @@ def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> 
     signs = np.array([1.0, -1.0][: len(sides)])
     pulls = [(drafts, accepted - _ratio((drafts, accepted)) * drafts) for drafts, accepted in sides]
     columns = np.stack([column for side in pulls for column in side], 1)  # [questions, 2 * sides]
-    number, width = columns.shape
-    products = (columns[:, :, None] * columns[:, None, :]).reshape(number, -1)
-    drawn = _resampled(np.concatenate([columns, products], 1))
-    drafts = np.maximum(drawn[:, 0:width:2], 1.0)
-    changes = drawn[:, 1:width:2] / drafts  # of each side's ratio, by draw
-    weights = np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(-1, width)
-    squares = np.einsum("di,dij,dj->d", weights, drawn[:, width:].reshape(-1, width, width), weights)
+    drawn, products = _resampled(columns)
+    drafts = np.maximum(drawn[:, 0::2], 1.0)
+    changes = drawn[:, 1::2] / drafts  # of each side's ratio, by draw
+    weights = np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(drawn.shape)
+    squares = np.einsum("di,dij,dj->d", weights, products, weights)
     totals = [max(drafts.sum(), 1.0) for drafts, _ in sides]
     error = float(np.sqrt((((columns[:, 1::2] / totals) @ signs) ** 2).sum()))
     return [float(np.clip(bound, *bounds)) for bound in _studentised(value, error, changes @ signs, squares)]
@@ -241,15 +238,16 @@ def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> 
 def _studentised(
     value: float, error: float, changes: NDArray[np.float64], squares: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Give the bounds around a value: of each draw its change and the square of its own standard error."""
+    """Return the bounds around a value: of each draw its change and the square of its own standard error."""
     tail = (1 - CONFIDENCE) / 2
     return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])
 
 
-def _resampled(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give sums [draws, columns] of as many rows of `values` [questions, columns], drawn with replacement."""
+def _resampled(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return sums [draws, columns], and of products of columns, over questions drawn with replacement."""
     generator = np.random.default_rng(0)
-    number = len(values)
+    number, width = columns.shape
+    values = np.concatenate([columns, (columns[:, :, None] * columns[:, None, :]).reshape(number, -1)], 1)
     rows = max(1, _CHUNK // number)
     sums = []
     for start in range(0, _RESAMPLES, rows):
@@ -257,4 +255,5 @@ def _resampled(values: NDArray[np.float64]) -> NDArray[np.float64]:
         drawn = generator.integers(number, size=(size, number)) + number * np.arange(size)[:, None]
         times = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number)
         sums.append(times.astype(np.float64) @ values)
-    return np.concatenate(sums)
+    both = np.concatenate(sums)
+    return both[:, :width], both[:, width:].reshape(-1, width, width)

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .metrics import Record, question_lengths
-from .results import TRAINED
+from .metrics import question_lengths
+from .records import TRAINED, Record
 
 INK, MUTED, ACCENT = "#222222", "#9a9a9a", "#2563a8"
 
 
 @contextmanager
 def plotting() -> Iterator[Any]:
-    """Give matplotlib's pyplot in fledge's style, for files."""
+    """Return matplotlib's pyplot in fledge's style, for files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,16 +44,16 @@ def wrapped(name: str, width: int) -> str:
 
 def name_rows(axes: Any, names: list[str]) -> None:
     """Name the rows of a plot, from the first at the bottom, and make its figure high enough for them."""
-    told = [wrapped(name, 48) for name in names]
-    axes.set_yticks(range(len(told)), told, fontsize=9)
-    lines = 1 + max(name.count("\n") for name in told)
-    axes.figure.set_figheight(0.9 + max(0.34, 0.22 * lines) * max(3, len(told)))
+    labels = [wrapped(name, 48) for name in names]
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    lines = 1 + max(name.count("\n") for name in labels)
+    axes.figure.set_figheight(0.9 + max(0.34, 0.22 * lines) * max(3, len(labels)))
 
 
 def draw(
     folder: Path, results: dict[str, Any], records: list[Record], metrics: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
-    """Draw the plots of an evaluation and give their file names and titles."""
+    """Draw the plots of an evaluation and return their file names and titles."""
     with plotting() as plt:
         plots = []
         if any("train/loss" in record for record in metrics):
@@ -101,7 +101,7 @@ def _training(plt: Any, metrics: list[dict[str, Any]]) -> Any:
 
 
 def _number(name: str) -> int:
-    """Give the number that the name of a metric ends with."""
+    """Return the number that the name of a metric ends with."""
     return int(name.rpartition("_")[2])
 
 
@@ -116,8 +116,8 @@ def _positions(plt: Any, results: dict[str, Any]) -> Any:
         bars = axes.bar(places, rates, width, label=name, **shade)
         if number == 0:
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=3)
-            given = counts["conditional_acceptance_rate_per_pos"]
-            axes.plot(places, given, "o", color=INK, markersize=4, label=f"{name}, given the one before")
+            conditional = counts["conditional_acceptance_rate_per_pos"]
+            axes.plot(places, conditional, "o", color=INK, markersize=4, label=f"{name}, given the one before")
     axes.set(
         xlabel="draft position",
         ylabel="rounds that accepted it, share",
@@ -141,7 +141,7 @@ def _categories(plt: Any, results: dict[str, Any]) -> Any:
 
 
 def error_bar(axes: Any, place: float, bounds: list[float] | None, color: str = INK) -> None:
-    """Lay a 95 % interval over a horizontal bar or point, where there is one."""
+    """Draw a 95 % interval over a horizontal bar or point, if there is one."""
     if bounds:
         axes.plot(bounds, [place, place], color=color, linewidth=1, marker="|", markersize=6)
 

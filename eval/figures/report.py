@@ -8,19 +8,19 @@ from typing import Any
 
 from ...conf.schema import DraftSampling
 from .plots import draw
-from .results import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, asked
+from .records import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, answered_records
 
 NONE = "-"
 _MOST_LEFT_OUT = 20  # questions that are named
 
 
 def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
-    """Write report.md and its plots beside acceptance.json, and give what that file holds."""
+    """Write report.md and its plots next to acceptance.json, and return what that file holds."""
     results = json.loads((folder / ACCEPTANCE).read_text())
     metrics_file = training_folder / "metrics.jsonl"
     lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
     metrics = [json.loads(line) for line in lines if line.endswith("}")]
-    plots = draw(folder, results, asked(folder), metrics)
+    plots = draw(folder, results, answered_records(folder), metrics)
     parts = [
         f"# Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip(),
         f"{conditions_line(results)}. {results['definition']}.",
@@ -41,31 +41,31 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def figure(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """Write a figure; a dash where there is none."""
+    """Write a figure; a dash if there is none."""
     return NONE if value is None else f"{value:.{digits}f}{unit}"
 
 
 def interval(counts: dict[str, Any], name: str = "acceptance_length_interval") -> str:
-    """Write a 95 % interval as [low, high]; nothing where there is none."""
+    """Write a 95 % interval as [low, high]; nothing if there is none."""
     bounds = counts.get(name)
     return f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
 
 
 def speedup(counts: dict[str, Any], of_all: bool = True) -> str:
-    """Write a speed-up and its 95 % interval; a dash where there is no interval, unless it is of all questions."""
+    """Write a speed-up and its 95 % interval; a dash if there is no interval, unless it is of all questions."""
     bounds = interval(counts, "speedup_interval")
     return f"{figure(counts.get('speedup'), unit='x')} {bounds}".rstrip() if bounds or of_all else NONE
 
 
 def drafting(results: dict[str, Any]) -> str:
-    """Write how drafts are laid: a chain, or a tree and its shape."""
+    """Write the form of drafts: a chain, or a tree and its shape."""
     if results["drafting"] == "chain":
         return "chain"
     return f"tree of depth {results['tree_depth']}, top {results['tree_top_k']}"
 
 
 def sampling(results: dict[str, Any]) -> str:
-    """Write the temperature, and what else shapes the samples where it is above 0."""
+    """Write the temperature, and what else shapes the samples if it is above 0."""
     if not results["temperature"]:
         return "0"
     top_p, top_k = results.get("top_p", 1.0), results.get("top_k")
@@ -95,21 +95,26 @@ def _tables(results: dict[str, Any]) -> list[str]:
         speed = [figure(counts["tokens_per_s"], 0), speedup(counts), str(counts["num_drafts"])]
         rows.append([name, figure(counts["acceptance_length"]), interval(counts) or NONE, *rates, *speed])
         if name == TRAINED:
-            given = [figure(rate) for rate in counts["conditional_acceptance_rate_per_pos"]]
-            rows.append([f"{TRAINED}, conditional", NONE, NONE, *given, NONE, NONE, NONE])
+            conditional = [figure(rate) for rate in counts["conditional_acceptance_rate_per_pos"]]
+            rows.append([f"{TRAINED}, conditional", NONE, NONE, *conditional, NONE, NONE, NONE])
     alone = figure(results["verifier_alone_tokens_per_s"], 0)
     if alone != NONE:
         rows.append(["verifier alone", "1.00", NONE, *(NONE for _ in positions), alone, "1.00x", NONE])
     parts = [("category", results["by_category"]), ("questions with", results.get("by_modality", {}))]
+    macro = (
+        f"Acceptance length is over all rounds (micro); the mean over questions (macro) is "
+        f"{figure(results['macro_acceptance_length'])}. Intervals, of speed-ups too: other questions of the same kind, "
+        "by bootstrap over questions."
+    )
     return [
         table([*head, "tokens/s", "speed-up", "rounds"], rows),
         *(_parts_table(title, part, list(drafters)) for title, part in parts if part),
-        "\n".join([*_macro(results), *_faithfulness(results), *_heldout(results), *_left_out(results)]),
+        "\n".join([macro, *_faithfulness(results), *_heldout(results), *_left_out(results)]),
     ]
 
 
 def _parts_table(title: str, parts: dict[str, Any], names: list[str]) -> str:
-    """Lay out what was measured on each part of the questions."""
+    """Write what was measured on each part of the questions."""
     rows = [
         [
             name,
@@ -123,16 +128,8 @@ def _parts_table(title: str, parts: dict[str, Any], names: list[str]) -> str:
     return table([title, TRAINED, "95 % interval", "speed-up", *(n for n in names if n in (UNTRAINED, LOOKUP))], rows)
 
 
-def _macro(results: dict[str, Any]) -> list[str]:
-    return [
-        f"Acceptance length is over all rounds (micro); the mean over questions (macro) is "
-        f"{figure(results['macro_acceptance_length'])}. Intervals, of speed-ups too: other questions of the same kind, "
-        "by bootstrap over questions."
-    ]
-
-
 def _faithfulness(results: dict[str, Any]) -> list[str]:
-    """Say of how many answers it was seen that speculation changed nothing."""
+    """Write how many answers speculation was seen to leave unchanged."""
     drawn = results.get("draft_sampling") == DraftSampling.sampled.value
     lines = []
     if results["temperature"]:
@@ -156,29 +153,31 @@ def _faithfulness(results: dict[str, Any]) -> list[str]:
 
 
 def _heldout(results: dict[str, Any]) -> list[str]:
-    """Lay what training told of held-out conversations beside what decoding them gave, where both are known."""
+    """Write the acceptance length of held-out conversations in training and in decoding, if both are known."""
     heldout = results["heldout"]
-    told = heldout.get("estimated_acceptance_length_t1" if results["temperature"] else "walked_acceptance_length")
-    if not heldout["decoded"] or not told:
+    in_training = heldout.get(
+        "estimated_acceptance_length_t1" if results["temperature"] else "walked_acceptance_length"
+    )
+    if not heldout["decoded"] or not in_training:
         return []
     decoded = f"{heldout['decoded']['acceptance_length']:.2f}"
     if results["temperature"]:
-        estimate = f"{told:.2f} estimated in training (temperature 1, over greedy answers)"
+        estimate = f"{in_training:.2f} estimated in training (temperature 1, over greedy answers)"
         both = f"{estimate}, {decoded} sampled at temperature {results['temperature']:g}"
     else:
-        both = f"{told:.2f} walked in training, {decoded} decoded"
+        both = f"{in_training:.2f} walked in training, {decoded} decoded"
     return [f"Held-out conversations: acceptance length {both} ({heldout['num_conversations']} conversations)."]
 
 
 def _left_out(results: dict[str, Any]) -> list[str]:
-    """Name the questions that could not be asked, or not to their end."""
+    """Write the questions that could not be asked, or not to their end."""
     lines = [f"Left out: {name}, from {reason}." for name, reason in results.get("left_out", {}).items()]
     more = len(lines) - _MOST_LEFT_OUT
     return [*lines[:_MOST_LEFT_OUT], *([f"Left out: {more} more, as acceptance.json tells."] if more > 0 else [])]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Lay out a Markdown table that also reads well on a terminal."""
+    """Write a Markdown table that also reads well on a terminal."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(cells: list[str]) -> str:

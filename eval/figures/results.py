@@ -1,11 +1,4 @@
-"""What an evaluation found: acceptance.json, made of the records of its questions.
-
-A record is a line of questions.jsonl: {id, category, turns, answers}, and `images`, how many, if there are any, and
-`left_out`, why there are no answers or no further ones, if so; of an answer {text, prompt_tokens, output_tokens,
-seconds_alone, drafters}; of a drafter {drafted, accepted, output_tokens, seconds, equals_verifier}, the first two lists
-over rounds. A server tells sums over them instead ({num_drafts, num_draft_tokens, num_accepted_tokens,
-num_accepted_tokens_per_pos}), and seconds_alone is null.
-"""
+"""What an evaluation found: acceptance.json, made of the records of its questions."""
 
 from __future__ import annotations
 
@@ -19,18 +12,11 @@ from ...conf.runtime.journal import read_journal
 from ...conf.schema import Config, DraftSampling, EvaluateConfig, EvaluateEngine
 from ...data_synthesis.heldout import conversation_id
 from ...models.formats.plain import HELDOUT_WALKS
-from ..questions import HELDOUT, Question
-from .metrics import Record, acceptance_interval, count, macro_acceptance_length, speedup_interval
+from ..questions import Question
+from .metrics import acceptance_interval, count, macro_acceptance_length, speedup_interval
+from .records import HELDOUT, RECORDS, TRAINED, Record
 
-ACCEPTANCE = "acceptance.json"
 DEFINITION = "acceptance_length = 1 + num_accepted_tokens / num_drafts, bonus token included, over all rounds"
-RECORDS = "questions.jsonl"
-TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
-
-
-def asked(folder: Path) -> list[Record]:
-    """Give the records of an evaluation's answered questions, without the held-out conversations."""
-    return [record for record in read_journal(folder / RECORDS) if record["category"] != HELDOUT and record["answers"]]
 
 
 def summarise(
@@ -44,7 +30,7 @@ def summarise(
     """Make acceptance.json of the records in `folder`.
 
     Args:
-        source: the head's folder; None where nobody says which head a server has.
+        source: the head's folder; None if nobody says which head a server has.
         verifier: what is known of its identity.
         served: of a server {engine, model, definition}.
     """
@@ -81,7 +67,7 @@ def summarise(
         "heldout": {
             "num_conversations": len(heldout),
             "decoded": count(heldout, TRAINED, num).as_dict() if heldout else None,
-            **(told_in_training(source, [r["id"] for r in heldout], config.evaluate) if source else {}),
+            **(acceptance_in_training(source, [r["id"] for r in heldout], config.evaluate) if source else {}),
         },
     }
 
@@ -95,7 +81,7 @@ def _forget_seconds(records: list[Record]) -> None:
 
 
 def measured(records: list[Record], drafter: str, num_positions: int, timed: bool) -> dict[str, Any]:
-    """Give all that is told of a drafter on some questions; None for what these cannot tell.
+    """Return all figures of a drafter on some questions; None for those that these do not have.
 
     Args:
         timed: each question was answered by itself; in a batch it only has a share of the seconds.
@@ -112,7 +98,7 @@ def measured(records: list[Record], drafter: str, num_positions: int, timed: boo
 
 
 def alone_tokens_per_s(records: list[Record]) -> float | None:
-    """Give output tokens a second of the verifier without drafts; None where it was not run so (a server)."""
+    """Return output tokens a second of the verifier without drafts; None where it was not run so (a server)."""
     answers = [answer for record in records for answer in record["answers"]]
     if not answers or any(answer["seconds_alone"] is None for answer in answers):
         return None
@@ -121,7 +107,7 @@ def alone_tokens_per_s(records: list[Record]) -> float | None:
 
 
 def conditions(config: Config, records: list[Record]) -> dict[str, Any]:
-    """Give what a figure depends on besides verifier and head."""
+    """Return what a figure depends on besides verifier and head."""
     options = config.evaluate
     by_server = options.engine is EvaluateEngine.server  # which tells neither its dtype nor how it chooses drafts
     tree = {} if options.tree_depth is None else {"tree_depth": options.tree_depth, "tree_top_k": options.tree_top_k}
@@ -167,18 +153,18 @@ def _by_modality(records: list[Record], drafters: Any) -> dict[str, Any]:
     return {"by_modality": {name: drafters(part) for name, part in parts.items() if part}}
 
 
-def told_in_training(source: Path, ids: list[str], options: EvaluateConfig) -> dict[str, float | None]:
-    """Give the acceptance length that training told of these conversations; None where it did not measure them.
+def acceptance_in_training(source: Path, ids: list[str], options: EvaluateConfig) -> dict[str, float | None]:
+    """Return the acceptance length that training found on these conversations; None if it did not measure them.
 
     Greedy decoding is compared with the walk, which makes the same rounds, sampling with the estimate, which is of
-    drafts that are drawn too. Both are of chains: of a tree training tells nothing.
+    drafts that are drawn too. Both are of chains: training measures no trees.
     """
     path = source / HELDOUT_WALKS
     known_of = options.tree_depth is None and options.draft_sampling is (
         DraftSampling.sampled if options.temperature else DraftSampling.greedy
     )
-    told = json.loads(path.read_text()) if path.is_file() and known_of else {}
-    walks = told.get(str(options.num_draft_tokens), {})
+    by_depth = json.loads(path.read_text()) if path.is_file() and known_of else {}
+    walks = by_depth.get(str(options.num_draft_tokens), {})
     name, gained, of = (
         ("estimated_acceptance_length_t1", "expected", "rows")
         if options.temperature

@@ -1,4 +1,4 @@
-"""What an evaluation tells W&B: the summary of the run whose head it measured.
+"""What an evaluation adds to W&B: the summary of the run whose head it measured.
 
 | name                                  | meaning                                                                |
 |---------------------------------------|------------------------------------------------------------------------|
@@ -18,25 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ...conf.runtime.artifact import MANIFEST, digest, read_manifest
-from ...conf.runtime.wandb_run import WandbRun
-from ...conf.schema import Config, WandbMode
-from .results import TRAINED
+from ...conf.runtime.trackers import open_tracker
+from ...conf.schema import Config, TrackerName
+from .records import TRAINED
 
 _CONDITIONS = (
-    "num_draft_tokens_per_round",
-    "drafting",
-    "tree_depth",
-    "tree_top_k",
-    "temperature",
-    "top_p",
-    "top_k",
-    "draft_sampling",
-    "dtype",
-    "engine",
-    "batch_size",
-    "questions",
-    "num_questions",
-    "max_tokens",
+    *("num_draft_tokens_per_round", "drafting", "tree_depth", "tree_top_k", "temperature", "top_p", "top_k"),
+    *("draft_sampling", "dtype", "engine", "batch_size", "questions", "num_questions", "max_tokens"),
 )
 
 
@@ -50,19 +38,20 @@ def track(config: Config, source: Path | None, settings: dict[str, Any], folder:
         settings: the evaluation's own.
         folder: where W&B keeps its files.
     """
-    if config.tracking.wandb is WandbMode.disabled:
+    if TrackerName.wandb not in config.tracking.trackers:
         return
     try:
-        run = WandbRun(config.tracking, folder, _run_id(config, source) or digest(settings), config.name)
-        run.summarise(figures(results))
-        run.close()
+        run = _run_id(config, source) or digest(settings)
+        tracker = open_tracker(TrackerName.wandb, config.tracking, folder, run, config.name)
+        tracker.tracker.summary.update(figures(results))
+        tracker.finish()
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         logging.getLogger(__name__).warning("W&B is left out (%s); acceptance.json is written all the same", reason)
 
 
 def _run_id(config: Config, source: Path | None) -> str | None:
-    """Give the id of the W&B run that trained a head; None of one that this run did not train, or without W&B."""
+    """Return the id of the W&B run that trained a head; None of one that this run did not train, or without W&B."""
     training = config.training_folder
     if source is None or not source.resolve().is_relative_to(training.resolve()) or not (training / MANIFEST).is_file():
         return None
@@ -71,9 +60,9 @@ def _run_id(config: Config, source: Path | None) -> str | None:
 
 
 def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """Give the figures of acceptance.json by the names above; those that are not known are left out."""
+    """Return the figures of acceptance.json by the names above; those that are not known are left out."""
     known = {name: results.get(f"{name}_interval") or (None, None) for name in ("acceptance_length", "speedup")}
-    told = {
+    values = {
         **{name: results[name] for name in ("acceptance_length", "macro_acceptance_length", "tokens_per_s", "speedup")},
         **{f"{name}_{end}": known[name][place] for name in known for place, end in enumerate(("low", "high"))},
         **{f"acceptance_position_{i}": rate for i, rate in enumerate(results["acceptance_rate_per_pos"], 1)},
@@ -83,4 +72,4 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
         },
         **{f"condition_{name}": results.get(name) for name in _CONDITIONS},
     }
-    return {f"evaluation/{name}": value for name, value in told.items() if value is not None}
+    return {f"evaluation/{name}": value for name, value in values.items() if value is not None}

@@ -20,7 +20,7 @@ from ...conf.schema import Config
 from ...data_synthesis.answers.endpoint import Endpoint, RequestError
 from ...data_synthesis.answers.verify_endpoint import refusal
 from ..asking import QuestionReader, UnaskableError
-from ..figures.results import RECORDS, TRAINED
+from ..figures.records import RECORDS, TRAINED
 from ..questions import Question
 from .engines import Asked, Served, ServingEngine, open_engine
 

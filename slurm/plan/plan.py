@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from ...conf.runtime.artifact import write_json
-from ...conf.schema import Config, DumpEngine, EvaluateEngine, HiddenStates, LastStates, StateDtype
+from ...conf.schema import Config, DumpEngine, EvaluateEngine, Gpu, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES
 from ...models.head.config import DraftHeadConfig, describe_sizes
-from .amounts import Tokens, costs, disk, find_tokens, store_bytes
-from .gpus import GPUS
+from .amounts import Tokens, disk, find_tokens, store_bytes
 from .memory import TrainingShape, peak, training_memory
 from .verifier_shape import VerifierShape, planned_head, verifier_shape
 
+GPU_MEMORY_GIB = {Gpu.a100: 79, Gpu.h100: 79, Gpu.h200: 139, Gpu.b200: 178}  # that a process can use
 RESERVED = 2 * 2**30  # of a GPU: CUDA's context, NCCL, fragments
 _FORMATS = [  # of a store
     (StateDtype.bfloat16, LastStates.all),
@@ -37,7 +37,7 @@ def plan(config: Config) -> None:
 
 
 def make_plan(config: Config) -> dict[str, Any]:
-    """Give the plan: sizes in bytes, times in hours.
+    """Return the plan, its sizes in bytes.
 
     Raises:
         ValueError: nothing says how many conversations there are, or what the verifier's sizes are.
@@ -59,7 +59,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     )
     memory = training_memory(shape)
     for parts in memory.values():
-        parts.update(_beside(config, verifier, head))
+        parts.update(_other_memory(config, verifier, head))
     made: dict[str, Any] = {
         "name": config.name,
         "verifier": {
@@ -89,17 +89,13 @@ def make_plan(config: Config) -> dict[str, Any]:
             "largest phase": peak(memory)[0],
             "memory by phase": memory,
         },
-        "stages": {name: asdict(cost) for name, cost in costs(config, tokens, head, verifier).items()},
-        "choices": _choices(config, tokens, head, verifier),
+        "choices": {"disk": _store_choices(config, tokens, head)},
     }
-    hours = sum(cost["hours"] for cost in made["stages"].values())
-    price = config.plan.price_per_gpu_hour
-    made["price"] = None if price is None else price * hours * made["gpus"]["number"]
     return made | {"warnings": _warnings(config, made, tokens)}
 
 
-def _beside(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> dict[str, int]:
-    """Give what the GPU of a rank holds besides its training: online the verifier, spread over the rank's GPUs."""
+def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> dict[str, int]:
+    """Return what the GPU of a rank holds besides its training: online the verifier, spread over the rank's GPUs."""
     parts = {"reserved: CUDA, NCCL, fragments": RESERVED}
     if config.train.hidden_states is HiddenStates.offline:
         return parts
@@ -109,47 +105,40 @@ def _beside(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> d
 
 
 def _gpu_memory(config: Config) -> float:
-    return (config.plan.gpu_memory_gib or GPUS[config.plan.gpu].memory_gib) * 2**30
+    return (config.plan.gpu_memory_gib or GPU_MEMORY_GIB[config.plan.gpu]) * 2**30
 
 
-def _choices(config: Config, tokens: Tokens, head: DraftHeadConfig, verifier: VerifierShape) -> dict[str, Any]:
-    """Compare the formats of a store, and a store with online training."""
+def _store_choices(config: Config, tokens: Tokens, head: DraftHeadConfig) -> dict[str, int]:
+    """Return the bytes of a store by format, and of what online training needs."""
     stores = {
         f"offline, dump.dtype={dtype.name} last_states={last.value}": round(
             tokens.tokens * store_bytes(config, head, tokens, dtype, last)
         )
         for dtype, last in _FORMATS
     }
-    figures, gpus = GPUS[config.plan.gpu], config.plan.num_nodes * config.plan.gpus_per_node
-    reading: dict[str, float] = {}
-    for name, tflops in {"BF16": figures.bf16_tflops, "FP8": figures.fp8_tflops}.items():
-        rate = tflops * 1e12 * gpus * config.plan.read_utilisation * 3600
-        once = verifier.flops(tokens.tokens, tokens.mean) / rate
-        reading |= {f"offline, once, in {name}": once, f"online, every epoch, in {name}": once * config.train.epochs}
-    online = {"online: tokens only": TOKEN_BYTES * tokens.tokens}
-    return {"disk": stores | online, "hours of the verifier's reading": reading}
+    return stores | {"online: tokens only": TOKEN_BYTES * tokens.tokens}
 
 
 def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> list[str]:
-    """Say in a sentence each what does not fit, and which option to change."""
-    said = []
+    """Return a sentence for each thing that does not fit, with the option to change."""
+    warnings = []
     memory, usable = made["training"]["memory by phase"], made["gpus"]["memory"]
     phase, needed = peak(memory)
     if needed > usable:
         largest = max(memory[phase], key=lambda part: memory[phase][part])
-        said.append(
+        warnings.append(
             f"training needs {_size(needed)} of a GPU's {_size(usable)} in its {phase} phase, most of it {largest}: "
             + _cure(config, largest)
         )
     ranks = made["training"]["ranks"]
     if config.train.packs_per_step % ranks:
-        said.append(
+        warnings.append(
             f"train.packs_per_step={config.train.packs_per_step} must be a multiple of the {ranks} ranks: "
             f"set it to {-(-config.train.packs_per_step // ranks) * ranks}"
         )
     weights, node = made["verifier"]["weights"], usable * config.plan.gpus_per_node
     if weights > 0.9 * node:
-        said.append(
+        warnings.append(
             f"the verifier's weights are {_size(weights)}, a node's GPUs have {_size(node)}: serve it over several "
             "nodes, or set verifier.path to a quantised checkpoint"
         )
@@ -158,26 +147,26 @@ def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> list[str]
         and "tensor_parallel_size" not in config.dump.vllm_options
         and weights > 0.9 * usable
     ):
-        said.append("dump.vllm_options has no tensor_parallel_size, and the verifier does not fit one GPU: set it")
+        warnings.append("dump.vllm_options has no tensor_parallel_size, and the verifier does not fit one GPU: set it")
     loaded = made["verifier"]["weights in transformers"]
     if loaded > 0.9 * node and config.evaluate.engine is not EvaluateEngine.server:
-        said.append(
+        warnings.append(
             f"evaluation in this process needs the verifier's weights as transformers loads them, {_size(loaded)}"
             f"{' dequantised' if loaded > weights else ''}, and a node's GPUs have {_size(node)}: "
             "set evaluate.engine=server"
         )
     free, sizes = _free(config), made["disk"]
     if (total := sum(sizes.values())) > free:
-        said.append(
+        warnings.append(
             f"the run needs {_size(total)} of disk and {_size(free)} are free: set dump.dtype=float8 and "
             "dump.last_states=counted, train.hidden_states=online, dump.folder to a larger disk, or fewer conversations"
         )
     if tokens.mean > config.train.batch_tokens:
-        said.append(
+        warnings.append(
             f"a conversation has {tokens.mean:.0f} tokens on average, and what is longer than "
             f"train.batch_tokens={config.train.batch_tokens} is cut or dropped: raise it"
         )
-    return said
+    return warnings
 
 
 def _cure(config: Config, largest: str) -> str:
@@ -221,7 +210,6 @@ def _table(made: dict[str, Any]) -> str:
     """Write a plan for reading."""
     verifier, tokens, training = made["verifier"], made["tokens"], made["training"]
     phase = training["largest phase"]
-    stages, hours = made["stages"], sum(cost["hours"] for cost in made["stages"].values())
     lines = [
         f"plan of {made['name']}",
         f"  verifier      {verifier['path']}: {_count(verifier['parameters'])} parameters, of which a token meets "
@@ -243,18 +231,7 @@ def _table(made: dict[str, Any]) -> str:
         ),
         f"  {'in all':<58} {_size(sum(training['memory by phase'][phase].values())):>12}",
         "",
-        "time",
-        *(
-            f"  {name:<34} {cost['flops']:>10.2e} operations {cost['hours']:>9.2f} h  (at {cost['assumed']})"
-            for name, cost in stages.items()
-        ),
-        f"  {'in all':<34} {'':>21} {hours:>9.2f} h" + (f"  ({made['price']:,.0f} in all)" if made["price"] else ""),
-        "",
         *_rows("disk of the hidden states, by choice", {k: _size(v) for k, v in made["choices"]["disk"].items()}),
-        *_rows(
-            "the verifier's reading, on all GPUs",
-            {k: f"{v:.2f} h" for k, v in made["choices"]["hours of the verifier's reading"].items()},
-        ),
         "",
         *([f"warning: {sentence}" for sentence in made["warnings"]] or ["nothing to warn of: all of it fits"]),
     ]

@@ -1,4 +1,4 @@
-"""What a verifier weighs and costs, from its configuration alone: the model is built without memory."""
+"""What a verifier weighs, from its configuration alone: the model is built without memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ...models.verifier.quantised import quantisation
 
 _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}  # of methods that do not say; MXFP4: 4, and a byte for 32
 _BITS_OF_MODELOPT = {"FP8": 8.0, "FP8_PER_CHANNEL_PER_TOKEN": 8.0, "FP8_PB_WO": 8.0, "NVFP4": 4.5}  # a byte for 16
-_FP8_INPUTS = ("fp8", "fbgemm_fp8", "modelopt")  # methods whose products run in fp8 where weights take 8 bits
 
 
 @dataclass(frozen=True)
@@ -31,38 +30,28 @@ class VerifierShape:
     parameters: int
     active: int  # parameters that a token meets, embedding left out
     weight_bytes: int  # of all, as they are stored
-    active_bytes: int
     loaded_bytes: int  # of all, as transformers holds them: what only stores weights in few bits is dequantised
-    fp8_inputs: bool  # its products run in fp8
 
     def forward_bytes(self, tokens: int, num_aux: int) -> int:
         """Estimate what a forward of some tokens needs beside weights: a layer's inner states, and those captured."""
         inner = max(size_of(self.text, name) or 0 for name in ("intermediate_size", "intermediate_size_mlp"))
         return tokens * (3 * inner + (6 + num_aux) * self.text.hidden_size) * 2
 
-    def flops(self, tokens: float, mean_context: float) -> float:
-        """Give the operations of reading tokens: 2 a parameter, and attention to half a context each."""
-        queries = size_of(self.text, "num_attention_heads") * _head_dim(self.text)
-        return tokens * (2 * self.active + 4 * self.text.num_hidden_layers * queries * mean_context / 2)
-
     def cache_bytes(self, tokens: float) -> float:
-        """Give the bytes of the keys and values of some tokens, in 16 bit."""
+        """Return the bytes of the keys and values of some tokens, in 16 bit."""
         heads = size_of(self.text, "num_key_value_heads", "num_attention_heads")
-        return tokens * self.text.num_hidden_layers * 2 * heads * _head_dim(self.text) * 2
-
-
-def _head_dim(text: Any) -> int:
-    return int(size_of(text, "head_dim") or text.hidden_size // size_of(text, "num_attention_heads"))
+        width = size_of(self.text, "head_dim") or self.text.hidden_size // size_of(self.text, "num_attention_heads")
+        return tokens * self.text.num_hidden_layers * 2 * heads * width * 2
 
 
 def load_whole(config: Config) -> tuple[Any, str]:
     """Find the verifier's configuration, nearest source first, and say which it is."""
-    given, verifier = config.plan.verifier_config, config.verifier
-    if given is not None:
-        if not Path(given).is_file():
-            raise ValueError(f"plan.verifier_config must be the path of a config.json, got {given}")
+    path, verifier = config.plan.verifier_config, config.verifier
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"plan.verifier_config must be the path of a config.json, got {path}")
         try:
-            return load_whole_config(replace(verifier, path=given, revision=None)), given
+            return load_whole_config(replace(verifier, path=path, revision=None)), path
         except ValueError as error:
             raise ValueError(str(error).replace("verifier.path", "plan.verifier_config")) from None
     if verifier.shapes and not Path(verifier.path).is_dir():
@@ -96,7 +85,7 @@ def planned_head(config: Config) -> DraftHeadConfig:
 
 
 def verifier_shape(config: Config) -> VerifierShape:
-    """Give the sizes of the configured verifier; its image tower counts where its configuration has one."""
+    """Return the sizes of the configured verifier; its image tower counts where its configuration has one."""
     whole, source = load_whole(config)
     text = whole.get_text_config()
     model = empty_model(whole)
@@ -106,7 +95,7 @@ def verifier_shape(config: Config) -> VerifierShape:
     )
     share = num_active_experts(text) / num_experts(text) if num_active_experts(text) else 1.0
     total = active = 0
-    weight_bits = active_bits = loaded_bits = 0.0
+    weight_bits = loaded_bits = 0.0
     for name, parameter in model.named_parameters():
         is_matrix = any(parameter is matrix for matrix in matrices)
         number, bits = parameter.numel(), scheme.dense if is_matrix else scheme.bits(name, parameter.dim())
@@ -114,27 +103,25 @@ def verifier_shape(config: Config) -> VerifierShape:
         loaded_bits += number * (scheme.dense if scheme.dequantised else bits)
         if parameter is matrices[0] and not getattr(whole, "tie_word_embeddings", False):
             continue
-        met = share if ".experts." in name else 1.0
-        active, active_bits = active + round(number * met), active_bits + number * met * bits
-    weights, met_weights, loaded = (round(bits / 8) for bits in (weight_bits, active_bits, loaded_bits))
-    return VerifierShape(text, source, total, active, weights, met_weights, loaded, scheme.fp8_inputs)
+        active += round(number * (share if ".experts." in name else 1.0))
+    return VerifierShape(text, source, total, active, round(weight_bits / 8), round(loaded_bits / 8))
 
 
-def _stored_bits(stated: dict[str, Any], groups: list[dict[str, Any]]) -> float | None:
-    """Give the bits of a quantised weight, its group's scale and zero point among them; None: not known."""
-    method = str(stated.get("quant_method"))
+def _stored_bits(quantization_config: dict[str, Any], groups: list[dict[str, Any]]) -> float | None:
+    """Return the bits of a quantised weight, its group's scale and zero point among them; None: not known."""
+    method = str(quantization_config.get("quant_method"))
     weights = (groups[0].get("weights") or {}) if groups else {}
     if "num_bits" in weights:
         bits, size = weights["num_bits"], weights.get("group_size") or 0
         scale = 8 if weights.get("type") == "float" and bits == 4 else 16  # of NVFP4 and MXFP4, and of all others
         return float(bits + (scale / size if size > 0 else 0))
     if method == "modelopt":
-        return _BITS_OF_MODELOPT.get(str(stated.get("quant_algo")))
-    if method in ("awq", "gptq", "auto-round") and "bits" in stated:
-        bits, size = stated["bits"], stated.get("group_size") or 0
+        return _BITS_OF_MODELOPT.get(str(quantization_config.get("quant_algo")))
+    if method in ("awq", "gptq", "auto-round") and "bits" in quantization_config:
+        bits, size = quantization_config["bits"], quantization_config.get("group_size") or 0
         return float(bits + ((16 + bits) / size if size > 0 else 0))
     if method.startswith("bitsandbytes"):
-        return 4.5 if stated.get("load_in_4bit") else 8.0  # a float32 for 64
+        return 4.5 if quantization_config.get("load_in_4bit") else 8.0  # a float32 for 64
     return _BITS.get(method)
 
 
@@ -145,31 +132,33 @@ class _Scheme:
         ValueError: the method is not known.
     """
 
-    def __init__(self, path: str, stated: dict[str, Any] | None, dense_bits: float) -> None:
+    def __init__(self, path: str, quantization_config: dict[str, Any] | None, dense_bits: float) -> None:
         self.dense, self._bits = dense_bits, dense_bits
-        self.fp8_inputs = self.dequantised = False
+        self.dequantised = False
         self._ignored: list[str] = []
-        if stated is None:
+        if quantization_config is None:
             return
-        groups = list((stated.get("config_groups") or {}).values())
-        bits = _stored_bits(stated, groups)
+        groups = list((quantization_config.get("config_groups") or {}).values())
+        bits = _stored_bits(quantization_config, groups)
         if bits is None:
-            told = " ".join(str(stated[name]) for name in ("quant_method", "quant_algo") if name in stated)
+            method = " ".join(
+                str(quantization_config[name]) for name in ("quant_method", "quant_algo") if name in quantization_config
+            )
             raise ValueError(
-                f"verifier.path {path!r} is quantised by {told}, and how many bits its weights take is not known: "
+                f"verifier.path {path!r} is quantised by {method}, and how many bits its weights take is not known: "
                 "give plan.verifier_config=, its config.json without quantization_config, for a plan of dense weights"
             )
         self._bits = bits
         inputs = groups[0].get("input_activations") if groups else None
-        method = stated.get("quant_method")
-        self.fp8_inputs = bits == 8 and (inputs is not None if groups else method in _FP8_INPUTS)
-        self.dequantised = (
-            method == "compressed-tensors" and len(groups) == 1 and inputs is None
-        )  # verifier/quantised.py
-        self._ignored = [*(stated.get("ignore") or []), *(stated.get("modules_to_not_convert") or [])]
+        weights_only = len(groups) == 1 and inputs is None  # models/verifier/quantised.py
+        self.dequantised = weights_only and quantization_config.get("quant_method") == "compressed-tensors"
+        self._ignored = [
+            *(quantization_config.get("ignore") or []),
+            *(quantization_config.get("modules_to_not_convert") or []),
+        ]
 
     def bits(self, name: str, dimensions: int) -> float:
-        """Give the bits a weight of that name takes: embeddings, norms, routers and what is left out stay dense."""
+        """Return the bits a weight of that name takes: embeddings, norms, routers and what is left out stay dense."""
         module = name.removesuffix(".weight")
         if dimensions < 2 or any(part in module for part in ("embed_tokens", "router", "vision")):
             return self.dense

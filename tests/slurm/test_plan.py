@@ -6,6 +6,7 @@ from pathlib import Path
 import fledge.conf
 import pytest
 from builders import composed, copy_until_dump
+from fledge.conf.cli import main
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import LastStates, StateDtype
 from fledge.slurm.plan.plan import make_plan, plan
@@ -111,7 +112,6 @@ def test_every_known_method_says_its_bits(stated, bits):
     dense = verifier_shape(config).weight_bytes
     config.verifier.shapes["quantization_config"] = stated
     assert verifier_shape(config).weight_bytes == pytest.approx(dense - layers * 2 + layers * bits / 8, rel=1e-6)
-    assert verifier_shape(config).fp8_inputs is (stated["quant_method"] in ("fp8", "modelopt") and bits == 8)
     config.verifier.shapes["quantization_config"] = {**stated, "modules_to_not_convert": ["model.layers.*.mlp"]}
     kept = 32 * 3 * 4096 * 14336
     expected = dense - (layers - kept) * 2 + (layers - kept) * bits / 8
@@ -183,14 +183,24 @@ def test_tokens_are_those_of_the_artifacts_where_there_are_some(finished, run):
 
 def test_the_command_prints_a_table_or_json_and_keeps_it(run):
     options = ["plan.mean_tokens=200", "plan.conversations=1000", "plan.gpus_per_node=1", "plan.disk_tb=1"]
-    options += ["plan.price_per_gpu_hour=2"]
     text = run("plan", *options).stdout
-    for part in ("disk", "memory of a GPU in training (ZeRO 1", "time", "nothing to warn of: all of it fits"):
+    for part in ("disk", "memory of a GPU in training (ZeRO 1", "nothing to warn of: all of it fits"):
         assert part in text
     printed = json.loads(run("plan", *options, "plan.json=true", "plan.save=true").stdout)
     assert printed == json.loads((run.path / "plan.json").read_text())
-    hours = sum(stage["hours"] for stage in printed["stages"].values())
-    assert printed["price"] == pytest.approx(2 * hours)
+    assert "time" not in text.split()
+    assert not {"stages", "price"} & printed.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["price_per_gpu_hour", "decode_utilisation", "read_utilisation", "train_utilisation", "acceptance_length"],
+)
+def test_options_of_hours_are_gone(name, capfd):
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", "experiment=llama31_8b", "name=x", f"plan.{name}=0.5"])
+    assert exit_.value.code == 2
+    assert f"plan.{name} is not an option" in capfd.readouterr().err
 
 
 def test_the_plan_in_the_walk_is_what_the_command_named_there_prints(capsys):

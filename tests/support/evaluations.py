@@ -9,7 +9,8 @@ from typing import Any
 from fledge.conf.runtime.artifact import artifact, write_json
 from fledge.conf.runtime.journal import Journal
 from fledge.conf.schema import Config, Dtype, EvaluateConfig, VerifierConfig
-from fledge.eval.figures.results import ACCEPTANCE, RECORDS, TRAINED, summarise
+from fledge.eval.figures.records import ACCEPTANCE, RECORDS, TRAINED
+from fledge.eval.figures.results import summarise
 from fledge.eval.questions import Question
 
 VERIFIER = {"fingerprint": "f1", "chat_template": "t1"}

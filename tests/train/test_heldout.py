@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import DraftSampling, EvaluateConfig
-from fledge.eval.figures.results import told_in_training
+from fledge.eval.figures.results import acceptance_in_training
 from fledge.models.verifier.model import LogitTransform
 from fledge.train.heldout import HeldoutCounts, acceptance, count_heldout, teacher_forced_rounds, total
 from fledge.train.loss import fused as fused_loss
@@ -104,9 +104,9 @@ def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_an
     (tmp_path / "heldout_walks.json").write_text(json.dumps({"3": walks}))
     greedy, drafts_not_drawn = (EvaluateConfig(num_draft_tokens=3, temperature=t) for t in (0.0, 1.0))
     sampled = EvaluateConfig(num_draft_tokens=3, temperature=1.0, draft_sampling=DraftSampling.sampled)
-    assert told_in_training(tmp_path, ["s/a", "s/c"], greedy) == {"walked_acceptance_length": 1 + 10 / 8}
-    assert told_in_training(tmp_path, ["s/a"], sampled) == {"estimated_acceptance_length_t1": 1 + 10 / 20}
-    assert told_in_training(tmp_path, ["s/c"], greedy) == {"walked_acceptance_length": None}
-    assert told_in_training(tmp_path, ["s/a"], drafts_not_drawn) == {"estimated_acceptance_length_t1": None}
+    assert acceptance_in_training(tmp_path, ["s/a", "s/c"], greedy) == {"walked_acceptance_length": 1 + 10 / 8}
+    assert acceptance_in_training(tmp_path, ["s/a"], sampled) == {"estimated_acceptance_length_t1": 1 + 10 / 20}
+    assert acceptance_in_training(tmp_path, ["s/c"], greedy) == {"walked_acceptance_length": None}
+    assert acceptance_in_training(tmp_path, ["s/a"], drafts_not_drawn) == {"estimated_acceptance_length_t1": None}
     tree = EvaluateConfig(num_draft_tokens=3, tree_depth=2)
-    assert told_in_training(tmp_path, ["s/a"], tree) == {"walked_acceptance_length": None}
+    assert acceptance_in_training(tmp_path, ["s/a"], tree) == {"walked_acceptance_length": None}

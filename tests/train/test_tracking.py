@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from evaluations import evaluation, question_record
 from fledge.conf.cli import main
 from fledge.conf.runtime.artifact import artifact
-from fledge.conf.schema import Config, TrackingConfig, WandbMode
+from fledge.conf.schema import Config, TrackerName, TrackingConfig, WandbMode
 from fledge.train.metrics import tracking
 from fledge.train.metrics.tracking import Tracker, git_state, read_metrics, run_description
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -226,6 +228,73 @@ def test_resumed_records_show_every_step_once(tmp_path):
     expected = [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 9)]
     assert [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path)] == expected
     assert curves(tmp_path) == {"train/loss": expected}
+
+
+class Recorded:
+    """A tracker as accelerate has them, which notes its calls and fails at a step if it is to."""
+
+    requires_logging_directory = False
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+    fails_at = 0
+
+    def __init__(self, project: str, **options: str) -> None:
+        self.calls.append((project, options))
+
+    def start(self) -> None:
+        self.calls.append(("start",))
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.calls.append(("about", values))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("the server is gone")
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_further_trackers_of_accelerate_get_every_step_until_they_fail(fails_at, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Recorded)
+    monkeypatch.setattr(Recorded, "calls", [])
+    monkeypatch.setattr(Recorded, "fails_at", fails_at)
+    options = TrackingConfig(report_to=[TrackerName.trackio, TrackerName.tensorboard], project="p")
+    tracker = Tracker(options, tmp_path, 0, "run", "name", {"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "git": None})
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 1 / step})
+    tracker.close()
+    about = {"train.lr": 0.1, "train.betas": "[0.9, 0.95]", "git": "None"}
+    steps = [(step, {"train/loss": 1 / step}) for step in (1, 2, 3)]
+    expected = [("p", {"name": "name"}), ("start",), ("about", about), *steps, ("finish",)]
+    assert Recorded.calls == (expected[:4] if fails_at else expected)
+    assert caplog.text.count("trackio is left out (the server is gone)") == bool(fails_at)
+    assert curves(tmp_path) == {"train/loss": [(s, pytest.approx(1 / s)) for s in (1, 2, 3)]}
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["wandb"]),
+        ({"wandb": WandbMode.disabled}, []),
+        ({"tensorboard": True}, ["wandb", "tensorboard"]),
+        ({"report_to": [TrackerName.tensorboard], "tensorboard": True}, ["tensorboard"]),
+        ({"report_to": []}, []),
+    ],
+)
+def test_the_older_options_of_wandb_and_tensorboard_keep_their_meaning(options, expected):
+    assert [tracker.value for tracker in TrackingConfig(**options).trackers] == expected
+
+
+def test_a_tracker_that_is_not_installed_is_asked_for_before_anything_is_done(capfd, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "experiment=demo", "name=x", f"runs_dir={tmp_path}", "tracking.report_to=[wandb,trackio]"])
+    assert exit_.value.code == 2
+    assert "tracking.report_to needs the package trackio, which is not installed: pip inst" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_is_done(capfd, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always; W&B and TensorBoard next to it, neither of which ever stops a run.
+"""Where metrics go: metrics.jsonl always, and the trackers of `tracking.report_to`, none of which ever stops a run.
 
 | name                           | meaning                                                                     |
 |--------------------------------|-----------------------------------------------------------------------------|
@@ -31,17 +31,16 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from ... import __version__
 from ...conf.runtime.artifact import write_atomic
-from ...conf.runtime.wandb_run import WandbRun
-from ...conf.schema import Config, TrackingConfig, WandbMode
+from ...conf.runtime.trackers import open_tracker
+from ...conf.schema import Config, TrackerName, TrackingConfig
 
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -53,7 +52,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, Any]) -> dict[str, Any]:
-    """Return what trackers record of a run: every option, the code, the inputs' digests and the kernels used."""
+    """Return what trackers record of a run: every option, the code, the inputs' digests, the kernels used."""
     options: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     about = {"fledge": __version__, "git": git_state(Path(__file__).parents[2])}
     return {**options, **about, "inputs": inputs, "kernels": kernels}
@@ -77,16 +76,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-class Mirror(Protocol):
-    """Another place where metrics go."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of a step."""
-
-    def close(self) -> None:
-        """Finish the records."""
-
-
 class Tracker:
     """Records metrics by optimizer step.
 
@@ -103,55 +92,34 @@ class Tracker:
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         write_atomic(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(folder / METRICS, "a")  # noqa: SIM115
-        self._mirrors: dict[str, Mirror] = {}
-        if options.wandb is not WandbMode.disabled:
-            self._open("W&B", lambda: WandbRun(options, folder, run, name, about))
-        if options.tensorboard:
-            self._open("TensorBoard", lambda: _TensorBoard(folder, step))
+        self._trackers: dict[TrackerName, Any] = {}
+        for tracker in options.trackers:
+            try:
+                self._trackers[tracker] = open_tracker(tracker, options, folder, run, name, about, step)
+            except Exception as error:  # whatever is wrong with a tracker, training matters more
+                _warn(tracker, error)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a step."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        self._tell(lambda mirror: mirror.log(step, metrics))
+        self._each(lambda tracker: tracker.log(metrics, step=step))
 
     def close(self) -> None:
         """Finish the records."""
         self._file.close()
-        self._tell(lambda mirror: mirror.close())
+        self._each(lambda tracker: tracker.finish())
 
-    def _open(self, name: str, make: Callable[[], Mirror]) -> None:
-        try:
-            self._mirrors[name] = make()
-        except Exception as error:  # whatever is wrong with a mirror, training matters more
-            _warn(name, error)
-
-    def _tell(self, action: Callable[[Mirror], None]) -> None:
-        for name, mirror in list(self._mirrors.items()):
+    def _each(self, action: Callable[[Any], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
             try:
-                action(mirror)
+                action(tracker)
             except Exception as error:  # as above
                 _warn(name, error)
-                del self._mirrors[name]
+                del self._trackers[name]
 
 
-def _warn(name: str, error: Exception) -> None:
+def _warn(tracker: TrackerName, error: Exception) -> None:
+    name = {TrackerName.wandb: "W&B", TrackerName.tensorboard: "TensorBoard"}.get(tracker, tracker.value)
     reason = " ".join(str(error).split()) or type(error).__name__
     logging.getLogger(__name__).warning("%s is left out (%s); metrics.jsonl is written all the same", name, reason)
-
-
-class _TensorBoard:
-    """TensorBoard's event files; of a start that was killed, steps beyond the one resumed from are not shown."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()

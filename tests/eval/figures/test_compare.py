@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.cli import compare_overrides, main
 from fledge.conf.schema import Dtype
-from fledge.eval.compare import PUBLISHED
+from fledge.eval.compare import published_rows
 
 WORSE = [question_record([2, 0, 1], [1], name=f"q/{i}", category=("math", "stem")[i % 2]) for i in range(6)]
 BETTER = [question_record([2, 1 + i % 2, 1], [1], name=f"q/{i}", category=("math", "stem")[i % 2]) for i in range(6)]
@@ -162,8 +164,21 @@ def test_a_speed_up_without_an_interval_is_told_of_all_questions_only(runs, caps
 
 
 def test_vllms_published_positions_add_up_to_its_acceptance_length():
-    (text,) = [row for row in PUBLISHED if row.rates]
+    (text,) = [row for row in published_rows() if row.rates]
     assert 1 + sum(text.rates) == pytest.approx(text.acceptance_length)
+
+
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb", "matplotlib", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compare", "first"], ["status", "first"], ["--help"]], ids=lambda given: given[0]
+)
+def test_commands_that_only_read_files_load_no_large_library(runs, arguments):
+    options = [f"runs_dir={runs}"] if arguments[-1] == "first" else []
+    code = f"import sys; from fledge.conf.cli import main; main({[*arguments, *options]}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
 def test_a_comparison_is_written_where_it_is_asked_for(runs, capsys):

@@ -13,8 +13,8 @@ import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.cli import main
 from fledge.eval.figures.plots import draw
+from fledge.eval.figures.records import answered_records
 from fledge.eval.figures.report import write_report
-from fledge.eval.figures.results import asked
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def metrics(heldout: int, ttt_steps: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("heldout", "ttt_steps"), [(0, 0), (1, 1), (4, 7), (8, 7), (14, 14)])
 def test_no_legend_of_training_lies_over_axes_at_any_number_of_curves(figures, tmp_path, heldout, ttt_steps):
     results = evaluation(tmp_path / "run", [question_record([2, 1], name=f"q/{i}") for i in range(4)])
-    draw(tmp_path, results, asked(tmp_path / "run" / "evaluation"), metrics(heldout, ttt_steps))
+    draw(tmp_path, results, answered_records(tmp_path / "run" / "evaluation"), metrics(heldout, ttt_steps))
     training = figures["training.png"]
     assert_legible(training)
     assert sum("draft token" in name for name in names(training)) == heldout

@@ -9,9 +9,9 @@ import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.schema import EvaluateEngine
 from fledge.eval.figures.plots import draw
+from fledge.eval.figures.records import HELDOUT, answered_records
 from fledge.eval.figures.report import print_table, write_report
-from fledge.eval.figures.results import asked, questions_digest
-from fledge.eval.questions import HELDOUT
+from fledge.eval.figures.results import questions_digest
 
 QUESTIONS = [
     question_record([3, 3], [2], name="q/1"),
@@ -128,7 +128,10 @@ def test_requests_that_overlap_at_a_server_tell_no_tokens_per_second(tmp_path, c
         told = [results, results["by_category"]["math"]["trained head"], results["heldout"]["decoded"]]
         assert [part["tokens_per_s"] is not None for part in told] == [known] * 3
     assert several["acceptance_length"] == one["acceptance_length"]
-    assert asked(tmp_path / "several" / "evaluation")[0]["answers"][0]["drafters"]["trained head"]["seconds"] > 0
+    assert (
+        answered_records(tmp_path / "several" / "evaluation")[0]["answers"][0]["drafters"]["trained head"]["seconds"]
+        > 0
+    )
     _, out = reported(tmp_path / "several", capsys)
     assert re.search(r"\| trained head .*\| +- \| +- \| +12 \|\n", out)
 
@@ -169,7 +172,7 @@ def test_the_report_states_conditions_intervals_and_conditional_acceptance_and_s
 def test_plots_are_drawn_of_a_single_question_without_rounds(tmp_path):
     results = evaluation(tmp_path / "run", [question_record([])])
     assert results["acceptance_length_interval"] is None
-    assert len(draw(tmp_path, results, asked(tmp_path / "run" / "evaluation"), [])) == 3
+    assert len(draw(tmp_path, results, answered_records(tmp_path / "run" / "evaluation"), [])) == 3
 
 
 def test_the_same_questions_have_one_name_wherever_they_were_read():
