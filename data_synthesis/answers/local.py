@@ -14,16 +14,16 @@ from ...conf.runtime.artifact import digest
 from ...conf.runtime.signals import StopSignals, deferred
 from ...conf.schema import Config, SynthesizeConfig
 from ...models.verifier.model import Verifier
-from ..conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from ..heldout import is_heldout
 from ..prompts.rows import Prompt, images_of
 from ..tokens.chat_template import NoExactSpanError, Turn, prompt_tokens
 from ..tokens.reasoning import split_answer
 from ..tokens.sequences import UnknownTokenError, check_known
-from .answer_log import Outcomes
+from .answer_log import AnswerLog
+from .conversation import CONTEXT_FULL, Answer, Conversation, Failure
 
 
-def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -> None:
+def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> None:
     """Answer the prompts that are wanted.
 
     Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
@@ -32,7 +32,7 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -
     """
     options = config.synthesize
     everything = list(prompts)
-    if not any(outcomes.wants(prompt.id) for prompt in everything):
+    if not any(log.wants(prompt.id) for prompt in everything):
         return
     _refuse_images(everything)
     if config.verifier.tensor_parallel:
@@ -47,11 +47,11 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -
             f"got {options.max_tokens}"
         )
     with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
-        _answer_all(verifier, everything, config, outcomes, signals)
+        _answer_all(verifier, everything, config, log, signals)
 
 
 def _answer_all(
-    verifier: Verifier, everything: list[Prompt], config: Config, outcomes: Outcomes, signals: StopSignals
+    verifier: Verifier, everything: list[Prompt], config: Config, log: AnswerLog, signals: StopSignals
 ) -> None:
     options = config.synthesize
     for heldout in (True, False):
@@ -61,8 +61,8 @@ def _answer_all(
             batch = split[start : start + options.batch_size]
             if signals.received:
                 return
-            if any(outcomes.wants(prompt.id) for prompt in batch):
-                _answer_batch(verifier, batch, 0.0 if heldout else options.temperature, options, outcomes, signals)
+            if any(log.wants(prompt.id) for prompt in batch):
+                _answer_batch(verifier, batch, 0.0 if heldout else options.temperature, options, log, signals)
 
 
 def _refuse_images(prompts: list[Prompt]) -> None:
@@ -79,7 +79,7 @@ def _answer_batch(
     prompts: list[Prompt],
     temperature: float,
     options: SynthesizeConfig,
-    outcomes: Outcomes,
+    log: AnswerLog,
     signals: StopSignals,
 ) -> None:
     conversations = [Conversation(prompt) for prompt in prompts]
@@ -87,12 +87,12 @@ def _answer_batch(
     converse(verifier, conversations, temperature, options, deadline)
     if deadline.over:
         return  # what is there may be half an answer
-    wanted = [conversation for conversation in conversations if outcomes.wants(conversation.prompt.id)]
-    outcomes.made([conversation for conversation in wanted if conversation.answers], temperature)
+    wanted = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
+    log.add([conversation for conversation in wanted if conversation.answers], temperature)
     for conversation in wanted:
         if not conversation.answers:
             assert conversation.ended_by is not None
-            outcomes.failed(conversation.prompt.id, replace(conversation.ended_by, final=True))
+            log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
 class _Deadline:
