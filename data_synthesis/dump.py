@@ -3,8 +3,8 @@
 The store of tokens (tokens.py) fixes which samples go into which shard. Any number of writers, ranks or tasks of a job
 array, then record the shards with states: writer i of n takes shards i, i + n, ... A shard is there as soon as its file
 has its name, so that writers need to know nothing of each other; the one that finds all of them completes the store.
-What a writer had of a shard when a signal or an error stopped it stands beside it as a part, which the next start
-takes in.
+The whole batches that a writer had of a shard when a signal or an error of the verifier stopped it stand beside it as a
+part, which the next start takes in.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def dump(config: Config) -> None:
         "max_images": config.dump.max_images,
         "keep_truncated": config.dump.keep_truncated,
         "shard_tokens": config.dump.shard_tokens,
+        **({"local_images": True} if config.data.local_images else {}),
     }
     of_states = {
         "engine": config.dump.engine.value,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -63,7 +63,7 @@ def submit(config: Config) -> None:
         write_atomic(folder / job.file, job.text)
     ids = _chain(jobs, folder)
     records = [JobRecord(job.stage, job.file, ids[job.stage], job.tasks) for job in jobs]
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     write_submission(folder, {"name": config.name, "submitted": now, **about}, records)
     if SERVER in ids:
         write_atomic(folder / "synthesize.job", ids["synthesize"] + "\n")

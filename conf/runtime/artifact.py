@@ -63,16 +63,7 @@ def digest(value: Any) -> str:
 def file_digest(path: Path) -> str:
     """Hash the content of a file (SHA-256, hex)."""
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read_digest(file)
-        )
-
-
-def _read_digest(file: Any) -> str:
-    state = hashlib.sha256()
-    while block := file.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path, kind: str, unfinished: bool = False) -> dict[str, Any]:
@@ -193,7 +184,8 @@ def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
             file.write(f", asked to stop by {came.name} at {time.strftime('%X')}, ends soon")
 
     try:
-        about.write_text(f"{os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %X')}")
+        with suppress(OSError):  # the disk may be full
+            about.write_text(f"{os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %X')}")
         with listening(note):
             yield
     finally:

@@ -62,7 +62,8 @@ def readers_may_leave() -> Iterator[None]:
     """Let standard output and error lose their reader without a traceback."""
     streams = sys.stdout, sys.stderr
     Output.stage = ""
-    sys.stdout, sys.stderr = outputs = Output(sys.stdout, "stderr"), Output(sys.stderr, "stdout")  # type: ignore
+    out, err = (stream or open(os.devnull, "w") for stream in streams)  # noqa: SIM115
+    sys.stdout, sys.stderr = outputs = Output(out, "stderr"), Output(err, "stdout")  # type: ignore
     try:
         yield
     finally:

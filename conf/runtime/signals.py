@@ -23,7 +23,7 @@ from types import FrameType
 
 # SIGTERM comes from schedulers and launchers, SIGUSR1 from `sbatch --signal=USR1@120`, SIGINT from a keyboard.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-EXIT_AGAIN = 75  # stopped by a signal, with everything saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
+EXIT_AGAIN = 75  # not at its end: the same command goes on from what is saved (EX_TEMPFAIL of sysexits.h)
 _REPEAT_S = 1.0  # a keyboard's signal and the same passed on by a launcher are one
 _GRACE_S = 60  # for a command to end where nothing is deferred; then it is ended
 

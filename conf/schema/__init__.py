@@ -212,7 +212,7 @@ class DataConfig:
     min_turns: int = 1  # user turns
     max_turns: int | None = None
     malformed_rows: MalformedRows = MalformedRows.stop
-    local_images: bool = False  # data of the hub may name files here as images, and any data hosts of this network
+    local_images: bool = False  # let hub data use image files here, and any data images from hosts of this network
 
 
 @dataclass

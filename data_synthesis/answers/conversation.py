@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..prompts.rows import Prompt
 from ..tokens.chat_template import Message, Turn, join_turns
-from ..tokens.reasoning import split_answer, split_text
+from ..tokens.reasoning import split_answer
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Answer:
         """Return it with its reasoning out of its text, if whoever answered left it in."""
         if self.reasoning:
             return self
-        split = split_answer(tokenizer, self.turn.answer, self.text) if self.turn else split_text(tokenizer, self.text)
-        return replace(self, text=split[0] or "", reasoning=split[1])
+        text, reasoning = split_answer(tokenizer, self.turn.answer if self.turn else None, self.text)
+        return replace(self, text=text or "", reasoning=reasoning)
 
 
 @dataclass(frozen=True)

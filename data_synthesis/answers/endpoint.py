@@ -29,9 +29,9 @@ _CONTEXT_WORDS = (
     *("maximum sequence length", "max_seq_len", "max_num_tokens"),
 )
 _REQUIRED = {  # fields of an answer that not every server gives, and what for
-    "choices[0].finish_reason": "which tells an answer that was cut from one that ended",
-    "usage.prompt_tokens": "which the comparison of its tokens with the verifier's needs",
-    "usage.completion_tokens": "which is what its tokens are counted by",
+    "choices[0].finish_reason": "which fledge needs to tell an answer that was cut from one that ended",
+    "usage.prompt_tokens": "which fledge needs to compare its tokens with the verifier's",
+    "usage.completion_tokens": "which fledge needs to count tokens",
 }
 _OF_THE_REQUEST = (400, 413, 415, 422)  # other refusals are of whoever asks, or of all there is to ask
 
@@ -82,7 +82,7 @@ class RequestError(Exception):
     pause_s: float = 0.0  # what it asks for
     context_full: bool = False
     refuses_us: bool = False  # perhaps no request of ours would do
-    lacking: bool = False  # there is an answer, without a field that is needed
+    lacking: str = ""  # a field that is needed, which the answer has not
 
     def __str__(self) -> str:
         return f"{self.reason}, {self.detail}"
@@ -233,7 +233,7 @@ def read_answer(response: Any) -> Answer:
         counts = [len(turn.prompt), len(turn.answer)] if turn else counts
         for (name, purpose), value in zip(_REQUIRED.items(), (finish_reason, *counts), strict=True):
             if value is None:
-                raise RequestError(f"an answer without {name}", purpose, lacking=True)
+                raise RequestError(f"an answer without {name}", purpose, lacking=name)
         f"{text}{reasoning}".encode()
         answer = Answer(text, finish_reason, int(counts[0]), int(counts[1]), reasoning, turn)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

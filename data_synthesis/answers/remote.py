@@ -119,10 +119,7 @@ class _Regeneration:
         self._changed.set()
 
     async def _watch(self, work: asyncio.Task[None]) -> None:
-        """Look at the clock until all is answered: signals and their grace, pauses that are over, servers that stay away.
-
-        After an error nothing is waited for.
-        """
+        """Look at the clock until all is answered, an error or a signal's grace ends it, or all servers stay away."""
         last_up = looked = time.monotonic()
         stopped_at: float | None = None
         while not work.done() and not self._error:

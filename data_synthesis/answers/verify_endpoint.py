@@ -146,7 +146,10 @@ def find_model(
 def refusal(endpoint: Endpoint, trouble: RequestError) -> str:
     """Return the sentence that a server does not want what we ask, or does not give it."""
     if trouble.lacking:
-        return f"{endpoint.url} gives {trouble}: start a server that tells it, as vLLM, SGLang and TensorRT-LLM do"
+        return (
+            f"{endpoint.url}: its answers lack {trouble.lacking}, {trouble.detail}: use a server that sends it, as "
+            "vLLM, SGLang and TensorRT-LLM do"
+        )
     hints = {
         "HTTP 401": ": is the key in OPENAI_API_KEY right?",
         "HTTP 404": f": does the address end with /v1, and does the server call the verifier {endpoint.model}, or is "

@@ -260,7 +260,7 @@ def _read_source(
         progress.update()
         fields.update(row if isinstance(row, dict) else ())
         try:
-            prompt, line = read_prompt(row, name, number, local)
+            prompt, line = read_prompt(row, name, number, local, data.local_images)
         except ValueError as error:
             if data.malformed_rows is MalformedRows.stop:
                 cure = "correct it, or leave such rows out with data.malformed_rows=skip"

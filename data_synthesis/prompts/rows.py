@@ -36,8 +36,11 @@ _ROLES = {
     "system": "system",
 }
 
-# What stands in a text for an image beside it: as other tools write it, before or after what is asked.
-_PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>(?!.*</\1>)|<(?:image|video|audio)>\s*\Z", re.DOTALL)
+# What stands in a text for an image beside it: as other tools write it, in lines before or after what is asked.
+_PLACEHOLDER = re.compile(
+    r"\A\s*<(image|video|audio)>(?:\s*<\1>)*\s*?$(?!.*</\1>)|^[^\S\n]*(?:<(image|video|audio)>\s*)+\Z",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,12 @@ def images_of(content: Content) -> list[str]:
     return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
 
 
-def read_prompt(row: Any, source: str, number: int | None, local: bool) -> tuple[Prompt, bytes]:
+def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: bool = False) -> tuple[Prompt, bytes]:
     """Read a row as `prompt_of` does, all of it or none; give the prompt and its line.
 
     Args:
-        local: the row is this machine's own, and its images may be so too.
+        local: the row is this machine's own, and its images may be files here.
+        hosts: its images may be at hosts of this machine's network.
 
     Raises:
         ValueError: what is wrong with the row, or not read of it, to be put after its place.
@@ -80,8 +84,8 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool) -> tuple
         prompt = prompt_of(row, source, number)
         texts = [text_of(turn) for turn in prompt.turns if not images_of(turn)]
         check_beside(row, [*texts, prompt.system or ""])
-        for address in () if local else chain(*map(images_of, prompt.turns)):
-            check_foreign(address)
+        for address in chain(*map(images_of, prompt.turns)):
+            check_foreign(address, local, hosts)
         return prompt, json_line(vars(prompt))
     except RecursionError:
         raise ValueError("is nested too deeply") from None
@@ -109,7 +113,8 @@ def check_beside(row: dict[str, Any], said: Iterable[str], read: Collection[str]
                     "messages, or remove the field if the question needs none"
                 )
     if mark := next(filter(None, map(_PLACEHOLDER.search, texts)), None):
-        raise ValueError(f"has images or the like beside its messages: a text holds their mark {mark[0].strip()}")
+        kind = mark[1] or mark[2]
+        raise ValueError(f"begins or ends a message with the placeholder <{kind}>, but fledge reads no {kind} for it")
 
 
 def _user_messages(row: dict[str, Any]) -> list[dict[str, Any]]:

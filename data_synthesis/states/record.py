@@ -30,7 +30,7 @@ from ..store.store import HiddenStateStore
 from ..store.writer import BackgroundWriter
 from ..tokens.image_tokens import ImageReader
 from ..tokens.images import conversation_images
-from .transformers_engine import Engine, TransformersEngine, check_first
+from .transformers_engine import Engine, TransformersEngine, check_first, refuse_unlike
 from .vllm_engine import VllmEngine, check_readable
 
 _ESTIMATES = 2  # the first warms up
@@ -56,10 +56,10 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     mine = [number for number in missing if number % num_writers == writer]
     if not mine:  # of ranks together, all find so: nobody else writes these
         return
-    made_with, stop = digest(settings), _Stop(together)
+    stop = _Stop(together)
     if together and place.rank:
         with _engine(config, settings, place, plan) as engine, stop.heard():
-            _read_along(config, plan, mine, engine, made_with, stop)
+            _read_along(config, plan, mine, engine, digest(settings), stop)
     else:
         with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine, stop.heard():
             _record(config, settings, plan, mine, engine, scratch, stop)
@@ -68,7 +68,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
 class _Stop:
     """Whether to stop before a batch: ranks that hold one verifier together all hear a signal at the same one.
 
-    Alone, a signal ends the dump where it stands.
+    Alone, a signal ends the dump where it stands, once the shards it has are written.
     """
 
     def __init__(self, together: bool) -> None:
@@ -136,16 +136,18 @@ def _record(
     readings = _readings(config, plan, mine)
     num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
     _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-    progress, suspects, form = Progress("dump", num_tokens, "token"), list[str](), state_format(settings)
+    progress, suspects = Progress("dump", num_tokens, "token"), list[str]()
+    made_with, form = digest(settings), state_format(settings)
     with BackgroundWriter(config.hidden_states_folder, scratch) as out:
         for number, samples in zip(mine, readings, strict=True):
             shard = Shard.of(samples, out.spare_buffers())
-            shard.made_with = digest(settings)
+            shard.made_with = made_with
             with _kept(number, shard, out) as recorded:
-                if part := open_part(config.hidden_states_folder, number, shard.made_with):
+                if part := open_part(config.hidden_states_folder, number, made_with):
                     recorded += shard.take(part)
                     progress.update(len(part.tensors["input_ids"]))
-                    print(f"dump: {shard_name(number)} was begun, {len(recorded)} of its samples are there", flush=True)
+                    done = f"{len(recorded)} of {len(samples)} samples are already recorded"
+                    print(f"dump: resuming shard-{number:05d}: {done}", flush=True)
                 _record_shard(
                     samples, shard, recorded, engine, form, config.dump.batch_tokens, stop, progress, suspects
                 )
@@ -163,15 +165,16 @@ def _kept(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int
     try:
         yield recorded
     finally:
-        if len(recorded) == len(shard.ids):
-            out.put(number, shard)
-        elif recorded:
-            print(
-                f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept in "
-                f"{part_name(number)}",
-                flush=True,
-            )
-            out.put(number, shard.part(recorded))
+        with deferred("it ends as soon as the shards it has are written"):
+            if len(recorded) == len(shard.ids):
+                out.put(number, shard)
+            elif recorded:
+                print(
+                    f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept "
+                    f"in {part_name(number)}",
+                    flush=True,
+                )
+                out.put(number, shard.part(recorded))
 
 
 def _record_shard(
@@ -205,9 +208,10 @@ def _record_shard(
     def encoded() -> Iterator[tuple[int, Tensors]]:
         for place, aux, last in engine.read([samples[number] for number in left], next_batch):
             computed.append(left[place])
-            yield left[place], shard.encode(left[place], aux, last, form)
+            yield left[place], shard.encode(left[place], aux, last, form) | {"unlike": engine.unlike[-1][None]}
 
     for number, states in on_host(encoded(), batch_tokens):
+        refuse_unlike([states["unlike"]])
         if not shard.set_states(number, states, form):
             suspects.append(samples[number].id)
             if len(suspects) <= _NAMED:

@@ -26,7 +26,13 @@ def never() -> bool:
 
 
 class Engine(Protocol):
-    """Whatever runs the verifier over samples."""
+    """Whatever runs the verifier over samples.
+
+    Attributes:
+        unlike: whether each batch read gives other logits than training will (bool [], on its device).
+    """
+
+    unlike: list[Tensor]
 
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
@@ -50,22 +56,23 @@ class TransformersEngine:
 
     def __init__(self, verifier: Verifier, batch_tokens: int, images: ImageReader | None = None) -> None:
         self._verifier, self._batch_tokens, self._images = verifier, batch_tokens, images
+        self.unlike: list[Tensor] = []
 
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Read samples of similar length together, and each that has images alone."""
         numbers = [number for number, sample in enumerate(samples) if not sample.images]
         documents = [samples[number].input_ids for number in numbers]
-        read = read_documents(self._verifier, documents, self._batch_tokens, max_padding=0.125, stop=stop)
+        unlike = self.unlike = []
+        read = read_documents(self._verifier, documents, self._batch_tokens, unlike, max_padding=0.125, stop=stop)
         for place, aux, last in read:
             yield numbers[place], aux, last
-        unlike: list[Tensor] = []
         for number, sample in enumerate(samples):
             if sample.images:
                 if stop():
-                    return
+                    break
                 assert self._images is not None
                 yield number, *read_with_images(self._verifier, self._images, sample, unlike)
-        _refuse(unlike)
+        refuse_unlike(unlike)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -75,6 +82,7 @@ def read_documents(
     verifier: Verifier,
     documents: Sequence[Tensor],
     batch_tokens: int,
+    unlike: list[Tensor] | None = None,
     check: bool = True,
     max_padding: float = 0.5,
     stop: Callable[[], bool] = never,
@@ -87,11 +95,12 @@ def read_documents(
     Args:
         documents: token ids [T] of each.
         batch_tokens: tokens of one forward, padding included; a longer document is read alone.
-        check: make sure that `lm_head` times the last state is the model's logits; at the end, with one wait for all.
+        unlike: is given another of `_unlike_logits` before each forward's documents; None: refused here, at the end.
+        check: make sure that `lm_head` times the last state is the model's logits, with one wait for all.
         max_padding: share of the longest's length that may be padding beside it.
         stop: asked before every forward.
     """
-    unlike: list[Tensor] = []
+    found: list[Tensor] = [] if unlike is None else unlike
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
     while by_length and not stop():
         batch = [by_length.pop()]  # the longest left sets the width
@@ -102,11 +111,12 @@ def read_documents(
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].long() for i in batch], batch_first=True)
         output = verifier.forward(to_device(padded, verifier.device), logits_to_keep=1, use_cache=False)
         if check:
-            unlike.append(_unlike_logits(verifier, output.last_hidden_state[:, -1:], output.logits))
+            found.append(_unlike_logits(verifier, output.last_hidden_state[:, -1:], output.logits))
         for row, number in enumerate(batch):
             end = len(documents[number])
             yield number, output.aux_hidden_states[row, :end], output.last_hidden_state[row, :end]
-    _refuse(unlike)
+    if unlike is None:
+        refuse_unlike(found)
 
 
 def read_with_images(
@@ -164,7 +174,7 @@ def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, f
 
 
 def _unlike_logits(verifier: Verifier, last: Tensor, logits: Tensor) -> Tensor:
-    """Return whether lm_head on the recorded state gives other logits than the model (bool [], on its device).
+    """Return whether lm_head on the recorded state gives other logits than the model (bool [], on the state's device).
 
     Training builds its targets so. It is the model's own module that is asked: its matrix may be quantised, or spread
     over ranks.
@@ -174,10 +184,11 @@ def _unlike_logits(verifier: Verifier, last: Tensor, logits: Tensor) -> Tensor:
     bias = getattr(head, "bias", None)
     differs = (again - logits.float()).abs().amax() > _LOGITS_AGREE * logits.float().abs().amax()
     unlike = differs | ~logits.isfinite().all()
-    return unlike if bias is None else unlike | bias.any().to(unlike.device)
+    return (unlike if bias is None else unlike | bias.any().to(unlike.device)).to(last.device)
 
 
-def _refuse(unlike: list[Tensor]) -> None:
+def refuse_unlike(unlike: list[Tensor]) -> None:
+    """Refuse the verifier if one of `_unlike_logits` says so."""
     if unlike and torch.stack(unlike).any():
         raise ValueError(
             "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "

@@ -79,6 +79,7 @@ class VllmEngine:
         self._max_tokens: int = _BATCHES * options["max_num_batched_tokens"]
         self._python = config.dump.vllm_python or sys.executable
         self._requests = itertools.count()
+        self.unlike = [torch.tensor(False)]  # `read` checks by itself
         place = find_place(os.environ)
         self._log = config.run_folder / f"vllm-{config.dump.writer * place.world + place.rank:05d}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)

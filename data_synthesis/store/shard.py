@@ -141,34 +141,28 @@ class Shard:
         """Put the states of a part in their places, and give the numbers of its samples."""
         numbers = {name: number for number, name in enumerate(self.ids)}
         taken = [numbers[name] for name in part.ids]
-        for name in STATES:
-            if (states := part.tensors.get(name)) is None:
-                continue
-            if name == LAST_STATES[0] and "last_offsets" in part.tensors:
-                self.tensors["last_offsets"] = self._last_offsets()
+        for name in (name for name in STATES if name in part.tensors):
+            states = part.tensors[name]
             states = states.view(FLOAT8) if states.dtype == torch.uint8 else states
-            offsets = _offsets_of(self.tensors, name)
-            self.tensors[name] = self._memory(name, int(self.tensors[offsets][-1]), states)
             for place, number in enumerate(taken):
-                theirs = slice(*_rows(part.tensors, name, place))
-                self.tensors[name][slice(*_rows(self.tensors, name, number))] = states[theirs]
+                theirs = states[slice(*_rows(part.tensors, name, place))]
+                self._room(name, number, theirs, "last_offsets" in part.tensors)[:] = theirs
         return taken
 
     def set_states(self, number: int, encoded: dict[str, Tensor], form: StateFormat) -> bool:
-        """Put what `encode` gave, on the host, in its place, and say whether it is finite.
-
-        The first call makes the place for all samples.
-        """
-        of_last = "last_offsets" if form.only_counted else "sample_offsets"
-        for names, offsets in ((AUX_STATES, "sample_offsets"), (LAST_STATES, of_last)):
-            if offsets not in self.tensors:
-                self.tensors[offsets] = self._last_offsets()
-            start, end = self.tensors[offsets][number : number + 2].tolist()
-            for name in (name for name in names if name in encoded):
-                if name not in self.tensors:
-                    self.tensors[name] = self._memory(name, int(self.tensors[offsets][-1]), encoded[name])
-                self.tensors[name][start:end] = encoded[name]
+        """Put what `encode` gave, on the host, in its place, and say whether it is finite."""
+        for name in (name for name in STATES if name in encoded):
+            self._room(name, number, encoded[name], form.only_counted)[:] = encoded[name]
         return bool(encoded["bounds"].isfinite().all())
+
+    def _room(self, name: str, number: int, like: Tensor, only_counted: bool) -> Tensor:
+        """Give the place of a sample's states; the first call makes those of all samples."""
+        if only_counted and name in LAST_STATES and "last_offsets" not in self.tensors:
+            self.tensors["last_offsets"] = self._last_offsets()
+        if name not in self.tensors:
+            rows = int(self.tensors[_offsets_of(self.tensors, name)][-1])
+            self.tensors[name] = self._memory(name, rows, like)
+        return self.tensors[name][slice(*_rows(self.tensors, name, number))]
 
     def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
         """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""

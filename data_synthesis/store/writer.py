@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...conf.runtime.signals import Stopped, deferred
-from .shard import Shard, shard_name, write_shard
+from .shard import Shard, part_name, shard_name, write_shard
 
 
 class BackgroundWriter:
@@ -58,7 +58,8 @@ class BackgroundWriter:
             if self._error is None:  # else nothing more is written, and nobody is kept waiting
                 try:
                     write_shard(self._folder, *given, self._scratch)
-                    if not given[1].is_part:
+                    if not given[1].is_part:  # what an interrupted start had of it is done with
+                        (self._folder / part_name(given[0])).unlink(missing_ok=True)
                         self._spare.put(given[1].buffers)
                 except (OSError, SafetensorError) as error:
                     self._error = ValueError(

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import abc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .reasoning import split_answer, split_text
-
-Message = dict[str, Any]  # role and content: a text, or OpenAI content parts; an answer's reasoning_content beside
+from .reasoning import split_answer
+from .rendering import Message, NoExactSpanError, apply_template, fit_content, refusals, render_text
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-class NoExactSpanError(ValueError):
-    """What the verifier wrote cannot be told exactly in a conversation's tokens."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +69,16 @@ def join_turns(turns: Iterable[Turn]) -> list[Sequence]:
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[int]:
     """Give the tokens the verifier reads before it answers `messages`; its earlier reasoning it does not read."""
-    return _render(tokenizer, _without_reasoning(messages), add_generation_prompt=True)
+    return list(apply_template(tokenizer, _without_reasoning(messages), add_generation_prompt=True, tokenize=True))
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str = "") -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str | None = None) -> str:
     """Give what an answer says without special tokens and reasoning; its reasoning where it was cut within it.
 
     Args:
         text: of the answer, where its tokens are not known.
     """
-    said, reasoning = split_text(tokenizer, text) if tokens is None else split_answer(tokenizer, tokens)
+    said, reasoning = split_answer(tokenizer, tokens, text if tokens is None else None)
     return (reasoning or "") if said is None else said
 
 
@@ -136,7 +129,7 @@ def _turn(
         raise NoExactSpanError("it was cut within its reasoning, which the template closes")
     prompt = prompt_tokens(tokenizer, history)
     answered = [*_without_reasoning(history), message]
-    tokens = _render(tokenizer, answered)
+    tokens = list(apply_template(tokenizer, answered, tokenize=True))
     if tokens[: len(prompt)] != prompt:
         problem = _parting(tokenizer, prompt, tokens)
     else:
@@ -185,7 +178,7 @@ def _marked_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) ->
     """Render a conversation; give its text, and where in it the template marks what the verifier wrote."""
     render: Any = render_jinja_template  # it is annotated as giving a text
     template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-    with _refusals():
+    with refusals():
         (text,), (marks,) = render(
             [fit_content(tokenizer, messages)], chat_template=template, return_assistant_tokens_mask=True, **tokens
         )
@@ -256,80 +249,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase, end_token_ids: abc.Collec
 
 def _without_reasoning(messages: abc.Sequence[Message]) -> list[Message]:
     return [{name: value for name, value in m.items() if name != "reasoning_content"} for m in messages]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
-) -> list[int]:
-    return list(_apply(tokenizer, messages, add_generation_prompt, tokenize=True))
-
-
-def render_text(
-    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
-) -> str:
-    """Write a conversation as the chat template does."""
-    return str(_apply(tokenizer, messages, add_generation_prompt, tokenize=False))
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool, tokenize: bool
-) -> Any:
-    with _refusals():
-        return tokenizer.apply_chat_template(
-            fit_content(tokenizer, messages),
-            tokenize=tokenize,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
-        )
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Raise NoExactSpanError where the chat template refuses a conversation, or content parts in place of a text."""
-    try:
-        yield
-    except (TemplateError, TypeError) as error:
-        raise NoExactSpanError(f"the chat template refuses the conversation ({error})") from None
-
-
-def fit_content(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[Message]:
-    """Give messages with their contents in the form that the chat template takes.
-
-    Parts that are all text become a text where it takes a text (joined by line breaks, as vLLM joins them), and a text
-    becomes a part where it takes parts alone.
-    """
-    template, tokens = str(tokenizer.get_chat_template()), tokenizer.special_tokens_map
-    named = tuple((name, token) for name, token in tokens.items() if isinstance(token, str))
-    return [m | {"content": _fitted(m["content"], _content_form(template, named, m["role"]))} for m in messages]
-
-
-def _fitted(content: Any, form: str) -> Any:
-    if form == "parts" and isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    joins = form == "text" and isinstance(content, list) and all(part["type"] == "text" for part in content)
-    return "\n".join(part["text"] for part in content) if joins else content
-
-
-@lru_cache(maxsize=64)
-def _content_form(template: str, tokens: tuple[tuple[str, str], ...], role: str) -> str:
-    """Find out by rendering in which form a template takes a role's content: text, parts, or either."""
-    one, other = "FirstPart", "OtherPart"
-    render: Any = render_jinja_template
-    before = [{"role": "user", "content": "a"}] if role == "assistant" else []
-    after = [{"role": "user", "content": "a"}] if role == "system" else []
-
-    def written(content: Any) -> str | None:
-        conversation = [*before, {"role": role, "content": content}, *after]
-        try:
-            return str(render([conversation], chat_template=template, **dict(tokens))[0][0])
-        except (TemplateError, TypeError):
-            return None
-
-    parts = [{"type": "text", "text": text} for text in (one, other)]
-    text, part, both = written(one), written(parts[:1]), written(parts) or ""
-    if text is not None and one in text:
-        return "either" if part == text and one in both and other in both else "text"
-    return "parts" if part is not None and one in part else "either"
 
 
 def check_messages(messages: Any) -> str | None:

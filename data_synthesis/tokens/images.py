@@ -83,7 +83,9 @@ def load_images(addresses: abc.Sequence[str], local: bool = False) -> list[Image
         try:
             images.append(load_image(address, local))
         except Exception as error:  # what is broken breaks decoders in all their ways
-            reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(address, "it")
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())
+            reason = reason.replace(repr(address), "it").replace(address, "it")
             shown = address[:_SHOWN] + "..." * (len(address) > _SHOWN)
             raise UnreadableImagesError(f"image {number} ({shown}) cannot be read: {reason[:200]}") from None
     return images

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from .rendering import NoExactSpanError, render_text
 
 _KNOWN = (  # gpt-oss, Gemma 4, most others
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
@@ -45,14 +46,18 @@ class _Marks:
 
 
 def split_answer(
-    tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str | None = None
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str | None = None
 ) -> tuple[str | None, str | None]:
     """Give an answer's text and its reasoning; no text where it was cut within its reasoning.
 
     Args:
-        text: of the tokens, where it is known, without special tokens.
+        tokens: None where only the text is known.
+        text: of the answer, where it is known, without special tokens.
     """
     marks = _marks(tokenizer, str(tokenizer.get_chat_template()))
+    if tokens is None:
+        _tell_hidden(tokenizer, marks)
+        return _split_plain(text or "", marks)
     if marks.response_template is not None:
         return _parsed(tokenizer, tokens, marks)
     start, end, opening = _last_closing(tokens, marks)
@@ -68,9 +73,8 @@ def split_answer(
     return _split_plain(str(tokenizer.decode(tokens, skip_special_tokens=True)) if text is None else text, marks)
 
 
-def split_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str | None, str | None]:
-    """Do the same to an answer of which only the text is known, without special tokens."""
-    marks = _marks(tokenizer, str(tokenizer.get_chat_template()))
+def _tell_hidden(tokenizer: PreTrainedTokenizerBase, marks: _Marks) -> None:
+    """Warn of special tokens that mark reasoning, which a text does not show."""
     names = {str(tokenizer.decode(head)) for _, head, _ in marks.special if head} - _told
     if names:
         _told.update(names)
@@ -80,7 +84,6 @@ def split_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str | Non
             "start the server with a reasoning parser",
             file=sys.stderr,
         )
-    return _split_plain(text, marks)
 
 
 def _split_plain(text: str, marks: _Marks) -> tuple[str | None, str | None]:
@@ -187,7 +190,8 @@ def _named(words: abc.Iterable[str]) -> list[tuple[str, str]]:
 def _drops(tokenizer: PreTrainedTokenizerBase, opening: str, closing: str) -> bool:
     """Say whether the template takes reasoning in such marks out of earlier answers by itself."""
     earlier = {"role": "assistant", "content": f"{opening}\n{_REASONING}\n{closing}\n\n{_ANSWER}"}
-    return _REASONING not in _rendered(tokenizer, [_USER, earlier, _USER])
+    text = _rendered(tokenizer, [_USER, earlier, _USER])
+    return _ANSWER in text and _REASONING not in text
 
 
 def _rendered(
@@ -195,9 +199,8 @@ def _rendered(
 ) -> str:
     """Render messages; nothing where the template refuses them."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return str(text)
-    except (TemplateError, TypeError):
+        return render_text(tokenizer, messages, add_generation_prompt)
+    except NoExactSpanError:
         return ""
 
 

@@ -67,6 +67,13 @@ def test_what_is_wrong_is_told_on_the_stream_that_is_read(tmp_path):
     assert unread(fledge("compare", "gone", f"runs_dir={tmp_path}"), "stdout", "stderr").returncode == SIGPIPE_EXIT
 
 
+@pytest.mark.parametrize(("closed", "said"), [(">&-", ("", "")), ("2>&-", ("0.1.0\n", ""))])
+def test_a_stream_that_is_closed_is_written_to_by_nobody(closed, said):
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *fledge("--version")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, *said)
+
+
 STAGE = """
 import sys
 from pathlib import Path

@@ -21,11 +21,14 @@ from fledge.conf.cli import COMMANDS
 from fledge.conf.runtime.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.runtime.progress import Progress
+from fledge.conf.runtime.signals import Stopped, answered
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.states import record as states
 from fledge.data_synthesis.states.record import _scratch
+from fledge.data_synthesis.store import writer
 from fledge.data_synthesis.store.shard import ImageRecord, Sample, Shard, open_part, shard_entry, write_shard
 from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat
+from fledge.data_synthesis.store.writer import BackgroundWriter
 from servers import free_port
 from sglang_double import sglang_double
 
@@ -134,7 +137,8 @@ def test_a_signal_in_the_middle_of_a_shard_loses_the_batch_being_read_and_nothin
     kept = shard_entry(store / "part-00000.safetensors")["samples"]
     assert 0 < kept < NUM_PROMPTS
     assert f"{kept} of {NUM_PROMPTS} samples of shard-00000.safetensors are recorded" in said
-    assert f"{kept} of its samples are there" in slow("dump").stdout
+    said = f"dump: resuming shard-00000: {kept} of {NUM_PROMPTS} samples are already recorded"
+    assert said in slow("dump").stdout
     ours, theirs = (read_manifest(run.path / "hidden_states", "hidden_states") for run in (slow, whole))
     assert (ours["shards"], ours["digest"]) == (theirs["shards"], theirs["digest"]), "checksums included"
     assert not list(store.glob("**/part-*"))
@@ -173,6 +177,8 @@ def test_an_interruption_keeps_whole_batches_whose_states_have_arrived(monkeypat
     samples = [Sample(f"s/{n}", torch.zeros(4, dtype=torch.int32), torch.ones(4)) for n in range(12)]
 
     class Engine:
+        unlike = [torch.tensor(False)]  # noqa: RUF012
+
         def read(self, samples, stop):
             for number in range(len(samples)):
                 if number % 3 == 0:
@@ -196,6 +202,31 @@ def test_an_interruption_keeps_whole_batches_whose_states_have_arrived(monkeypat
             samples, Shard.of(samples), recorded, Engine(), StateFormat(torch.float32), 8, bool, Progress("", 1, ""), []
         )
     assert recorded == list(range(kept))
+
+
+@pytest.mark.parametrize("recorded", [[0, 1], [1]], ids=["whole", "part"])
+def test_a_signal_while_a_shard_waits_for_the_writer_loses_none(monkeypatch, tmp_path, recorded):
+    written: dict[int, list[str]] = {}
+
+    def write(_folder, number, shard, _scratch):
+        if not written:  # another waits, and a third is handed over
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        written[number] = shard.ids
+
+    monkeypatch.setattr(writer, "write_shard", write)
+
+    def record_shards():
+        with answered("x"), BackgroundWriter(tmp_path, tmp_path) as out:
+            for number in range(9):
+                shard = Shard.of([Sample(name, torch.arange(4), torch.ones(4)) for name in "ab"])
+                with states._kept(number, shard, out) as kept:
+                    kept += recorded
+
+    with pytest.raises(Stopped):
+        record_shards()
+    assert written == {number: ["ab"[place] for place in recorded] for number in range(3)}
 
 
 @pytest.mark.parametrize("only_counted", [False, True])
@@ -371,6 +402,12 @@ with answered("x"), deferred("it waits"), held(Path(sys.argv[2])):
     print("holds", flush=True)
     time.sleep(600)
 """
+
+
+def test_a_note_that_cannot_be_written_beside_a_lock_stops_nothing(tmp_path):
+    (tmp_path / ".lock-holder").mkdir()
+    with artifact(tmp_path, "evaluation", {}) as target:
+        assert target.folder == tmp_path
 
 
 @pytest.mark.parametrize("kind", ["artifact", "writer"])

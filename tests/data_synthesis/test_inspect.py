@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from builders import conversation_record, conversations_run, recorded_sequence
+from commands import run_command
 from fledge.conf.cli import inspect_overrides
 from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
@@ -187,12 +187,7 @@ def test_the_command_takes_a_folder_with_blanks(finished, tmp_path):
     folder = shutil.copytree(finished.path / "hidden_states", tmp_path / "a folder, it's")
     done = finished("inspect", code=0)
     assert "float32, of decoder layers 1, 3, 4" in done.stdout
-    said = subprocess.run(
-        [sys.executable, "-m", "fledge", "inspect", str(folder), "--verify"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    said = run_command([sys.executable, "-m", "fledge", "inspect", str(folder), "--verify"])
     assert said.returncode == 0, said.stderr
     assert "checksums     all right" in said.stdout
     assert "⟦" in said.stdout

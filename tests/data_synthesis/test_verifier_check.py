@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, composed
+from commands import run_command
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, VerifierConfig
 from fledge.data_synthesis.verifier_check import check_verifier
 from fledge.models.head.draft_head import DraftHead, DraftHeadConfig
@@ -261,7 +262,7 @@ def test_synthesize_says_it_in_a_sentence_and_writes_nothing(tmp_path):
     save(tmp_path / "v", "Llama")
     common = ["name=x", f"runs_dir={tmp_path / 'runs'}", "data=embedded", f"verifier.path={tmp_path / 'v'}"]
     command = [sys.executable, "-m", "fledge", "synthesize", *common, "draft.num_attention_heads=3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("fledge: error: draft.num_attention_heads must divide")
     assert "Traceback" not in done.stderr

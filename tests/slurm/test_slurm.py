@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from builders import composed, copy_until_dump
+from commands import run_command
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import Place
 from fledge.conf.schema import (
@@ -60,7 +61,7 @@ PLACES = ("name='it\\'s a \"run\" $HOME `id`'", "runs_dir='/pla ce/50%/\"q\"'", 
 
 def fledge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fledge", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def printed(*options: str) -> dict[str, str]:

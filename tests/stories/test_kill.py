@@ -8,6 +8,7 @@ import time
 
 import torch
 from builders import Run
+from commands import popen
 from fledge.conf.runtime.journal import Journal, read_journal
 from fledge.data_synthesis.conversations import content_digest
 from fledge.models.formats.plain import checkpoint_steps
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 def kill_when(run: Run, stage: str, reached, *overrides: str) -> bool:
     """Start a stage and SIGKILL it as soon as `reached()`; say whether it was still at work then."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    process = popen(
         run.command(stage, *overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
     while process.poll() is None and not reached():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_command
 from fledge.conf.runtime.artifact import artifact, read_manifest
 from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig, validate
 from fledge.data_synthesis.conversations import FILE, content_digest
@@ -194,13 +194,7 @@ class Run:
         self, stage: str, *overrides: str, processes: int = 1, code: int = 0
     ) -> subprocess.CompletedProcess[str]:
         """Run a stage to its end; its exit code must be `code`."""
-        done = subprocess.run(
-            self.command(stage, *overrides, processes=processes),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        done = run_command(self.command(stage, *overrides, processes=processes))
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

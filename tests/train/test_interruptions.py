@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from builders import Run, as_if_killed_after, assert_same_record, copy_until_dump, metrics_of
+from commands import popen
 from fledge.models.formats.plain import checkpoint_steps, head_folder, load_head
 from safetensors.torch import load_file
 
@@ -30,7 +31,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_else(finis
     stage = "run" if number == signal.SIGUSR1 else "train"  # `fledge run` passes it on
     command = run.command(stage, "train.save_every=24", "train.log_every=1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     while len(metrics_of(run)) < 4 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)

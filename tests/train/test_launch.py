@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from builders import SUPPORT, Run
+from commands import popen
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import Place, find_place, first_host, own_gpus
 from fledge.conf.schema import VerifierConfig
@@ -214,7 +215,7 @@ class Pair:
         folders: tuple[Path | None, Path | None] = (None, None),
     ) -> None:
         self.processes = [
-            subprocess.Popen(
+            popen(
                 run.command("train", "train.packs_per_step=2", *common, *([option] if option else [])),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -92,8 +92,8 @@ def test_what_is_no_chat_completion_is_an_error_of_the_request(response):
 def test_a_field_that_an_answer_lacks_is_named_with_what_needs_it(missing, response):
     with pytest.raises(RequestError) as caught:
         read_answer(response)
-    assert (caught.value.reason, caught.value.lacking) == (f"an answer without {missing}", True)
-    assert caught.value.detail.startswith("which ")
+    assert (caught.value.reason, caught.value.lacking) == (f"an answer without {missing}", missing)
+    assert caught.value.detail.startswith("which fledge needs to ")
 
 
 def test_an_answer_that_tells_its_tokens_needs_no_usage():

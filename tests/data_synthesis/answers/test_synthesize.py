@@ -2,12 +2,14 @@
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import time
 
 import pytest
 from builders import Run
+from commands import popen
 from fledge.conf.runtime.artifact import artifact
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import SynthesizeConfig
@@ -125,7 +127,9 @@ def test_shards_of_a_job_array_make_together_what_one_start_makes(finished, run)
 
 def test_a_signal_ends_the_stage_with_what_is_done_and_the_next_start_goes_on(finished, run):
     path = run.path / "conversations" / "conversations.jsonl"
-    process = subprocess.Popen(run.command("synthesize"), stderr=subprocess.PIPE, text=True)
+    process = popen(
+        run.command("synthesize"), stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     while process.poll() is None and not (path.exists() and path.stat().st_size):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, save_byte_tokenizer
+from commands import popen, run_command
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig
@@ -75,7 +76,7 @@ class Regeneration:
     def start(self, *endpoints: str, log: int | None = subprocess.PIPE) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "fledge", "synthesize", *self.arguments]
         command.append(f"synthesize.endpoints=[{','.join(endpoints)}]")
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def finish(self, *endpoints: str, starts: int = 1) -> str:
         """Start until the exit code is 0; give what was printed."""
@@ -343,7 +344,7 @@ def test_images_reach_the_server_as_they_are_and_dump_leaves_them_out(tmp_path, 
         "draft.aux_layers=[1,3,5]",
         "draft.vocab_size=99",
     ]
-    dumped = subprocess.run(command, capture_output=True, text=True, check=False)
+    dumped = run_command(command)
     assert dumped.returncode == 2
     assert "1 conversations whose images cannot be read" in dumped.stderr
 
@@ -414,11 +415,9 @@ def test_a_server_that_lists_no_models_is_asked_all_the_same(byte_verifier, stat
 
 
 @pytest.mark.parametrize(("field", "named"), [("usage", "usage.prompt_tokens"), ("finish_reason", "finish_reason")])
-def test_a_server_whose_answers_lack_a_field_is_said_to_answer_without_it(byte_verifier, field, named):
+def test_a_server_whose_answers_lack_a_field_is_refused_with_what_needs_it(byte_verifier, field, named):
     with (
         spare_server(404, **{field: None}) as url,
-        pytest.raises(ValueError, match="gives an answer without") as caught,
+        pytest.raises(ValueError, match=f"its answers lack .*{named}, which fledge needs to .*: use a server that"),
     ):
         opened(url, byte_verifier)
-    assert named in str(caught.value)
-    assert "which " in str(caught.value)

@@ -68,6 +68,14 @@ def test_every_row_is_taken_or_counted_with_its_reason(tmp_path):
         assert counts["rows"] == 8 == counts["taken"] + sum(counts[reason] for reason in REFUSALS)
 
 
+def test_an_image_at_a_host_of_this_network_is_refused_before_anything_is_answered(tmp_path):
+    parts = [{"type": "text", "text": "a?"}, {"type": "image_url", "image_url": {"url": "http://10.0.0.5/a.png"}}]
+    source = SourceConfig(path=written(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": parts}]}]))
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 1 refers to 'http://10\.0\.0\.5/a\.png': its host is in"):
+        prepare(tmp_path, source)
+    assert prepare(tmp_path, source, local_images=True).count == 1
+
+
 def test_shards_are_disjoint_and_together_all(tmp_path):
     prepared = prepare(tmp_path, prompts(tmp_path, 1000))
     parts = [ids(prepared, shard, 7) for shard in range(7)]

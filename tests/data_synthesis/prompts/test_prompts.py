@@ -322,8 +322,14 @@ def test_what_stands_beside_one_message_and_placeholders_are_refused_too():
     asked = {"role": "user", "content": "What is it?", "images": ["1.jpg"]}
     with pytest.raises(ValueError, match=r"^has images beside its messages"):
         read_prompt({"messages": [asked]}, "s", 0, local=True)
-    for text in ("<image>\nWhat is it?", "What is it? <image>", "<video>What is it?"):
-        with pytest.raises(ValueError, match=r"^has images or the like beside its messages: a text holds their mark <"):
+    for kind, text in (
+        ("image", "<image>\nWhat is it?"),
+        ("image", "<image> <image> \r\nWhat are they?"),
+        ("audio", "What is it?\n <audio>\n"),
+        ("video", "What are they?\n<video>\n<video>"),
+    ):
+        said = f"^begins or ends a message with the placeholder <{kind}>, but fledge reads no {kind} for it"
+        with pytest.raises(ValueError, match=said):
             read_prompt({"prompt": text, "file_name": "1.jpg"}, "s", 0, local=True)
 
 
@@ -339,7 +345,8 @@ def test_columns_that_bring_nothing_new_are_no_hindrance(tmp_path):
             assert read_all(path) == [("It rained. Why?",)]
     for row in (ULTRACHAT, MAGPIE, {"prompt": "What does <image> mean, and <video></video>?"}):
         assert read_prompt(row, "s", 0, local=True)[0].turns
-    for html in ("<video>\n<source src=a>\n</video> is not shown.", "Is <audio> HTML?"):
+    differ = "Explain the difference between <audio> and <video>"
+    for html in ("<video>\n<source src=a>\n</video> is not shown.", "Is <audio> HTML?", differ, "<image> is HTML?"):
         assert read_prompt({"prompt": html}, "s", 0, local=True)[0].turns == (html,)
 
 

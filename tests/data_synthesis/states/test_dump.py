@@ -112,6 +112,9 @@ def test_what_is_left_out_is_counted_by_cause(run_of, verifier_config, capsys):
     assert "dump: picture is left out: it has images, which the verifier does not take" in out
     assert "1 conversations whose images cannot be read" in out
     assert "1 sequences of which no answer ends within dump.max_length=4, 0 answers beyond it of others" in out
+    config.data.local_images = True
+    with pytest.raises(ValueError, match="local_images: None -> True"):
+        dump(config)
 
 
 def test_a_sequence_that_is_too_long_keeps_the_answers_that_end_within(run_of, capsys):

@@ -18,7 +18,7 @@ from fledge.conf.runtime.artifact import Artifact, read_manifest
 from fledge.conf.schema import Config, HiddenStates, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
-from fledge.data_synthesis.store.shard import Sample, Shard
+from fledge.data_synthesis.store.shard import Sample, Shard, shard_entry
 from fledge.data_synthesis.store.state_format import decode, target_positions
 from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.data_synthesis.store.writer import BackgroundWriter
@@ -166,6 +166,29 @@ def test_a_shard_that_is_lost_is_recorded_again_and_nothing_else(config, tmp_pat
     after = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.glob("shard-*")}
     assert {name: content for name, (_, content) in after.items()} == {n: c for n, (_, c) in before.items()}
     assert [name for name in before if before[name][0] != after[name][0]] == ["shard-00003.safetensors"]
+
+
+def test_a_part_goes_as_soon_as_its_shard_is_written(tmp_path):
+    shard = Shard.of([Sample(name, torch.arange(4), torch.ones(4)) for name in "ab"])
+    with BackgroundWriter(tmp_path, tmp_path) as writer:
+        writer.put(3, shard.part([1]))
+        writer.put(3, shard)
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00003.safetensors"]
+
+
+def test_batches_from_the_first_with_other_logits_on_are_not_kept(config, tmp_path, monkeypatch):
+    sizes: list[int] = []
+
+    def unlike(_verifier, last, _logits):
+        sizes.append(len(last))
+        return torch.tensor(len(sizes) > 3)
+
+    monkeypatch.setattr("fledge.data_synthesis.states.transformers_engine._unlike_logits", unlike)
+    monkeypatch.setattr("fledge.data_synthesis.states.record._estimate_time", lambda *_: None)
+    with pytest.raises(ValueError, match="cannot train from this verifier"):
+        dump(into(config, tmp_path / "store", shard_tokens=100_000))
+    assert shard_entry(tmp_path / "store" / "part-00000.safetensors")["samples"] == sum(sizes[:3])
+    assert len(sizes) == 4, "it ends there"
 
 
 @pytest.mark.parametrize("last_states", LastStates)

@@ -13,7 +13,7 @@ from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.data_synthesis.tokens import reasoning as module
 from fledge.data_synthesis.tokens.chat_template import Turn, answer_text, prompt_tokens
-from fledge.data_synthesis.tokens.reasoning import split_answer, split_text
+from fledge.data_synthesis.tokens.reasoning import split_answer
 from fledge.models.verifier.model import Verifier
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,6 +31,8 @@ CHANNELS = PLAIN.replace(
     "<|go|>{% if m.thinking %}inner<|as|>{{ m.thinking }}<|end|><|go|>{% endif %}outer<|as|>{{ m.content",
 )
 DROPS = PLAIN.replace("{{ m.content", "{{ m.content.split('</think>')[-1].lstrip('\\n')")
+PARTS = PLAIN.replace("m.content", "m.content | map(attribute='text') | join")  # a text vanishes
+ONE_TURN = PLAIN + "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
 OPENS = PLAIN.replace("'[/INST]' }}", "'[/INST]' }}{% if loop.last %}<r:reason>\n{% endif %}")
 FIELDS = {
     "reasoning_content": {"open_pattern": r"<\|aa\|>", "close": "<|bb|>"},
@@ -118,6 +120,8 @@ def test_reasoning_in_plain_text_is_left_to_a_template_that_drops_it(plain):
     ("opening", "closing", "plain", "template"),
     [
         ("<think>", "</think>", False, PLAIN),
+        ("<think>", "</think>", False, PARTS),
+        ("<think>", "</think>", False, ONE_TURN),
         ("<reasoning>", "</reasoning>", True, PLAIN),
         ("<thought>", "</thought>", False, "{% set _ = '<thought></thought>' %}" + PLAIN),
         ("{{a}}", "{{b}}", False, WRITES.replace("<|aa|>", "{{ '{{a}}' }}").replace("<|bb|>", "{{ '{{b}}' }}")),
@@ -126,7 +130,7 @@ def test_reasoning_in_plain_text_is_left_to_a_template_that_drops_it(plain):
 def test_reasoning_in_plain_text_is_told_where_the_template_would_write_it_again(opening, closing, plain, template):
     told = tokenizer(template, plain=(opening, closing) if plain else ())
     said = f"{opening}\nEasy.\n{closing}\n\nBlue"
-    assert split(told, said + "</s>") == ("Blue", "Easy.") == split_text(told, said)
+    assert split(told, said + "</s>") == ("Blue", "Easy.") == split_answer(told, None, said)
     assert split(told, f"{opening}\nEasy and") == (None, "Easy and")
     assert split(told, f"So: {said}") == (f"So: {said}", None), "only where an answer begins with it"
 
@@ -154,11 +158,11 @@ def test_a_server_that_hides_marks_and_tokens_is_named_once(capsys, monkeypatch)
     monkeypatch.setattr(module, "_told", set())
     told = tokenizer(PLAIN, ("[THINK]", "[/THINK]"))
     for _ in range(2):
-        assert split_text(told, "ThinkingBlue") == ("ThinkingBlue", None)
+        assert split_answer(told, None, "ThinkingBlue") == ("ThinkingBlue", None)
     (line,) = capsys.readouterr().err.splitlines()
     assert "marks its reasoning by special tokens ([THINK])" in line
     assert "start the server with a reasoning parser" in line
-    assert split_text(tokenizer(PLAIN), "Blue") == ("Blue", None)
+    assert split_answer(tokenizer(PLAIN), None, "Blue") == ("Blue", None)
     assert not capsys.readouterr().err
 
 

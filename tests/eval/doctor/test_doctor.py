@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import make_head, matrices
+from commands import run_command
 from fledge.conf.schema import Config, validate
 from fledge.eval.doctor.doctor import diagnose, report
 from fledge.eval.doctor.rules import IDS, Published, engine_notes, static_findings
@@ -322,5 +322,5 @@ def test_the_exit_code_tells(config, tmp_path, changes, code):
         *(sys.executable, "-m", "fledge", "doctor", f"head_import.source={source}", "name=x"),
         *(f"verifier.path={config.verifier.path}", "verifier.dtype=float32", "verifier.device=cpu"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_command(command, cwd=tmp_path)
     assert done.returncode == code, done.stdout + done.stderr
