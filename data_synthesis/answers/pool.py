@@ -9,12 +9,31 @@ from .endpoint import Endpoint
 
 
 class Pool:
-    """The endpoints, and who waits for one: conversations that go on come before new ones."""
+    """The endpoints, and who waits for one: conversations that go on come before new ones.
 
-    def __init__(self) -> None:
+    Args:
+        concurrency: conversations at once for each endpoint; some are between two tries, without a slot.
+    """
+
+    def __init__(self, concurrency: int) -> None:
         self.endpoints: list[Endpoint] = []
+        self.conversations = 0  # that have begun and not ended
         self.closed = False  # to new conversations
+        self._concurrency = concurrency
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def max_conversations(self) -> int:
+        """Conversations at once."""
+        return self._concurrency * len(self.endpoints)
+
+    async def begin(self) -> Slot | None:
+        """Wait for a slot for a new conversation; None once closed."""
+        endpoint = await self.take()
+        if endpoint is None:
+            return None
+        self.conversations += 1
+        return Slot(self, endpoint)
 
     async def take(self, preferred: Endpoint | None = None, avoided: Endpoint | None = None) -> Endpoint | None:
         """Wait for a free slot of an endpoint; None for a new conversation once closed to those.
@@ -23,9 +42,9 @@ class Pool:
             preferred: of a conversation that goes on; taken if it has a slot.
             avoided: taken only if no other has a slot.
         """
-        while preferred is not None or not self.closed:
+        while preferred or not self.closed:
             free = [endpoint for endpoint in self.endpoints if endpoint.free > 0]
-            if free:
+            if free and (preferred or self.conversations < self.max_conversations):
                 best = max(free, key=lambda e: (e is not avoided, e is preferred, e.free))
                 best.in_flight += 1
                 return best
@@ -34,24 +53,17 @@ class Pool:
             await waiter
         return None
 
-    def give_back(self, endpoint: Endpoint) -> None:
-        """Leave a slot to the next who waits."""
-        endpoint.in_flight -= 1
-        self.wake()
-
-    def wake(self, everyone: bool = False) -> None:
-        """Let as many look again as there are slots."""
-        slots = sum(max(0, endpoint.free) for endpoint in self.endpoints)
-        while self._waiting and (everyone or slots > 0):
-            waiter = self._waiting.popleft()
+    def wake(self) -> None:
+        """Let as many look again as there are slots, or everyone once closed."""
+        slots = len(self._waiting) if self.closed else sum(max(0, endpoint.free) for endpoint in self.endpoints)
+        for waiter in [self._waiting.popleft() for _ in range(min(slots, len(self._waiting)))]:
             if not waiter.done():
                 waiter.set_result(None)
-                slots -= 1
 
     def close(self) -> None:
-        """Take no new conversation."""
+        """Begin no new conversation."""
         self.closed = True
-        self.wake(everyone=True)
+        self.wake()
 
 
 class Slot:
@@ -74,6 +86,11 @@ class Slot:
     def release(self, failed: bool = False) -> None:
         """Give the slot back; if the endpoint has `failed`, another is tried next if there is one."""
         if self._held:
-            self._avoided = self._endpoint if failed else None
-            self._held = False
-            self._pool.give_back(self._endpoint)
+            self._held, self._avoided = False, self._endpoint if failed else None
+            self._endpoint.in_flight -= 1
+        self._pool.wake()
+
+    def end(self) -> None:
+        """Give the slot back: the conversation has ended."""
+        self._pool.conversations -= 1
+        self.release()

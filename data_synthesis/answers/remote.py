@@ -10,10 +10,9 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
 from ...conf.schema import Config
@@ -77,63 +76,42 @@ class _Regeneration:
         self._heldout_share = config.data.heldout_share
         self._log, self._signals = log, signals
         self._endpoint_verifier = EndpointVerifier(config.verifier, config.synthesize)
-        self._pool = Pool()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._rows: set[asyncio.Task[None]] = set()  # those that answer a conversation
-        self._changed = asyncio.Event()  # a conversation has ended, or no new one is begun
-        self._error: BaseException | None = None  # that ends the stage
+        self._pool = Pool(config.synthesize.concurrency)
+        self._probes: list[asyncio.Task[None]] = []  # one a server
         self._opened = self._answered = False
 
     async def run(self, prompts: Iterable[Prompt]) -> None:
-        work = self._start(self._answer_all(prompts))
+        """Answer the prompts; an error ends all at once."""
         try:
-            await self._watch(work)
+            async with asyncio.TaskGroup() as self._tasks:
+                work = self._tasks.create_task(self._answer_all(prompts))
+                await self._watch(work)
+                for task in (work, *self._probes):
+                    task.cancel()
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
         finally:
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             for endpoint in self._pool.endpoints:
                 await endpoint.close()
-        if self._error:
-            raise self._error
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._rows.discard(task)
-        self._log.in_flight = len(self._rows)
-        self._changed.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._error = self._error or error
-            self._close()
-
-    def _close(self) -> None:
-        """Begin no new conversation."""
-        self._pool.close()
-        self._changed.set()
 
     async def _watch(self, work: asyncio.Task[None]) -> None:
-        """Look at the clock until all is answered, an error or a signal's grace ends it, or all servers stay away."""
+        """Look at the clock until all is answered, a signal's grace is over, or all servers stay away."""
         last_up = looked = time.monotonic()
         stopped_at: float | None = None
-        while not work.done() and not self._error:
+        while not work.done():
             await asyncio.wait([work], timeout=_TICK_S)
             now = time.monotonic()
             if self._signals.received:
                 stopped_at = stopped_at or now
-                self._close()
+                self._pool.close()
                 if not self._opened or now - stopped_at >= self._options.grace_s:
                     return
             if self._opened and now - looked > _LOOK_S:
                 looked = now
-                for endpoint in self._add_new_servers():
-                    self._start(self._keep_open(endpoint))
+                self._keep_open(self._add_new_servers())
             if not self._opened or any(endpoint.up for endpoint in self._pool.endpoints):
                 last_up = now
             elif not work.done() and now - last_up > self._options.server_wait_s:
@@ -148,22 +126,13 @@ class _Regeneration:
     async def _answer_all(self, prompts: Iterable[Prompt]) -> None:
         """Start a conversation whenever an endpoint has a free slot, and wait for all of them."""
         await self._open_endpoints()
-        for prompt in prompts:
-            while len(self._rows) >= self._most and not self._pool.closed:  # some are between two tries, without a slot
-                self._changed.clear()
-                await self._changed.wait()
-            endpoint = await self._pool.take()
-            if endpoint is None:
-                break
-            self._rows.add(self._start(self._converse(prompt, endpoint)))
-            self._log.in_flight = len(self._rows)
-        while self._rows:
-            await asyncio.wait(self._rows)
-
-    @property
-    def _most(self) -> int:
-        """Conversations at once."""
-        return self._options.concurrency * len(self._pool.endpoints)
+        async with asyncio.TaskGroup() as conversations:
+            for prompt in prompts:
+                slot = await self._pool.begin()
+                if slot is None:
+                    return
+                conversations.create_task(self._converse(prompt, slot))
+                self._log.in_flight = self._pool.conversations
 
     def _add_new_servers(self) -> list[Endpoint]:
         """Return the endpoints of servers that have written their addresses since; they are asked by no proxy."""
@@ -171,7 +140,7 @@ class _Regeneration:
         urls = [url for url in _addresses(self._options.servers) if url not in known]
         new = [Endpoint(url, self._options, by_proxy=False) for url in urls]
         self._pool.endpoints += new
-        _allow_open_files(self._most)
+        _allow_open_files(self._pool.max_conversations)
         return new
 
     async def _open_endpoints(self) -> None:
@@ -193,11 +162,13 @@ class _Regeneration:
                 f"synthesize.endpoints: no server answers ({why}): "
                 "start one that serves the verifier, or give none to run it in this process"
             )
-        for endpoint in endpoints:
-            self._start(self._keep_open(endpoint))
+        self._keep_open(endpoints)
         self._opened = True
 
-    async def _keep_open(self, endpoint: Endpoint) -> None:
+    def _keep_open(self, endpoints: list[Endpoint]) -> None:
+        self._probes += [self._tasks.create_task(self._probe(endpoint)) for endpoint in endpoints]
+
+    async def _probe(self, endpoint: Endpoint) -> None:
         """Probe an endpoint whenever it is out of service, until it answers again."""
         while True:
             await endpoint.lost.wait()
@@ -214,9 +185,9 @@ class _Regeneration:
                 print(f"synthesize: {endpoint.url} answers again", file=sys.stderr)
             self._pool.wake()
 
-    async def _converse(self, prompt: Prompt, endpoint: Endpoint) -> None:
+    async def _converse(self, prompt: Prompt, slot: Slot) -> None:
         """Answer one prompt, turn by turn, and write what becomes of it."""
-        conversation, slot = Conversation(prompt), Slot(self._pool, endpoint)
+        conversation = Conversation(prompt)
         greedy = self._options.temperature == 0 or is_heldout(prompt.id, self._heldout_share)
         try:
             while (question := conversation.question) is not None:
@@ -233,7 +204,8 @@ class _Regeneration:
                 return
             conversation.end(failed)
         finally:
-            slot.release()
+            slot.end()
+            self._log.in_flight = self._pool.conversations
         if conversation.answers:
             self._log.add([conversation], 0.0 if greedy else self._options.temperature)
             return
