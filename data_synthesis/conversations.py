@@ -27,7 +27,7 @@ def _check(record: dict[str, Any]) -> str | None:
 
 
 def content_digest(folder: Path) -> str:
-    """Hash what a folder's conversations say, whatever the order of lines (that of completion); "" where none are."""
+    """Hash what a folder's conversations say, whatever the order of lines (that of completion); "" without any."""
     files = [part / FILE for part in _parts(folder)]
     if not all(file.is_file() for file in files):
         return ""
@@ -35,12 +35,12 @@ def content_digest(folder: Path) -> str:
 
 
 def add_digests(digests: Iterable[str]) -> str:
-    """Give one digest of many, whatever their order and grouping: their sum takes no memory."""
+    """Return one digest of many, whatever their order and grouping: their sum takes no memory."""
     return f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}"
 
 
 def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[str, Any]]:
-    """Read finished conversations, of all parts where a job array made them.
+    """Read finished conversations, of all parts if a job array made them.
 
     Args:
         unfinished: more may still be written.
@@ -56,7 +56,7 @@ def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[
 
 
 class ConversationRef(NamedTuple):
-    """Where a conversation stands."""
+    """Where the line of a conversation stands."""
 
     id: str
     file: str  # in the folder of conversations
@@ -98,7 +98,7 @@ class ConversationIndex:
 
 
 def part_folder(folder: Path, shard: int, num_shards: int) -> Path:
-    """Give the folder in which one task of a job array writes."""
+    """Return the folder in which one task of a job array writes."""
     return folder / f"part-{shard:05d}-of-{num_shards:05d}"
 
 

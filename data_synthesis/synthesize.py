@@ -38,7 +38,7 @@ def synthesize(config: Config) -> None:
 
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
-    """Give what determines the conversations."""
+    """Return what determines the conversations."""
     options = config.synthesize
     here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
     return {

@@ -56,12 +56,12 @@ class Window:
         return int(self._size)
 
     def grow(self) -> None:
-        """Take note of an answer."""
+        """Count an answer."""
         self._size = min(self._most, self._size + (1.0 if self._size < self._doubles_below else 1.0 / self._size))
         self._pushed_back = max(0.0, self._pushed_back - _LET_PASS)
 
     def shrink(self, started: float) -> None:
-        """Take note that the server pushed back a request that was sent at `started`."""
+        """Count that the server pushed back a request that was sent at `started`."""
         if started < self._halved_at:
             return
         self._pushed_back += 1.0

@@ -136,7 +136,7 @@ def _content(files: list[Path]) -> str:
 
 
 def _splits(entry: str) -> list[SourceConfig]:
-    """Give all splits of an entry of data.exclude: a path, a hub id, or a hub id and its configuration, `id:subset`."""
+    """Return all splits of an entry of data.exclude: a path, a hub id, or `id:subset` with a configuration."""
     path, _, subset = entry.rpartition(":")
     if not path or is_gone(entry) or is_local(entry):
         path, subset = entry, ""
@@ -181,7 +181,7 @@ def _refused(summary: dict[str, Any]) -> str:
 
 
 def _shares(data: DataConfig) -> list[int | None]:
-    """Give the prompts to take of each source at most: data.limit by weight (largest remainder), and its own limit."""
+    """Return the most prompts to take of each source: data.limit by weight (largest remainder), and its own limit."""
     if data.limit is None:
         return [source.limit for source in data.sources]
     total = sum(source.weight for source in data.sources)
@@ -210,7 +210,7 @@ def _load_questions(exclude: list[str]) -> Questions:
 
 
 def _asking(row: Any) -> Any:
-    """Give an evaluation question that no prompt looks like as a prompt; other rows as they are."""
+    """Return an evaluation question that no prompt looks like as a prompt; other rows as they are."""
     if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):
         return next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
     return row

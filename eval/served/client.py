@@ -29,7 +29,7 @@ _TICK_S = 0.1
 
 
 def check_server(config: Config, questions: list[Question]) -> None:
-    """Make sure that the server's answers to these questions can be measured, before anything is written.
+    """Check that the server's answers to these questions can be measured, before anything is written.
 
     Raises:
         ValueError: they cannot.

@@ -109,7 +109,7 @@ def unsupported_server(url: str, metrics: Any) -> str:
 
 
 def _sampling(options: EvaluateConfig) -> dict[str, Any]:
-    """Give the fields of a request that both engines know, with whatever would make greedy less than greedy."""
+    """Return the fields of a request that both engines know, with whatever would make greedy less than greedy."""
     return {
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -160,7 +160,7 @@ class Vllm(_Engine):
     definition = f"{DEFINITION}, as vLLM counts"
 
     async def check(self) -> None:
-        """Make sure that it speculates as is to be measured, and tells so."""
+        """Check that it speculates as is to be measured, and tells so."""
         options, url = self._options, self._endpoint.url
         counters = await self._counters()
         drafted = len(counters.speculation.num_accepted_tokens_per_pos)
@@ -222,7 +222,7 @@ class Vllm(_Engine):
         return counters
 
     async def _quiet(self) -> VllmCounters:
-        """Give the counters when nothing runs: a request that was given up may still."""
+        """Return the counters when nothing runs: a request that was given up may still."""
         began = time.monotonic()
         while (counters := await self._counters()).busy:
             if time.monotonic() - began > _QUIET_S:
@@ -231,7 +231,7 @@ class Vllm(_Engine):
         return counters
 
     async def _grown(self, before: VllmCounters, written: int) -> ServedCounts:
-        """Give what was counted since `before`, once the counters have come to the end of our one request."""
+        """Return what was counted since `before`, once the counters have come to the end of our one request."""
         began = time.monotonic()
         while (after := await self._counters()).requests == before.requests:
             if time.monotonic() - began > _LAG_S:
@@ -265,7 +265,7 @@ class Sglang(_Engine):
         self._info["top_k"] = info.get("speculative_eagle_topk")
 
     async def check(self) -> None:
-        """Make sure that it speculates as is to be measured, and tells so."""
+        """Check that it speculates as is to be measured, and tells so."""
         options, info = self._options, self._info
         if not info["algorithm"]:
             raise ValueError(
