@@ -286,6 +286,7 @@ class _Candidates:
 
     def __init__(self, file: IO[bytes], seed: int) -> None:
         self._file, self._seed = file, seed
+        self._end = 0  # of the file, in bytes
         self._found = array("Q")  # candidates of the present source, one _CANDIDATE each
         self.taken = np.empty(0, _CANDIDATE)  # of the sources before
 
@@ -295,8 +296,8 @@ class _Candidates:
 
     def add(self, prompt_id: str, text: int, line: bytes) -> None:
         """Add a prompt of the present source."""
-        self._found.extend((self._key(prompt_id), text, self._file.tell(), 0))
-        self._file.write(line)
+        self._found.extend((self._key(prompt_id), text, self._end, 0))
+        self._end += self._file.write(line)
 
     def take(self, share: int | None, deduplicate: bool) -> Counter[str]:
         """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
@@ -307,7 +308,7 @@ class _Candidates:
             for number in later.tolist():
                 rows["renamed"][number] += 1
                 rows["key"][number] = self._key(json.loads(self._line(rows[number]))["id"])
-        self._file.seek(0, os.SEEK_END)
+        self._file.seek(self._end)
         is_first = _first_equal(rows["text" if deduplicate else "key"]) == np.arange(len(rows))
         own = rows[before:][is_first[before:]]
         taken = own[np.argsort(own["key"])][:share]
