@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-import openai
+from requests.utils import get_environ_proxies, select_proxy
 
 from ...conf.schema import SynthesizeConfig
-from ..conversations import Answer
 from ..tokens.chat_template import Turn
+from .conversation import Answer
 
 _FIRST_WINDOW = 16
 _LET_PASS = 0.1
 _CONNECT_S = 10.0
-_STRIKES = 3  # troubles in a row after which an endpoint is asked whether it is there
+_KEEP_ALIVE_S = 5.0  # that an idle connection is kept: engines close theirs about then
+_STRIKES = 3  # troubles in a row after which an endpoint is out of service until it answers a probe
 _MOST_PAUSE_S = 300.0
 _CONTEXT_WORDS = (
     *("context length", "context window", "context size", "context_length", "max_model_len"),
     *("maximum sequence length", "max_seq_len", "max_num_tokens"),
 )
-_NEEDED = {  # fields of an answer that not every server gives, and what for
+_REQUIRED = {  # fields of an answer that not every server gives, and what for
     "choices[0].finish_reason": "which fledge needs to tell an answer that was cut from one that ended",
     "usage.prompt_tokens": "which fledge needs to compare its tokens with the verifier's",
     "usage.completion_tokens": "which fledge needs to count tokens",
@@ -53,12 +56,12 @@ class Window:
         return int(self._size)
 
     def grow(self) -> None:
-        """Take note of an answer."""
+        """Count an answer."""
         self._size = min(self._most, self._size + (1.0 if self._size < self._doubles_below else 1.0 / self._size))
         self._pushed_back = max(0.0, self._pushed_back - _LET_PASS)
 
     def shrink(self, started: float) -> None:
-        """Take note that the server pushed back a request that was sent at `started`."""
+        """Count that the server pushed back a request that was sent at `started`."""
         if started < self._halved_at:
             return
         self._pushed_back += 1.0
@@ -86,34 +89,32 @@ class RequestError(Exception):
 
 
 class Endpoint:
-    """One server: its client, its window, and whether it is up.
+    """One server: its connections, its window, and whether it is in service.
 
     Args:
-        by_proxy: ask through the proxy that the environment names, if it does.
+        by_proxy: use the proxy that the environment names, if it does.
     """
 
     def __init__(self, url: str, options: SynthesizeConfig, by_proxy: bool = True) -> None:
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-            max_connections=options.concurrency + 1, max_keepalive_connections=options.concurrency + 1
-        )
-        timeout = openai.Timeout(options.request_timeout_s, connect=min(_CONNECT_S, options.request_timeout_s))
         self.url = url
         self.window = Window(options.concurrency)
         self.in_flight = 0
-        self.up = False
+        self.lost = asyncio.Event()  # out of service; a probe that is answered clears it
+        self.lost.set()
         self.model = ""  # its name for the verifier
         self.max_context = 0  # tokens of prompt and answer
         self.answered_at = 0.0  # by time.monotonic()
         self.extras: dict[str, Any] = {}  # fields of a request that not every server takes, and this one does
         self._strikes = 0
         self._not_before = 0.0
-        self._client = openai.AsyncOpenAI(
-            base_url=url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=0,  # retries are ours: they may go to another server
-            timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout, trust_env=by_proxy),
-        )
+        self._options = options
+        self._proxy = _environment_proxy(url) if by_proxy else None
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether it is in service."""
+        return not self.lost.is_set()
 
     @property
     def paused(self) -> bool:
@@ -125,13 +126,8 @@ class Endpoint:
         """Requests it could be given now."""
         return self.window.size - self.in_flight if self.up and not self.paused else 0
 
-    @property
-    def suspect(self) -> bool:
-        """Whether it has failed so often in a row that it may be gone."""
-        return self._strikes >= _STRIKES
-
     async def ask(self, body: dict[str, Any]) -> Answer:
-        """Ask for a chat completion.
+        """Return a chat completion; several failures in a row put the endpoint out of service.
 
         Raises:
             RequestError: there is no usable one.
@@ -139,8 +135,8 @@ class Endpoint:
         started = time.monotonic()
         try:
             answer = read_answer(await self.send("POST", "/chat/completions", {"model": self.model, **body}))
-            needed = answer.prompt_tokens + body["max_tokens"]
-            if needed > self.max_context:  # vLLM cuts the answer to what is left, others the prompt
+            if answer.prompt_tokens + body["max_tokens"] > self.max_context:
+                # vLLM cuts the answer to what is left, others the prompt
                 raise RequestError("context full", "", lasting=True, context_full=True)
         except RequestError as trouble:
             if trouble.busy:
@@ -148,13 +144,15 @@ class Endpoint:
                 self._not_before = max(self._not_before, time.monotonic() + trouble.pause_s)
             if not trouble.pushed_back and (trouble.refuses_us or not trouble.lasting):
                 self._strikes += 1
+            if self._strikes >= _STRIKES:
+                self.lost.set()
             raise
         self._strikes, self.answered_at = 0, time.monotonic()
         self.window.grow()
         return answer
 
     async def models(self) -> list[dict[str, Any]]:
-        """Give what the server says it serves; nothing where it does not tell, or has no such list (404, 405).
+        """Return what the server says it serves; nothing if it does not tell, or has no such list (404, 405).
 
         Raises:
             RequestError: no server answers, or it refuses our key.
@@ -169,30 +167,56 @@ class Endpoint:
         models = listed.get("data") if isinstance(listed, dict) else None
         return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
-    async def send(self, method: str, path: str, body: dict[str, Any] | None = None, kind: type[Any] = object) -> Any:
-        """Send a request and give what comes back.
+    async def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request and return what comes back: JSON decoded, anything else as text.
 
         Args:
             path: below the base URL, or a whole URL.
-            kind: of what a GET gives: object, its JSON; str, its text.
 
         Raises:
             RequestError: there is nothing usable.
         """
+        self._session = self._session or self._connect()
+        url = path if "://" in path else self.url.rstrip("/") + path
         try:
-            if method == "GET":
-                return await self._client.get(path, cast_to=kind)
-            return await self._client.post(path, cast_to=object, body=body)  # unparsed: half the time of a typed call
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: no JSON
-            raise request_error(error) from error
+            async with self._session.request(method, url, json=body, proxy=self._proxy) as response:
+                content = await response.read()
+        except aiohttp.ServerTimeoutError as error:
+            raise RequestError("time-out", "Request timed out.", busy=True) from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no address, or a proxy it cannot use
+            raise RequestError("connection lost", _shortened(error)) from error
+        if not 200 <= response.status < 300:
+            raise status_error(response.status, await response.text(errors="replace"), response.headers)
+        if not response.content_type.endswith("json"):
+            return await response.text(errors="replace")
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise RequestError("no JSON", _shortened(error)) from error
+
+    def _connect(self) -> aiohttp.ClientSession:
+        connections = aiohttp.TCPConnector(limit=self._options.concurrency + 1, keepalive_timeout=_KEEP_ALIVE_S)
+        longest = self._options.request_timeout_s
+        timeout = aiohttp.ClientTimeout(connect=longest, sock_connect=min(_CONNECT_S, longest), sock_read=longest)
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        headers = {"Authorization": f"Bearer {key}", "Accept": "application/json", "User-Agent": "fledge"}
+        return aiohttp.ClientSession(connector=connections, timeout=timeout, headers=headers)
 
     def revive(self) -> None:
         """Take it into service."""
-        self._strikes, self.up, self.answered_at = 0, True, time.monotonic()
+        self._strikes, self.answered_at = 0, time.monotonic()
+        self.lost.clear()
 
     async def close(self) -> None:
         """Close its connections."""
-        await self._client.close()
+        if self._session is not None:
+            await self._session.close()
+
+
+def _environment_proxy(url: str) -> str | None:
+    """Return the proxy that the environment names for an address; aiohttp knows no networks in `no_proxy`."""
+    proxy = select_proxy(url, get_environ_proxies(url))
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
 def read_answer(response: Any) -> Answer:
@@ -207,19 +231,11 @@ def read_answer(response: Any) -> Answer:
         usage = response.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         counts = [len(turn.prompt), len(turn.answer)] if turn else counts
-        needed: dict[str, Any] = {"choices[0].finish_reason": finish_reason}
-        needed |= dict(zip(("usage.prompt_tokens", "usage.completion_tokens"), counts, strict=True))
-        if lacking := [name for name, value in needed.items() if value is None]:
-            raise RequestError(f"an answer without {lacking[0]}", _NEEDED[lacking[0]], lacking=lacking[0])
+        for (name, purpose), value in zip(_REQUIRED.items(), (finish_reason, *counts), strict=True):
+            if value is None:
+                raise RequestError(f"an answer without {name}", purpose, lacking=name)
         f"{text}{reasoning}".encode()
-        answer = Answer(
-            text=text,
-            finish_reason=finish_reason,
-            prompt_tokens=int(needed["usage.prompt_tokens"]),
-            completion_tokens=int(needed["usage.completion_tokens"]),
-            reasoning=reasoning,
-            turn=turn,
-        )
+        answer = Answer(text, finish_reason, int(counts[0]), int(counts[1]), reasoning, turn)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise RequestError("no chat completion", f"{error!r} in {str(response)[:200]}") from None
     if not isinstance(text, str) or not isinstance(reasoning, str | None):
@@ -229,34 +245,28 @@ def read_answer(response: Any) -> Answer:
     return answer
 
 
-def request_error(error: Exception) -> RequestError:
-    """Say what an error of the client means for the request and its server."""
-    detail = _shortened(error)
-    if isinstance(error, openai.APIConnectionError):  # time-outs are of that kind too, and what aiohttp cannot reach
-        lost = next((cause for cause in _causes(error) if isinstance(cause, aiohttp.ClientConnectionError)), None)
-        if isinstance(error, openai.APITimeoutError) and (lost is None or isinstance(lost, aiohttp.ServerTimeoutError)):
-            return RequestError("time-out", detail, busy=True)
-        return RequestError("connection lost", _shortened(lost or error.__cause__ or error))
-    if not isinstance(error, openai.APIStatusError):
-        return RequestError("no JSON", detail)
-    status, reason = error.status_code, f"HTTP {error.status_code}"
+def status_error(status: int, text: str, headers: Mapping[str, str]) -> RequestError:
+    """Return what an HTTP status other than success, and the text that came with it, mean for request and server."""
+    reason, detail = f"HTTP {status}", f"Error code: {status}"
+    try:
+        said = json.loads(text)
+        error = said.get("error", said)
+        detail += f" - {error['message']}" if error["message"] and isinstance(error["message"], str) else ""
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass  # it gives no reason, or in a form of its own
+    detail = _shortened(detail)
     if status in (429, 503, 529):
-        pause_s = _retry_after(error.response.headers.get("retry-after"))
-        return RequestError(reason, detail, busy=True, pushed_back=True, pause_s=pause_s)
+        return RequestError(
+            reason, detail, busy=True, pushed_back=True, pause_s=_retry_after(headers.get("retry-after"))
+        )
     if status >= 500 or status in (408, 409, 425):
         return RequestError(reason, detail)
     full = any(words in detail.lower() for words in _CONTEXT_WORDS)
     return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status not in _OF_THE_REQUEST)
 
 
-def _shortened(error: BaseException) -> str:
+def _shortened(error: Exception | str) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _retry_after(value: str | None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +14,17 @@ from ...conf.runtime.artifact import digest
 from ...conf.runtime.signals import StopSignals, deferred
 from ...conf.schema import Config, SynthesizeConfig
 from ...models.verifier.model import Verifier
-from ..conversations import CONTEXT_FULL, Answer, Conversation, Failure
 from ..heldout import is_heldout
 from ..prompts.rows import Prompt, images_of
 from ..tokens.chat_template import NoExactSpanError, Turn, prompt_tokens
 from ..tokens.reasoning import split_answer
 from ..tokens.sequences import UnknownTokenError, check_known
-from .answer_log import Outcomes
+from .answer_log import AnswerLog
+from .conversation import CONTEXT_FULL, Answer, Conversation, Failure
 
 
-def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -> None:
-    """Answer the prompts that are wanted.
+def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> None:
+    """Answer the prompts that have no conversation yet.
 
     Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
     resumed run says what an uninterrupted one would have said. A signal stops before the next batch, and the one at
@@ -32,9 +32,13 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -
     """
     options = config.synthesize
     everything = list(prompts)
-    if not any(outcomes.wants(prompt.id) for prompt in everything):
+    if not any(log.wants(prompt.id) for prompt in everything):
         return
-    _refuse_images(everything)
+    if pictured := next((prompt.id for prompt in everything if any(map(images_of, prompt.turns))), None):
+        raise ValueError(
+            f"prompt {pictured} has images, which the verifier in this process cannot read: "
+            "give synthesize.endpoints of a server that does"
+        )
     if config.verifier.tensor_parallel:
         raise ValueError(
             "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
@@ -47,31 +51,22 @@ def answer_here(config: Config, prompts: Iterable[Prompt], outcomes: Outcomes) -
             f"got {options.max_tokens}"
         )
     with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
-        _answer_all(verifier, everything, config, outcomes, signals)
-
-
-def _answer_all(
-    verifier: Verifier, everything: list[Prompt], config: Config, outcomes: Outcomes, signals: StopSignals
-) -> None:
-    options = config.synthesize
-    for heldout in (True, False):
-        split = [prompt for prompt in everything if is_heldout(prompt.id, config.data.heldout_share) == heldout]
-        split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
-        for start in range(0, len(split), options.batch_size):
-            batch = split[start : start + options.batch_size]
+        for temperature, batch in _batches(everything, options, config.data.heldout_share):
             if signals.received:
                 return
-            if any(outcomes.wants(prompt.id) for prompt in batch):
-                _answer_batch(verifier, batch, 0.0 if heldout else options.temperature, options, outcomes, signals)
+            if any(log.wants(prompt.id) for prompt in batch):
+                _answer_batch(verifier, batch, temperature, options, log, signals)
 
 
-def _refuse_images(prompts: list[Prompt]) -> None:
-    for prompt in prompts:
-        if any(map(images_of, prompt.turns)):
-            raise ValueError(
-                f"prompt {prompt.id} has images, which the verifier in this process cannot read: "
-                "give synthesize.endpoints of a server that does"
-            )
+def _batches(
+    prompts: list[Prompt], options: SynthesizeConfig, heldout_share: float
+) -> Iterator[tuple[float, list[Prompt]]]:
+    """Return conversations of similar length together, with their temperature: held-out ones are greedy."""
+    for heldout, temperature in ((True, 0.0), (False, options.temperature)):
+        split = [prompt for prompt in prompts if is_heldout(prompt.id, heldout_share) == heldout]
+        split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
+        for start in range(0, len(split), options.batch_size):
+            yield temperature, split[start : start + options.batch_size]
 
 
 def _answer_batch(
@@ -79,7 +74,7 @@ def _answer_batch(
     prompts: list[Prompt],
     temperature: float,
     options: SynthesizeConfig,
-    outcomes: Outcomes,
+    log: AnswerLog,
     signals: StopSignals,
 ) -> None:
     conversations = [Conversation(prompt) for prompt in prompts]
@@ -87,16 +82,16 @@ def _answer_batch(
     converse(verifier, conversations, temperature, options, deadline)
     if deadline.over:
         return  # what is there may be half an answer
-    wanted = [conversation for conversation in conversations if outcomes.wants(conversation.prompt.id)]
-    outcomes.made([conversation for conversation in wanted if conversation.answers], temperature)
-    for conversation in wanted:
+    new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
+    log.add([conversation for conversation in new if conversation.answers], temperature)
+    for conversation in new:
         if not conversation.answers:
             assert conversation.ended_by is not None
-            outcomes.failed(conversation.prompt.id, replace(conversation.ended_by, final=True))
+            log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
 class _Deadline:
-    """Ends a generation when the grace after a signal is over: what transformers calls a stopping criterion."""
+    """Ends a generation once the grace after a signal is over: a stopping criterion of transformers."""
 
     def __init__(self, signals: StopSignals, grace_s: float) -> None:
         self._signals, self._grace_s = signals, grace_s
@@ -130,28 +125,27 @@ def converse(
                 check_known(verifier.tokenizer, context, verifier.model.config.get_text_config().vocab_size)
             except UnknownTokenError as error:
                 conversation.end(Failure("the verifier has no embedding of a token", str(error)))
-                continue
             except NoExactSpanError as error:
                 conversation.end(Failure("the chat template refuses it", str(error)))
-                continue
-            if len(context) + options.max_tokens <= _positions(verifier):
-                contexts[number] = context
             else:
-                conversation.end(CONTEXT_FULL)
+                if len(context) + options.max_tokens <= _positions(verifier):
+                    contexts[number] = context
+                else:
+                    conversation.end(CONTEXT_FULL)
         if not contexts:
             return
-        asked = [conversations[number] for number in contexts]
-        turns = max(len(conversation.answers) for conversation in asked)
-        seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in asked]]), 16) % 2**63
+        answered = [conversations[number] for number in contexts]
+        turns = max(len(conversation.answers) for conversation in answered)
+        seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in answered]]), 16) % 2**63
         answers = generate(verifier, list(contexts.values()), options, temperature, seed, deadline)
-        for conversation, context, (tokens, ended) in zip(asked, contexts.values(), answers, strict=True):
+        for conversation, context, (tokens, ended) in zip(answered, contexts.values(), answers, strict=True):
             text, reasoning = split_answer(verifier.tokenizer, tokens)
             reason = "stop" if ended else "length"
             conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
 
 
 def _positions(verifier: Verifier) -> int:
-    """Give the tokens of the verifier's context."""
+    """Return the tokens of the verifier's context."""
     return int(verifier.model.config.get_text_config().max_position_embeddings)
 
 
@@ -163,7 +157,7 @@ def generate(
     seed: int,
     deadline: _Deadline | None = None,
 ) -> list[tuple[list[int], bool]]:
-    """Generate an answer to each token context; give its tokens and whether it ended by itself."""
+    """Return an answer to each token context: its tokens, and whether it ended by itself."""
     width = max(map(len, contexts))
     end = verifier.end_token_ids
     padding = verifier.tokenizer.pad_token_id if verifier.tokenizer.pad_token_id is not None else end[0]

@@ -59,7 +59,7 @@ def read_address(address: str, local: bool = False) -> bytes:
 
 
 def _scheme(address: str) -> str:
-    """Give the scheme of a URL in small letters; of a path none."""
+    """Return the scheme of a URL in small letters; of a path none."""
     found = re.match("(https?|data)(?=:)|file(?=://)", address, re.IGNORECASE)
     return found[0].lower() if found else ""
 
@@ -88,7 +88,7 @@ async def _fetch(url: str, local: bool) -> bytes:
 
 
 def _proxies() -> set[tuple[Any, ...]]:
-    """Give the addresses and ports of the proxies that the environment names."""
+    """Return the addresses and ports of the proxies that the environment names."""
     named = [urlsplit(getproxies().get(scheme, "")) for scheme in ("http", "https")]
     places = [(proxy.hostname, proxy.port or {"https": 443}.get(proxy.scheme, 80)) for proxy in named if proxy.hostname]
     return {info[4][:2] for place in places for info in socket.getaddrinfo(*place)}

@@ -24,7 +24,7 @@ _WORD_OR_CHARACTER = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def canonical(text: str) -> str:
-    """Give a text without what does not change what it asks: case, forms of a character, punctuation, spacing.
+    """Return a text without what does not change what it asks: case, forms of a character, punctuation, spacing.
 
     Signs that carry meaning stay ("C" is not "C++", "2 + 3" is not "2 - 3").
     """
@@ -64,7 +64,7 @@ class Questions:
         return len(self._whole)
 
     def like(self, text: str) -> bool:
-        """Say whether a text is like one of the questions."""
+        """Return whether a text is like one of the questions."""
         plain = canonical(text)
         if plain in self._whole:
             return True
@@ -82,7 +82,7 @@ def _words(text: str) -> list[str]:
 
 
 def _common_run(words: list[str], at: int, others: list[str], there: int) -> int:
-    """Give the length of the run of equal words around one place of two texts."""
+    """Return the length of the run of equal words around one place of two texts."""
     before, after = 0, 0
     while min(at, there) > before and words[at - before - 1] == others[there - before - 1]:
         before += 1

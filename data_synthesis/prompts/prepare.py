@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from .sources import EMBEDDED, READ, is_gone, is_local, local_files, read_rows, 
 FILE = "prompts.jsonl"
 _EXAM_FIELDS = ("question", "article")  # of evaluation questions alone: GSM8K, CNN/DailyMail
 _SHOWN = 12  # columns
+# Of a prompt: the hash of its id and the seed, the hash of what it asks, where its line begins, and how often the
+# second was put behind its id.
+_CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line", "renamed")])
 REFUSALS = (  # why a row is not taken
     "malformed",
     "too_few_turns",
@@ -65,34 +68,36 @@ class PreparedPrompts:
 def prepare_prompts(config: Config) -> PreparedPrompts:
     """Make runs/<name>/prompts/ from `data`, or find it complete; of processes started together one makes it.
 
+    Prompts that are complete may outlive the files that they were made of.
+
     Raises:
         ValueError: a source cannot be read, a row is malformed (unless data.malformed_rows=skip), no prompt is left.
     """
-    if not config.data.sources:
+    data, folder = config.data, config.prompts_folder
+    if not data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    with artifact(config.prompts_folder, "prompts", _settings(config), config.overwrite, wait=True) as target:
+    manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
+    settings = manifest["settings"] if manifest.get("complete") else None
+    if settings is None or prompt_settings(data, settings) != settings:
+        settings = prompt_settings(data)
+    with artifact(folder, "prompts", settings, config.overwrite, wait=True) as target:
         path = target.folder / FILE
         if target.complete and path.is_file() and file_digest(path) == target.manifest["content"]:
             print(f"prompts: {target.folder} is complete")
         else:
-            _make(config.data, target)
+            target.save(complete=False)
+            try:
+                _prepare(data, target)
+            except ValueError:  # nothing is left of data that are refused, so that they may be corrected
+                for file in (path, target.folder / MANIFEST):
+                    file.unlink(missing_ok=True)
+                raise
         counts = target.manifest["counts"]
         return PreparedPrompts(target.folder, counts["taken"], target.manifest["content"], counts)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """Give the settings of the prompts; those that are complete may outlive the files that they were made of."""
-    folder = config.prompts_folder
-    manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
-    if manifest.get("complete"):
-        settings = prompt_settings(config.data, manifest["settings"])
-        if settings == manifest["settings"]:
-            return settings
-    return prompt_settings(config.data)
-
-
 def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Give all that determines the prompts; of what is on this machine the content, not the place.
+    """Return all that determines the prompts; of what is on this machine the content, not the place.
 
     Args:
         made: settings of prompts that are complete: a file that is gone counts as what it was then.
@@ -103,87 +108,65 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
         raise ValueError(
             f"data.sources: two are called {twice!r}, and their prompts' ids would clash: set the name of one"
         )
-    before = made or {}
+    made_sources, made_exclude = ((made or {}).get(kind, {}) for kind in ("sources", "exclude"))
     options = asdict(data)
     for unrelated in ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"])):
         del options[unrelated]
-    return {
-        **options,
-        "malformed_rows": data.malformed_rows.value,
-        "sources": {
-            name: _source_settings(number, source, data.seed, before.get("sources", {}).get(name))
-            for number, (name, source) in enumerate(zip(names, data.sources, strict=True))
-        },
-        "exclude": {path: _exclude_settings(path, before.get("exclude", {}).get(path)) for path in data.exclude},
-    }
+    sources, exclude = {}, {}
+    for number, (name, source) in enumerate(zip(names, data.sources, strict=True)):
+        content = made_sources.get(name, {}).get("content")
+        if source.path == EMBEDDED:
+            content = digest([row for _, row in read_rows(source, data.seed)])
+        elif not (content and is_gone(source.path)):
+            files = local_files(source)
+            content = _content(files) if files else None
+        hub = {"path": source.path, "subset": source.subset, "revision": source.revision}
+        draw = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
+        sources[name] = {**draw, **({"content": content} if content else hub)}
+    for path in data.exclude:
+        exclude[path] = made_exclude.get(path)
+        if not (exclude[path] and is_gone(path)):
+            here = is_local(path)
+            exclude[path] = _content([f for split in _splits(path) for f in local_files(split)]) if here else "hub"
+    return {**options, "malformed_rows": data.malformed_rows.value, "sources": sources, "exclude": exclude}
 
 
-def _source_settings(
-    number: int, source: SourceConfig, seed: int, before: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    options = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
-    if source.path == EMBEDDED:
-        return {**options, "content": digest([row for _, row in read_rows(source, seed)])}
-    if before and "content" in before and is_gone(source.path):
-        return {**options, "content": before["content"]}
-    if files := local_files(source):
-        return {**options, "content": digest([file_digest(file) for file in files])}
-    return {**options, "path": source.path, "subset": source.subset, "revision": source.revision}
-
-
-def _exclude_settings(path: str, before: str | None = None) -> str:
-    if before and is_gone(path):
-        return before
-    if not is_local(path):
-        return "hub"
-    files = [file for source in _splits(path) for file in local_files(source)]
+def _content(files: list[Path]) -> str:
     return digest([file_digest(file) for file in files])
 
 
 def _splits(entry: str) -> list[SourceConfig]:
-    """Give all splits of an entry of data.exclude: a path, a hub id, or a hub id and its configuration, `id:subset`."""
+    """Return all splits of an entry of data.exclude: a path, a hub id, or `id:subset` with a configuration."""
     path, _, subset = entry.rpartition(":")
     if not path or is_gone(entry) or is_local(entry):
         path, subset = entry, ""
     return [SourceConfig(path=path, subset=subset or None, split=s) for s in split_names(path, subset or None)]
 
 
-def _make(data: DataConfig, target: Artifact) -> None:
-    """Prepare the prompts; where the data are refused leave nothing, so that they may be corrected."""
-    target.save(complete=False)
-    try:
-        _prepare(data, target)
-    except ValueError:
-        for name in (FILE, MANIFEST):
-            (target.folder / name).unlink(missing_ok=True)
-        raise
-
-
 def _prepare(data: DataConfig, target: Artifact) -> None:
-    questions = _load_questions(data.exclude)
-    shares = _shares(data)
-    with _Candidates(target.folder, data.seed) as candidates:
-        progress = Progress("prompts", None, "row")
-        found = [
-            _read_source(source, share, data, questions, candidates, progress)
-            for source, share in zip(data.sources, shares, strict=True)
-        ]
-        counts, unread = [count for count, _ in found], [columns for _, columns in found]
+    questions, shares = _load_questions(data.exclude), _shares(data)
+    names = [source_name(source) for source in data.sources]
+    counts: dict[str, Counter[str]] = {}
+    unread: dict[str, list[str]] = {}
+    progress = Progress("prompts", None, "row")
+    with TemporaryFile(dir=target.folder) as file:
+        candidates = _Candidates(file, data.seed)
+        for name, source, share in zip(names, data.sources, shares, strict=True):
+            counts[name], unread[name] = _read_source(source, share, data, questions, candidates, progress)
         progress.close()
-        names = [source_name(source) for source in data.sources]
-        summary = _summary(dict(zip(names, counts, strict=True)))
+        summary = _summary(counts)
         if not summary["taken"]:
             raise ValueError(f"data.sources yield no prompt: {_refused(summary)}")
         content = candidates.write(target.folder / FILE)
-    for name, share, count, columns in zip(names, shares, counts, unread, strict=True):
-        if columns:
+    for name, share in zip(names, shares, strict=True):
+        if columns := unread[name]:
             more = f" and {len(columns) - _SHOWN} more" * (len(columns) > _SHOWN)
             print(f"prompts: {name} has columns that are not read: {', '.join(columns[:_SHOWN])}{more}")
-        if share is not None and count["taken"] < share:
-            print(f"prompts: {name} gives {count['taken']} of the {share} asked of it")
-    target.finish(counts=summary, content=content, not_read=dict(zip(names, unread, strict=True)))
-    given = ", ".join(f"{name} {count['taken']}" for name, count in summary["sources"].items())
-    print(f"prompts: {summary['taken']} in {target.folder} ({given}); {_refused(summary)}")
+        if share is not None and counts[name]["taken"] < share:
+            print(f"prompts: {name} gives {counts[name]['taken']} of the {share} asked of it")
+    target.finish(counts=summary, content=content, not_read=unread)
+    taken = ", ".join(f"{name} {count['taken']}" for name, count in counts.items())
+    print(f"prompts: {summary['taken']} in {target.folder} ({taken}); {_refused(summary)}")
 
 
 def _summary(counts: dict[str, Counter[str]]) -> dict[str, Any]:
@@ -198,7 +181,7 @@ def _refused(summary: dict[str, Any]) -> str:
 
 
 def _shares(data: DataConfig) -> list[int | None]:
-    """Give the prompts to take of each source at most: data.limit by weight (largest remainder), and its own limit."""
+    """Return the most prompts to take of each source: data.limit by weight (largest remainder), and its own limit."""
     if data.limit is None:
         return [source.limit for source in data.sources]
     total = sum(source.weight for source in data.sources)
@@ -227,7 +210,7 @@ def _load_questions(exclude: list[str]) -> Questions:
 
 
 def _asking(row: Any) -> Any:
-    """Give an evaluation question that no prompt looks like as a prompt; other rows as they are."""
+    """Return an evaluation question that no prompt looks like as a prompt; other rows as they are."""
     if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):
         return next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
     return row
@@ -243,17 +226,18 @@ def _read_source(
 ) -> tuple[Counter[str], list[str]]:
     """Read a source into the candidates and take its share.
 
-    Give the counts of its rows and of what they are refused for, and the columns that are not read.
-
     A stream is read until it has given its share; so what it says twice is refused here already.
+
+    Returns:
+        Counts of its rows and of what they are refused for, and the columns that are not read.
     """
     counts = Counter[str]()
-    taken = candidates.begin_source()
-    said = taken if source.streaming and share is not None else None
+    early = source.streaming and share is not None
+    seen = set(candidates.taken["text"].tolist()) if early else set()
     name, fields = source_name(source), set[str]()
     local = data.local_images or source.path == EMBEDDED or is_local(source.path)
     for place, row in read_rows(source, data.seed):
-        if said is not None and candidates.num_of_source == share:
+        if early and len(candidates) == share:
             break
         number = None if source.streaming else counts["rows"]
         counts["rows"] += 1
@@ -268,14 +252,12 @@ def _read_source(
             counts["malformed"] += 1
             continue
         text = fingerprint(prompt)
-        reason = _refusal(prompt, data, questions)
-        if not reason and data.deduplicate and said is not None and text in said:
-            reason = "duplicate"
+        reason = _refusal(prompt, data, questions) or ("duplicate" if data.deduplicate and text in seen else None)
         if reason:
             counts[reason] += 1
             continue
-        if said is not None:
-            said.add(text)
+        if early:
+            seen.add(text)
         candidates.add(prompt.id, text, line)
     if not counts["rows"] and share != 0:
         raise ValueError(f"data.sources: {source.path} holds no row")
@@ -297,94 +279,62 @@ def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | No
 
 
 class _Candidates:
-    """Prompts that are good by themselves: their lines in a file without a name, some 30 bytes of each in memory.
+    """Prompts that are good by themselves: their lines in a file, 32 bytes of each in memory.
 
     Of rows with one id that ask different things the later ones get `-` and the hash of what they ask behind it.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self._file = TemporaryFile(dir=folder)  # noqa: SIM115
-        self._seed = seed
-        self._start = 0  # of the present source
-        self._taken = np.empty(0, np.int64)
-        self._keys = array("Q")  # hashes of the ids and the seed: the order of answering
-        self._ends = array("Q")  # of the lines, in bytes
-        self._texts = array("Q")  # hashes of what they ask
-        self._renamed = array("B")  # how often the hash was put behind the id
-
-    def __enter__(self) -> _Candidates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, file: IO[bytes], seed: int) -> None:
+        self._file, self._seed = file, seed
+        self._end = 0  # of the file, in bytes
+        self._found = array("Q")  # candidates of the present source, one _CANDIDATE each
+        self.taken = np.empty(0, _CANDIDATE)  # of the sources before
 
     def __len__(self) -> int:
-        return len(self._texts)
-
-    def begin_source(self) -> set[int]:
-        """Begin the next source; give the hashes of what those taken before it ask."""
-        self._start = len(self)
-        return set(np.frombuffer(self._texts, np.uint64)[self._taken].tolist())
-
-    @property
-    def num_of_source(self) -> int:
-        """Candidates of the present source."""
-        return len(self) - self._start
+        """Return the number of candidates of the present source."""
+        return len(self._found) // len(_CANDIDATE)
 
     def add(self, prompt_id: str, text: int, line: bytes) -> None:
         """Add a prompt of the present source."""
-        self._file.write(line)
-        self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
-        self._keys.append(self._key(prompt_id))
-        self._texts.append(text)
-        self._renamed.append(0)
+        self._found.extend((self._key(prompt_id), text, self._end, 0))
+        self._end += self._file.write(line)
 
     def take(self, share: int | None, deduplicate: bool) -> Counter[str]:
         """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
-        self._file.flush()
-        rows = np.concatenate([self._taken, np.arange(self._start, len(self))])
-        self._rename_later(rows)
-        keys = np.frombuffer(self._keys, np.uint64)
-        said = np.frombuffer(self._texts, np.uint64) if deduplicate else keys
-        own = rows[(_first_equal(said[rows]) == np.arange(len(rows))) & (rows >= self._start)]
-        own = own[np.argsort(keys[own], kind="stable")]
-        taken = own[:share]
-        self._taken = np.concatenate([self._taken, taken])
-        duplicates = self.num_of_source - len(own)
-        return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=duplicates)
-
-    def taken(self) -> NDArray[np.int64]:
-        """Give the numbers of all that were taken, in the order of answering."""
-        keys = np.frombuffer(self._keys, np.uint64)
-        return self._taken[np.argsort(keys[self._taken], kind="stable")]
-
-    def _rename_later(self, rows: NDArray[np.int64]) -> None:
-        """Lengthen the ids of rows that ask something else than the first of their id, until none does."""
-        texts, keys = np.frombuffer(self._texts, np.uint64)[rows], np.frombuffer(self._keys, np.uint64)
-        while len(later := rows[texts != texts[_first_equal(keys[rows])]]):
+        before = len(self.taken)
+        rows = np.concatenate([self.taken, np.frombuffer(self._found, _CANDIDATE)])
+        self._found = array("Q")
+        while len(later := np.flatnonzero(rows["text"] != rows["text"][_first_equal(rows["key"])])):
             for number in later.tolist():
-                self._renamed[number] += 1
-                keys[number] = self._key(json.loads(self._line(number))["id"])
+                rows["renamed"][number] += 1
+                rows["key"][number] = self._key(json.loads(self._line(rows[number]))["id"])
+        self._file.seek(self._end)
+        is_first = _first_equal(rows["text" if deduplicate else "key"]) == np.arange(len(rows))
+        own = rows[before:][is_first[before:]]
+        taken = own[np.argsort(own["key"])][:share]
+        self.taken = np.concatenate([self.taken, taken])
+        return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=len(rows) - before - len(own))
 
     def _key(self, prompt_id: str) -> int:
+        """Return what a prompt is ordered by."""
         return hash64(f"{self._seed}/{prompt_id}")
 
-    def _line(self, number: int) -> bytes:
-        start = self._ends[number - 1] if number else 0
-        line = os.pread(self._file.fileno(), self._ends[number] - start, start)
-        if not self._renamed[number]:
+    def _line(self, candidate: np.void) -> bytes:
+        self._file.seek(int(candidate["line"]))
+        line = self._file.readline()
+        if not candidate["renamed"]:
             return line
         row = json.loads(line)
-        row["id"] += f"-{self._texts[number]:016x}" * self._renamed[number]
+        row["id"] += f"-{int(candidate['text']):016x}" * int(candidate["renamed"])
         return json_line(row)
 
     def write(self, path: Path) -> str:
-        """Write the lines of those taken to a file; give its SHA-256."""
+        """Write the lines of those taken to a file, in the order of answering; return its SHA-256."""
         temporary = path.with_name(f".{path.name}.tmp")
         state = hashlib.sha256()
         with open(temporary, "wb") as file:
-            for number in self.taken().tolist():
-                line = self._line(number)
+            for candidate in self.taken[np.argsort(self.taken["key"])]:
+                line = self._line(candidate)
                 state.update(line)
                 file.write(line)
             file.flush()
@@ -394,7 +344,7 @@ class _Candidates:
 
 
 def _first_equal(values: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Give for each value the index of the first that equals it."""
+    """Return for each value the index of the first that equals it."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     found: NDArray[np.int64] = first[inverse]
     return found

@@ -54,19 +54,19 @@ class Prompt:
 
 
 def text_of(content: Content) -> str:
-    """Give the text of a message, without its images."""
+    """Return the text of a message, without its images."""
     return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
 def are_text_parts(content: Any) -> bool:
-    """Say whether a content is a list of parts that are all text."""
+    """Return whether a content is a list of parts that are all text."""
     return isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     )
 
 
 def images_of(content: Content) -> list[str]:
-    """Give the addresses of a message's images."""
+    """Return the addresses of a message's images."""
     return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
 
 
@@ -124,7 +124,7 @@ def _user_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_empty(value: Any) -> bool:
-    """Say whether a column brings nothing, as Parquet and JSON fill what is not there."""
+    """Return whether a column brings nothing, as Parquet and JSON fill what is not there."""
     if isinstance(value, list | dict):
         return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
     return not value or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None"))
@@ -172,7 +172,7 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
 
 
 def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
-    """Give the user turns and the system message of a conversation, whose roles must be in order."""
+    """Return the user turns and the system message of a conversation, whose roles must be in order."""
     turns: list[Content] = []
     system, expected = None, "user"
     for number, message in enumerate(messages, 1):
@@ -196,7 +196,7 @@ def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
 
 
 def _either(message: dict[str, Any], name: str, other: str) -> Any:
-    """Give the one of two fields that is filled: Parquet gives both to messages of mixed forms."""
+    """Return the one of two fields that is filled: Parquet gives both to messages of mixed forms."""
     return message.get(other) if message.get(name) is None else message[name]
 
 

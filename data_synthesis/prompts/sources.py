@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ...conf.schema import SourceConfig
 from ...models.embedded.verifier import prompts as embedded_prompts
@@ -27,7 +27,7 @@ Row = tuple[str, Any]  # where it stands ("chats.jsonl line 7"), and what: a val
 
 
 def source_name(source: SourceConfig) -> str:
-    """Give the first part of the ids of a source: name/split."""
+    """Return the first part of the ids of a source: name/split."""
     path = Path(source.path)
     return f"{source.name or (path.stem if path.suffix in SUFFIXES else path.name)}/{source.split}"
 
@@ -60,7 +60,7 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
 
 
 def split_names(path: str, subset: str | None = None) -> list[str]:
-    """Name the splits of a folder or a dataset of the hub; a file is all "train"."""
+    """Return the splits of a folder or a dataset of the hub; a file is all "train"."""
     if is_local(path) and Path(path).is_file():
         return ["train"]
     from datasets import get_dataset_split_names
@@ -70,7 +70,7 @@ def split_names(path: str, subset: str | None = None) -> list[str]:
 
 
 def is_local(path: str) -> bool:
-    """Say whether a path is on this machine; what looks like a file and is not there, and Arrow, are refused."""
+    """Return whether a path is on this machine; what looks like a file and is not there, and Arrow, are refused."""
     if is_gone(path):
         raise ValueError(f"{path} does not exist")
     there = Path(path)
@@ -83,14 +83,14 @@ def is_local(path: str) -> bool:
 
 
 def is_gone(path: str) -> bool:
-    """Say whether a path looks like one on this machine and is not there."""
+    """Return whether a path looks like one on this machine and is not there."""
     file = Path(path)
     looks = file.is_absolute() or path.startswith(".") or file.suffix in (*SUFFIXES, *_ARROW)
     return looks and not file.exists()
 
 
 def local_files(source: SourceConfig) -> list[Path]:
-    """Give the files of a source on this machine, in the order in which they are read; none of one on the hub."""
+    """Return the files of a source on this machine, in the order in which they are read; none of one on the hub."""
     if not is_local(source.path):
         return []
     path = Path(source.path)
@@ -168,13 +168,13 @@ def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
 
 
 def _needed(columns: list[str]) -> list[str]:
-    """Give the columns that a prompt is read from; none where there is nothing to read, so that an error names all."""
+    """Return the columns that a prompt is read from; none if there is nothing to read: an error then names all."""
     known = [name for name in columns if name in READ]
     return known if set(known) & set(FIELDS) else []
 
 
 def _with_columns(rows: Iterable[Any], names: list[str]) -> Iterator[Any]:
-    """Give rows with all their columns, None in those that are not read."""
+    """Return rows with all their columns, None in those that are not read."""
     empty = dict.fromkeys(names)
     return ({**empty, **row} if isinstance(row, dict) else row for row in rows)
 
@@ -196,7 +196,10 @@ def _placed(path: str, rows: Iterable[Any]) -> Iterator[Row]:
 
 
 def _json_rows(path: Path, _whole: bool) -> Iterator[Row]:
-    yield from _placed(str(path), _json_values(path))
+    try:
+        yield from _placed(str(path), _json_values(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid UTF-8: {error}") from None
 
 
 def _json_lines(path: Path, _whole: bool) -> Iterator[Row]:
@@ -222,18 +225,19 @@ def _json_values(path: Path) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8-sig") as file:
         text = ""
-        while not text and (chunk := _chunk(file, _CHUNK)):
+        while not text and (chunk := file.read(_CHUNK)):
             text = chunk.lstrip()
         in_list = text.startswith("[")
         at, number = int(in_list), 0
         while True:
-            at = _end_of_gap(text, at)
+            gap = _GAP.match(text, at)
+            at = gap.end() if gap else at
             if in_list and text.startswith("]", at):
                 return
             try:
                 value, at = decode(text, at)
             except json.JSONDecodeError as error:
-                more = _chunk(file, max(_CHUNK, len(text) - at))
+                more = file.read(max(_CHUNK, len(text) - at))
                 if not more and at == len(text) and not in_list:
                     return
                 if not more:
@@ -244,19 +248,6 @@ def _json_values(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{path} is nested too deeply in item {number + 1}") from None
             number += 1
             yield value
-
-
-def _end_of_gap(text: str, at: int) -> int:
-    gap = _GAP.match(text, at)
-    assert gap is not None
-    return gap.end()
-
-
-def _chunk(file: TextIO, size: int) -> str:
-    try:
-        return file.read(size)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not valid UTF-8: {error}") from None
 
 
 _READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}

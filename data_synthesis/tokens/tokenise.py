@@ -25,7 +25,7 @@ from ...conf.runtime.artifact import Artifact, read_manifest
 from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import deferred, end_with_parent
 from ...conf.schema import Config
-from ..conversations import FILE, Catalogue, Place
+from ..conversations import FILE, ConversationIndex, ConversationRef
 from ..heldout import is_heldout, sequence_id
 from ..store.shard import TOKENS, ImageRecord, MappedShard, Sample, Shard, write_shard
 from ..store.store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
@@ -58,7 +58,7 @@ class Tokeniser:
         self._folder, self._options = config.conversations_folder, config.dump
         self._reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
 
-    def __call__(self, place: Place) -> Tokenised:
+    def __call__(self, place: ConversationRef) -> Tokenised:
         """Read and tokenise a conversation."""
         record = place.read(self._folder)
         try:
@@ -102,7 +102,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
     progress = Progress("conversations", total, "conversation")
-    catalogue = Catalogue.of(source, progress.update)
+    catalogue = ConversationIndex.of(source, progress.update)
     progress.close()
     if read_manifest(source, "conversations")["content"] != catalogue.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
@@ -118,7 +118,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
     target.finish(counts={**counts, **totals(shards)}, files=checksums_beside(target.folder))
 
 
-def _write_shards(config: Config, target: Artifact, catalogue: Catalogue) -> None:
+def _write_shards(config: Config, target: Artifact, catalogue: ConversationIndex) -> None:
     manifest = target.manifest
     entries: list[dict[str, Any]] = list(manifest.get("shards", []))
     taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(COUNTS, 0) | manifest.get("counts", {}))
@@ -185,7 +185,7 @@ def _open_samples(folder: Path, part: dict[str, Any]) -> list[Sample]:
 
 
 @contextmanager
-def _tokenised(config: Config, catalogue: Catalogue, first: int) -> Iterator[Iterator[Tokenised]]:
+def _tokenised(config: Config, catalogue: ConversationIndex, first: int) -> Iterator[Iterator[Tokenised]]:
     """Give the conversations from the `first` on in tokens, in order, made by processes where that is worth it."""
     tokeniser, places = Tokeniser(config), catalogue.places[first:]
     workers = config.dump.token_workers
@@ -203,7 +203,7 @@ def _tokenised(config: Config, catalogue: Catalogue, first: int) -> Iterator[Ite
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, places: list[Place], workers: int) -> Iterator[Tokenised]:
+def _in_order(pool: ProcessPoolExecutor, places: list[ConversationRef], workers: int) -> Iterator[Tokenised]:
     """Give conversations to processes, a few parts ahead of what is taken."""
     running: deque[Future[list[Tokenised]]] = deque()
     try:
@@ -227,14 +227,14 @@ def _start_worker(tokeniser: Tokeniser) -> None:
     _tokeniser = tokeniser
 
 
-def _tokenise_in_worker(places: list[Place]) -> list[Tokenised]:
+def _tokenise_in_worker(places: list[ConversationRef]) -> list[Tokenised]:
     return [_tokeniser(place) for place in places]
 
 
 _tokeniser: Tokeniser  # of a worker
 
 
-def _sample(place: Place, number: int, sequence: Sequence) -> Sample:
+def _sample(place: ConversationRef, number: int, sequence: Sequence) -> Sample:
     loss_mask = torch.zeros(len(sequence.token_ids), dtype=torch.uint8)
     for start, end in sequence.answers:
         loss_mask[start:end] = 1

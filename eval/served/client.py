@@ -22,14 +22,14 @@ from ...data_synthesis.answers.verify_endpoint import refusal
 from ..asking import QuestionReader, UnaskableError
 from ..figures.records import RECORDS, TRAINED
 from ..questions import Question
-from .engines import Asked, Served, ServingEngine, open_engine
+from .engines import Completion, CompletionRequest, ServingEngine, open_engine
 
 _LOOK_EVERY_S = 5.0
 _TICK_S = 0.1
 
 
 def check_server(config: Config, questions: list[Question]) -> None:
-    """Make sure that the server's answers to these questions can be measured, before anything is written.
+    """Check that the server's answers to these questions can be measured, before anything is written.
 
     Raises:
         ValueError: they cannot.
@@ -172,23 +172,27 @@ class _Questioning:
                 prompt, max_tokens, _ = self._reader.read(question, texts)
             except UnaskableError as error:
                 return question.record(answers, f"turn {len(texts) + 1}: {error}")
-            asked = Asked(prompt, max_tokens, int(digest([self._options.seed, len(texts), question.id])[:8], 16))
-            served = await self._ask(asked)
-            counted = {**served.counts.as_dict(), "output_tokens": served.output_tokens, "seconds": served.seconds}
+            seed = int(digest([self._options.seed, len(texts), question.id])[:8], 16)
+            completion = await self._ask(CompletionRequest(prompt, max_tokens, seed))
+            counted = {
+                **completion.counts.as_dict(),
+                "output_tokens": completion.output_tokens,
+                "seconds": completion.seconds,
+            }
             answers.append(
                 {
-                    "text": served.text,
-                    "prompt_tokens": len(asked.prompt),
-                    "output_tokens": served.output_tokens,
+                    "text": completion.text,
+                    "prompt_tokens": len(prompt),
+                    "output_tokens": completion.output_tokens,
                     "seconds_alone": None,
                     "drafters": {TRAINED: counted},
                 }
             )
         return question.record(answers)
 
-    async def _ask(self, asked: Asked) -> Served:
+    async def _ask(self, request: CompletionRequest) -> Completion:
         """Ask, and look now and then whether the server is there: vLLM, told to stop, leaves requests hanging."""
-        answer = asyncio.create_task(self._engine.ask(asked))
+        answer = asyncio.create_task(self._engine.ask(request))
         try:
             while not (await asyncio.wait([answer], timeout=_LOOK_EVERY_S))[0]:
                 try:

@@ -45,7 +45,7 @@ class ServedCounts:
         return cls(sum(histogram), num_draft_tokens, accepted, by_position)
 
     def since(self, before: ServedCounts) -> ServedCounts:
-        """Give what was added since."""
+        """Return what was added since."""
         by_position = zip(self.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, strict=True)
         return ServedCounts(
             self.num_drafts - before.num_drafts,
@@ -55,7 +55,7 @@ class ServedCounts:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the sums as a record of questions.jsonl has them."""
+        """Return the sums as a record of questions.jsonl has them."""
         return {**asdict(self), "num_accepted_tokens_per_pos": list(self.num_accepted_tokens_per_pos)}
 
 
@@ -70,7 +70,7 @@ class VllmCounters:
 
 
 def is_vllms(metrics: str) -> bool:
-    """Say whether a text of metrics is vLLM's."""
+    """Return whether a text of metrics is vLLM's."""
     return any(line.startswith(_VLLM) for line in metrics.splitlines())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ _POLL_S, _LAG_S, _QUIET_S = 0.01, 20.0, 60.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request."""
+class CompletionRequest:
+    """A prompt of tokens, and how it is to be continued."""
 
     prompt: list[int]
     max_tokens: int
@@ -37,8 +36,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Served:
-    """An answer."""
+class Completion:
+    """An answer, and what speculation did for it."""
 
     text: str
     output_tokens: int  # end-of-turn included
@@ -52,7 +51,7 @@ class ServingEngine(Protocol):
     name: str  # and version
     definition: str  # of its acceptance length
 
-    async def ask(self, asked: Asked) -> Served:
+    async def ask(self, request: CompletionRequest) -> Completion:
         """Have a prompt answered.
 
         Raises:
@@ -68,10 +67,11 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
         RequestError: it does not answer.
         ValueError: it serves something else, or without a draft head, or drafts otherwise.
     """
-    find_model(endpoint, await endpoint.models(), config, load_config(config.verifier).max_position_embeddings)
+    positions = load_config(config.verifier).max_position_embeddings
+    find_model(endpoint, await endpoint.models(), config.synthesize.model, config.verifier, positions)
     root = endpoint.url.rstrip("/").removesuffix("/v1")
-    metrics = await _look(endpoint, f"{root}/metrics", str)
-    if metrics is not None and is_vllms(metrics):
+    metrics = await _look(endpoint, f"{root}/metrics")
+    if isinstance(metrics, str) and is_vllms(metrics):
         version = (await _look(endpoint, f"{root}/version")) or {}
         engine: Vllm | Sglang = Vllm(config, endpoint, root, f"vllm {version.get('version', '(version not told)')}")
     else:
@@ -81,27 +81,24 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
                 engine = Sglang(config, endpoint, root, info)
                 break
         else:
-            raise ValueError(_stranger(endpoint.url, metrics))
+            raise ValueError(unsupported_server(endpoint.url, metrics))
     await engine.check()
     return engine
 
 
-async def _look(endpoint: Endpoint, url: str, kind: type[Any] = object) -> Any:
-    """Read what a server may have; None where it has not."""
+async def _look(endpoint: Endpoint, url: str) -> Any:
+    """Read what a server may have; None if it has not."""
     try:
-        return await endpoint.send("GET", url, kind=kind)
+        return await endpoint.send("GET", url)
     except RequestError as trouble:
         if trouble.lasting or trouble.reason == "no JSON":
             return None
         raise
 
 
-def _stranger(url: str, metrics: str | None) -> str:
-    try:
-        of_tensorrt = isinstance(json.loads(metrics or ""), list)
-    except ValueError:
-        of_tensorrt = False
-    if of_tensorrt:
+def unsupported_server(url: str, metrics: Any) -> str:
+    """Return the sentence that a server is none whose speculation can be measured."""
+    if isinstance(metrics, list):
         return (
             f"{url} answers /metrics as TensorRT-LLM does, which is not supported: serve the head with vLLM or SGLang"
         )
@@ -112,7 +109,7 @@ def _stranger(url: str, metrics: str | None) -> str:
 
 
 def _sampling(options: EvaluateConfig) -> dict[str, Any]:
-    """Give the fields of a request that both engines know, with whatever would make greedy less than greedy."""
+    """Return the fields of a request that both engines know, with whatever would make greedy less than greedy."""
     return {
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -132,12 +129,12 @@ class _Engine:
         self._tokenizer = load_tokenizer(config.verifier)
         self._end_token_ids = load_end_token_ids(config.verifier, self._tokenizer)
 
-    async def ask(self, asked: Asked) -> Served:
+    async def ask(self, request: CompletionRequest) -> Completion:
         raise NotImplementedError
 
     async def _try(self) -> None:
         prompt = prompt_tokens(self._tokenizer, [{"role": "user", "content": "Name a colour."}])
-        await self.ask(Asked(prompt, self._options.draft_depth + 2, self._options.seed))
+        await self.ask(CompletionRequest(prompt, self._options.draft_depth + 2, self._options.seed))
 
     async def _post(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> tuple[Any, float]:
         """Send a request; give what is read of its answer, and its seconds."""
@@ -152,9 +149,9 @@ class _Engine:
                 f"{self._endpoint.url} gave {what}; evaluation needs a completion and its counts: {str(response)[:200]}"
             ) from None
 
-    def _check_prompt(self, asked: Asked, read: int) -> None:
-        if read != len(asked.prompt):
-            raise ValueError(f"{self._endpoint.url} read {read} tokens of a prompt of {len(asked.prompt)}")
+    def _check_prompt(self, request: CompletionRequest, read: int) -> None:
+        if read != len(request.prompt):
+            raise ValueError(f"{self._endpoint.url} read {read} tokens of a prompt of {len(request.prompt)}")
 
 
 class Vllm(_Engine):
@@ -163,7 +160,7 @@ class Vllm(_Engine):
     definition = f"{DEFINITION}, as vLLM counts"
 
     async def check(self) -> None:
-        """Make sure that it speculates as is to be measured, and tells so."""
+        """Check that it speculates as is to be measured, and tells so."""
         options, url = self._options, self._endpoint.url
         counters = await self._counters()
         drafted = len(counters.speculation.num_accepted_tokens_per_pos)
@@ -176,17 +173,17 @@ class Vllm(_Engine):
             )
         await self._try()
 
-    async def ask(self, asked: Asked) -> Served:
+    async def ask(self, request: CompletionRequest) -> Completion:
         alone = self._options.batch_size == 1
         before = await self._quiet() if alone else None
         body = {
             "model": self._endpoint.model,
-            "prompt": asked.prompt,
-            "max_tokens": asked.max_tokens,
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
             "stop_token_ids": self._end_token_ids,
             "return_token_ids": True,
             **_sampling(self._options),
-            **({"seed": asked.seed} if self._options.temperature else {}),
+            **({"seed": request.seed} if self._options.temperature else {}),
         }
         (choice, usage, told), seconds = await self._post(
             "/completions",
@@ -197,10 +194,12 @@ class Vllm(_Engine):
                 r.get("metrics") or {},
             ),
         )
-        self._check_prompt(asked, usage["prompt_tokens"])
+        self._check_prompt(request, usage["prompt_tokens"])
         written = usage["completion_tokens"]
         counts = await self._grown(before, written) if before else self._of_answer(told.get("speculative_decoding"))
-        return Served(answer_text(self._tokenizer, choice.get("token_ids"), choice["text"]), written, seconds, counts)
+        return Completion(
+            answer_text(self._tokenizer, choice.get("token_ids"), choice["text"]), written, seconds, counts
+        )
 
     def _of_answer(self, told: dict[str, Any] | None) -> ServedCounts:
         if told is None:
@@ -212,7 +211,7 @@ class Vllm(_Engine):
 
     async def _counters(self) -> VllmCounters:
         try:
-            counters = read_vllm_counters(await self._endpoint.send("GET", f"{self._root}/metrics", kind=str))
+            counters = read_vllm_counters(await self._endpoint.send("GET", f"{self._root}/metrics"))
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is a vLLM that evaluation cannot read: {error}") from None
         if counters is None:
@@ -223,7 +222,7 @@ class Vllm(_Engine):
         return counters
 
     async def _quiet(self) -> VllmCounters:
-        """Give the counters when nothing runs: a request that was given up may still."""
+        """Return the counters when nothing runs: a request that was given up may still."""
         began = time.monotonic()
         while (counters := await self._counters()).busy:
             if time.monotonic() - began > _QUIET_S:
@@ -232,7 +231,7 @@ class Vllm(_Engine):
         return counters
 
     async def _grown(self, before: VllmCounters, written: int) -> ServedCounts:
-        """Give what was counted since `before`, once the counters have come to the end of our one request."""
+        """Return what was counted since `before`, once the counters have come to the end of our one request."""
         began = time.monotonic()
         while (after := await self._counters()).requests == before.requests:
             if time.monotonic() - began > _LAG_S:
@@ -266,7 +265,7 @@ class Sglang(_Engine):
         self._info["top_k"] = info.get("speculative_eagle_topk")
 
     async def check(self) -> None:
-        """Make sure that it speculates as is to be measured, and tells so."""
+        """Check that it speculates as is to be measured, and tells so."""
         options, info = self._options, self._info
         if not info["algorithm"]:
             raise ValueError(
@@ -284,11 +283,11 @@ class Sglang(_Engine):
             raise ValueError(f"{self._endpoint.url} drafts otherwise than {ours}: set {there}")
         await self._try()
 
-    async def ask(self, asked: Asked) -> Served:
+    async def ask(self, request: CompletionRequest) -> Completion:
         body = {
-            "input_ids": asked.prompt,
+            "input_ids": request.prompt,
             "sampling_params": {
-                "max_new_tokens": asked.max_tokens,
+                "max_new_tokens": request.max_tokens,
                 "stop_token_ids": self._end_token_ids,
                 **_sampling(self._options),
             },
@@ -296,9 +295,9 @@ class Sglang(_Engine):
         (text, tokens, meta), seconds = await self._post(
             f"{self._root}/generate", body, lambda r: (r["text"], r.get("output_ids"), r["meta_info"])
         )
-        self._check_prompt(asked, meta["prompt_tokens"])
+        self._check_prompt(request, meta["prompt_tokens"])
         try:
             counts = read_sglang_answer(meta, self._options.num_draft_tokens, self._options.draft_depth)
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is an SGLang that evaluation cannot read: {error}") from None
-        return Served(answer_text(self._tokenizer, tokens, text), int(meta["completion_tokens"]), seconds, counts)
+        return Completion(answer_text(self._tokenizer, tokens, text), int(meta["completion_tokens"]), seconds, counts)

@@ -13,8 +13,8 @@ from builders import conversation_record as record
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, EvaluateConfig, SynthesizeConfig, VerifierConfig
+from fledge.data_synthesis.answers.conversation import Conversation
 from fledge.data_synthesis.answers.local import converse
-from fledge.data_synthesis.conversations import Conversation
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.eval.asking import QuestionReader, UnaskableError

@@ -176,7 +176,7 @@ def test_wandb_never_stops_an_evaluation(tmp_path, mode, changes):
         assert not (tmp_path / "first" / "evaluation" / "wandb").exists()
 
 
-# W&B advertises where it finds such a package: openai is there in every evaluation.
+# W&B advertises if it finds such a package.
 @pytest.mark.parametrize(
     "packages", [[], ["openai"], ["anthropic"], ["litellm", "mcp"]], ids=lambda names: "+".join(names)
 )

@@ -2,12 +2,12 @@
 
 import asyncio
 import email.utils
+import json
 import time
 
-import openai
 import pytest
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig, validate
-from fledge.data_synthesis.answers.endpoint import Endpoint, RequestError, Window, read_answer, request_error
+from fledge.data_synthesis.answers.endpoint import Endpoint, RequestError, Window, read_answer, status_error
 from fledge.data_synthesis.answers.verify_endpoint import request_body
 from fledge.data_synthesis.tokens.chat_template import Turn
 from servers import faulty_server
@@ -103,11 +103,7 @@ def test_an_answer_that_tells_its_tokens_needs_no_usage():
 
 
 def refused(status: int, message: str = "no", **headers: str) -> RequestError:
-    import httpx2
-
-    request = httpx2.Request("POST", "http://localhost/v1/chat/completions")
-    response = httpx2.Response(status, request=request, headers=headers)
-    return request_error(openai.APIStatusError(message, response=response, body=None))
+    return status_error(status, json.dumps({"error": {"message": message}}), headers)
 
 
 def test_a_server_that_is_busy_says_for_how_long():
@@ -137,7 +133,9 @@ def test_greedy_requests_are_free_of_penalties_and_sampled_ones_as_asked():
     endpoint = Endpoint("http://localhost:1/v1", config.synthesize)
     endpoint.extras = {"repetition_penalty": 1.0, "top_k": -1}
     question = [{"role": "user", "content": "a?"}]
-    sampled, greedy = (request_body(config, endpoint, question, greedy) for greedy in (False, True))
+    sampled, greedy = (
+        request_body(endpoint, config.synthesize, config.verifier, question, greedy) for greedy in (False, True)
+    )
     assert (sampled["temperature"], sampled["top_p"], sampled["repetition_penalty"]) == (0.7, 0.9, 1.0)
     assert (sampled["top_k"], sampled["presence_penalty"]) == (20, 1.5)
     assert (greedy["temperature"], greedy["top_p"], greedy["repetition_penalty"]) == (0.0, 1.0, 1.0)
@@ -176,3 +174,30 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks():
 
     with faulty_server(faults={"rate_limited": 1.0}) as url:
         asyncio.run(ask(Endpoint(url, SynthesizeConfig())))
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ('{"error": {"message": "not\\nso"}}', "Error code: 400 - not so"),
+        ('{"message": "not so"}', "Error code: 400 - not so"),
+        ('{"detail": "Not Found"}', "Error code: 400"),
+        ('{"error": "not so"}', "Error code: 400"),
+        ("[1]", "Error code: 400"),
+        ("<html>", "Error code: 400"),
+    ],
+)
+def test_what_a_server_says_of_a_refusal_is_told(text, detail):
+    assert status_error(400, text, {}).detail == detail
+
+
+def test_the_proxy_of_the_environment_is_used_but_for_what_it_leaves_out(monkeypatch):
+    monkeypatch.setenv("http_proxy", "proxy:3128")
+    monkeypatch.setenv("no_proxy", "10.0.0.0/8,.inside.org,localhost")
+    asked = {
+        url: Endpoint(url, SynthesizeConfig())._proxy
+        for url in ("http://10.1.2.3:8000/v1", "http://gpu1.inside.org/v1", "http://localhost:8000/v1", "http://far/v1")
+    }
+    assert set(list(asked.values())[:3]) == {None}
+    assert asked["http://far/v1"] == "http://proxy:3128"
+    assert Endpoint("http://far/v1", SynthesizeConfig(), by_proxy=False)._proxy is None

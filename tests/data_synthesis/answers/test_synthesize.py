@@ -1,4 +1,4 @@
-"""The synthesize stage above whoever runs the verifier: conversations, outcomes, shards, signals."""
+"""The synthesize stage above whoever runs the verifier: conversations, the answer log, shards, signals."""
 
 import copy
 import json
@@ -14,17 +14,10 @@ from fledge.conf.runtime.artifact import artifact
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import SynthesizeConfig
 from fledge.data_synthesis.answers import local as in_process
-from fledge.data_synthesis.answers.answer_log import Outcomes
+from fledge.data_synthesis.answers.answer_log import AnswerLog
+from fledge.data_synthesis.answers.conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
 from fledge.data_synthesis.answers.local import converse
-from fledge.data_synthesis.conversations import (
-    CONTEXT_FULL,
-    EMPTY_ANSWER,
-    Answer,
-    Conversation,
-    Failure,
-    content_digest,
-    read_conversations,
-)
+from fledge.data_synthesis.conversations import content_digest, read_conversations
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.data_synthesis.tokens.chat_template import Turn
 
@@ -87,24 +80,24 @@ def made(prompt_id: str) -> Conversation:
 
 def test_what_failed_is_tried_again_in_later_starts_up_to_the_limit(tmp_path):
     for start in range(2):
-        outcomes = Outcomes(tmp_path, max_attempts=2)
-        assert outcomes.wants("bad")
-        assert outcomes.wants("worse") == (start == 0), "what would fail again for certain is not tried"
-        assert outcomes.wants("good") == (start == 0)
+        log = AnswerLog(tmp_path, max_attempts=2)
+        assert log.wants("bad")
+        assert log.wants("worse") == (start == 0), "what would fail again for certain is not tried"
+        assert log.wants("good") == (start == 0)
         if start == 0:
-            outcomes.made([made("good")], 0.0)
-            outcomes.failed("worse", CONTEXT_FULL)
-        outcomes.failed("bad", Failure("HTTP 500", "boom"))
-        assert len(outcomes.to_try_again) == (start == 0)
-        outcomes.close()
-    outcomes = Outcomes(tmp_path, max_attempts=2)
-    assert not outcomes.wants("bad")
-    assert outcomes.failures["bad"].attempts == 2
-    outcomes = Outcomes(tmp_path, max_attempts=3)  # the user gives it another
-    assert outcomes.wants("bad")
-    outcomes.made([made("bad")], 0.0)
-    outcomes.close()
-    assert set(Outcomes(tmp_path, max_attempts=3).failures) == {"worse"}
+            log.add([made("good")], 0.0)
+            log.fail("worse", CONTEXT_FULL)
+        log.fail("bad", Failure("HTTP 500", "boom"))
+        assert len(log.to_try_again) == (start == 0)
+        log.close()
+    log = AnswerLog(tmp_path, max_attempts=2)
+    assert not log.wants("bad")
+    assert log.failures["bad"].attempts == 2
+    log = AnswerLog(tmp_path, max_attempts=3)  # the user gives it another
+    assert log.wants("bad")
+    log.add([made("bad")], 0.0)
+    log.close()
+    assert set(AnswerLog(tmp_path, max_attempts=3).failures) == {"worse"}
 
 
 def manifest(run: Run) -> dict:

@@ -27,7 +27,7 @@ from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig
 from fledge.data_synthesis.answers.endpoint import Endpoint
-from fledge.data_synthesis.answers.verify_endpoint import Handshake
+from fledge.data_synthesis.answers.verify_endpoint import EndpointVerifier
 from servers import END, SHARES, answer_to, faulty_server, free_port, stats, tokens_of
 
 ROWS = int(os.environ.get("FLEDGE_FAULT_ROWS", "240"))
@@ -399,7 +399,7 @@ def opened(endpoint_url: str, verifier: Path) -> Endpoint:
 
     async def open_it() -> None:
         try:
-            await Handshake(config).open(endpoint)
+            await EndpointVerifier(config.verifier, config.synthesize).open(endpoint)
         finally:
             await endpoint.close()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from fledge.conf.schema import Device, Dtype, SynthesizeConfig, VerifierConfig
+from fledge.data_synthesis.answers.conversation import Answer, Conversation
 from fledge.data_synthesis.answers.local import converse
-from fledge.data_synthesis.conversations import Answer, Conversation
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.data_synthesis.tokens import reasoning as module
 from fledge.data_synthesis.tokens.chat_template import Turn, answer_text, prompt_tokens
@@ -166,14 +166,14 @@ def test_a_server_that_hides_marks_and_tokens_is_named_once(capsys, monkeypatch)
     assert not capsys.readouterr().err
 
 
-def test_a_servers_answer_is_told_apart_by_its_tokens_and_left_where_the_server_did():
+def test_a_servers_answer_is_split_reasoning_by_its_tokens_and_left_where_the_server_did():
     told = tokenizer(PLAIN, ("[THINK]", "[/THINK]"))
     turn = Turn([1], told.encode("[THINK]Easy.[/THINK]Blue</s>"))
-    mixed = Answer("Easy.Blue", "stop", 1, 9, turn=turn).told_apart(told)
+    mixed = Answer("Easy.Blue", "stop", 1, 9, turn=turn).split_reasoning(told)
     assert (mixed.text, mixed.reasoning, mixed.turn) == ("Blue", "Easy.", turn)
     parsed = Answer("Blue", "stop", 1, 9, "Hm.", turn)
-    assert parsed.told_apart(told) == parsed
-    cut = Answer("Easy.", "length", 1, 9, turn=Turn([1], told.encode("[THINK]Easy."))).told_apart(told)
+    assert parsed.split_reasoning(told) == parsed
+    cut = Answer("Easy.", "length", 1, 9, turn=Turn([1], told.encode("[THINK]Easy."))).split_reasoning(told)
     assert (cut.text, cut.reasoning) == ("", "Easy.")
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")  # has no wheels beside Linux
 TESTS = Path(__file__).parents[2]
 ABSENT = [  # whatever fledge depends on and those four do not bring along
     *("accelerate", "aiohttp", "compressed_tensors", "datasets", "deepspeed", "hydra", "matplotlib"),
-    *("omegaconf", "openai", "pandas", "PIL", "prometheus_client", "psutil", "pyarrow", "tensorboard", "torchvision"),
+    *("omegaconf", "pandas", "PIL", "prometheus_client", "psutil", "pyarrow", "tensorboard", "torchvision"),
     *("wandb", "xxhash"),
 ]
 
