@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..conf.runtime.launch import STAGES
-from ..conf.schema import Config
+from ..conf.schema import STAGES, Config
 from .jobs.freeze import FROZEN
 from .jobs.queue import HELD, QUEUED, JobState, job_states
 from .jobs.records import JobRecord, read_events, read_submission, submissions

@@ -11,12 +11,11 @@ import time
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..schema import Config
+from ..schema import STAGES, Config
 from .rank_info import Place
 from .signals import EXIT_AGAIN, deferred, listening
 
 _GRACE_S = 60.0  # for the other processes of a stage to end after one has failed
-STAGES = ("synthesize", "dump", "train", "evaluate", "export")
 
 
 def run(config: Config) -> None:

@@ -12,9 +12,8 @@ import pytest
 from builders import Run
 from fledge.conf.cli import COMMANDS, main
 from fledge.conf.runtime.artifact import differences
-from fledge.conf.runtime.launch import STAGES
 from fledge.conf.runtime.launch import run as run_stages
-from fledge.conf.schema import Config, EvaluateEngine, validate
+from fledge.conf.schema import STAGES, Config, EvaluateEngine, validate
 from omegaconf import OmegaConf
 
 
@@ -62,6 +61,8 @@ def test_the_help_of_a_command_is_fledges_own(capsys, command):
         ("draft.aux_layers=[1,1,3]", ["draft.aux_layers", "different layers", "[1, 1, 3]"]),
         ("draft.aux_layers=[-1,3]", ["draft.aux_layers", "counted from 0"]),
         ("data.limit=0", ["data.limit must be at least 1", "got 0"]),
+        ("cluster.server.hours=0", ["cluster.server.hours must be above 0", "got 0.0"]),
+        ("train.dtype=float16", ["train.dtype must be float32 or bfloat16, got float16: its range"]),
         ("data.sources=[{path:embedded,limit:-5}]", ["data.sources[0].limit must be at least 1", "null", "got -5"]),
         ("data.min_turns=3 data.max_turns=2", ["data.max_turns must be at least data.min_turns=3", "got 2"]),
         ("data.min_chars=9 data.max_chars=8", ["data.max_chars must be at least data.min_chars=9", "got 8"]),

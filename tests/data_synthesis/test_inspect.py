@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import conversation_record, conversations_run, recorded_sequence
 from commands import run_command
-from fledge.conf.cli import inspect_overrides
+from fledge.conf.cli import overrides_of
 from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.inspect_store import inspect_store
@@ -165,15 +165,15 @@ def test_a_store_of_tokens_has_no_states_to_show(config, capsys):
 
 
 def test_the_folder_and_the_flag_are_written_as_other_commands_write_them():
-    assert inspect_overrides(["a folder/it's", "--verify"]) == [
+    assert overrides_of("inspect", ["a folder/it's", "--verify"]) == [
         "name=inspect",
         "verifier.path=recorded",
         r"inspect.store='a folder/it\'s'",
         "inspect.verify=true",
     ]
-    assert inspect_overrides(["experiment=demo", "name=demo"]) == ["experiment=demo", "name=demo"]
-    assert inspect_overrides(["--verify", "runs/x"])[2:] == ["inspect.verify=true", "inspect.store='runs/x'"]
-    assert inspect_overrides(["--cfg", "job", "runs/x"])[2:] == ["--cfg", "job", "inspect.store='runs/x'"]
+    assert overrides_of("inspect", ["experiment=demo", "name=demo"]) == ["experiment=demo", "name=demo"]
+    assert overrides_of("inspect", ["--verify", "runs/x"])[2:] == ["inspect.verify=true", "inspect.store='runs/x'"]
+    assert overrides_of("inspect", ["--cfg", "job", "runs/x"])[2:] == ["--cfg", "job", "inspect.store='runs/x'"]
 
 
 def test_a_store_that_is_being_cleared_is_told(config, capsys):

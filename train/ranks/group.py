@@ -43,7 +43,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world  # DeepSp
 from torch.distributed.rendezvous import rendezvous
 
 from ... import __version__
-from ...conf.cli import USER_ERRORS, explain
+from ...conf.errors import USER_ERRORS, explain
 from ...conf.runtime.artifact import differences
 from ...conf.runtime.rank_info import Place, find_place, own_gpus
 from ...conf.runtime.signals import Stopped

@@ -147,7 +147,10 @@ def test_greedy_requests_are_free_of_penalties_and_sampled_ones_as_asked():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"endpoints": ["localhost:8000"]}, "must be base URLs such as http://localhost:8000/v1"),
+        (
+            {"endpoints": ["localhost:8000"]},
+            r"synthesize.endpoints\[0\] must be a base URL such as http://localhost:8000/v1",
+        ),
         ({"endpoints": ["http://me:secret@host/v1"]}, "got host/v1"),
         ({"request": {"max_tokens": 5}}, "synthesize.request must leave max_tokens to fledge"),
         ({"shard": 2, "num_shards": 2}, "synthesize.shard must lie between 0 and synthesize.num_shards - 1 = 1, got 2"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from evaluations import evaluation, question_record
-from fledge.conf.cli import compare_overrides, main
+from fledge.conf.cli import main, overrides_of
 from fledge.conf.schema import Dtype
 from fledge.eval.compare import published_rows
 
@@ -220,7 +220,7 @@ def test_an_evaluation_that_is_missing_or_not_complete_is_named_with_the_command
 )
 def test_arguments_without_a_name_are_runs(arguments: list[str], overrides: list[str], tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compare_overrides(arguments) == overrides
+    assert overrides_of("compare", arguments) == overrides
 
 
 def test_runs_with_odd_names_reach_the_command_as_they_are(tmp_path, capsys):
