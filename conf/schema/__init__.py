@@ -674,11 +674,11 @@ def validate(config: Config) -> None:
             "tracking.tensorboard needs the package tensorboard, which is not installed: "
             "pip install 'fledge[tensorboard]', or set it to false"
         )
-    for name in config.tracking.trackers:
-        if find_spec(name.value) is None:
+    for tracker in config.tracking.trackers:
+        if find_spec(tracker.value) is None:
             raise ValueError(
-                f"tracking.report_to needs the package {name.value}, which is not installed: "
-                f"pip install {name.value}, or leave it out"
+                f"tracking.report_to needs the package {tracker.value}, which is not installed: "
+                f"pip install {tracker.value}, or leave it out"
             )
     if config.train.lr <= 0:
         raise ValueError(f"train.lr must be above 0, got {config.train.lr}")
