@@ -257,8 +257,9 @@ def _aux_layers(files: HeadFiles, num_layers: int, options: HeadImportConfig) ->
     both occur in the wild: nested ids next to them tell which, without them the option must.
     """
     folder, nested, top, numbering = files.folder, files.ids(EAGLE), files.ids(TOP), options.aux_numbering
-    if not all(isinstance(layer, int) for layer in (*nested, *top)):
-        raise ValueError(f"{folder}: {AUX_IDS} must be a list of integers, got {nested or top}")
+    found = [(place or {}).get(AUX_IDS) or [] for place in (files.values.get(EAGLE), files.values)]
+    if not all(isinstance(ids, list) and all(isinstance(k, int) for k in ids) for ids in found):
+        raise ValueError(f"{folder}: {AUX_IDS} must be a list of integers, got {found[0] or found[1]}")
     for name, value, is_open in (
         ("aux_numbering", numbering and numbering.value, top and not nested and not files.speculators),
         ("aux_layers", options.aux_layers, not top and not nested),
