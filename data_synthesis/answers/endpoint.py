@@ -229,7 +229,7 @@ def read_answer(response: Any) -> Answer:
         if (prompt := response.get("prompt_token_ids")) and (tokens := choice.get("token_ids")):
             turn = Turn(prompt, tokens)
         usage = response.get("usage") or {}
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         counts = [len(turn.prompt), len(turn.answer)] if turn else counts
         for (name, purpose), value in zip(_REQUIRED.items(), (finish_reason, *counts), strict=True):
             if value is None:
