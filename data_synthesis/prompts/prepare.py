@@ -292,7 +292,7 @@ class _Candidates:
 
     def __len__(self) -> int:
         """Return the number of candidates of the present source."""
-        return len(self._found) // len(_CANDIDATE.fields or ())
+        return len(self._found) * self._found.itemsize // _CANDIDATE.itemsize
 
     def add(self, prompt_id: str, text: int, line: bytes) -> None:
         """Add a prompt of the present source."""
