@@ -19,7 +19,7 @@ SAME = ("messages", "finish_reasons", "unanswered_turns", "usage", "temperature"
 @pytest.fixture
 def rows(tmp_path) -> Path:
     """Conversations of one to three turns, a third of them with a system message."""
-    questions = [turn for row in embedded_prompts()[-24:] for turn in row["turns"]]
+    questions = [turn for row in embedded_prompts()[-40:] for turn in row["turns"]]
     path = tmp_path / "rows.jsonl"
     with open(path, "w") as file:
         for number in range(12):
