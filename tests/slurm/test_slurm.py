@@ -510,5 +510,5 @@ def test_a_frozen_run_is_its_configuration_and_its_code(tmp_path):
     assert found.stdout.startswith(str(folder))
     copied = folder / "code" / "fledge"
     assert not (copied / "tests").exists()
-    assert (copied / "slurm" / "templates" / "common.sh").is_file()
+    assert (copied / "slurm" / "jobs" / "templates" / "common.sh").is_file()
     assert (copied / "conf" / "experiment" / "demo.yaml").is_file()
