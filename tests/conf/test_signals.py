@@ -337,7 +337,7 @@ def test_every_command_answers_from_its_start(tmp_path, command):
 
 NODE = """
 import os, signal, sys, time
-from fledge.slurm import node
+from fledge.slurm.jobs import node
 
 def run_stage(*_):
     os.kill(os.getpid(), signal.SIGUSR1)

@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from typing import Any
 
 _FORKED = [sys.executable, "-m", "fledge"]
@@ -157,6 +157,7 @@ def _arrived(descriptor: Any) -> int:
 def _run(arguments: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
     """Be the command: `python -m fledge ARGUMENTS`."""
     os.setsid()
+    forkserver._forkserver.__init__()  # its helpers are its own children
     for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
         os.dup2(descriptor, standard)
     sys.stdin, sys.stdout, sys.stderr = (

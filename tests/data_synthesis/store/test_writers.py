@@ -271,7 +271,7 @@ def test_processes_tokenise_as_one_does(spoken, tmp_path):
 
 @pytest.mark.parametrize(("note_every_s", "kept"), [(0.0, 2), (60.0, 0)])
 def test_tokenising_goes_on_after_the_shards_that_a_kill_has_left(spoken, tmp_path, monkeypatch, note_every_s, kept):
-    noting = f"from fledge.data_synthesis import tokens; tokens._NOTE_EVERY_S = {note_every_s}; "
+    noting = f"from fledge.data_synthesis.tokens import tokenise; tokenise._NOTE_EVERY_S = {note_every_s}; "
     monkeypatch.setattr(sys.modules[__name__], "START", noting + START)
     dump(into(spoken, tmp_path / "whole"))
     whole = read_manifest(tmp_path / "whole", "hidden_states")

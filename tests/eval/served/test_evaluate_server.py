@@ -133,7 +133,9 @@ def test_an_sglang_that_drafts_otherwise(configuration, verifier_config, there, 
 
 def test_an_answer_that_has_no_room(configuration, verifier_config):
     with sglang_double(verifier_config.path) as server:
-        with pytest.raises(ValueError, match=r"q/1: a prompt of \d+ tokens and an answer do not fit into the 512 tokens of http"):
+        with pytest.raises(
+            ValueError, match=r"q/1: a prompt of \d+ tokens and an answer do not fit into the 512 tokens of http"
+        ):
             evaluate(configuration(server.endpoint, max_tokens=500))
         assert len(server.asked) == 1, "the trial that is no question"
 
