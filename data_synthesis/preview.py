@@ -11,14 +11,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..conf.artifact import differences, read_manifest
+from ..conf.runtime.artifact import differences, read_manifest
 from ..conf.schema import Config, DumpConfig, VerifierConfig
-from ..models.verifier import tokenizer_identity
-from .chat import Sequence, has_images
+from ..models.verifier.model import tokenizer_identity
 from .conversations import read_conversations
-from .images import UnreadableImagesError
-from .sequences import SequenceReader, answers_within, has_recorded_tokens, leading_answers, num_whole_answers
-from .split import is_heldout
+from .heldout import is_heldout
+from .tokens.chat_template import Sequence, has_images
+from .tokens.images import UnreadableImagesError
+from .tokens.sequences import SequenceReader, answers_within, has_recorded_tokens, leading_answers, num_whole_answers
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal might obey
 

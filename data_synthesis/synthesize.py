@@ -7,17 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import Artifact, artifact, read_manifest
-from ..conf.progress import Progress
+from ..conf.runtime.artifact import Artifact, artifact, read_manifest
+from ..conf.runtime.progress import Progress
+from ..conf.runtime.signals import EXIT_AGAIN
 from ..conf.schema import Config
-from ..conf.signals import EXIT_AGAIN
-from ..models.verifier import verifier_identity
+from ..models.verifier.model import verifier_identity
+from .answers.answer_log import AnswerLog, summarise
+from .answers.local import answer_here
+from .answers.remote import answer_by_servers
 from .conversations import add_digests, content_digest, part_folder
-from .in_process import answer_here
-from .outcomes import Outcomes
-from .prepare import PreparedPrompts, prepare_prompts
-from .server import answer_by_servers
-from .summary import summarise
+from .prompts.prepare import PreparedPrompts, prepare_prompts
 from .verifier_check import check_verifier
 
 
@@ -39,7 +38,7 @@ def synthesize(config: Config) -> None:
 
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
-    """Give what determines the conversations."""
+    """Return what determines the conversations."""
     options = config.synthesize
     here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
     return {
@@ -63,27 +62,26 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
             print(f"conversations: {folder} is complete")
             return
         target.save(complete=False, verifier_path=config.verifier.path, prompts=prompts.counts)
-        outcomes = Outcomes(folder, options.max_attempts)
+        log = AnswerLog(folder, options.max_attempts)
         num_prompts = len(range(options.shard, prompts.count, options.num_shards))
-        outcomes.show(Progress("synthesize", num_prompts, "conversation", done=outcomes.num_done))
+        log.progress = Progress("synthesize", num_prompts, "conversation", done=log.num_done)
         answer = answer_by_servers if options.by_servers else answer_here
         try:
-            answer(config, prompts.read(options.shard, options.num_shards), outcomes)
+            answer(config, prompts.read(options.shard, options.num_shards), log)
         finally:
-            outcomes.close()
-        _finish(target, outcomes, num_prompts)
+            log.close()
+        _finish(target, log, num_prompts)
 
 
-def _finish(target: Artifact, outcomes: Outcomes, num_prompts: int) -> None:
-    summary = summarise(target.folder)
-    reasons = dict(Counter(failure.reason for failure in outcomes.failures.values()).most_common())
-    counts = {"prompts": num_prompts, **summary.counts, "failed": len(outcomes.failures), "failed_because": reasons}
-    assert summary.counts["conversations"] + len(outcomes.failures) == num_prompts
-    summary.show()
+def _finish(target: Artifact, log: AnswerLog, num_prompts: int) -> None:
+    made, sources = summarise(target.folder)
+    reasons = dict(Counter(failure.reason for failure in log.failures.values()).most_common())
+    counts = {"prompts": num_prompts, **made, "failed": len(log.failures), "failed_because": reasons}
+    assert made["conversations"] + len(log.failures) == num_prompts
     if reasons:
         why = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
-        print(f"synthesize: {len(outcomes.failures)} of {num_prompts} conversations could not be made: {why}")
-    if again := outcomes.to_try_again:
+        print(f"synthesize: {len(log.failures)} of {num_prompts} conversations could not be made: {why}")
+    if again := log.to_try_again:
         target.save(counts=counts)
         print(
             f"fledge: {len(again)} of them are tried again by the same command, up to synthesize.max_attempts starts "
@@ -91,10 +89,10 @@ def _finish(target: Artifact, outcomes: Outcomes, num_prompts: int) -> None:
             file=sys.stderr,
         )
         sys.exit(EXIT_AGAIN)
-    if num_prompts and not summary.counts["conversations"]:
+    if num_prompts and not made["conversations"]:
         raise ValueError(f"no conversation could be made: {', '.join(reasons)}")
-    target.finish(counts=counts, sources=summary.sources, content=content_digest(target.folder))
-    print(f"conversations: {summary.counts['conversations']} in {target.folder}")
+    target.finish(counts=counts, sources=sources, content=content_digest(target.folder))
+    print(f"conversations: {made['conversations']} in {target.folder}")
 
 
 def _join_parts(target: Artifact, config: Config) -> None:

@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from ..conf.schema import Config
-from ..models.draft_head import DraftHeadConfig
-from ..models.verifier import (
+from ..models.head.config import DraftHeadConfig
+from ..models.head.vocabulary import check_vocabulary_size
+from ..models.verifier.model import (
     VerifierWeights,
     empty_model,
     find_decoder,
@@ -16,9 +17,7 @@ from ..models.verifier import (
     load_whole_config,
     special_token_ids,
 )
-from ..models.verifier_config import embedded_config
-from ..models.vocabulary import check_vocabulary_size
-from .chat import NoExactSpanError, prompt_tokens
+from .tokens.chat_template import NoExactSpanError, prompt_tokens
 
 
 def check_verifier(config: Config, for_states: bool = True) -> DraftHeadConfig:
@@ -32,8 +31,6 @@ def check_verifier(config: Config, for_states: bool = True) -> DraftHeadConfig:
     Raises:
         ValueError: names the option, and what to do.
     """
-    if config.verifier.path == "embedded":
-        DraftHeadConfig.from_verifier(config.draft, embedded_config())  # before it is made
     whole = load_whole_config(config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     find_decoder(empty_model(whole))

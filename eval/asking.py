@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..conf.schema import Config
-from ..data_synthesis.chat import NoExactSpanError, has_images, prompt_tokens
-from ..data_synthesis.image_reader import ImageReader, Images, ImageTokenizer
-from ..data_synthesis.images import UnreadableImagesError, conversation_images, template_messages
-from ..data_synthesis.sequences import check_known
-from ..models.verifier import load_config, load_tokenizer
-from .questions import HELDOUT, Question
+from ..data_synthesis.tokens.chat_template import NoExactSpanError, has_images, prompt_tokens
+from ..data_synthesis.tokens.image_tokens import ImageReader, Images, ImageTokenizer
+from ..data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
+from ..data_synthesis.tokens.sequences import check_known
+from ..models.verifier.model import load_config, load_tokenizer
+from .figures.records import HELDOUT
+from .questions import Question
 
 _SHOWN = 20  # questions that cannot be asked
 

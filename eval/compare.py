@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import MANIFEST, read_manifest, write_atomic
+from ..conf.runtime.artifact import MANIFEST, read_manifest, write_atomic
 from ..conf.schema import Config
-from .metrics import Record, paired_difference
-from .plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
-from .report import NONE, drafting, figure, interval, sampling, speedup, table
-from .results import ACCEPTANCE, RECORDS, TRAINED, asked
+from .figures.metrics import paired_difference
+from .figures.plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
+from .figures.records import ACCEPTANCE, RECORDS, TRAINED, Record, answered_records
+from .figures.report import NONE, drafting, figure, interval, sampling, speedup, table
 
 REPORT, PLOT = "compare.md", "compare.png"
-_NOT_TOLD = "not told"
+PUBLISHED = Path(__file__).parent / "figures" / "published.json"
+_UNKNOWN = "not told"
+_PUBLISHED_OF = "Published figures are of Llama 4 Maverick: lay them beside runs of that verifier only."
 
 
 @dataclass
@@ -32,45 +34,8 @@ class Row:
     note: str = ""
 
 
-_OF_VLLM = {"draft tokens": "3", "drafting": "chain"}
-PUBLISHED = [  # NVIDIA's EAGLE-3 head of Llama 4 Maverick
-    Row(
-        "NVIDIA's card, Maverick",
-        None,
-        categories={
-            "writing": 2.0,
-            "roleplay": 1.93,
-            "reasoning": 2.03,
-            "math": 2.5,
-            "coding": 2.27,
-            "extraction": 1.93,
-            "stem": 2.25,
-            "humanities": 2.06,
-        },
-        conditions={"draft tokens": "3", "questions": "MT-Bench"},
-        note='the model card of NVIDIA\'s EAGLE-3 head of Llama 4 Maverick tells an "acceptance rate" by category of '
-        "MT-Bench at draft length 3, undefined there and read here as acceptance length; no mean over all rounds",
-    ),
-    Row(
-        "vLLM, Maverick, text",
-        2.53,
-        rates=[0.71, 0.48, 0.34],
-        conditions=_OF_VLLM,
-        note="published by vLLM of the same head, by vLLM's definition, which is ours; measured with aux layer ids one "
-        "too low (1, 23, 44 where vLLM counts 2, 24, 45), so the head can do better",
-    ),
-    Row(
-        "vLLM, Maverick, multimodal",
-        2.12,
-        conditions=_OF_VLLM,
-        note="as the row of text, over questions with images",
-    ),
-]
-_MAVERICK = "Published figures are of Llama 4 Maverick: lay them beside runs of that verifier only."
-
-
 def compare(config: Config) -> None:
-    """Print the evaluations of `compare.runs` side by side, and write them to `compare.folder` where it is given.
+    """Print the evaluations of `compare.runs` side by side, and write them to `compare.folder` if it is set.
 
     Raises:
         ValueError: there is no run, or one has no complete evaluation.
@@ -82,15 +47,21 @@ def compare(config: Config) -> None:
             "of an evaluation"
         )
     rows = _named([(run, _evaluation(run, config.runs_dir)) for run in options.runs])
-    text = comparison(rows, PUBLISHED if options.published else [])
+    published = published_rows() if options.published else []
+    text = comparison(rows, published)
     print(text)
     if options.folder:
         folder = Path(options.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _draw(folder / PLOT, [*rows, *(PUBLISHED if options.published else [])])
+        _draw(folder / PLOT, [*rows, *published])
         title = "Left: acceptance length with 95 % intervals; right: acceptance by position, of all rounds"
         write_atomic(folder / REPORT, f"# Acceptance compared\n\n{text}\n\n![{title}]({PLOT})\n\n{title}.\n")
         print(f"\ncomparison: {folder / REPORT}")
+
+
+def published_rows() -> list[Row]:
+    """Read the published figures, all of NVIDIA's EAGLE-3 head of Llama 4 Maverick."""
+    return [Row(**row) for row in json.loads(PUBLISHED.read_text())]
 
 
 def _evaluation(run: str, runs_dir: str) -> Path:
@@ -107,11 +78,11 @@ def _evaluation(run: str, runs_dir: str) -> Path:
 
 
 def _named(evaluations: list[tuple[str, Path]]) -> list[Row]:
-    """Read evaluations, each called by its run's name, or as it was given where two have the same."""
+    """Read evaluations, each called by its run's name, or by `compare.runs` if two have the same."""
     names = [(folder.parent if folder.name == "evaluation" else folder).resolve().name for _, folder in evaluations]
     return [
-        _row(name if names.count(name) == 1 else given, folder)
-        for (given, folder), name in zip(evaluations, names, strict=True)
+        _row(name if names.count(name) == 1 else run, folder)
+        for (run, folder), name in zip(evaluations, names, strict=True)
     ]
 
 
@@ -126,24 +97,24 @@ def _row(name: str, folder: Path) -> Row:
             "draft tokens": str(results["num_draft_tokens_per_round"]),
             "drafting": drafting(results),
             "temperature": sampling(results),
-            "dtype": results["dtype"] or _NOT_TOLD,
+            "dtype": results["dtype"] or _UNKNOWN,
             "questions": _questions(results),
             "tokens an answer": str(results["max_tokens"]),
-            "verifier": results["verifier"].get("fingerprint", _NOT_TOLD),
-            "template": results["verifier"].get("chat_template", _NOT_TOLD),
-            "engine": results.get("engine", _NOT_TOLD),
-            "batch": str(results.get("batch_size", _NOT_TOLD)),
+            "verifier": results["verifier"].get("fingerprint", _UNKNOWN),
+            "template": results["verifier"].get("chat_template", _UNKNOWN),
+            "engine": results.get("engine", _UNKNOWN),
+            "batch": str(results.get("batch_size", _UNKNOWN)),
         },
         results,
-        asked(folder) if (folder / RECORDS).is_file() else [],
+        answered_records(folder) if (folder / RECORDS).is_file() else [],
     )
 
 
 def _questions(results: dict[str, Any]) -> str:
-    """Name the questions by where they came from and what they say."""
+    """Write the source of the questions and the digest of their texts."""
     source = Path(str(results["questions"])).name
     left_out = f", {len(results['left_out'])} left out" if "left_out" in results else ""
-    digest = str(results.get("questions_digest", _NOT_TOLD))[:8]
+    digest = str(results.get("questions_digest", _UNKNOWN))[:8]
     return f"{results['num_questions']} of {source} ({digest}{left_out})"
 
 
@@ -152,20 +123,22 @@ def comparison(runs: list[Row], published: list[Row]) -> str:
     rows = [*runs, *published]
     categories = list(dict.fromkeys(name for row in rows for name in row.categories))
     names = list(dict.fromkeys(name for row in rows for name in row.conditions))
-    told = [[row.name, *(row.conditions.get(name, _NOT_TOLD) for name in names)] for row in rows]
+    conditions = [[row.name, *(row.conditions.get(name, _UNKNOWN) for name in names)] for row in rows]
     by_category = [[row.name, *(figure(row.categories.get(name)) for name in categories)] for row in rows]
     parts = [
         _acceptance(runs, published),
         table(["run", *categories], by_category),
-        table(["run", *names], told),
-        "\n".join([*unlike(runs), "Tokens/s and speed-up are of the machine that a run was evaluated on."]),
-        "\n".join([*(f"{row.name}: {row.note}." for row in published), *([_MAVERICK] if published else [])]),
+        table(["run", *names], conditions),
+        "\n".join(
+            [*condition_mismatches(runs), "Tokens/s and speed-up are of the machine that a run was evaluated on."]
+        ),
+        "\n".join([*(f"{row.name}: {row.note}." for row in published), *([_PUBLISHED_OF] if published else [])]),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _modalities(row: Row) -> list[Row]:
-    """Give text and images as rows of their own, of a run whose questions have images."""
+    """Return rows of text and of images, for a run whose questions have images."""
     parts = {name: drafters[TRAINED] for name, drafters in row.results.get("by_modality", {}).items()}
     return [
         Row(f"{row.name}, {name}", part["acceptance_length"], part["acceptance_rate_per_pos"], results=part)
@@ -207,12 +180,12 @@ def _difference(row: Row, first: Row) -> str:
 
 
 def _by_turns(records: list[Record]) -> dict[str, Record]:
-    """Give records by what was asked, wherever the questions came from."""
+    """Return records by their turns, wherever the questions came from."""
     return {json.dumps([record["turns"], record.get("images", 0)]): record for record in records}
 
 
-def unlike(runs: list[Row]) -> list[str]:
-    """Say of each run in what it was measured otherwise than the first."""
+def condition_mismatches(runs: list[Row]) -> list[str]:
+    """Return a sentence for each run whose conditions are not those of the first."""
     first, lines = runs[0], []
     for row in runs[1:]:
         differing = [name for name in first.conditions if row.conditions[name] != first.conditions[name]]

@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import artifact, differences, file_digest, made_with, read_manifest, write_json
+from ..conf.runtime.artifact import artifact, differences, file_digest, made_with, read_manifest, write_json
 from ..conf.schema import Config, EvaluateEngine
-from ..models.draft_head import DraftHead
-from ..models.formats import WEIGHTS, head_folder, load_head
+from ..models.formats.plain import WEIGHTS, head_folder, load_head
+from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
-from ..models.verifier import check_identity, torch_device, verifier_outline
-from .answers import answer_questions
+from ..models.verifier.model import check_identity, torch_device, verifier_outline
 from .asking import QuestionReader
+from .figures.records import ACCEPTANCE
+from .figures.report import print_table, write_report
+from .figures.results import summarise
+from .figures.wandb_summary import track
+from .local import answer_questions
 from .questions import Question, load_heldout, load_questions, questions_identity
-from .report import print_table, write_report
-from .results import ACCEPTANCE, summarise
-from .server import answer_by_server, check_server
-from .tracking import track
+from .served.client import answer_by_server, check_server
 
 
 def evaluate(config: Config) -> None:

@@ -21,19 +21,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conf.artifact import digest, file_digest
-from ..conf.journal import json_line
+from ..conf.runtime.artifact import digest, file_digest
+from ..conf.runtime.journal import json_line
 from ..conf.schema import EvaluateConfig, SourceConfig
-from ..data_synthesis.addresses import check_foreign
-from ..data_synthesis.chat import Message, has_images
 from ..data_synthesis.conversations import read_conversations
-from ..data_synthesis.prompts import SYSTEM_FIELDS, Content, are_text_parts, check_beside, content_of, text_of
-from ..data_synthesis.sequences import num_whole_answers
-from ..data_synthesis.sources import EMBEDDED, read_rows
-from ..data_synthesis.split import heldout_order, is_heldout
-from ..models.embedded.corpus import questions as embedded_questions
-
-HELDOUT = "heldout"
+from ..data_synthesis.heldout import heldout_order, is_heldout
+from ..data_synthesis.prompts.addresses import check_foreign
+from ..data_synthesis.prompts.rows import SYSTEM_FIELDS, Content, are_text_parts, check_beside, content_of, text_of
+from ..data_synthesis.prompts.sources import EMBEDDED, read_rows
+from ..data_synthesis.tokens.chat_template import Message, has_images
+from ..data_synthesis.tokens.sequences import num_whole_answers
+from ..models.embedded.verifier import questions as embedded_questions
+from .figures.records import HELDOUT
 
 
 class _Form(NamedTuple):
@@ -88,7 +87,7 @@ class Question:
         return messages
 
     def record(self, answers: list[dict[str, Any]], left_out: str = "") -> dict[str, Any]:
-        """Give the line of questions.jsonl, whose form eval/results.py tells.
+        """Give the line of questions.jsonl, whose form eval/figures/results.py tells.
 
         Args:
             left_out: why there is no further answer.

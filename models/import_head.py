@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..conf.artifact import artifact, file_digest
+from ..conf.runtime.artifact import artifact, file_digest
 from ..conf.schema import Config
-from .foreign_head import read_foreign_head, weight_files
-from .formats import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
-from .verifier import VerifierWeights, load_config, verifier_identity
+from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
+from .formats.published import read_published_head, weight_files
+from .verifier.model import VerifierWeights, load_config, verifier_identity
 
 
 def import_head(config: Config) -> None:
@@ -29,28 +29,28 @@ def import_head(config: Config) -> None:
     if options.interleaved_rotary:
         settings["interleaved_rotary"] = True
     weights = VerifierWeights(config.verifier)
-    foreign = read_foreign_head(source, load_config(config.verifier), options, weights)
+    published = read_published_head(source, load_config(config.verifier), options, weights)
     with artifact(folder, "import", settings, config.overwrite) as target:
         if target.complete and all((folder / name).is_file() for name in (CONFIG, WEIGHTS, RECORD)):
             print(f"import: {folder} is complete")
             return
         record = {"verifier": settings["verifier"], "step": 0, "imported_from": source.name}
-        save_head(folder, foreign.head, record, foreign.dtype)
+        save_head(folder, published.head, record, published.dtype)
         target.finish()
-    head = foreign.head.config
+    head = published.head.config
     if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
         print(
             f"import: {EMBEDDING} differs from the embedding of verifier.path={config.verifier.path} and is kept; "
             "SGLang and TensorRT-LLM would serve the verifier's. If the head was made for another one, set that"
         )
     print(
-        f"import: {folder}, {dtype_name(foreign.dtype)}, aux layers {list(head.aux_layers)} (0-based), draft "
+        f"import: {folder}, {dtype_name(published.dtype)}, aux layers {list(head.aux_layers)} (0-based), draft "
         f"vocabulary {head.draft_vocab_size}; use it with evaluate.checkpoint={folder} or export.checkpoint={folder}"
     )
 
 
 def source_folder(config: Config) -> Path:
-    """Give the folder of the published head, refusing what is none."""
+    """Return the folder of the published head, refusing what is none."""
     source = config.head_import.source
     if source is None:
         raise ValueError("head_import.source is required: give the folder of a head (config.json and weights)")

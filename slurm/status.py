@@ -9,13 +9,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..conf.run import STAGES
-from ..conf.schema import Config
-from .freeze import FROZEN
-from .progress import stage_progress
-from .queue import HELD, QUEUED, JobState, job_states
-from .records import JobRecord, read_events, read_submission, submissions
-from .render import stage_before
+from ..conf.schema import STAGES, Config
+from .jobs.freeze import FROZEN
+from .jobs.queue import HELD, QUEUED, JobState, job_states
+from .jobs.records import JobRecord, read_events, read_submission, submissions
+from .jobs.render import stage_before
+from .jobs.stage_progress import stage_progress
 
 _TAIL_BYTES = 1 << 16
 DONE, RUNNING, WAITING, FAILED, CANCELLED, UNKNOWN = "done", "running", "waiting", "failed", "cancelled", "unknown"

@@ -9,18 +9,17 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..conf.artifact import write_atomic
-from ..conf.run import STAGES
-from ..conf.schema import ClusterConfig, Config, ContainerKind, JobConfig, ServerKind
-from .freeze import freeze
-from .queue import cancel, has_slurm, job_states, submit_file
-from .records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
-from .render import (
+from ..conf.runtime.artifact import write_atomic
+from ..conf.schema import STAGES, ClusterConfig, Config, ContainerKind, JobConfig, ServerConfig, ServerKind, require
+from .jobs.freeze import freeze
+from .jobs.queue import cancel, has_slurm, job_states, submit_file
+from .jobs.records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
+from .jobs.render import (
     COMMON,
     SERVER,
     TEMPLATES,
@@ -31,7 +30,7 @@ from .render import (
     server_copies,
     stage_before,
 )
-from .verifier_shape import planned_head
+from .plan.verifier_shape import planned_head
 
 _SECRET = re.compile(r"(^|_)((API|ACCESS)?KEY|TOKEN|SECRET|PASS\w*)$", re.IGNORECASE)
 
@@ -63,7 +62,7 @@ def submit(config: Config) -> None:
         write_atomic(folder / job.file, job.text)
     ids = _chain(jobs, folder)
     records = [JobRecord(job.stage, job.file, ids[job.stage], job.tasks) for job in jobs]
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     write_submission(folder, {"name": config.name, "submitted": now, **about}, records)
     if SERVER in ids:
         write_atomic(folder / "synthesize.job", ids["synthesize"] + "\n")
@@ -117,88 +116,75 @@ def _refuse_if_queued(run_folder: Path) -> None:
 
 
 def check_cluster(config: Config) -> None:
-    """Refuse what no job could do.
+    """Check that jobs can do what the options ask of them.
 
     Raises:
         ValueError: names the option.
     """
-    cluster = config.cluster
-    unknown = [stage for stage in config.submit.stages if stage not in STAGES]
-    if unknown or not config.submit.stages:
-        raise ValueError(f"submit.stages must name some of {', '.join(STAGES)}, got {config.submit.stages}")
-    if "evaluate" in config.submit.stages and config.evaluate.lacks_server:
-        raise ValueError(
-            "evaluate.endpoint is required with evaluate.engine=server and evaluate among submit.stages: set "
-            "submit.stages=[synthesize,dump,train,export], serve the verifier with the export, then "
-            "`fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`"
-        )
+    cluster, train = config.cluster, config.train
+    require(
+        "evaluate" not in config.submit.stages or not config.evaluate.lacks_server,
+        "evaluate.endpoint is required with evaluate.engine=server and evaluate among submit.stages: set "
+        "submit.stages=[synthesize,dump,train,export], serve the verifier with the export, then "
+        "`fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`",
+    )
     for stage in (SERVER, *STAGES):
-        _check_job(stage, getattr(cluster, stage), cluster.warn_s)
-    if cluster.warn_s < 1 or cluster.max_restarts < 1:
-        raise ValueError("cluster.warn_s and cluster.max_restarts must be at least 1")
-    if cluster.gpu_request not in ("gpus-per-node", "gres"):
-        raise ValueError(f"cluster.gpu_request must be gpus-per-node or gres, got {cluster.gpu_request}")
-    if cluster.container.kind is not ContainerKind.none and not cluster.container.image:
-        raise ValueError(
-            f"cluster.container.image is required with cluster.container.kind={cluster.container.kind.value}"
-        )
-    mounted = mounted_paths(config) if cluster.container.kind is not ContainerKind.none else []
-    if unfit := [path for path in mounted if re.search("[:,]", path)]:
-        raise ValueError(f"paths that containers mount must be without colons and commas, got {unfit[0]}")
-    ranks = config.train.num_processes * cluster.train.nodes
-    if config.train.packs_per_step % ranks:
-        raise ValueError(
-            f"train.packs_per_step must be a multiple of the {ranks} processes of cluster.train.nodes="
-            f"{cluster.train.nodes} and train.num_processes={config.train.num_processes}, got "
-            f"{config.train.packs_per_step}"
-        )
-    if cluster.train.gpus and config.train.num_processes > cluster.train.gpus:
-        raise ValueError(
-            f"train.num_processes must be at most cluster.train.gpus={cluster.train.gpus}, a process a GPU, got "
-            f"{config.train.num_processes}"
-        )
-    if config.synthesize.num_shards > 1 or config.dump.num_writers > 1:
-        raise ValueError(
-            "synthesize.num_shards and dump.num_writers are set by cluster.synthesize.tasks and cluster.dump.tasks: "
-            "leave them out"
-        )
+        _check_job(f"cluster.{stage}", getattr(cluster, stage), cluster.warn_s)
+    if (kind := cluster.container.kind) is not ContainerKind.none:
+        image = cluster.container.image
+        require(image, f"cluster.container.image is required with cluster.container.kind={kind.value}")
+        for path in mounted_paths(config):
+            unfit = re.search("[:,]", path)
+            require(not unfit, f"paths that containers mount must be without colons and commas, got {path}")
+    ranks = train.num_processes * cluster.train.nodes
+    require(
+        train.packs_per_step % ranks == 0,
+        f"train.packs_per_step must be a multiple of the {ranks} processes of cluster.train.nodes="
+        f"{cluster.train.nodes} and train.num_processes={train.num_processes}, got {train.packs_per_step}",
+    )
+    require(
+        not cluster.train.gpus or train.num_processes <= cluster.train.gpus,
+        f"train.num_processes must be at most cluster.train.gpus={cluster.train.gpus}, a process a GPU, got "
+        f"{train.num_processes}",
+    )
+    require(
+        config.synthesize.num_shards == config.dump.num_writers == 1,
+        "synthesize.num_shards and dump.num_writers are set by cluster.synthesize.tasks and cluster.dump.tasks: "
+        "leave them out",
+    )
     _check_server(config)
     _check_text(config, cluster)
 
 
-def _check_job(stage: str, options: JobConfig, warn_s: int) -> None:
-    for name in ("tasks", "nodes", "cpus", "at_once"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"cluster.{stage}.{name} must be at least 1, got {value}")
-    if options.nodes > 1 and stage != "train":
-        raise ValueError(f"cluster.{stage}.nodes must be 1, got {options.nodes}: only training spreads over nodes")
-    if options.tasks > 1 and stage not in (SERVER, "synthesize", "dump"):
-        raise ValueError(f"cluster.{stage}.tasks must be 1, got {options.tasks}: {stage} is one job")
-    if options.hours <= 0 or options.gpus < 0 or (options.memory_gib or 0) < 0:
-        raise ValueError(f"cluster.{stage}.hours must be above 0, gpus and memory_gib at least 0")
-    if options.hours * 3600 <= warn_s:
-        raise ValueError(
-            f"cluster.{stage}.hours must be more than cluster.warn_s={warn_s} seconds, or it is told to stop from its "
-            f"start, got {options.hours}"
-        )
+def _check_job(name: str, job: JobConfig, warn_s: int) -> None:
+    stage = name.removeprefix("cluster.")
+    is_spread, is_array = stage == "train", stage in (SERVER, "synthesize", "dump")
+    require(is_spread or job.nodes == 1, f"{name}.nodes must be 1, got {job.nodes}: only training spreads over nodes")
+    require(is_array or job.tasks == 1, f"{name}.tasks must be 1, got {job.tasks}: {stage} is one job")
+    require(
+        job.hours * 3600 > warn_s,
+        f"{name}.hours must be more than cluster.warn_s={warn_s} seconds, or it is told to stop from its start, got "
+        f"{job.hours}",
+    )
 
 
 def _check_server(config: Config) -> None:
     server = config.cluster.server
-    if (server.kind is ServerKind.custom) != bool(server.command):
-        raise ValueError("cluster.server.command must be given with cluster.server.kind=custom, and only then")
+    require(
+        (server.kind is ServerKind.custom) == bool(server.command),
+        "cluster.server.command must be given with cluster.server.kind=custom, and only then",
+    )
     if server.kind is ServerKind.none:
         return
-    if config.synthesize.by_servers:
-        raise ValueError(
-            "synthesize.endpoints and servers must be empty with cluster.server.kind, which names the servers itself"
-        )
+    require(
+        not config.synthesize.by_servers,
+        "synthesize.endpoints and servers must be empty with cluster.server.kind, which names the servers itself",
+    )
     if server.kind is not ServerKind.custom:
-        if served_model(config) == "embedded":
-            raise ValueError("verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
-        _check_server_sizes(config)
-    if server.command and not any("{port}" in word for word in server.command):
+        can_serve = served_model(config) != "embedded"
+        require(can_serve, "verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
+        _check_server_sizes(server, config.synthesize.max_tokens)
+    elif not any("{port}" in word for word in server.command):
         raise ValueError("cluster.server.command must say {port} where the server takes its port")
     if secret := [word for word in [*server.command, *server.options] if re.match(r"--api[-_]key", word)]:
         raise ValueError(
@@ -207,24 +193,22 @@ def _check_server(config: Config) -> None:
         )
 
 
-def _check_server_sizes(config: Config) -> None:
-    server, answer = config.cluster.server, config.synthesize.max_tokens
-    shared = server.tensor_parallel
-    if shared is not None and (shared < 1 or server.gpus % shared):
-        raise ValueError(
-            f"cluster.server.tensor_parallel must divide cluster.server.gpus={server.gpus}, or be null for all, "
-            f"got {shared}"
-        )
-    if server.kind is ServerKind.trtllm and server_copies(server) > 1:
-        raise ValueError(
-            f"cluster.server.tensor_parallel must be cluster.server.gpus={server.gpus} with kind=trtllm, which serves "
-            f"one copy, got {shared}: start more servers (cluster.server.tasks) with fewer GPUs"
-        )
-    if server.max_length is not None and server.max_length <= answer:
-        raise ValueError(
-            f"cluster.server.max_length must be above synthesize.max_tokens={answer}, prompts come on top, "
-            f"got {server.max_length}"
-        )
+def _check_server_sizes(server: ServerConfig, answer: int) -> None:
+    shared, gpus = server.tensor_parallel, server.gpus
+    require(
+        shared is None or gpus % shared == 0,
+        f"cluster.server.tensor_parallel must divide cluster.server.gpus={gpus}, or be null for all, got {shared}",
+    )
+    require(
+        server.kind is not ServerKind.trtllm or server_copies(server) == 1,
+        f"cluster.server.tensor_parallel must be cluster.server.gpus={gpus} with kind=trtllm, which serves one copy, "
+        f"got {shared}: start more servers (cluster.server.tasks) with fewer GPUs",
+    )
+    require(
+        server.max_length is None or server.max_length > answer,
+        f"cluster.server.max_length must be above synthesize.max_tokens={answer}, prompts come on top, got "
+        f"{server.max_length}",
+    )
 
 
 def _check_text(config: Config, cluster: ClusterConfig) -> None:

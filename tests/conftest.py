@@ -1,36 +1,26 @@
-"""Fixtures: a tiny verifier trained on the spot, once a session, and configurations that use it."""
+"""Fixtures: a tiny verifier, trained once for all processes, and configurations that use it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from builders import Run
 from fledge.conf.schema import Device, Dtype, VerifierConfig
-from fledge.models.embedded.verifier import EmbeddedSettings, embedded_verifier
-from fledge.models.verifier import Verifier
+from fledge.models.verifier.model import Verifier
+from make_embedded import TINY, shared_embedded
 
+_HELPERS = [str(Path(__file__).parent / name) for name in ("support", "twins", "benchmarks", "tools")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts
 torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
-
-TINY = EmbeddedSettings(
-    hidden_size=64,
-    num_layers=8,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=32,
-    intermediate_size=128,
-    vocab_size=600,
-    num_conversations=400,
-    steps=240,
-    lr=4e-3,
-)
 
 
 @pytest.fixture(scope="session")
-def tiny_verifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_verifier_folder() -> Path:
     """A verifier checkpoint of a few hundred thousand parameters, in float32."""
-    return embedded_verifier(TINY, tmp_path_factory.mktemp("cache"))
+    return shared_embedded(TINY)
 
 
 @pytest.fixture(scope="session")

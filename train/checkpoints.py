@@ -23,10 +23,10 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from safetensors import SafetensorError
 
-from ..conf.artifact import commit, sync, write_atomic, write_json
-from ..models.draft_head import DraftHead
-from ..models.formats import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
-from .heldout import Walk, Walks
+from ..conf.runtime.artifact import commit, sync, write_atomic, write_json
+from ..models.formats.plain import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
+from ..models.head.draft_head import DraftHead
+from .heldout import HeldoutByLength, HeldoutCounts
 
 STATE = "trainer.json"
 _SAVING, _UNIVERSAL = ".saving", ".universal"
@@ -34,7 +34,7 @@ _SAVING, _UNIVERSAL = ".saving", ".universal"
 
 @dataclass
 class TrainerState:
-    """What a run knows beside its weights, optimizer and RNG."""
+    """What a run knows besides its weights, optimizer and RNG."""
 
     step: int = 0  # optimizer steps made
     acceptance: list[float] = field(default_factory=list)  # running probability of acceptance by TTT step
@@ -43,7 +43,7 @@ class TrainerState:
     best_step: int | None = None
     best_acceptance_length: float = 0.0
     best_measure: str = ""  # digest of draft tokens and held-out conversations; under another one all begins anew
-    walks: Walks = field(default_factory=dict)  # held-out rounds of these weights; empty where they were not walked
+    walks: HeldoutByLength = field(default_factory=dict)  # of these weights; empty if they were not measured
 
 
 def save_checkpoint(
@@ -53,7 +53,7 @@ def save_checkpoint(
 
     Args:
         record: the head's record (`fledge.json`).
-        keep: how many of the newest checkpoints stay, beside the best.
+        keep: how many of the newest checkpoints stay, next to the best.
 
     Raises:
         ValueError: it cannot be written, or the ranks' folders differ; the checkpoints before it are as they were.
@@ -155,7 +155,7 @@ def needs_conversion(folder: Path, zero_stage: int) -> bool:
 
 
 def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
-    """Restore weights, optimizer and RNG from the newest checkpoint and give its state; None where there is none.
+    """Restore weights, optimizer and RNG from the newest checkpoint and return its state; None if there is none.
 
     An engine started for it (`needs_conversion`) loads the checkpoint through DeepSpeed's universal format.
 
@@ -189,7 +189,9 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
     walks = json.loads((newest / HELDOUT_WALKS).read_text())
     known = {entry.name for entry in dataclasses.fields(TrainerState)}
     state = TrainerState(**{name: value for name, value in values.items() if name in known})
-    state.walks = {int(num): {name: Walk(**walked) for name, walked in by_id.items()} for num, by_id in walks.items()}
+    state.walks = {
+        int(num): {name: HeldoutCounts(**walked) for name, walked in by_id.items()} for num, by_id in walks.items()
+    }
     if dist.get_rank() == 0:
         _name(folder, state)  # a kill may have come between the checkpoint and its names
     return state

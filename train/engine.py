@@ -17,7 +17,7 @@ from ..conf.schema import Config, Dtype, TrainConfig
 
 
 def micro_batches(config: Config) -> int:
-    """Give how many packs each rank accumulates in an optimizer step."""
+    """Return how many packs each rank accumulates in an optimizer step."""
     packs, ranks = config.train.packs_per_step, dist.get_world_size()
     if packs % ranks:
         raise ValueError(f"train.packs_per_step must be a multiple of the {ranks} processes, got {packs}")
@@ -81,7 +81,7 @@ def end_micro_batch(engine: Any) -> bool:
 
 
 def learning_rate(options: TrainConfig, step: int, num_steps: int) -> float:
-    """Give the learning rate of a step (from 0): linear warm-up, then a cosine down to `min_lr_share`."""
+    """Return the learning rate of a step (from 0): linear warm-up, then a cosine down to `min_lr_share`."""
     warmup = max(1, round(options.warmup_share * num_steps))
     if step < warmup:
         return options.lr * (step + 1) / warmup

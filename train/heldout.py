@@ -18,13 +18,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .fused_loss import draft_tokens
-from .rows import PackedBatch
-from .ttt import TTTModule, unroll
+from .loss.fused import draft_tokens
+from .loss.rows import PackedBatch
+from .loss.unroll import TTTModule
 
 
 @dataclass
-class Walk:
+class HeldoutCounts:
     """What one conversation tells for a number of draft tokens: rounds of greedy chain decoding, and rows as rounds."""
 
     rounds: int = 0
@@ -34,12 +34,12 @@ class Walk:
 
     @property
     def acceptance_length(self) -> float:
-        """Give 1 + accepted / rounds; 1 where there was no round."""
+        """Return 1 + accepted / rounds; 1 if there was no round."""
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
 
     @property
     def acceptance_length_t1(self) -> float:
-        """Give 1 + expected / rows, the estimate at temperature 1; 1 where there is no row."""
+        """Return 1 + expected / rows, the estimate at temperature 1; 1 if there is no row."""
         return 1 + self.expected / self.rows if self.rows else 1.0
 
 
@@ -47,7 +47,7 @@ class Walk:
 def acceptance(
     module: TTTModule, batch: PackedBatch, embedding: Tensor, verifier_lm_head: Tensor, num_draft_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Give what would be accepted from each row of a batch.
+    """Return what would be accepted from each row of a batch.
 
     Returns:
         How many draft tokens in a row equal the text after it (int64 [T]), and the probability that at temperature 1
@@ -56,7 +56,7 @@ def acceptance(
     """
     head, rows = module.head, batch.useful_rows(num_draft_tokens)
     job = module.job(batch, rows, verifier_lm_head)
-    proposed, overlaps = head.lm_head(unroll(head, batch, rows, embedding), partial(draft_tokens, job))
+    proposed, overlaps = head.lm_head(module.unroll(head, batch, rows, embedding), partial(draft_tokens, job))
     hits = torch.zeros_like(batch.input_ids)
     reach = torch.zeros(len(hits), num_draft_tokens, device=hits.device)
     for step, places in enumerate(rows.steps):
@@ -67,9 +67,9 @@ def acceptance(
     return hits, reach
 
 
-def walk(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> Walk:
+def teacher_forced_rounds(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> HeldoutCounts:
     """Walk the rounds of every answer of one conversation; an answer is a run of `loss_mask`."""
-    result = Walk()
+    result = HeldoutCounts()
     for first, last in _answers(loss_mask):
         row = first - 1
         while row + 1 < last:
@@ -81,7 +81,7 @@ def walk(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> Walk:
 
 
 def _answers(loss_mask: list[bool]) -> list[tuple[int, int]]:
-    """Give the first and the last position of each answer."""
+    """Return the first and the last position of each answer."""
     answers: list[tuple[int, int]] = []
     for i, produced in enumerate(loss_mask):
         if produced and answers and answers[-1][1] == i - 1:
@@ -91,18 +91,18 @@ def _answers(loss_mask: list[bool]) -> list[tuple[int, int]]:
     return answers
 
 
-Walks = dict[int, dict[str, Walk]]  # by number of draft tokens, then by sample id
+HeldoutByLength = dict[int, dict[str, HeldoutCounts]]  # by number of draft tokens, then by sample id
 
 
-def walk_batches(
+def count_heldout(
     module: TTTModule,
     batches: Iterable[PackedBatch],
     embedding: Tensor,
     verifier_lm_head: Tensor,
     lengths: list[int],
-) -> Walks:
+) -> HeldoutByLength:
     """Walk every conversation of held-out batches for several numbers of draft tokens."""
-    walks: Walks = {length: {} for length in lengths}
+    walks: HeldoutByLength = {length: {} for length in lengths}
     for batch in batches:
         hits, reach = acceptance(module, batch, embedding, verifier_lm_head, max(lengths))
         useful = torch.zeros_like(batch.loss_mask)
@@ -113,12 +113,12 @@ def walk_batches(
             num_rows, sums = int(rows.sum()), expected.sum(0).tolist()
             text = row_hits.tolist(), mask.tolist()
             for length in lengths:
-                walked = walk(*text, length)
+                walked = teacher_forced_rounds(*text, length)
                 walks[length][sample_id] = replace(walked, rows=num_rows, expected=sums[length - 1])
     return walks
 
 
-def total(walks: Iterable[Walk]) -> Walk:
+def total(walks: Iterable[HeldoutCounts]) -> HeldoutCounts:
     """Add up rounds and rows over conversations."""
     listed = list(walks)
-    return Walk(*(sum(getattr(walked, part.name) for walked in listed) for part in fields(Walk)))
+    return HeldoutCounts(*(sum(getattr(walked, part.name) for walked in listed) for part in fields(HeldoutCounts)))

@@ -1,4 +1,4 @@
-"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or beside the verifier."""
+"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or next to the verifier."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..conf.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
-from ..conf.progress import Progress
-from ..conf.schema import Config, HiddenStates, TTTLoss
-from ..conf.signals import StopSignals, deferred
+from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
+from ..conf.runtime.progress import Progress
+from ..conf.runtime.signals import StopSignals, deferred
+from ..conf.schema import Config, HiddenStates
 from ..data_synthesis.verifier_check import check_verifier
-from ..models.draft_head import DraftHead, initialise
-from ..models.formats import WEIGHTS, checkpoint_steps
-from ..models.head_sizes import describe_sizes
+from ..models.formats.plain import WEIGHTS, checkpoint_steps
+from ..models.head.architectures import build_head
+from ..models.head.config import describe_sizes
+from ..models.head.draft_head import DraftHead, initialise
 from ..models.kernels.self_check import Checked, require_gpu
-from ..models.verifier import VerifierWeights, load_config, logit_transform
+from ..models.verifier.model import VerifierWeights, load_config, logit_transform
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
-from .data import TrainingData
+from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
-from .fused_loss import SUMS
-from .heldout import Walks, total, walk_batches
-from .kernel_checks import ATTENTION, check_training
-from .meter import Meter
+from .heldout import HeldoutByLength, count_heldout, total
+from .loss.fused import SUMS
+from .loss.kernel_checks import ATTENTION, check_training
+from .loss.losses import LOSSES
+from .loss.rows import PackedBatch
+from .loss.unroll import TTTModule, count_rows, find_targets
+from .metrics.meter import Meter
+from .metrics.tracking import Tracker, run_description
 from .online import OnlineStates
-from .processes import Ranks, joined, sum_over_ranks
-from .rows import PackedBatch
-from .tracking import Tracker, run_description
-from .ttt import TTTModule, count_rows, find_targets
+from .ranks.group import Ranks, joined, sum_over_ranks
 from .warm_start import trained_head
 
 # Options that change how a run is watched or kept, not what it computes.
@@ -49,7 +51,7 @@ _NOT_DETERMINING = (
 
 
 def train(config: Config) -> None:
-    """Train the draft head on hidden-state stores into runs/<name>/training/; goes on where it was killed."""
+    """Train the draft head on hidden-state stores into runs/<name>/training/; goes on from where it was killed."""
     with joined(config) as ranks:
         _train(config, ranks)
 
@@ -57,13 +59,13 @@ def train(config: Config) -> None:
 def _train(config: Config, ranks: Ranks) -> None:
     micro_batches(config)  # refused before anything is read
     require_gpu("train.triton", config.train.triton, ranks.device)
-    given = trained_head(config) if config.train.init_from else None
-    shape = given.config if given else check_verifier(config)
-    if ranks.rank == 0 and not given:
+    initial_head = trained_head(config) if config.train.init_from else None
+    shape = initial_head.config if initial_head else check_verifier(config)
+    if ranks.rank == 0 and not initial_head:
         print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
     with ExitStack() as stack:
         data = stack.enter_context(TrainingData(config, shape, ranks.rank, ranks.world, ranks.device.type == "cuda"))
-        head = given or DraftHead(shape, data.vocabulary)
+        head = initial_head or build_head(shape, data.vocabulary)
         settings = _settings(config, data, head)
         saved = checkpoint_steps(config.training_folder / "checkpoints")
         ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
@@ -84,7 +86,7 @@ def _train(config: Config, ranks: Ranks) -> None:
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
-    """Give everything that determines the weights."""
+    """Return everything that determines the weights."""
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
     is_online = config.train.hidden_states is HiddenStates.online
     online = {"verifier_dtype": config.verifier.dtype.value} if is_online else {}
@@ -132,7 +134,7 @@ class Trainer:
             self.head,
             options.ttt_steps,
             options.gamma,
-            options.loss,
+            LOSSES[options.loss.value],
             transform,
             options.blend_rate,
             options.checkpoint_activations,
@@ -147,7 +149,7 @@ class Trainer:
         # the losses that blend begin as KL.
         self.acceptance = torch.zeros(options.ttt_steps, device=device)
         self.state = TrainerState()
-        self.walks: Walks = {}  # the latest
+        self.walks: HeldoutByLength = {}  # the latest
 
         self.micro_batches = micro_batches(config)
         self.packs_per_step = options.packs_per_step
@@ -182,7 +184,7 @@ class Trainer:
             with self.meter.waiting():
                 read = list(itertools.islice(batches, self.micro_batches))
             self.meter.add(read)
-            sums += self._optimizer_step([self._here(batch, options.ttt_steps) for batch in read])
+            sums += self._optimizer_step([self._to_device(batch, options.ttt_steps) for batch in read])
             stop = self.ranks.any_rank(signals.received is not None)
             save = state.step % options.save_every == 0 or state.step == self.num_steps
             log = state.step % options.log_every == 0 or save or stop
@@ -263,8 +265,8 @@ class Trainer:
         sums = torch.zeros(options.ttt_steps, len(SUMS), device=self.device)
         losses = []
         updated = False
-        for batch, known in zip(packed, targets, strict=True):
-            arguments = known, num_counted, self.acceptance
+        for batch, batch_targets in zip(packed, targets, strict=True):
+            arguments = batch_targets, num_counted, self.acceptance
             loss, batch_sums = self.engine(batch, self.embedding, self.verifier_lm_head, *arguments)
             self.engine.backward(loss * self.packs_per_step)
             updated = end_micro_batch(self.engine)
@@ -275,7 +277,7 @@ class Trainer:
             self._skip(packed, losses)
             return torch.zeros_like(sums)
         self.state.skipped_in_a_row = 0
-        if options.loss in (TTTLoss.lk_lambda, TTTLoss.acceptance_length):
+        if self.module.loss.blends:
             overlap = sum_over_ranks(sums[:, SUMS.index("overlap")].clone())
             latest = torch.where(num_counted > 0, overlap / num_counted.clamp(min=1), self.acceptance)
             self.acceptance = torch.lerp(self.acceptance, latest, 0.1)
@@ -288,7 +290,7 @@ class Trainer:
             ValueError: too many such steps in a row.
         """
         here = [batch for batch, loss in zip(packed, losses, strict=True) if not loss.isfinite()]
-        gathered = self.ranks.gather([name for batch in here for name in batch.suspects()])
+        gathered = self.ranks.gather([name for batch in here for name in batch.non_finite_samples()])
         names = [name for of_rank in gathered for name in of_rank]
         cause = f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the gradient"
         self.state.skipped_steps += 1
@@ -302,8 +304,8 @@ class Trainer:
                 "train.init_from=<the newest checkpoint> may have a lower train.lr"
             )
 
-    def _here(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
-        """Give a batch on this rank's device, with its states."""
+    def _to_device(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
+        """Return a batch on this rank's device, with its states."""
         batch = batch.to(self.device, self.dtype, ttt_steps)
         return self.online.fill(batch) if self.online else batch
 
@@ -311,8 +313,8 @@ class Trainer:
     def _walk_heldout(self) -> None:
         """Walk the held-out answers, of which every rank takes its share."""
         steps = max(self.draft_lengths)
-        batches = (self._here(batch, steps) for batch in self.data.heldout_batches(steps))
-        mine = walk_batches(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
+        batches = (self._to_device(batch, steps) for batch in self.data.heldout_batches(steps))
+        mine = count_heldout(self.module, batches, self.embedding, self.verifier_lm_head, self.draft_lengths)
         of_ranks = self.ranks.gather(mine)
         self.walks = {num: {k: v for walks in of_ranks for k, v in walks[num].items()} for num in self.draft_lengths}
 
@@ -330,7 +332,7 @@ class Trainer:
             for k, (value, number) in enumerate(zip(sum_of[name], counted, strict=True)):
                 if number:
                     metrics[f"train/{name}_step_{k}"] = value / number
-        if any(counted):  # not where every step was skipped
+        if any(counted):  # not if every step was skipped
             losses = zip(sum_of["loss"], counted, strict=True)
             metrics["train/loss"] = sum(value / max(1.0, number) for value, number in losses)
             outside = sum(sum_of["outside_draft_vocab"])

@@ -1,4 +1,4 @@
-"""Online training: the frozen verifier reads every packed batch beside the trainer, and nothing touches the disk."""
+"""Online training: the frozen verifier reads every packed batch next to the trainer, and nothing touches the disk."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 
 from ..conf.schema import Config
-from ..data_synthesis.record import read_documents
-from ..models.verifier import Verifier
-from .rows import PackedBatch
+from ..data_synthesis.states.transformers_engine import read_documents
+from ..models.verifier.model import Verifier
+from .loss.rows import PackedBatch
 
 
 class OnlineStates:
@@ -25,7 +25,7 @@ class OnlineStates:
 
     @classmethod
     def load(cls, config: Config, aux_layers: Sequence[int], gpus: range | None) -> OnlineStates:
-        """Load the verifier onto this rank's own GPUs, or into this process where there are none."""
+        """Load the verifier onto this rank's own GPUs, or into this process if there are none."""
         if config.verifier.tensor_parallel:
             raise ValueError(
                 "verifier.tensor_parallel must be false with train.hidden_states=online: every rank reads other "
@@ -36,7 +36,7 @@ class OnlineStates:
 
     @torch.no_grad()
     def fill(self, batch: PackedBatch) -> PackedBatch:
-        """Give the batch with its states, on its device, document by document in its order."""
+        """Return the batch with its states, on its device, document by document in its order."""
         num_tokens, device = len(batch.input_ids), batch.input_ids.device
         width = self.verifier.model.config.get_text_config().hidden_size
         aux = torch.empty(num_tokens, len(self.verifier.aux_layers) * width, dtype=self.dtype, device=device)

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from ..conf.schema import Config
-from ..models.draft_head import DraftHead
-from ..models.formats import load_head
-from ..models.verifier import check_identity
+from ..models.formats.plain import load_head
+from ..models.head.draft_head import DraftHead
+from ..models.verifier.model import check_identity
 
 
 def trained_head(config: Config) -> DraftHead:

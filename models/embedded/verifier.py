@@ -1,313 +1,35 @@
-"""A small Llama that is trained on this machine in a few minutes, as the verifier of demos and tests without a hub."""
+"""The embedded verifier: a small Llama whose checkpoint, prompts and questions are files of this package.
+
+`tests/tools/make_embedded.py` trained it on conversations.jsonl.xz: made-up ones in the eight categories of MT-Bench.
+No question opens like one of these conversations or prompts.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
-import platform
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+import lzma
 from pathlib import Path
+from typing import Any
 
-import tokenizers
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from ...conf.artifact import held
-from ...conf.progress import Progress
-from . import corpus, library_text
-
-BOS, PAD, START, MESSAGE, END = "<|begin|>", "<|pad|>", "<|start|>", "<|message|>", "<|end|>"
-SPECIAL_TOKENS = (BOS, PAD, START, MESSAGE, END)
-
-CHAT_TEMPLATE = (
-    "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    f"{{{{- '{START}' + message['role'] + '{MESSAGE}' -}}}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    f"{{%- generation -%}}{{{{- message['content'] + '{END}' -}}}}{{%- endgeneration -%}}"
-    "{%- else -%}"
-    f"{{{{- message['content'] + '{END}' -}}}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    f"{{%- if add_generation_prompt -%}}{{{{- '{START}assistant{MESSAGE}' -}}}}{{%- endif -%}}"
-)
-
-_TOKENIZER_CONVERSATIONS = 4000
-_POOL_BATCHES = 64
-_LOSS_WINDOW = 100
+_HERE = Path(__file__).parent
+CHECKPOINT = _HERE / "checkpoint"  # in bfloat16, with its tokenizer and chat template
 
 
-@dataclass(frozen=True)
-class EmbeddedSettings:
-    """Sizes and training of the embedded verifier; equal settings give equal weights on one machine.
-
-    `batch_tokens` is the number of padded tokens of a step at most, `max_length` cuts a conversation off (tokens),
-    `other_weight` is the loss weight of the tokens that are not part of an assistant's answer. `init` and
-    `embedding_init` are the standard deviations of the initial weights and of the initial token embeddings.
-    """
-
-    hidden_size: int = 192
-    num_layers: int = 8
-    num_heads: int = 6
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    intermediate_size: int = 384
-    max_positions: int = 2048
-    vocab_size: int = 1600
-    num_conversations: int = 12000
-    steps: int = 2600
-    batch_tokens: int = 640
-    max_length: int = 512
-    lr: float = 2e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.05
-    other_weight: float = 0.2
-    init: float = 0.06
-    embedding_init: float = 0.5
-    seed: int = 0
+def conversations() -> list[list[dict[str, str]]]:
+    """Return the 12,000 conversations that it was trained on, each a list of {"role", "content"}."""
+    return _read("conversations.jsonl.xz")
 
 
-# tokenizer ----------------------------------------------------------------------------------------------------------
+def prompts() -> list[dict[str, Any]]:
+    """Return 2,000 different prompts {"id", "category", "turns"} of one or two user turns, categories in rotation."""
+    return _read("prompts.jsonl.xz")
 
 
-def _tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with the chat template on the corpus."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    conversations = corpus.training_conversations(
-        min(settings.num_conversations, _TOKENIZER_CONVERSATIONS), settings.seed
-    )
-    texts = (
-        text for messages in conversations for message in messages for text in (message["role"], message["content"])
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=END,
-        pad_token=PAD,
-        additional_special_tokens=[START, MESSAGE],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=settings.max_positions,
-        clean_up_tokenization_spaces=False,
-    )
+def questions() -> list[dict[str, Any]]:
+    """Return 80 questions {"question_id", "category", "turns"} of two turns each, ten a category."""
+    return _read("questions.jsonl.xz")
 
 
-# data ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Document:
-    """One tokenized conversation: token ids and the loss weight of each."""
-
-    ids: list[int]
-    weights: list[float]
-
-
-def _document(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], settings: EmbeddedSettings
-) -> _Document:
-    """Render `messages` as the chat template does, with weight 1 on answers and their end-of-turn token."""
-    bos, start, message_id, end = (tokenizer.get_vocab()[token] for token in (BOS, START, MESSAGE, END))
-    ids: list[int] = [bos]
-    weights = [settings.other_weight]
-    for message in messages:
-        header = [start, *tokenizer.encode(message["role"], add_special_tokens=False), message_id]
-        body = [*tokenizer.encode(message["content"], add_special_tokens=False), end]
-        ids += header + body
-        body_weight = 1.0 if message["role"] == "assistant" else settings.other_weight
-        weights += [settings.other_weight] * len(header) + [body_weight] * len(body)
-    return _Document(ids[: settings.max_length], weights[: settings.max_length])
-
-
-def _grouped(documents: list[_Document], batch_tokens: int) -> list[list[_Document]]:
-    """Group `documents` by length into batches of at most `batch_tokens` padded tokens (one document at least)."""
-    batches: list[list[_Document]] = [[]]
-    for document in sorted(documents, key=lambda item: len(item.ids)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(document.ids) > batch_tokens:
-            batches.append([])
-        batches[-1].append(document)
-    return batches
-
-
-def _batches(documents: list[_Document], settings: EmbeddedSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches without end: token ids (B, T) and loss weights (B, T), right-padded with weight 0."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    while True:
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        batches = _grouped([documents[index] for index in order], settings.batch_tokens)
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield _padded(batches[index])
-
-
-def _padded(batch: list[_Document]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the ids (B, T) and weights (B, T) of `batch`, T its longest document."""
-    length = max(len(document.ids) for document in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.long)
-    weights = torch.zeros(len(batch), length)
-    for row, document in enumerate(batch):
-        ids[row, : len(document.ids)] = torch.tensor(document.ids)
-        weights[row, : len(document.ids)] = torch.tensor(document.weights)
-    return ids, weights
-
-
-# training -----------------------------------------------------------------------------------------------------------
-
-
-def _model(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build the untrained Llama with the tokenizer's special ids, initialized by `_initialize`."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_kv_heads,
-        head_dim=settings.head_dim,
-        max_position_embeddings=settings.max_positions,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        _initialize(model, settings)
-    return model
-
-
-def _initialize(model: LlamaForCausalLM, settings: EmbeddedSettings) -> None:
-    """Draw the weights such that attending to a token names it from the first step on.
-
-    The head starts as the scaled embeddings (untied), and every attention head writes what it reads: its output matrix
-    starts as half its value matrix, transposed. So few steps teach the model to copy names and numbers of the prompt.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            deep = settings.init / math.sqrt(2 * settings.num_layers)
-            parameter.normal_(0.0, deep if name.endswith("down_proj.weight") else settings.init)
-    model.model.embed_tokens.weight.normal_(0.0, settings.embedding_init)
-    model.lm_head.weight.copy_(model.model.embed_tokens.weight * (settings.init / settings.embedding_init))
-    group = settings.num_heads // settings.num_kv_heads
-    for layer in model.model.layers:
-        values = layer.self_attn.v_proj.weight.unflatten(0, (settings.num_kv_heads, settings.head_dim))
-        layer.self_attn.o_proj.weight.copy_(values.repeat_interleave(group, 0).flatten(0, 1).T / 2)
-
-
-def _rate(step: int, settings: EmbeddedSettings) -> float:
-    """Give the learning rate of `step`: linear warm-up, then a cosine down to a twentieth."""
-    warmup = max(1, round(settings.warmup * settings.steps))
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def _loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the weighted mean loss and, detached, the mean loss over answer tokens alone (nats a token)."""
-    logits = model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-    losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    answer = weights == 1.0
-    return (losses * weights).sum() / weights.sum(), losses.detach()[answer].mean()
-
-
-def _train(model: LlamaForCausalLM, documents: list[_Document], settings: EmbeddedSettings) -> float:
-    """Train `model` in place for `settings.steps` steps and give the mean answer loss of the last ones (nats)."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
-    progress = Progress("embedded verifier", settings.steps, "step")
-    losses: list[float] = []
-    model.train()
-    for step, (ids, weights) in enumerate(islice(_batches(documents, settings), settings.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, settings)
-        loss, answer_loss = _loss(model, ids, weights)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses = [*losses[1 - _LOSS_WINDOW :], float(answer_loss)]
-        progress.set_postfix_str(f"loss {sum(losses) / len(losses):.3f}", refresh=False)
-        progress.update()
-    progress.close()
-    model.eval()
-    return sum(losses) / len(losses)
-
-
-def _build(settings: EmbeddedSettings, folder: Path) -> None:
-    """Make tokenizer and model and write the checkpoint into `folder`; the caller's random state stays as it was."""
-    tokenizer = _tokenizer(settings)
-    conversations = corpus.training_conversations(settings.num_conversations, settings.seed)
-    documents = [_document(tokenizer, messages, settings) for messages in conversations]
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(settings.seed)
-        model = _model(settings, tokenizer)
-        loss = _train(model, documents, settings)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    facts = {"settings": asdict(settings), "parameters": model.num_parameters(), "answer_loss": loss}
-    (folder / "embedded.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-# cache --------------------------------------------------------------------------------------------------------------
-
-
-def _cache_root(cache_dir: Path | None) -> Path:
-    """Give the cache folder: `cache_dir`, $FLEDGE_CACHE, $XDG_CACHE_HOME/fledge or ~/.cache/fledge, the first set."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    if os.environ.get("FLEDGE_CACHE"):
-        return Path(os.environ["FLEDGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
-
-
-def _key(settings: EmbeddedSettings) -> str:
-    """Hash all that determines the checkpoint: settings, this package's sources, versions and the real text."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    parts = {
-        "settings": asdict(settings),
-        "sources": {path.name: path.read_text(encoding="utf-8") for path in sources},
-        "versions": [platform.python_version(), torch.__version__, transformers.__version__, tokenizers.__version__],
-        "text": [library_text.code_functions(), library_text.math_functions(), library_text.topic_sentences()],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def embedded_verifier(settings: EmbeddedSettings = EmbeddedSettings(), cache_dir: Path | None = None) -> Path:
-    """Give the folder of the embedded verifier's checkpoint, which is trained first if the cache lacks it.
-
-    The folder holds a float32 `LlamaForCausalLM`, its tokenizer and chat template. Several processes may ask at once:
-    one builds, the others wait. A build that dies leaves no folder of the final name.
-    """
-    root = _cache_root(cache_dir) / "embedded_verifier"
-    folder = root / _key(settings)
-    if folder.is_dir():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with held(root / f"{folder.name}.lock", f"{folder} is being made by"):
-        if not folder.is_dir():
-            unfinished = root / f"{folder.name}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            _build(settings, unfinished)
-            unfinished.rename(folder)
-    return folder
+def _read(name: str) -> list[Any]:
+    with lzma.open(_HERE / name, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

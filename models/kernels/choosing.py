@@ -1,7 +1,7 @@
 """The choice of a token by a row of logits or weights in Triton: the likeliest one, or one that is drawn.
 
-The plain twin is `AcceptanceRule.choose` and `draw` of ../../eval/acceptance.py. A program walks its row in blocks: to
-find the highest logit, to sum, and to find the first token up to which the sum is more than the number's share. Weights
+The plain twin is `AcceptanceRule.choose` and `draw` of eval/decoding. A program walks its row in blocks: to find the
+highest logit, to sum, and to find the first token up to which the sum is more than the number's share. Weights
 are of float32, sums of float64: a vocabulary of 200,000 tokens leaves no digit of the number unused. The second walk
 adds the same block sums in the same order as the first, so that the block that reaches the share is always found; in it
 no token without weight is chosen.

@@ -1,8 +1,8 @@
 """What a round of speculative decoding does beside matrix products and attention, in Triton.
 
-A launch each, in place of the many small ones of the plain twins: `DraftLayer` of ../draft_head.py, `find_way` of
-../../eval/proposal.py, `SlotCache.move` of ../../eval/cached_verifier.py. No values are looked at on the host, and
-all launches depend on shapes alone, so that a CUDA graph can hold them.
+A launch each, in place of the many small ones of the plain twins: `DraftLayer` of models/head, `find_way` and
+`SlotCache.move` of eval/decoding. No values are looked at on the host, and all launches depend on shapes alone, so that
+a CUDA graph can hold them.
 """
 
 from __future__ import annotations

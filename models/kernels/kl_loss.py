@@ -1,6 +1,6 @@
 """The row-wise part of the KL loss in Triton: each row of logits is read twice and its gradient written over it.
 
-docs/fused_loss.md derives it; train/fused_loss.py has the same in PyTorch operations, `Chunk.compare`.
+docs/fused_loss.md derives it; train/loss/fused.py has the same in PyTorch operations, `Chunk.compare`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A kernel whose results agree is used. One whose results differ, or that Triton cannot compile, is left out with one
 warning that names the figures, and plain PyTorch does its work. The cases are small, random and ugly; they stand beside
-the twins: train/kernel_checks.py, eval/kernel_checks.py.
+the twins: train/loss/kernel_checks.py, eval/decoding/kernel_checks.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What every stage shares while it runs: artifacts, journals, progress, signals, ranks."""

@@ -1,0 +1,85 @@
+"""Trackers by accelerate.tracking: one is opened for a run, by the name that `tracking.report_to` has for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..schema import TrackerName, TrackingConfig, WandbMode
+
+TENSORBOARD = "tensorboard"
+# Seconds that W&B may take for an answer, in online mode; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise.
+WANDB_SECONDS = {"init_timeout": 20.0, "finish_timeout": 60.0}
+_RUN_NAME = {  # the argument for a run's name; accelerate's first argument, called run_name, is the project
+    TrackerName.mlflow: "run_name",
+    TrackerName.trackio: "name",
+    TrackerName.swanlab: "experiment_name",
+    TrackerName.clearml: "task_name",
+}
+
+
+def open_tracker(
+    tracker: TrackerName,
+    options: TrackingConfig,
+    folder: Path,
+    run: str,
+    name: str,
+    about: dict[str, Any] | None = None,
+    step: int = 0,
+) -> Any:
+    """Open a tracker of accelerate; its `tracker` is its package's own run.
+
+    W&B online goes on under its id; offline every start makes a directory, which `wandb sync` joins. TensorBoard
+    hides steps beyond the one resumed from. With the others every start makes a run of its own.
+
+    Args:
+        folder: of the files that W&B and TensorBoard write.
+        run: W&B run id, the same over all starts.
+        about: logged with the run; None adds nothing.
+        step: the step training goes on from.
+    """
+    from accelerate import tracking
+
+    tracking.logger = logging.getLogger(tracking.__name__)  # type: ignore[assignment]  # its own needs an Accelerator
+    kind = tracking.LOGGER_TYPE_TO_CLASS[tracker.value]
+    if tracker is TrackerName.wandb:
+        made = kind(options.project, **_wandb_arguments(options), id=run, name=name, dir=folder, config=about)
+    elif tracker is TrackerName.tensorboard:
+        made = kind(TENSORBOARD, folder, purge_step=step + 1)
+    else:
+        place = [folder] if kind.requires_logging_directory else []
+        made = kind(options.project, *place, **({_RUN_NAME[tracker]: name} if tracker in _RUN_NAME else {}))
+    made.main_process_only = False  # the caller is one rank; accelerate would start a process group to know
+    made.start()
+    if about and tracker not in (TrackerName.wandb, TrackerName.tensorboard):
+        made.store_init_configuration(_flat(about))
+    return made
+
+
+def _wandb_arguments(options: TrackingConfig) -> dict[str, Any]:
+    """Return arguments of `wandb.init`, logged in and silenced."""
+    import wandb
+
+    online = options.wandb is WandbMode.online
+    limits: Any = {key: value for key, value in WANDB_SECONDS.items() if f"WANDB_{key.upper()}" not in os.environ}
+    # Silence for one run only (wandb.init) leaves W&B's advertising, which it prints for the whole process.
+    wandb.setup(wandb.Settings(silent=True))
+    # On a terminal W&B asks for a key that is missing, for ever if it is let.
+    if online and not wandb.login(timeout=round(WANDB_SECONDS["init_timeout"])):
+        raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")
+    settings = wandb.Settings(console="off", disable_git=True, **limits)
+    resume = "allow" if online else None
+    return {"entity": options.entity, "mode": options.wandb.value, "resume": resume, "settings": settings}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options by dotted name, since most trackers know no nested ones."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + str(name)] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

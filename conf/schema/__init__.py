@@ -1,0 +1,185 @@
+"""Every option of fledge, typed once. `Config` is the root; each group of options is one dataclass.
+
+Values of type `Optional[...] = None` are derived (from the verifier, mostly) and recorded in the manifest of the stage.
+"""
+
+# ruff: noqa: F401, I001 (the options are imported from here)
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from .cluster import STAGES, ClusterConfig, ContainerConfig, ContainerKind, Gpu, JobConfig, PlanConfig
+from .cluster import ServerConfig, ServerKind, StatusConfig, SubmitConfig
+from .data import DataConfig, DumpConfig, DumpEngine, InspectConfig, LastStates, MalformedRows, PreviewConfig
+from .data import SourceConfig, StateDtype, SynthesizeConfig
+from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig, EvaluateEngine
+from .limits import MISSING, Limit, check, require
+from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
+from .models import VerifierConfig
+from .train import (
+    DeepSpeedConfig,
+    HiddenStates,
+    StoreConfig,
+    TooLong,
+    TrackerName,
+    TrackingConfig,
+    TrainConfig,
+    TTTLoss,
+    WandbMode,
+)
+
+_PLACE = "; use runs_dir for the place"
+_NAME = Limit("be a plain folder name", lambda name: name not in ("", ".", "..") and "/" not in name, _PLACE)
+
+
+@dataclass
+class Config:
+    """One run: a name, a folder, and the options of every stage."""
+
+    name: Annotated[str, _NAME] = MISSING  # the run folder is runs_dir/name
+    runs_dir: str = "runs"
+    overwrite: bool = False  # make an artifact anew when it was made with other settings
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    dump: DumpConfig = field(default_factory=DumpConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    head_import: HeadImportConfig = field(default_factory=HeadImportConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder that holds every artifact of the run."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def prompts_folder(self) -> Path:
+        """Folder of the prepared prompts."""
+        return self.run_folder / "prompts"
+
+    @property
+    def conversations_folder(self) -> Path:
+        """Folder of the regenerated conversations."""
+        return self.run_folder / "conversations"
+
+    @property
+    def hidden_states_folder(self) -> Path:
+        """Folder of the hidden-state store."""
+        return Path(self.dump.folder) if self.dump.folder else self.run_folder / "hidden_states"
+
+    @property
+    def training_folder(self) -> Path:
+        """Folder of checkpoints and metrics."""
+        return self.run_folder / "training"
+
+
+def validate(config: Config) -> None:
+    """Check options against their limits and against each other.
+
+    Raises:
+        ValueError: names the option, what is required, the value and the cure.
+    """
+    check(config)
+    _check_parts(config)
+    _check_data(config.data)
+    _check_conflicts(config)
+    _check_evaluation(config.evaluate)
+
+
+def _check_parts(config: Config) -> None:
+    """Check what is dealt out in parts."""
+    for group, part, parts in (("synthesize", "shard", "num_shards"), ("dump", "writer", "num_writers")):
+        number, count = (getattr(getattr(config, group), name) for name in (part, parts))
+        last = f"{group}.{parts} - 1 = {count - 1}"
+        require(0 <= number < count, f"{group}.{part} must lie between 0 and {last}, got {number}")
+    packs, processes = config.train.packs_per_step, config.train.num_processes
+    even = packs % processes == 0
+    require(even, f"train.packs_per_step must be a multiple of train.num_processes={processes}, got {packs}")
+    gpus, ranks = config.plan.gpus_per_node, config.plan.ranks_per_node
+    require(not ranks or gpus % ranks == 0, f"plan.ranks_per_node must divide plan.gpus_per_node={gpus}, got {ranks}")
+
+
+def _check_data(data: DataConfig) -> None:
+    require(
+        data.limit is not None or len({source.weight for source in data.sources}) < 2,
+        "data.limit is required where sources have different weights: the weights share it out",
+    )
+    for name, low, high in (("chars", data.min_chars, data.max_chars), ("turns", data.min_turns, data.max_turns)):
+        require(
+            high is None or low <= high,
+            f"data.max_{name} must be at least data.min_{name}={low}, or null for no bound, got {high}",
+        )
+
+
+def _check_conflicts(config: Config) -> None:
+    fixed = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stream", "n"}
+    ours = ", ".join(sorted(fixed & set(config.synthesize.request)))
+    require(
+        not ours,
+        f"synthesize.request must leave {ours} to fledge: synthesize.model, max_tokens, temperature and top_p are "
+        "options of their own",
+    )
+    require(
+        not config.verifier.tensor_parallel or config.dump.engine is not DumpEngine.vllm,
+        "verifier.tensor_parallel must be false with dump.engine=vllm, which has an option of its own: "
+        "dump.vllm_options={tensor_parallel_size: 8}",
+    )
+    require(
+        not config.tracking.tensorboard or find_spec("tensorboard"),
+        "tracking.tensorboard needs the package tensorboard, which is not installed: "
+        "pip install 'fledge[tensorboard]', or set it to false",
+    )
+    for name in config.tracking.trackers:
+        require(
+            find_spec(name.value) is not None,
+            f"tracking.report_to needs the package {name.value}, which is not installed: "
+            f"pip install {name.value}, or leave it out",
+        )
+    require(
+        config.train.dtype is not Dtype.bfloat16 or config.deepspeed.zero_stage > 0,
+        "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
+        "DeepSpeed keeps no float32 master weights at stage 0",
+    )
+
+
+def _check_evaluation(options: EvaluateConfig) -> None:
+    """Check how tokens are chosen, who chooses them, and whether the tree has room for them."""
+    sampled = options.draft_sampling is DraftSampling.sampled
+    by_server = options.engine is EvaluateEngine.server
+    require(
+        options.temperature or (options.top_p == 1 and options.top_k is None and not sampled),
+        "evaluate.temperature must be above 0 with evaluate.top_p, top_k or draft_sampling=sampled: "
+        "at 0 nothing is sampled",
+    )
+    require(  # the reverse is required by `evaluate` alone
+        by_server or options.endpoint is None,
+        "evaluate.engine must be server with evaluate.endpoint: set it, or leave the endpoint out",
+    )
+    require(
+        not (by_server and sampled),
+        "evaluate.draft_sampling must be left out with evaluate.engine=server: how drafts are chosen is set where "
+        "the server is started",
+    )
+    if options.tree_depth is None:
+        return
+    require(not sampled, "evaluate.draft_sampling must be greedy with evaluate.tree_depth: trees are not drawn")
+    depth, branches, nodes = options.tree_depth, options.tree_top_k, options.num_draft_tokens
+    largest = branches + (depth - 1) * branches**2
+    require(
+        depth <= nodes <= largest,
+        f"evaluate.num_draft_tokens must lie between {depth} and {largest}, the nodes of a tree of "
+        f"evaluate.tree_depth={depth} and tree_top_k={branches}, got {nodes}; 60 is usual",
+    )

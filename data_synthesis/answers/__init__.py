@@ -1,0 +1,1 @@
+"""The verifier answers prompts, in this process or through servers."""

@@ -1,0 +1,141 @@
+"""What became of each prompt: a conversation, or a failure that the next start tries again; and a summary of them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...conf.runtime.journal import Journal, read_journal
+from ...conf.runtime.progress import Progress
+from ..conversations import SYNC_EVERY_S, open_conversations, read_conversations
+from ..preview import printable
+from .conversation import Conversation, Failure
+
+FILE = "failures.jsonl"
+_REPORT_EVERY_S = 0.2
+_SHOWN, _SHOWN_CHARS = 3, 240
+
+
+class AnswerLog:
+    """Writes what becomes of each prompt, so that a start after a kill knows it.
+
+    Args:
+        folder: of the conversations.
+        max_attempts: starts in which a prompt that fails is tried.
+    """
+
+    def __init__(self, folder: Path, max_attempts: int) -> None:
+        self._journal = open_conversations(folder)
+        self._failure_journal = Journal(folder / FILE, sync_every_s=SYNC_EVERY_S)
+        self._max_attempts = max_attempts
+        self.failures: dict[str, Failure] = {}
+        for record in read_journal(folder / FILE):
+            self._count(record["id"], Failure(record["reason"], record["detail"], final=record["final"]))
+        for answered in self._journal.done & self.failures.keys():
+            del self.failures[answered]
+        self.num_done = len(self._journal.done)  # conversations that earlier starts have made
+        self.progress: Progress | None = None  # to report to
+        self.in_flight: int | None = None  # conversations, for the progress line
+        self.num_failed = self._num_tokens = 0  # in this start
+        self._began, self._reported_at = time.monotonic(), 0.0
+
+    def _count(self, prompt_id: str, failure: Failure) -> None:
+        earlier = self.failures[prompt_id].attempts if prompt_id in self.failures else 0
+        self.failures[prompt_id] = replace(failure, attempts=earlier + 1)
+
+    def wants(self, prompt_id: str) -> bool:
+        """Return whether a prompt is to be answered in this start."""
+        return prompt_id not in self._journal.done and not self._given_up(prompt_id)
+
+    def _given_up(self, prompt_id: str) -> bool:
+        failure = self.failures.get(prompt_id)
+        return failure is not None and (failure.final or failure.attempts >= self._max_attempts)
+
+    @property
+    def to_try_again(self) -> list[Failure]:
+        """The failures of conversations that the next start tries again."""
+        return [failure for prompt_id, failure in self.failures.items() if not self._given_up(prompt_id)]
+
+    def add(self, conversations: list[Conversation], temperature: float) -> None:
+        """Write finished conversations."""
+        records = [conversation.record(temperature) for conversation in conversations]
+        self._journal.append(records)
+        self._num_tokens += sum(record["usage"]["completion_tokens"] for record in records)
+        for record in records:
+            self.failures.pop(record["id"], None)
+        self._report(len(records))
+
+    def fail(self, prompt_id: str, failure: Failure) -> None:
+        """Write why a conversation could not be made."""
+        record = {"id": prompt_id, "reason": failure.reason, "detail": failure.detail, "final": failure.final}
+        self._failure_journal.append([record])
+        self._count(prompt_id, failure)
+        self.num_failed += 1
+        self._report(0)
+
+    def _report(self, conversations: int) -> None:
+        if self.progress is None:
+            return
+        seconds = time.monotonic() - self._began
+        if seconds > self._reported_at + _REPORT_EVERY_S:
+            self._reported_at = seconds
+            flying = f"{self.in_flight} in flight, " if self.in_flight is not None else ""
+            text = f"{flying}{self._num_tokens / seconds:,.0f} tokens/s, {self.num_failed} failed"
+            self.progress.set_postfix_str(text, refresh=False)
+        self.progress.update(conversations)
+
+    def close(self) -> None:
+        """Make everything durable."""
+        self._journal.close()
+        self._failure_journal.close()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def summarise(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Read the conversations of a folder once and print what they are like, a few of them in full.
+
+    Returns:
+        Counts of all, and how many conversations each source has.
+    """
+    counts = Counter(conversations=0, answers=0, truncated=0, cut_short=0, completion_tokens=0)
+    sources: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()  # tokens the verifier produced in a conversation
+    examples: list[dict[str, Any]] = []
+    for record in read_conversations(folder):
+        tokens = record["usage"]["completion_tokens"]
+        counts["conversations"] += 1
+        counts["answers"] += len(record["finish_reasons"])
+        counts["truncated"] += "length" in record["finish_reasons"]
+        counts["cut_short"] += record.get("unanswered_turns", 0) > 0
+        counts["completion_tokens"] += tokens
+        sources[record["source"]] += 1
+        lengths[tokens] += 1
+        examples += [record] if len(examples) < _SHOWN else []
+    print(
+        f"conversations: {counts['conversations']} with {counts['answers']} answers, {counts['truncated']} of them "
+        f"cut by synthesize.max_tokens; {counts['cut_short']} conversations have turns left unanswered"
+    )
+    if lengths:
+        ascending = sorted(lengths.elements())
+        middle, high = (ascending[int(share * (len(ascending) - 1))] for share in (0.5, 0.95))
+        print(
+            f"  {counts['completion_tokens']} tokens produced; a conversation: median {middle}, 95 % up to {high}, "
+            f"longest {ascending[-1]}"
+        )
+    for source, number in sorted(sources.items()):
+        print(f"  {source}: {number}")
+    for record in examples:
+        print(f"  --- {record['id']}")
+        for message in record["messages"]:
+            print(f"  {message['role']}: {_shortened(message['content'])}")
+    return counts, sources
+
+
+def _shortened(content: Any) -> str:
+    text = content if isinstance(content, str) else " ".join(part.get("text", f"<{part['type']}>") for part in content)
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + " …"

@@ -1,0 +1,111 @@
+"""A conversation being made: the verifier answers a prompt turn by turn, each on its own earlier answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..prompts.rows import Prompt
+from ..tokens.chat_template import Message, Turn, join_turns
+from ..tokens.reasoning import split_answer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The verifier's answer to one user turn."""
+
+    text: str
+    finish_reason: str  # "stop"; "length" if it was cut
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning: str | None = None
+    turn: Turn | None = None  # the tokens, if whoever ran the verifier tells them
+
+    def split_reasoning(self, tokenizer: PreTrainedTokenizerBase) -> Answer:
+        """Return it with its reasoning out of its text, if whoever answered left it in."""
+        if self.reasoning:
+            return self
+        text, reasoning = split_answer(tokenizer, self.turn.answer if self.turn else None, self.text)
+        return replace(self, text=text or "", reasoning=reasoning)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a turn has no answer."""
+
+    reason: str  # few words, the same for all of a kind
+    detail: str = ""
+    attempts: int = 1
+    final: bool = False  # trying again would give the same
+
+
+CONTEXT_FULL = Failure("the prompt fills the verifier's context", final=True)
+EMPTY_ANSWER = Failure("the verifier answered nothing")
+
+
+class Conversation:
+    """A prompt being answered, each turn on the verifier's own earlier answers."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.answers: list[Answer] = []
+        self.ended_by: Failure | None = None  # before its last turn
+
+    @property
+    def question(self) -> list[Message] | None:
+        """Return the messages the verifier answers next (earlier reasoning left out, as chats do); None: no further."""
+        if self.ended_by or self._truncated or len(self.answers) == len(self.prompt.turns):
+            return None
+        return [
+            *({key: message[key] for key in ("role", "content")} for message in self.messages),
+            {"role": "user", "content": self.prompt.turns[len(self.answers)]},
+        ]
+
+    @property
+    def _truncated(self) -> bool:
+        """Whether the last answer was cut: the verifier would not have been asked on from it."""
+        return bool(self.answers) and self.answers[-1].finish_reason == "length"
+
+    def add(self, answer: Answer) -> None:
+        """Take the answer to `question`; an empty one ends the conversation before that turn."""
+        if answer.text or (answer.reasoning and answer.finish_reason == "length"):
+            self.answers.append(answer)
+        else:
+            self.end(EMPTY_ANSWER)
+
+    def end(self, failure: Failure) -> None:
+        """Leave the turns that follow unanswered."""
+        self.ended_by = failure
+
+    @property
+    def messages(self) -> list[Message]:
+        """Return the conversation so far."""
+        prompt = self.prompt
+        messages: list[Message] = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        for turn, answer in zip(prompt.turns, self.answers, strict=False):
+            reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+            messages += [
+                {"role": "user", "content": turn},
+                {"role": "assistant", **reasoning, "content": answer.text},
+            ]
+        return messages
+
+    def record(self, temperature: float) -> dict[str, Any]:
+        """Return its line of the file."""
+        turns = [answer.turn for answer in self.answers if answer.turn is not None]
+        tokens_known = len(turns) == len(self.answers)
+        return {
+            "id": self.prompt.id,
+            "source": self.prompt.source,
+            "messages": self.messages,
+            "finish_reasons": [answer.finish_reason for answer in self.answers],
+            "unanswered_turns": len(self.prompt.turns) - len(self.answers),
+            "usage": {
+                "prompt_tokens": sum(answer.prompt_tokens for answer in self.answers),
+                "completion_tokens": sum(answer.completion_tokens for answer in self.answers),
+            },
+            "temperature": temperature,
+            **({"sequences": [sequence.as_json() for sequence in join_turns(turns)]} if tokens_known else {}),
+        }

@@ -1,0 +1,283 @@
+"""OpenAI-compatible servers of one verifier: which of them takes the next request, and what their errors mean."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from requests.utils import get_environ_proxies, select_proxy
+
+from ...conf.schema import SynthesizeConfig
+from ..tokens.chat_template import Turn
+from .conversation import Answer
+
+_FIRST_WINDOW = 16
+_LET_PASS = 0.1
+_CONNECT_S = 10.0
+_KEEP_ALIVE_S = 5.0  # that an idle connection is kept: engines close theirs about then
+_STRIKES = 3  # troubles in a row after which an endpoint is out of service until it answers a probe
+_MOST_PAUSE_S = 300.0
+_CONTEXT_WORDS = (
+    *("context length", "context window", "context size", "context_length", "max_model_len"),
+    *("maximum sequence length", "max_seq_len", "max_num_tokens"),
+)
+_REQUIRED = {  # fields of an answer that not every server gives, and what for
+    "choices[0].finish_reason": "which fledge needs to tell an answer that was cut from one that ended",
+    "usage.prompt_tokens": "which fledge needs to compare its tokens with the verifier's",
+    "usage.completion_tokens": "which fledge needs to count tokens",
+}
+_OF_THE_REQUEST = (400, 413, 415, 422)  # other refusals are of whoever asks, or of all there is to ask
+
+
+class Window:
+    """How many requests an endpoint is given at once.
+
+    As TCP's: it doubles in a round trip until the server first pushes back, is halved then, once for all requests
+    that were on their way, and grows by one a round trip from there. Up to one push-back in ten answers is let pass.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = float(min(_FIRST_WINDOW, most))
+        self._doubles_below = float(most)
+        self._halved_at = 0.0
+        self._pushed_back = 0.0  # requests, each answer making up for a tenth of one
+
+    @property
+    def size(self) -> int:
+        """Requests allowed."""
+        return int(self._size)
+
+    def grow(self) -> None:
+        """Count an answer."""
+        self._size = min(self._most, self._size + (1.0 if self._size < self._doubles_below else 1.0 / self._size))
+        self._pushed_back = max(0.0, self._pushed_back - _LET_PASS)
+
+    def shrink(self, started: float) -> None:
+        """Count that the server pushed back a request that was sent at `started`."""
+        if started < self._halved_at:
+            return
+        self._pushed_back += 1.0
+        if self._pushed_back > _LET_PASS * self._size:
+            self._size = self._doubles_below = max(1.0, self._size / 2)
+            self._halved_at, self._pushed_back = time.monotonic(), 0.0
+
+
+@dataclass(eq=False)
+class RequestError(Exception):
+    """A request that gave no answer."""
+
+    reason: str  # few words, the same for all of a kind
+    detail: str
+    lasting: bool = False  # the same request would fail again
+    busy: bool = False  # the server has too much to do
+    pushed_back: bool = False  # and said so, without having tried
+    pause_s: float = 0.0  # what it asks for
+    context_full: bool = False
+    refuses_us: bool = False  # perhaps no request of ours would do
+    lacking: str = ""  # a field that is needed, which the answer has not
+
+    def __str__(self) -> str:
+        return f"{self.reason}, {self.detail}"
+
+
+class Endpoint:
+    """One server: its connections, its window, and whether it is in service.
+
+    Args:
+        by_proxy: use the proxy that the environment names, if it does.
+    """
+
+    def __init__(self, url: str, options: SynthesizeConfig, by_proxy: bool = True) -> None:
+        self.url = url
+        self.window = Window(options.concurrency)
+        self.in_flight = 0
+        self.lost = asyncio.Event()  # out of service; a probe that is answered clears it
+        self.lost.set()
+        self.model = ""  # its name for the verifier
+        self.max_context = 0  # tokens of prompt and answer
+        self.answered_at = 0.0  # by time.monotonic()
+        self.extras: dict[str, Any] = {}  # fields of a request that not every server takes, and this one does
+        self._strikes = 0
+        self._not_before = 0.0
+        self._options = options
+        self._proxy = _environment_proxy(url) if by_proxy else None
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether it is in service."""
+        return not self.lost.is_set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether the server wants to be left alone for a while."""
+        return time.monotonic() < self._not_before
+
+    @property
+    def free(self) -> int:
+        """Requests it could be given now."""
+        return self.window.size - self.in_flight if self.up and not self.paused else 0
+
+    async def ask(self, body: dict[str, Any]) -> Answer:
+        """Return a chat completion; several failures in a row put the endpoint out of service.
+
+        Raises:
+            RequestError: there is no usable one.
+        """
+        started = time.monotonic()
+        try:
+            answer = read_answer(await self.send("POST", "/chat/completions", {"model": self.model, **body}))
+            if answer.prompt_tokens + body["max_tokens"] > self.max_context:
+                # vLLM cuts the answer to what is left, others the prompt
+                raise RequestError("context full", "", lasting=True, context_full=True)
+        except RequestError as trouble:
+            if trouble.busy:
+                self.window.shrink(started)
+                self._not_before = max(self._not_before, time.monotonic() + trouble.pause_s)
+            if not trouble.pushed_back and (trouble.refuses_us or not trouble.lasting):
+                self._strikes += 1
+            if self._strikes >= _STRIKES:
+                self.lost.set()
+            raise
+        self._strikes, self.answered_at = 0, time.monotonic()
+        self.window.grow()
+        return answer
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Return what the server says it serves; nothing if it does not tell, or has no such list (404, 405).
+
+        Raises:
+            RequestError: no server answers, or it refuses our key.
+        """
+        try:
+            listed = await self.send("GET", "/models")
+        except RequestError as trouble:
+            no_list = trouble.reason in ("HTTP 404", "HTTP 405")
+            if not no_list and (trouble.refuses_us or not trouble.reason.startswith("HTTP")):
+                raise
+            return []
+        models = listed.get("data") if isinstance(listed, dict) else None
+        return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+
+    async def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request and return what comes back: JSON decoded, anything else as text.
+
+        Args:
+            path: below the base URL, or a whole URL.
+
+        Raises:
+            RequestError: there is nothing usable.
+        """
+        self._session = self._session or self._connect()
+        url = path if "://" in path else self.url.rstrip("/") + path
+        try:
+            async with self._session.request(method, url, json=body, proxy=self._proxy) as response:
+                content = await response.read()
+        except aiohttp.ServerTimeoutError as error:
+            raise RequestError("time-out", "Request timed out.", busy=True) from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no address, or a proxy it cannot use
+            raise RequestError("connection lost", _shortened(error)) from error
+        if not 200 <= response.status < 300:
+            raise status_error(response.status, await response.text(errors="replace"), response.headers)
+        if not response.content_type.endswith("json"):
+            return await response.text(errors="replace")
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise RequestError("no JSON", _shortened(error)) from error
+
+    def _connect(self) -> aiohttp.ClientSession:
+        connections = aiohttp.TCPConnector(limit=self._options.concurrency + 1, keepalive_timeout=_KEEP_ALIVE_S)
+        longest = self._options.request_timeout_s
+        timeout = aiohttp.ClientTimeout(connect=longest, sock_connect=min(_CONNECT_S, longest), sock_read=longest)
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        headers = {"Authorization": f"Bearer {key}", "Accept": "application/json", "User-Agent": "fledge"}
+        return aiohttp.ClientSession(connector=connections, timeout=timeout, headers=headers)
+
+    def revive(self) -> None:
+        """Take it into service."""
+        self._strikes, self.answered_at = 0, time.monotonic()
+        self.lost.clear()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._session is not None:
+            await self._session.close()
+
+
+def _environment_proxy(url: str) -> str | None:
+    """Return the proxy that the environment names for an address; aiohttp knows no networks in `no_proxy`."""
+    proxy = select_proxy(url, get_environ_proxies(url))
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
+def read_answer(response: Any) -> Answer:
+    """Read a chat completion; its tokens too, where the server gives them (vLLM's `return_token_ids`)."""
+    try:
+        choice = response["choices"][0]
+        message, finish_reason = choice["message"], choice.get("finish_reason")
+        text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        turn = None
+        if (prompt := response.get("prompt_token_ids")) and (tokens := choice.get("token_ids")):
+            turn = Turn(prompt, tokens)
+        usage = response.get("usage") or {}
+        counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts = [len(turn.prompt), len(turn.answer)] if turn else counts
+        for (name, purpose), value in zip(_REQUIRED.items(), (finish_reason, *counts), strict=True):
+            if value is None:
+                raise RequestError(f"an answer without {name}", purpose, lacking=name)
+        f"{text}{reasoning}".encode()
+        answer = Answer(text, finish_reason, int(counts[0]), int(counts[1]), reasoning, turn)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise RequestError("no chat completion", f"{error!r} in {str(response)[:200]}") from None
+    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        raise RequestError("no chat completion", f"no text in {str(response)[:200]}")
+    if answer.finish_reason not in ("stop", "length"):
+        raise RequestError(f"finish_reason {answer.finish_reason}", str(response)[:200])
+    return answer
+
+
+def status_error(status: int, text: str, headers: Mapping[str, str]) -> RequestError:
+    """Return what an HTTP status other than success, and the text that came with it, mean for request and server."""
+    reason, detail = f"HTTP {status}", f"Error code: {status}"
+    try:
+        said = json.loads(text)
+        error = said.get("error", said)
+        detail += f" - {error['message']}" if error["message"] and isinstance(error["message"], str) else ""
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass  # it gives no reason, or in a form of its own
+    detail = _shortened(detail)
+    if status in (429, 503, 529):
+        return RequestError(
+            reason, detail, busy=True, pushed_back=True, pause_s=_retry_after(headers.get("retry-after"))
+        )
+    if status >= 500 or status in (408, 409, 425):
+        return RequestError(reason, detail)
+    full = any(words in detail.lower() for words in _CONTEXT_WORDS)
+    return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status not in _OF_THE_REQUEST)
+
+
+def _shortened(error: Exception | str) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _retry_after(value: str | None) -> float:
+    """Read Retry-After: seconds, or a date (RFC 9110, 10.2.3)."""
+    if value is None:
+        return 0.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(0.0, seconds), _MOST_PAUSE_S)

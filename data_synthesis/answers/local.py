@@ -1,0 +1,186 @@
+"""The verifier answers in this process, through transformers: conversations of similar length together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from ...conf.runtime.artifact import digest
+from ...conf.runtime.signals import StopSignals, deferred
+from ...conf.schema import Config, SynthesizeConfig
+from ...models.verifier.model import Verifier
+from ..heldout import is_heldout
+from ..prompts.rows import Prompt, images_of
+from ..tokens.chat_template import NoExactSpanError, Turn, prompt_tokens
+from ..tokens.reasoning import split_answer
+from ..tokens.sequences import UnknownTokenError, check_known
+from .answer_log import AnswerLog
+from .conversation import CONTEXT_FULL, Answer, Conversation, Failure
+
+
+def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> None:
+    """Answer the prompts that have no conversation yet.
+
+    Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
+    resumed run says what an uninterrupted one would have said. A signal stops before the next batch, and the one at
+    work when `synthesize.grace_s` is over.
+    """
+    options = config.synthesize
+    everything = list(prompts)
+    if not any(log.wants(prompt.id) for prompt in everything):
+        return
+    if pictured := next((prompt.id for prompt in everything if any(map(images_of, prompt.turns))), None):
+        raise ValueError(
+            f"prompt {pictured} has images, which the verifier in this process cannot read: "
+            "give synthesize.endpoints of a server that does"
+        )
+    if config.verifier.tensor_parallel:
+        raise ValueError(
+            "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
+            "(synthesize.endpoints): the verifier in this process is not divided over ranks"
+        )
+    verifier = Verifier.load(config.verifier, config.draft.aux_layers)
+    if options.max_tokens >= (positions := _positions(verifier)):
+        raise ValueError(
+            f"synthesize.max_tokens must leave room for a prompt in the verifier's {positions} tokens, "
+            f"got {options.max_tokens}"
+        )
+    with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
+        for temperature, batch in _batches(everything, options, config.data.heldout_share):
+            if signals.received:
+                return
+            if any(log.wants(prompt.id) for prompt in batch):
+                _answer_batch(verifier, batch, temperature, options, log, signals)
+
+
+def _batches(
+    prompts: list[Prompt], options: SynthesizeConfig, heldout_share: float
+) -> Iterator[tuple[float, list[Prompt]]]:
+    """Return conversations of similar length together, with their temperature: held-out ones are greedy."""
+    for heldout, temperature in ((True, 0.0), (False, options.temperature)):
+        split = [prompt for prompt in prompts if is_heldout(prompt.id, heldout_share) == heldout]
+        split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
+        for start in range(0, len(split), options.batch_size):
+            yield temperature, split[start : start + options.batch_size]
+
+
+def _answer_batch(
+    verifier: Verifier,
+    prompts: list[Prompt],
+    temperature: float,
+    options: SynthesizeConfig,
+    log: AnswerLog,
+    signals: StopSignals,
+) -> None:
+    conversations = [Conversation(prompt) for prompt in prompts]
+    deadline = _Deadline(signals, options.grace_s)
+    converse(verifier, conversations, temperature, options, deadline)
+    if deadline.over:
+        return  # what is there may be half an answer
+    new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
+    log.add([conversation for conversation in new if conversation.answers], temperature)
+    for conversation in new:
+        if not conversation.answers:
+            assert conversation.ended_by is not None
+            log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
+
+
+class _Deadline:
+    """Ends a generation once the grace after a signal is over: a stopping criterion of transformers."""
+
+    def __init__(self, signals: StopSignals, grace_s: float) -> None:
+        self._signals, self._grace_s = signals, grace_s
+        self._signalled: float | None = None
+
+    @property
+    def over(self) -> bool:
+        if self._signalled is None and self._signals.received:
+            self._signalled = time.monotonic()
+        return self._signalled is not None and time.monotonic() - self._signalled >= self._grace_s
+
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.over, device=input_ids.device)
+
+
+def converse(
+    verifier: Verifier,
+    conversations: list[Conversation],
+    temperature: float,
+    options: SynthesizeConfig,
+    deadline: _Deadline | None = None,
+) -> None:
+    """Answer conversations turn by turn, all of them at once; each ends at the last turn that fits the context."""
+    while True:
+        contexts: dict[int, list[int]] = {}
+        for number, conversation in enumerate(conversations):
+            if (question := conversation.question) is None:
+                continue
+            try:
+                context = prompt_tokens(verifier.tokenizer, question)
+                check_known(verifier.tokenizer, context, verifier.model.config.get_text_config().vocab_size)
+            except UnknownTokenError as error:
+                conversation.end(Failure("the verifier has no embedding of a token", str(error)))
+            except NoExactSpanError as error:
+                conversation.end(Failure("the chat template refuses it", str(error)))
+            else:
+                if len(context) + options.max_tokens <= _positions(verifier):
+                    contexts[number] = context
+                else:
+                    conversation.end(CONTEXT_FULL)
+        if not contexts:
+            return
+        answered = [conversations[number] for number in contexts]
+        turns = max(len(conversation.answers) for conversation in answered)
+        seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in answered]]), 16) % 2**63
+        answers = generate(verifier, list(contexts.values()), options, temperature, seed, deadline)
+        for conversation, context, (tokens, ended) in zip(answered, contexts.values(), answers, strict=True):
+            text, reasoning = split_answer(verifier.tokenizer, tokens)
+            reason = "stop" if ended else "length"
+            conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
+
+
+def _positions(verifier: Verifier) -> int:
+    """Return the tokens of the verifier's context."""
+    return int(verifier.model.config.get_text_config().max_position_embeddings)
+
+
+def generate(
+    verifier: Verifier,
+    contexts: list[list[int]],
+    options: SynthesizeConfig,
+    temperature: float,
+    seed: int,
+    deadline: _Deadline | None = None,
+) -> list[tuple[list[int], bool]]:
+    """Return an answer to each token context: its tokens, and whether it ended by itself."""
+    width = max(map(len, contexts))
+    end = verifier.end_token_ids
+    padding = verifier.tokenizer.pad_token_id if verifier.tokenizer.pad_token_id is not None else end[0]
+    input_ids = torch.tensor([[padding] * (width - len(c)) + c for c in contexts], device=verifier.device)
+    attention_mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=verifier.device)
+    torch.manual_seed(seed)
+    # A configuration of our own: the verifier's may carry penalties, and greedy must be greedy.
+    generation = GenerationConfig(
+        max_new_tokens=options.max_tokens,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_p": options.top_p, "top_k": 0} if temperature > 0 else {}),
+        eos_token_id=end,
+        pad_token_id=padding,
+    )
+    verifier.model.generation_config = generation
+    output = verifier.model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        generation_config=generation,
+        stopping_criteria=StoppingCriteriaList([deadline] if deadline else []),
+    )
+    answers = []
+    for row in output[:, width:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in end), None)
+        answers.append((row if stop is None else row[: stop + 1], stop is not None))
+    return answers

@@ -1,0 +1,1 @@
+"""From rows of chat data to the prompts of a run."""

@@ -1,0 +1,1 @@
+"""The verifier reads tokens, and its hidden states are recorded."""

@@ -1,0 +1,320 @@
+"""The verifier reads a store of tokens, and one writer of several records what it sees inside, shard by shard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...conf.runtime.artifact import digest, held
+from ...conf.runtime.journal import read_line
+from ...conf.runtime.progress import Progress
+from ...conf.runtime.rank_info import Place, find_place, own_gpus
+from ...conf.runtime.signals import deferred
+from ...conf.schema import Config, DumpEngine, LastStates
+from ...models.verifier.model import Verifier
+from ..heldout import conversation_id
+from ..store.host_copies import Tensors, on_host
+from ..store.shard import Sample, Shard, open_part, part_name, shard_name
+from ..store.state_format import TOKEN_BYTES, StateFormat
+from ..store.store import HiddenStateStore
+from ..store.writer import BackgroundWriter
+from ..tokens.image_tokens import ImageReader
+from ..tokens.images import conversation_images
+from .transformers_engine import Engine, TransformersEngine, check_first, refuse_unlike
+from .vllm_engine import VllmEngine, check_readable
+
+_ESTIMATES = 2  # the first warms up
+_NAMED = 8  # samples with states that are not finite; the rest are counted
+
+
+def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStore, missing: list[int]) -> None:
+    """Record those of this writer's shards that are missing into the store of `config`.
+
+    Writers are tasks of a job array (`dump.writer`), and in each of them the ranks of its launcher, unless these hold
+    one verifier together: then the first writes.
+
+    Args:
+        settings: of the store.
+        plan: the store of tokens, which has the same shards.
+    """
+    options, folder, place = config.dump, config.hidden_states_folder, find_place(os.environ)
+    together = config.verifier.tensor_parallel
+    rank, ranks = (0, 1) if together else (place.rank, place.world)
+    writer, num_writers = options.writer * ranks + rank, options.num_writers * ranks
+    if missing:
+        _announce_size(settings, plan, missing, folder)
+    mine = [number for number in missing if number % num_writers == writer]
+    if not mine:  # of ranks together, all find so: nobody else writes these
+        return
+    stop = _Stop(together)
+    if together and place.rank:
+        with _engine(config, settings, place, plan) as engine, stop.heard():
+            _read_along(config, plan, mine, engine, digest(settings), stop)
+    else:
+        with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine, stop.heard():
+            _record(config, settings, plan, mine, engine, scratch, stop)
+
+
+class _Stop:
+    """Whether to stop before a batch: ranks that hold one verifier together all hear a signal at the same one.
+
+    Alone, a signal ends the dump where it stands, once the shards it has are written.
+    """
+
+    def __init__(self, together: bool) -> None:
+        self._together, self.stopped = together, False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen to signals, and end the command where the ranks have stopped."""
+        if not self._together:
+            yield
+            return
+        with deferred("it ends after the batch that its ranks are reading", then_stop=False) as self._signals:
+            yield
+        if self.stopped:
+            self._signals.stop()
+
+    def __call__(self) -> bool:
+        if self._together and not self.stopped:
+            self.stopped = self._signals.received is not None
+            if dist.is_initialized():
+                device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+                word = torch.tensor(int(self.stopped), device=device)
+                dist.all_reduce(word, dist.ReduceOp.MAX)
+                self.stopped = bool(word)
+        return self.stopped
+
+
+def _read_along(
+    config: Config, plan: HiddenStateStore, mine: list[int], engine: Engine, made_with: str, stop: _Stop
+) -> None:
+    """Take a rank's part in what the first rank records."""
+    readings = _readings(config, plan, mine)
+    for batch in islice(readings, _ESTIMATES):
+        deque(engine.read(batch), maxlen=0)
+    for number, samples in zip(mine, readings, strict=True):
+        part = open_part(config.hidden_states_folder, number, made_with)
+        done = set(part.ids) if part else set()
+        deque(engine.read([sample for sample in samples if sample.id not in done], stop), maxlen=0)
+        if stop.stopped:
+            break
+
+
+def _readings(config: Config, plan: HiddenStateStore, shards: list[int]) -> Iterator[list[Sample]]:
+    """Give what a writer lets the verifier read: a batch `_ESTIMATES` times, which tells the time, then its shards."""
+    batch: list[Sample] = []
+    for sample in _samples(config, plan, shards[0]):
+        if batch and sum(len(other.input_ids) for other in [*batch, sample]) > config.dump.batch_tokens:
+            break
+        batch.append(sample)
+    yield from [batch] * _ESTIMATES
+    for number in shards:
+        yield _samples(config, plan, number)
+
+
+def _record(
+    config: Config,
+    settings: dict[str, Any],
+    plan: HiddenStateStore,
+    mine: list[int],
+    engine: Engine,
+    scratch: Path,
+    stop: _Stop,
+) -> None:
+    """Record shards."""
+    readings = _readings(config, plan, mine)
+    num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
+    _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
+    progress, suspects = Progress("dump", num_tokens, "token"), list[str]()
+    made_with, form = digest(settings), state_format(settings)
+    with BackgroundWriter(config.hidden_states_folder, scratch) as out:
+        for number, samples in zip(mine, readings, strict=True):
+            shard = Shard.of(samples, out.spare_buffers())
+            shard.made_with = made_with
+            with _kept(number, shard, out) as recorded:
+                if part := open_part(config.hidden_states_folder, number, made_with):
+                    recorded += shard.take(part)
+                    progress.update(len(part.tensors["input_ids"]))
+                    done = f"{len(recorded)} of {len(samples)} samples are already recorded"
+                    print(f"dump: resuming shard-{number:05d}: {done}", flush=True)
+                _record_shard(
+                    samples, shard, recorded, engine, form, config.dump.batch_tokens, stop, progress, suspects
+                )
+            if stop.stopped:
+                break
+    progress.close()
+    if suspects:
+        print(f"dump: {len(suspects)} samples have states that are not finite; training skips the steps that meet them")
+
+
+@contextmanager
+def _kept(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int]]:
+    """Write a shard, or of one that is interrupted those samples that the body says are recorded."""
+    recorded: list[int] = []
+    try:
+        yield recorded
+    finally:
+        with deferred("it ends as soon as the shards it has are written"):
+            if len(recorded) == len(shard.ids):
+                out.put(number, shard)
+            elif recorded:
+                print(
+                    f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept "
+                    f"in {part_name(number)}",
+                    flush=True,
+                )
+                out.put(number, shard.part(recorded))
+
+
+def _record_shard(
+    samples: list[Sample],
+    shard: Shard,
+    recorded: list[int],
+    engine: Engine,
+    form: StateFormat,
+    batch_tokens: int,
+    stop: _Stop,
+    progress: Progress,
+    suspects: list[str],
+) -> None:
+    """Record the samples of a shard that are left, and add their numbers to `recorded` by whole batches.
+
+    What is left is then read in the batches in which it would have been, and has the same states to the bit.
+    """
+    begun, there = len(recorded), set(recorded)
+    left = [number for number in range(len(samples)) if number not in there]
+    computed, ends = list[int](), [0]  # in the order of reading; how many there were at the end of each batch
+    num_placed = 0  # of them; states of a GPU arrive later than they are computed
+
+    def note_whole_batches() -> None:
+        recorded[begun:] = computed[: max(end for end in ends if end <= num_placed)]
+
+    def next_batch() -> bool:
+        ends.append(len(computed))
+        note_whole_batches()
+        return stop()
+
+    def encoded() -> Iterator[tuple[int, Tensors]]:
+        for place, aux, last in engine.read([samples[number] for number in left], next_batch):
+            computed.append(left[place])
+            yield left[place], shard.encode(left[place], aux, last, form) | {"unlike": engine.unlike[-1][None]}
+
+    for number, states in on_host(encoded(), batch_tokens):
+        refuse_unlike([states["unlike"]])
+        if not shard.set_states(number, states, form):
+            suspects.append(samples[number].id)
+            if len(suspects) <= _NAMED:
+                print(f"dump: {suspects[-1]} has states that are not finite as {form.dtype}", flush=True)
+        num_placed += 1
+        note_whole_batches()
+        progress.update(len(samples[number].input_ids))
+    recorded[begun:] = computed
+
+
+def state_format(settings: dict[str, Any]) -> StateFormat:
+    """Give the format that the settings of a store name."""
+    return StateFormat(getattr(torch, settings["state_dtype"]), settings["last_states"] == LastStates.counted.value)
+
+
+def _samples(config: Config, plan: HiddenStateStore, shard: int) -> list[Sample]:
+    """Give the samples of a shard, with the addresses of their images, which stand in their conversations."""
+    plan.map_shard(shard).verify()
+    samples = [plan[index] for index in plan.shard_samples(shard)]
+    for sample in samples:
+        if found := sample.image_record:
+            path = config.conversations_folder / found.file
+            record = read_line(path, found.offset)
+            if record.get("id") != conversation_id(sample.id):
+                raise ValueError(
+                    f"{path} was changed since it was tokenised, {sample.id} is not where it was: run "
+                    "`fledge synthesize` again, and dump with overwrite=true"
+                )
+            sample.images = tuple(conversation_images(record["messages"])[: len(found.digests)])
+    return samples
+
+
+def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: list[int], folder: Path) -> None:
+    """Print what the missing shards need, and refuse what the disk cannot hold."""
+    tokens, counted = (sum(plan.entries[number][name] for number in missing) for name in ("tokens", "counted_tokens"))
+    layers, width = len(settings["aux_layers"]), settings["verifier"]["hidden_size"]
+    per_token = state_format(settings).bytes_per_token(layers, width, counted / tokens) + TOKEN_BYTES
+    needed, free = tokens * per_token, shutil.disk_usage(folder).free
+    print(
+        f"dump: {tokens} tokens to record, {per_token / 1000:.3g} kB each: {needed / 2**30:.2f} GiB to write, "
+        f"{free / 2**30:.0f} GiB are free"
+    )
+    if needed > free:
+        raise ValueError(
+            f"the store needs {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} GiB free: set dump.folder "
+            "to a larger disk, dump.dtype to float8, or train.hidden_states to online"
+        )
+
+
+@contextmanager
+def _engine(config: Config, settings: dict[str, Any], place: Place, plan: HiddenStateStore) -> Iterator[Engine]:
+    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
+    engine: Engine
+    if config.dump.engine is DumpEngine.vllm:
+        check_readable(config, plan.ids, plan.lengths, plan.num_images)
+        engine = VllmEngine(config, settings["aux_layers"])
+    else:
+        engine = _load(config, settings, place, plan[0])
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _load(config: Config, settings: dict[str, Any], place: Place, first: Sample) -> Engine:
+    alone = place.world == 1 or config.verifier.tensor_parallel
+    gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
+    if gpus:
+        torch.cuda.set_device(gpus[0])
+    verifier = Verifier.load(config.verifier, settings["aux_layers"], gpus)
+    used, number = set(getattr(verifier.model, "hf_device_map", {}).values()), torch.cuda.device_count()
+    if place.world == len(used) == 1 < number and verifier.device.type == "cuda":
+        print(
+            f"dump: one of {number} GPUs reads; `torchrun --nproc-per-node {number} -m fledge dump ...` uses them all"
+        )
+    check_first(config.verifier, verifier, first.input_ids, state_format(settings))
+    images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
+    return TransformersEngine(verifier, config.dump.batch_tokens, images)
+
+
+def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int) -> None:
+    """Print how long this writer will take, by the last reading: the first warms up."""
+    for batch in readings:
+        start = time.perf_counter()
+        states = ((number, {"aux": aux, "last": last}) for number, aux, last in engine.read(batch))
+        for _ in on_host(states, num_tokens):  # waits for the device at its end
+            pass
+    rate = sum(len(sample.input_ids) for sample in batch) / (time.perf_counter() - start)
+    hours = num_tokens / rate / 3600
+    about = f"{hours:.1f} h" if hours > 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else "less than a minute"
+    print(f"dump: {rate:.0f} tokens/s, {about} for this writer's {num_tokens} tokens", flush=True)
+
+
+@contextmanager
+def _scratch(folder: Path, writer: int) -> Iterator[Path]:
+    """Give this writer's folder of unfinished files, alone; what a kill has left in it is deleted."""
+    scratch = folder / f"writer-{writer:05d}"
+    scratch.mkdir(exist_ok=True)
+    cure = "wait for it, or give this one another number (dump.writer, of dump.num_writers)"
+    with held(scratch / ".lock", f"writer {writer} of {folder} is at work in", cure):
+        try:
+            for left in scratch.glob(".*.tmp"):
+                left.unlink()
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,300 @@
+"""vLLM as the engine of a dump: its extraction of hidden states, in processes of the environment that has vLLM.
+
+The worker (in_vllm/worker.py) gets token ids and answers with the path of a file, in memory where there is room, that
+holds the states of these tokens; it is read here and deleted at once. What is in flight is bounded.
+
+| fledge                  | vLLM                                                                     |
+|-------------------------|--------------------------------------------------------------------------|
+| aux layer k, its output | id k + 1                                                                 |
+| last hidden state       | id L, of L layers, is the state before the final norm: it is normed here |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...conf.runtime.rank_info import find_place, own_gpus
+from ...conf.schema import Config
+from ...models.verifier.model import VerifierWeights, load_config, load_final_norm, logit_transform, verifier_location
+from ..store.shard import Sample
+from .transformers_engine import never
+
+_WORKER = Path(__file__).parent / "in_vllm" / "worker.py"
+_OURS = (
+    "model",
+    "revision",
+    "tokenizer_revision",
+    "dtype",
+    "speculative_config",
+    "kv_transfer_config",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "logprobs_mode",
+    "disable_log_stats",
+)
+_BATCHES = 4  # of vLLM's, in flight at most
+_CHECKS = 4  # samples of every reading whose last state must give vLLM's own probabilities
+_MEMORY = Path("/dev/shm")
+_SAME_SIGNAL_S = 1.0  # Slurm tells every process of a step: vLLM may end by a signal that is yet to come here
+
+
+class VllmEngine:
+    """The verifier in vLLM.
+
+    Args:
+        aux_layers: fledge's ids, ascending.
+
+    Raises:
+        ValueError: vLLM does not start, with what it said last.
+    """
+
+    def __init__(self, config: Config, aux_layers: list[int]) -> None:
+        text, weights = load_config(config.verifier), VerifierWeights(config.verifier)
+        self._dtype = getattr(torch, config.verifier.dtype.value)
+        self._norm, self._lm_head = load_final_norm(config.verifier), weights.lm_head().to(self._dtype)
+        self._transform = logit_transform(text)
+        self._ids = sorted({*(layer + 1 for layer in aux_layers), text.num_hidden_layers})  # vLLM takes each once
+        self._aux = [self._ids.index(layer + 1) for layer in aux_layers]
+        self._hidden_size = text.hidden_size
+        options = llm_options(config, text, self._ids)
+        self._max_tokens: int = _BATCHES * options["max_num_batched_tokens"]
+        self._python = config.dump.vllm_python or sys.executable
+        self._requests = itertools.count()
+        self.unlike = [torch.tensor(False)]  # `read` checks by itself
+        place = find_place(os.environ)
+        self._log = config.run_folder / f"vllm-{config.dump.writer * place.world + place.rank:05d}.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        bytes_in_flight = self._max_tokens * len(self._ids) * text.hidden_size * self._dtype.itemsize
+        self._folder = _exchange_folder(config.hidden_states_folder, bytes_in_flight)
+        try:
+            self._process = self._start()
+            self._send(options)
+            print(f"vLLM starts; its log is {self._log}", flush=True)
+            version = self._receive()["version"]
+        except BaseException:
+            self.close()
+            raise
+        print(f"vLLM {version} reads for the dump", flush=True)
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [self._python, str(_WORKER), str(os.getpid()), str(self._folder)]
+        environment = worker_environment(os.environ, torch.cuda.device_count())
+        try:
+            with open(self._log, "w") as log:
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,  # a terminal's interrupt goes to this process, which ends the other
+                )
+        except OSError as error:
+            raise ValueError(
+                f"dump.vllm_python must be the Python of an environment with vLLM, got "
+                f"{self._python} ({error.strerror})"
+            ) from None
+
+    def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] as vLLM gets them done."""
+        waiting, flying, tokens, checks = deque(range(len(samples))), dict[int, int](), 0, _CHECKS
+        while (waiting or flying) and not stop():
+            while waiting and tokens + len(samples[waiting[0]].input_ids) <= self._max_tokens:
+                number, request = waiting.popleft(), next(self._requests)
+                self._send({"request": request, "token_ids": samples[number].input_ids.tolist()})
+                flying[request] = number
+                tokens += len(samples[number].input_ids)
+            answer = self._receive()
+            states, token_ids = self._take(Path(answer["path"]))
+            if answer["request"] not in flying:
+                continue  # of an earlier reading that was given up
+            number = flying.pop(answer["request"])
+            tokens -= len(samples[number].input_ids)
+            aux, last = self._convert(samples[number], states, token_ids)
+            if checks:
+                self._check_probabilities(samples[number], last[-1], answer)
+                checks -= 1
+            yield number, aux, last
+
+    def close(self) -> None:
+        """End vLLM's processes, and delete what they have left in the folder of exchange."""
+        if process := getattr(self, "_process", None):
+            process.terminate()  # the guard, which ends the others
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _convert(self, sample: Sample, states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn vLLM's states [T, ids, H] of a sample into aux and last hidden states."""
+        expected = (len(sample.input_ids), len(self._ids), self._hidden_size)
+        if (
+            states.shape != expected
+            or states.dtype != self._dtype
+            or not torch.equal(token_ids, sample.input_ids.long())
+        ):
+            raise ValueError(
+                f"dump.engine=vllm gave states of {tuple(states.shape)}, {states.dtype}, for {sample.id}, where its "
+                f"tokens have {expected}, {self._dtype}: set dump.engine=transformers, or install another vLLM"
+            )
+        return states[:, self._aux].flatten(1), self._norm(states[:, -1])
+
+    def _check_probabilities(self, sample: Sample, last: Tensor, answer: dict[str, Any]) -> None:
+        """Check that lm_head on the last state [H] gives the probabilities that vLLM has for the next token."""
+        logits = self._transform.apply_((self._lm_head @ last).float())
+        ours, vllms = logits.log_softmax(0)[answer["tokens"]], torch.tensor(answer["logprobs"])
+        if not last.isfinite().all() or (ours - vllms).abs().amax() > 2e-2 * logits.abs().amax():
+            raise ValueError(
+                f"dump.engine=vllm: lm_head times the last state of {sample.id}, normed, does not give the "
+                "probabilities of vLLM itself, so training could not build its targets: set dump.engine=transformers"
+            )
+
+    def _take(self, path: Path) -> tuple[Tensor, Tensor]:
+        """Read a file of states as soon as it is written, and delete it: states [T, ids, H], token ids [T]."""
+        lock = path.with_name(path.name + ".lock")
+        try:
+            with open(lock) as held:
+                fcntl.flock(held, fcntl.LOCK_SH)
+                tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"dump.engine=vllm: vLLM has not written the states that it answered with ({error}): see {self._log}, "
+                f"and how much room {self._folder.parent} has"
+            ) from None
+        path.unlink()
+        lock.unlink()
+        return tensors["hidden_states"], tensors["token_ids"]
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._death()
+        answer: dict[str, Any] = json.loads(line)
+        if "refused" in answer:
+            raise ValueError(
+                f"dump.vllm_python must be the Python of an environment with vLLM (0.32 is known to work), got "
+                f"{self._python}: {answer['refused']}"
+            )
+        return answer
+
+    def _death(self) -> ValueError:
+        code = self._process.wait()
+        time.sleep(_SAME_SIGNAL_S)
+        return ValueError(
+            f"dump.engine=vllm: vLLM ended (exit code {code}), having said: {last_words(self._log.read_text())} (whole "
+            f"log: {self._log}; its options are dump.vllm_options)"
+        )
+
+
+def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
+    """Give the options of vLLM's LLM.
+
+    Args:
+        text: the verifier's text configuration.
+        ids: vLLM's, of the states to record.
+
+    Raises:
+        ValueError: `dump.vllm_options` has one of those that fledge sets.
+    """
+    given = config.dump.vllm_options
+    if ours := [name for name in _OURS if name in given]:
+        raise ValueError(
+            f"dump.vllm_options must leave {', '.join(ours)} to fledge, which sets them by the verifier and for the "
+            "extraction of hidden states"
+        )
+    positions = getattr(text, "max_position_embeddings", None) or config.dump.max_length + 1
+    max_model_len = given.get("max_model_len", min(config.dump.max_length + 1, positions))
+    return {
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max(config.dump.batch_tokens, max_model_len),
+        "language_model_only": True,
+        **given,
+        "model": verifier_location(config.verifier),
+        "revision": config.verifier.revision,
+        "tokenizer_revision": config.verifier.revision,
+        "dtype": config.verifier.dtype.value,
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "speculative_config": {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": ids}},
+        },
+    }
+
+
+def check_readable(config: Config, ids: Sequence[str], lengths: Sequence[int], num_images: Sequence[int]) -> None:
+    """Refuse samples that vLLM cannot read for a dump, before it starts: with images, or too long.
+
+    Where the longest sequence of a batch has no room for another token, vLLM records the states of none of them.
+    """
+    max_model_len = llm_options(config, load_config(config.verifier), [])["max_model_len"]
+    for name, length, images in zip(ids, lengths, num_images, strict=True):
+        if images:
+            raise ValueError(
+                f"dump.engine must be transformers for samples with images, got vllm: {name} has {images}; "
+                "dump.max_images=0 leaves such conversations out"
+            )
+        if length >= max_model_len:
+            raise ValueError(
+                f"dump.vllm_options.max_model_len must be above the length of every sample, got {max_model_len}, and "
+                f"{name} has {length} tokens: raise it, or lower dump.max_length"
+            )
+
+
+def worker_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:
+    """Give the environment of this rank's worker: its own GPUs, and nothing of the ranks, which are not vLLM's."""
+    place = find_place(environment)
+    own = {name: value for name, value in environment.items() if name not in (*place.environment(), "LOCAL_SIZE")}
+    if place.world > 1 and num_gpus:
+        visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[gpu] for gpu in own_gpus(place, num_gpus))
+    return own
+
+
+def last_words(log: str) -> str:
+    """Give the lines of a log that say why a program ended: the last errors, or else the last lines."""
+    lines = [
+        re.sub(r"^(\([^)]*\) )*((ERROR|WARNING|INFO) \S+ \S+ \[[^\]]*\] )?", "", line) for line in log.splitlines()
+    ]
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return " / ".join(list(dict.fromkeys(errors or lines or ["nothing"]))[-3:])
+
+
+def _exchange_folder(beside: Path, num_bytes: int) -> Path:
+    """Make the folder of vLLM's files: in memory where it has room for several times as much, or beside the store."""
+    in_memory = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 * num_bytes
+    if not in_memory:
+        beside.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="fledge-vllm-", dir=_MEMORY if in_memory else beside))

@@ -1,0 +1,1 @@
+"""The hidden-state store: shards, reading, writing, number formats, draft vocabulary."""

@@ -1,0 +1,284 @@
+"""Conversations become tokens and loss masks: a store without states, which is all that online training needs.
+
+The conversations are taken in the order of their ids, whatever the order of their lines, and go into a new shard when
+the last has `dump.shard_tokens`; so the shards are the same at every start, and a store with states has the same ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...conf.runtime.artifact import Artifact, read_manifest
+from ...conf.runtime.progress import Progress
+from ...conf.runtime.signals import deferred, end_with_parent
+from ...conf.schema import Config
+from ..conversations import FILE, ConversationIndex, ConversationRef
+from ..heldout import is_heldout, sequence_id
+from ..store.shard import TOKENS, ImageRecord, MappedShard, Sample, Shard, write_shard
+from ..store.store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
+from .chat_template import NoExactSpanError, Sequence
+from .images import UnreadableImagesError
+from .sequences import SequenceReader, UnknownTokenError, answers_within, leading_answers, num_whole_answers
+
+COUNTS = (
+    *("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template"),
+    *("unknown_tokens", "images"),
+)
+_NOTE_EVERY_S = 5.0  # the manifest lists all shards, so noting each would write it ever longer
+_WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
+_CHUNK = 32  # conversations that a process is given at a time
+
+
+@dataclass
+class Tokenised:
+    """What a conversation gives: sequences by their numbers, and what was left out of it and why."""
+
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)  # of COUNTS
+    problem: str = ""
+
+
+class Tokeniser:
+    """Gives the training sequences of conversations by their places."""
+
+    def __init__(self, config: Config) -> None:
+        self._folder, self._options = config.conversations_folder, config.dump
+        self._reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
+
+    def __call__(self, place: ConversationRef) -> Tokenised:
+        """Read and tokenise a conversation."""
+        record = place.read(self._folder)
+        try:
+            sequences = self._reader.read(record)
+        except UnreadableImagesError as error:
+            return Tokenised(counts=Counter(images=1), problem=str(error))
+        except UnknownTokenError as error:
+            return Tokenised(counts=Counter(unknown_tokens=1), problem=str(error))
+        except NoExactSpanError as error:
+            return Tokenised(counts=Counter(template=1), problem=str(error))
+        reasons = record["finish_reasons"]
+        whole = len(reasons) if self._options.keep_truncated else num_whole_answers(reasons)
+        found = dict(enumerate(leading_answers(sequences, whole)))
+        fitting = {n: kept for n, s in found.items() for kept in answers_within(s, self._options.max_length)}
+        counts = Counter(
+            truncated_answers=len(reasons) - whole,
+            truncated=int(not found),
+            too_long=len(found) - len(fitting),
+            cut_answers=sum(len(found[n].answers) - len(kept.answers) for n, kept in fitting.items()),
+            conversations=int(bool(fitting)),
+        )
+        return Tokenised(fitting, counts)
+
+
+def write_tokens(config: Config, target: Artifact) -> None:
+    """Make or complete a store of tokens; a killed start goes on after the last shard that was noted.
+
+    Shards that were not noted yet are written again, with the same bytes. A signal keeps what the open shard has.
+
+    Raises:
+        ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
+    """
+    manifest = target.manifest
+    if target.complete and all_there(target.folder, manifest["shards"]):
+        return
+    begun = [manifest["part"]["entry"]] if "part" in manifest else []
+    files = [target.folder / entry["file"] for entry in [*manifest.get("shards", []), *begun]]
+    if target.complete or not all(file.is_file() for file in files):
+        manifest.pop("part", None)
+        target.save(complete=False, shards=[], taken=0, counts={})  # a file was lost: from the start
+    source = config.conversations_folder
+    total = read_manifest(source, "conversations")["counts"]["conversations"]
+    progress = Progress("conversations", total, "conversation")
+    catalogue = ConversationIndex.of(source, progress.update)
+    progress.close()
+    if read_manifest(source, "conversations")["content"] != catalogue.content:
+        raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
+    target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
+    _write_shards(config, target, catalogue)
+    counts, shards = manifest["counts"], manifest["shards"]
+    if not shards:
+        raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config.dump.max_length)}")
+    for part in target.folder.glob("part-*"):
+        part.unlink()
+    write_index(target.folder, shards)
+    _write_token_counts(target)
+    target.finish(counts={**counts, **totals(shards)}, files=checksums_beside(target.folder))
+
+
+def _write_shards(config: Config, target: Artifact, catalogue: ConversationIndex) -> None:
+    manifest = target.manifest
+    entries: list[dict[str, Any]] = list(manifest.get("shards", []))
+    taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(COUNTS, 0) | manifest.get("counts", {}))
+    samples, closed, noted_at = list[Sample](), {"taken": taken, "counts": counts.copy()}, time.monotonic()
+    if part := manifest.pop("part", None):
+        samples, taken, counts = _open_samples(target.folder, part), part["taken"], Counter(part["counts"])
+    size = sum(len(sample.input_ids) for sample in samples)
+    progress = Progress("tokens", len(catalogue.places), "conversation", done=taken)
+
+    def close_shard() -> None:
+        nonlocal noted_at, closed
+        entries.append(write_shard(target.folder, len(entries), Shard.of(samples)))
+        samples.clear()
+        closed = {"taken": taken, "counts": counts.copy()}
+        if time.monotonic() - noted_at >= _NOTE_EVERY_S:
+            target.save(shards=entries, **closed)
+            noted_at = time.monotonic()
+
+    waits = "it ends after the conversation being tokenised"
+    with deferred(waits) as signals, _tokenised(config, catalogue, taken) as results:
+        for place, result in zip(catalogue.places[taken:], results, strict=True):
+            if result.problem and not any(counts[reason] for reason in result.counts):  # the first of its kind
+                print(f"dump: {place.id} is left out: {result.problem}")
+            counts.update(result.counts)
+            taken += 1
+            progress.update()
+            samples += [_sample(place, number, sequence) for number, sequence in result.sequences.items()]
+            size += sum(len(sequence.token_ids) for sequence in result.sequences.values())
+            if size >= config.dump.shard_tokens:
+                close_shard()
+                size = 0
+            if signals.received:
+                target.save(
+                    shards=entries, **closed, **_keep_samples(target.folder, len(entries), samples, taken, counts)
+                )
+                signals.stop()
+    progress.close()
+    if samples:
+        close_shard()
+    target.save(shards=entries, taken=taken, counts=counts)
+
+
+def _keep_samples(
+    folder: Path, number: int, samples: list[Sample], taken: int, counts: Counter[str]
+) -> dict[str, dict[str, Any]]:
+    """Keep what an open shard has, and give what the manifest is to say of it."""
+    if not samples:
+        return {}
+    shard = Shard.of(samples)
+    shard.is_part = True
+    return {"part": {"entry": write_shard(folder, number, shard), "taken": taken, "counts": counts}}
+
+
+def _open_samples(folder: Path, part: dict[str, Any]) -> list[Sample]:
+    """Give what an interrupted start has kept of a shard."""
+    shard = MappedShard(folder / part["entry"]["file"], part["entry"])
+    shard.verify()
+    lengths = shard.tensors["sample_offsets"].diff().tolist()
+    of_each = zip(shard.ids, *(shard.tensors[name].split(lengths) for name in TOKENS), strict=True)
+    return [
+        Sample(name, input_ids, loss_mask, image_record=shard.image_records.get(number))
+        for number, (name, input_ids, loss_mask) in enumerate(of_each)
+    ]
+
+
+@contextmanager
+def _tokenised(config: Config, catalogue: ConversationIndex, first: int) -> Iterator[Iterator[Tokenised]]:
+    """Give the conversations from the `first` on in tokens, in order, made by processes where that is worth it."""
+    tokeniser, places = Tokeniser(config), catalogue.places[first:]
+    workers = config.dump.token_workers
+    if workers is None:
+        to_tokenise = len(catalogue.places) - catalogue.num_recorded
+        workers = len(os.sched_getaffinity(0)) if to_tokenise > _WORTH_PROCESSES else 0
+    if not workers:
+        yield map(tokeniser, places)
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _start_worker, (tokeniser,)) as pool:
+        try:
+            yield _in_order(pool, places, workers)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, places: list[ConversationRef], workers: int) -> Iterator[Tokenised]:
+    """Give conversations to processes, a few parts ahead of what is taken."""
+    running: deque[Future[list[Tokenised]]] = deque()
+    try:
+        for start in range(0, len(places), _CHUNK):
+            running.append(pool.submit(_tokenise_in_worker, places[start : start + _CHUNK]))
+            if len(running) > 4 * workers:
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"a process of dump.token_workers={workers} was killed: see whether memory ran out, set fewer, and start "
+            "the same command again; it goes on after the shards noted"
+        ) from None
+
+
+def _start_worker(tokeniser: Tokeniser) -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+    global _tokeniser
+    _tokeniser = tokeniser
+
+
+def _tokenise_in_worker(places: list[ConversationRef]) -> list[Tokenised]:
+    return [_tokeniser(place) for place in places]
+
+
+_tokeniser: Tokeniser  # of a worker
+
+
+def _sample(place: ConversationRef, number: int, sequence: Sequence) -> Sample:
+    loss_mask = torch.zeros(len(sequence.token_ids), dtype=torch.uint8)
+    for start, end in sequence.answers:
+        loss_mask[start:end] = 1
+    tokens = torch.tensor(sequence.token_ids, dtype=torch.int32)
+    digests = [image.digest for image in sequence.images]
+    images = ImageRecord(place.file, place.offset, digests) if digests else None
+    return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
+
+
+def all_there(folder: Path, shards: list[dict[str, Any]]) -> bool:
+    """Say whether a complete store has lost none of its files."""
+    return all((folder / name).is_file() for name in (INDEX_FILE, COUNTS_FILE, *(entry["file"] for entry in shards)))
+
+
+def _write_token_counts(target: Artifact) -> None:
+    """Count the tokens the verifier produced in the training split: what the draft vocabulary is chosen by."""
+    settings = target.manifest["settings"]
+    counts = torch.zeros(settings["verifier"]["vocab_size"], dtype=torch.int64)
+    for entry in target.manifest["shards"]:
+        shard = MappedShard(target.folder / entry["file"], entry)
+        counts += torch.bincount(_trained_on(shard, settings["heldout_share"]), minlength=len(counts))
+    save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
+
+
+def _trained_on(shard: MappedShard, heldout_share: float) -> Tensor:
+    """Give the tokens of a shard that the verifier produced in conversations that are not held out."""
+    trained = torch.tensor([not is_heldout(name, heldout_share) for name in shard.ids])
+    trained = trained.repeat_interleave(shard.tensors["sample_offsets"].diff())
+    return shard.tensors["input_ids"][trained & shard.tensors["loss_mask"].bool()]
+
+
+def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Add up what the entries of shards say."""
+    return {name: sum(entry[name] for entry in shards) for name in ("samples", "tokens", "counted_tokens", "bytes")}
+
+
+def left_out(counts: dict[str, int], max_length: int) -> str:
+    """Say what of the conversations is not in the store, and why."""
+    unknown, images = counts.get("unknown_tokens"), counts["images"]
+    others = f", {unknown} conversations with tokens that the verifier has no embedding of" if unknown else ""
+    others += f", {images} conversations whose images cannot be read" if images else ""
+    return (
+        f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
+        f"{counts['too_long']} sequences of which no answer ends within dump.max_length={max_length}, "
+        f"{counts.get('cut_answers', 0)} answers beyond it of others, "
+        f"{counts['template']} conversations without an exact loss mask{others}"
+    )

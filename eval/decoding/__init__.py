@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters, proposals, the verifier's cache, acceptance."""

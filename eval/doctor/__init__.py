@@ -1,0 +1,1 @@
+"""Why a published head loses acceptance."""

@@ -1,0 +1,199 @@
+"""The doctor command: why a published head loses acceptance, by its files and by measurement."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...conf.schema import Config, HeadImportConfig
+from ...models.formats.fields import AUX_IDS, EAGLE, LAYER, vllm_layer_ids
+from ...models.formats.plain import LM_HEAD
+from ...models.formats.published import KNOWN, assemble_head, read_published
+from ...models.formats.published_config import HeadFiles
+from ...models.head.draft_head import DraftHead
+from ...models.import_head import source_folder
+from ...models.verifier.model import VerifierWeights, load_config
+from .measure import FAR, STEPS, Measured, Verdict, measure, variants
+from .rules import PAIRS, Finding, Published, absolute_ids, engine_notes, static_findings
+
+
+@dataclass
+class Diagnosis:
+    """What was found."""
+
+    findings: list[Finding]
+    notes: list[str]  # by engine
+    verdict: Verdict | None = None  # None if nothing was measured
+    unmeasured: str = ""  # why, if it was to be measured
+    names_layers: bool = True  # whether it is known on which layers the head was trained
+
+
+def doctor(config: Config) -> None:
+    """Print what is wrong with the head at head_import.source.
+
+    Exit code 1 if something is, 2 if nothing was found but the head could not be measured.
+    """
+    diagnosis = diagnose(config)
+    print(report(diagnosis))
+    if diagnosis.findings or diagnosis.unmeasured:
+        sys.exit(1 if diagnosis.findings else 2)
+
+
+def diagnose(config: Config) -> Diagnosis:
+    """Hold the head against its verifier and the rules of the engines, and measure what its weights were trained for.
+
+    Raises:
+        ValueError: there is no head to read, or no verifier.
+    """
+    folder = source_folder(config)
+    weights = VerifierWeights(config.verifier)
+    embedding = weights.embedding()
+    published = Published(folder, *read_published(folder), load_config(config.verifier), embedding, config.head_import)
+    diagnosis = Diagnosis(static_findings(published), engine_notes(published), names_layers=published.names_layers)
+    if published.other_dtypes:
+        return diagnosis
+    try:
+        head = readable_head(published, weights)
+    except ValueError as error:
+        cost = "engines fail to load it, or compute something else; it cannot be measured"
+        diagnosis.findings.append(Finding("unreadable", str(error), cost, "see the message; the other findings first"))
+        return diagnosis
+    if config.doctor.measure:
+        try:
+            verdict = measure(config, head, variants(published, head.config), embedding)
+        except ValueError as error:
+            diagnosis.unmeasured = str(error)
+            return diagnosis
+        diagnosis.verdict = verdict
+        diagnosis.findings = [
+            finding for finding in diagnosis.findings if not (finding.suspects and verdict.settles(finding.suspects))
+        ]
+        diagnosis.notes = engine_notes(published, verdict.aux_layers if published.names_layers else None)
+        if verdict.otherwise:
+            diagnosis.findings.append(_misconfigured(verdict))
+    return diagnosis
+
+
+def _misconfigured(verdict: Verdict) -> Finding:
+    configured, found = verdict.configured, verdict.candidates
+    one_of = "one of " if len(found) > 1 else ""
+    write = "" if PAIRS in found[0].variant.changes else f"write {one_of}"
+    return Finding(
+        "trained_otherwise",
+        f"the weights were trained for another form than config.json says: {one_of}{_names(found)}",
+        f"{configured.length:.2f} tokens in {STEPS} steps as configured, {found[0].length:.2f} in that form (below)",
+        f"{write}{' | '.join(one.variant.cure for one in found)}; then run doctor again",
+    )
+
+
+def report(diagnosis: Diagnosis) -> str:
+    """Write a diagnosis for the terminal."""
+    lines = [f"Found: {len(diagnosis.findings) or 'nothing'}"]
+    for number, finding in enumerate(diagnosis.findings, 1):
+        lines += [f"  {number}. {finding.what}", f"     costs: {finding.cost}", f"     cure:  {finding.cure}"]
+    lines += ["", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes), ""]
+    if diagnosis.verdict is not None:
+        return "\n".join([*lines, *_measured(diagnosis.verdict, diagnosis.names_layers)])
+    return "\n".join([*lines, f"Not measured: {diagnosis.unmeasured}" if diagnosis.unmeasured else "Not measured."])
+
+
+def _measured(verdict: Verdict, names_layers: bool) -> list[str]:
+    texts = verdict.configured.hits
+    width = max(len(measured.variant.name) for measured in verdict.measured)
+    return [
+        f"Measured on {sum(map(len, texts))} rows of {len(texts)} greedy answers of the verifier, teacher-forced; what "
+        "leaves no choice was corrected first:",
+        f"  {'form':<{width}}  first position  tokens in {STEPS} steps  KL, nats a row",
+        *(
+            f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}"
+            for m in verdict.measured
+        ),
+        _conclusion(verdict, names_layers),
+    ]
+
+
+def _conclusion(verdict: Verdict, names_layers: bool) -> str:
+    found, far = verdict.candidates, ""
+    if verdict.best_first < FAR:
+        far = (
+            f" It is far from the verifier in every form tried (first position {verdict.best_first:.2f} at "
+            f"best, {FAR} and more is usual): it is weak, or was trained in another form or for another verifier."
+        )
+    if not names_layers:
+        layers = list(verdict.configured.variant.config.aux_layers)
+        return (
+            f"The layers are unknown: only {layers}, which engines take unasked, one up and one down were tried; the "
+            f"nearest of these: {_names(found)}.{far}"
+        )
+    if not verdict.as_configured and not verdict.otherwise:
+        return f"Nearer to the verifier than as configured, but accepting no more on these texts: {_names(found)}.{far}"
+    if not verdict.as_configured:
+        return f"The weights were trained for: {_names(found)}.{far}"
+    others = verdict.alike[1:]
+    if far:
+        return f"Of the forms tried, the head as configured is {'among ' if others else ''}the nearest.{far}"
+    if others:
+        return f"Nothing speaks against the head as configured; these texts do not tell it from: {_names(others)}."
+    return "The weights were trained for: as configured."
+
+
+def _names(measured: list[Measured]) -> str:
+    more = f"; and {len(measured) - 4} more" if len(measured) > 4 else ""
+    return "; ".join(one.variant.name for one in measured[:4]) + more
+
+
+def readable_head(head: Published, weights: VerifierWeights) -> DraftHead:
+    """Return the head with everything corrected whose cure leaves no choice.
+
+    Raises:
+        ValueError: what is wrong cannot be corrected without a choice.
+    """
+    tensors = _corrected_tensors(head, weights)
+    values = _corrected_config(head, tensors)
+    options = HeadImportConfig(interleaved_rotary=head.options.interleaved_rotary)  # the layers are in the values now
+    return assemble_head(HeadFiles(head.folder, values, tensors), head.verifier, options, weights).head
+
+
+def _corrected_tensors(head: Published, weights: VerifierWeights) -> dict[str, Tensor]:
+    prefix = head.prefix or "model."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if KNOWN.fullmatch(name)}
+    vocab_size = head.verifier.vocab_size
+    if "d2t" not in tensors and "t2d" in tensors:
+        inside = tensors["t2d"].bool().nonzero().flatten()
+        tensors["d2t"] = inside - torch.arange(len(inside))
+    if "d2t" in tensors:
+        if absolute_ids(tensors, vocab_size):
+            tensors["d2t"] = tensors["d2t"].long() - torch.arange(len(tensors["d2t"]))
+        tensors.pop("t2d", None)  # it follows from d2t
+        if len(tensors["d2t"]) == vocab_size:
+            del tensors["d2t"]
+    if LM_HEAD not in tensors:  # then trained on the verifier's, or lost
+        d2t = tensors.get("d2t")
+        ids = torch.arange(vocab_size) if d2t is None else torch.arange(len(d2t)) + d2t
+        if int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
+            tensors[LM_HEAD] = weights.lm_head()[ids]
+    return tensors
+
+
+def _corrected_config(head: Published, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layers, num_layers = head.aux_layers(), head.verifier.num_hidden_layers
+    if not layers or not all(isinstance(k, int) and 0 <= k < num_layers for k in layers):
+        layers = head.default_layers()
+    layer = {name: value for name, value in head.layer.items() if name not in ("quantization_config", AUX_IDS)}
+    layer["num_hidden_layers"] = HeadFiles(head.folder, head.values, tensors).layer_counts[1]
+    if (rope := layer.get("rope_parameters")) and "rope_theta" in rope:
+        layer["rope_theta"] = rope["rope_theta"]
+    if head.speculators:
+        values = {**head.values, LAYER: layer, AUX_IDS: vllm_layer_ids(layers)}
+        values.pop(EAGLE, None)
+    else:
+        values = {**layer, EAGLE: {**(head.values.get(EAGLE) or {}), AUX_IDS: layers}}
+    values.pop("quantization_config", None)
+    values["draft_vocab_size"] = len(tensors[LM_HEAD]) if LM_HEAD in tensors else None
+    values["fc_norm"] = any(name.startswith("fc_norm.") for name in tensors)
+    return values

@@ -1,0 +1,188 @@
+"""The report of an evaluation: tables for the terminal and report.md, and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...conf.schema import DraftSampling
+from .plots import draw
+from .records import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, answered_records
+
+NONE = "-"
+_MOST_LEFT_OUT = 20  # questions that are named
+
+
+def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
+    """Write report.md and its plots next to acceptance.json, and return what that file holds."""
+    results = json.loads((folder / ACCEPTANCE).read_text())
+    metrics_file = training_folder / "metrics.jsonl"
+    lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
+    metrics = [json.loads(line) for line in lines if line.endswith("}")]
+    plots = draw(folder, results, answered_records(folder), metrics)
+    parts = [
+        f"# Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip(),
+        f"{conditions_line(results)}. {results['definition']}.",
+        *_tables(results),
+        *(f"![{title}]({name})\n\n{title}." for name, title in plots),
+        "Counted in `questions.jsonl` (every answer, round by round where it was decoded in this process) and summed "
+        "in `acceptance.json`.",
+    ]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    return results
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print the tables of an evaluation."""
+    print()
+    print("\n\n".join(_tables(results)))
+    print()
+
+
+def figure(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """Write a figure; a dash if there is none."""
+    return NONE if value is None else f"{value:.{digits}f}{unit}"
+
+
+def interval(counts: dict[str, Any], name: str = "acceptance_length_interval") -> str:
+    """Write a 95 % interval as [low, high]; nothing if there is none."""
+    bounds = counts.get(name)
+    return f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
+
+
+def speedup(counts: dict[str, Any], of_all: bool = True) -> str:
+    """Write a speed-up and its 95 % interval; a dash if there is no interval, unless it is of all questions."""
+    bounds = interval(counts, "speedup_interval")
+    return f"{figure(counts.get('speedup'), unit='x')} {bounds}".rstrip() if bounds or of_all else NONE
+
+
+def drafting(results: dict[str, Any]) -> str:
+    """Write the form of drafts: a chain, or a tree and its shape."""
+    if results["drafting"] == "chain":
+        return "chain"
+    return f"tree of depth {results['tree_depth']}, top {results['tree_top_k']}"
+
+
+def sampling(results: dict[str, Any]) -> str:
+    """Write the temperature, and what else shapes the samples if it is above 0."""
+    if not results["temperature"]:
+        return "0"
+    top_p, top_k = results.get("top_p", 1.0), results.get("top_k")
+    shaped = [*([f"top-p {top_p:g}"] if top_p < 1 else []), *([f"top-k {top_k}"] if top_k else [])]
+    drafts = [f"drafts {results['draft_sampling']}"] if "draft_sampling" in results else []
+    return ", ".join([f"{results['temperature']:g}", *shaped, *drafts])
+
+
+def conditions_line(results: dict[str, Any]) -> str:
+    """Write what a figure depends on besides verifier and head."""
+    return (
+        f"{results['num_questions']} questions ({results['questions']}), {results['num_draft_tokens_per_round']} draft "
+        f"tokens a round ({drafting(results)}), temperature {sampling(results)}, "
+        f"{results['dtype'] or results['engine'] + ' (dtype not told)'}, batches of "
+        f"{results.get('batch_size', 1)}; at most {results['max_tokens']} tokens an answer, by the verifier's own chat "
+        f"template ({results['verifier'].get('chat_template', 'not recorded')})"
+    )
+
+
+def _tables(results: dict[str, Any]) -> list[str]:
+    positions = range(len(results["acceptance_rate_per_pos"]))
+    drafters = {TRAINED: results, **results["baselines"]}
+    head = ["drafter", "acceptance length", "95 % interval", *(f"position {i + 1}" for i in positions)]
+    rows = []
+    for name, counts in drafters.items():
+        rates = [figure(rate) for rate in counts["acceptance_rate_per_pos"]]
+        speed = [figure(counts["tokens_per_s"], 0), speedup(counts), str(counts["num_drafts"])]
+        rows.append([name, figure(counts["acceptance_length"]), interval(counts) or NONE, *rates, *speed])
+        if name == TRAINED:
+            conditional = [figure(rate) for rate in counts["conditional_acceptance_rate_per_pos"]]
+            rows.append([f"{TRAINED}, conditional", NONE, NONE, *conditional, NONE, NONE, NONE])
+    alone = figure(results["verifier_alone_tokens_per_s"], 0)
+    if alone != NONE:
+        rows.append(["verifier alone", "1.00", NONE, *(NONE for _ in positions), alone, "1.00x", NONE])
+    parts = [("category", results["by_category"]), ("questions with", results.get("by_modality", {}))]
+    macro = (
+        f"Acceptance length is over all rounds (micro); the mean over questions (macro) is "
+        f"{figure(results['macro_acceptance_length'])}. Intervals, of speed-ups too: other questions of the same kind, "
+        "by bootstrap over questions."
+    )
+    return [
+        table([*head, "tokens/s", "speed-up", "rounds"], rows),
+        *(_parts_table(title, part, list(drafters)) for title, part in parts if part),
+        "\n".join([macro, *_faithfulness(results), *_heldout(results), *_left_out(results)]),
+    ]
+
+
+def _parts_table(title: str, parts: dict[str, Any], names: list[str]) -> str:
+    """Write what was measured on each part of the questions."""
+    rows = [
+        [
+            name,
+            figure(drafters[TRAINED]["acceptance_length"]),
+            interval(drafters[TRAINED]) or NONE,
+            speedup(drafters[TRAINED], of_all=False),
+            *(figure(drafters[other]["acceptance_length"]) for other in names if other != TRAINED),
+        ]
+        for name, drafters in parts.items()
+    ]
+    return table([title, TRAINED, "95 % interval", "speed-up", *(n for n in names if n in (UNTRAINED, LOOKUP))], rows)
+
+
+def _faithfulness(results: dict[str, Any]) -> list[str]:
+    """Write how many answers speculation was seen to leave unchanged."""
+    drawn = results.get("draft_sampling") == DraftSampling.sampled.value
+    lines = []
+    if results["temperature"]:
+        how = "drafts are drawn too, and no two answers need be equal" if drawn else "drafts change no answer"
+        how = how if "draft_sampling" in results else "how drafts are chosen is the server's"
+        lines.append(f"Sampled at temperature {results['temperature']:g} (seed {results['seed']}): {how}.")
+    if "lossless" in results:
+        lossless = results["lossless"]
+        lines.append(
+            f"{lossless['equal_to_verifier']} of {lossless['decoded_answers']} answers equal the verifier's own, "
+            "token for token."
+        )
+    elif "model" in results:
+        seconds = (
+            "seconds include the reading of prompts"
+            if results.get("batch_size", 1) == 1
+            else "requests overlapped, so tokens/s is not told"
+        )
+        lines.append(f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; {seconds}.")
+    return lines
+
+
+def _heldout(results: dict[str, Any]) -> list[str]:
+    """Write the acceptance length of held-out conversations in training and in decoding, if both are known."""
+    heldout = results["heldout"]
+    in_training = heldout.get(
+        "estimated_acceptance_length_t1" if results["temperature"] else "walked_acceptance_length"
+    )
+    if not heldout["decoded"] or not in_training:
+        return []
+    decoded = f"{heldout['decoded']['acceptance_length']:.2f}"
+    if results["temperature"]:
+        estimate = f"{in_training:.2f} estimated in training (temperature 1, over greedy answers)"
+        both = f"{estimate}, {decoded} sampled at temperature {results['temperature']:g}"
+    else:
+        both = f"{in_training:.2f} walked in training, {decoded} decoded"
+    return [f"Held-out conversations: acceptance length {both} ({heldout['num_conversations']} conversations)."]
+
+
+def _left_out(results: dict[str, Any]) -> list[str]:
+    """Write the questions that could not be asked, or not to their end."""
+    lines = [f"Left out: {name}, from {reason}." for name, reason in results.get("left_out", {}).items()]
+    more = len(lines) - _MOST_LEFT_OUT
+    return [*lines[:_MOST_LEFT_OUT], *([f"Left out: {more} more, as acceptance.json tells."] if more > 0 else [])]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table that also reads well on a terminal."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])

@@ -1,0 +1,1 @@
+"""Evaluation of a head in a running server."""

@@ -1,0 +1,205 @@
+"""Questions answered by a running server that serves the verifier with a draft head.
+
+A request is the tokens that evaluation in this process would give the verifier, not messages: a chat endpoint renders
+the template itself, with a date and defaults of its own, and then nobody knows whether the same was measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from ...conf.runtime.artifact import Artifact, digest
+from ...conf.runtime.journal import Journal
+from ...conf.runtime.progress import Progress
+from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
+from ...conf.schema import Config
+from ...data_synthesis.answers.endpoint import Endpoint, RequestError
+from ...data_synthesis.answers.verify_endpoint import refusal
+from ..asking import QuestionReader, UnaskableError
+from ..figures.records import RECORDS, TRAINED
+from ..questions import Question
+from .engines import Completion, CompletionRequest, ServingEngine, open_engine
+
+_LOOK_EVERY_S = 5.0
+_TICK_S = 0.1
+
+
+def check_server(config: Config, questions: list[Question]) -> None:
+    """Check that the server's answers to these questions can be measured, before anything is written.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    pictured = next((question.id for question in questions if question.images), None)
+    if pictured is not None:
+        raise ValueError(
+            f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
+        )
+    _run(_Questioning(config).check(questions))
+
+
+def answer_by_server(config: Config, questions: list[Question], target: Artifact) -> None:
+    """Answer those questions that the journal of `target` does not hold yet; its manifest then says who answers.
+
+    Exits with a code that asks for another start where the server goes away.
+
+    Raises:
+        ValueError: the server is not one whose answers can be measured.
+    """
+    journal = Journal(target.folder / RECORDS)
+    left = [question for question in questions if question.id not in journal.done]
+    try:
+        if left:
+            progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
+            _run(_Questioning(config).answer(left, target, journal, progress))
+            progress.close()
+    finally:
+        journal.close()
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run something to its end, or until a signal: questions in flight are asked again by the next start."""
+    with deferred("it ends now, what it has saved stays") as signals:
+        try:
+            asyncio.run(_cancelled_by_signal(work, signals))
+        except asyncio.CancelledError:
+            if not signals.received:
+                raise
+
+
+async def _cancelled_by_signal(work: Coroutine[Any, Any, None], signals: StopSignals) -> None:
+    running = asyncio.current_task()
+    assert running is not None
+
+    async def watch() -> None:
+        while not signals.received:
+            await asyncio.sleep(_TICK_S)
+        running.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        await work
+    finally:
+        watching.cancel()
+
+
+class _Questioning:
+    """A server and the questions put to it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._options = config, config.evaluate
+        assert self._options.endpoint is not None
+        connections = replace(config.synthesize, concurrency=self._options.batch_size)
+        self._endpoint = Endpoint(self._options.endpoint, connections)
+
+    async def check(self, questions: list[Question]) -> None:
+        """Open the server, and see whether the prompts that are known before any answer have room."""
+        try:
+            await self._open()
+            self._reader.check(questions)
+        finally:
+            await self._endpoint.close()
+
+    async def answer(self, questions: list[Question], target: Artifact, journal: Journal, progress: Progress) -> None:
+        """Open the server and put the questions to it, evaluate.batch_size of them at a time."""
+        waiting = iter(questions)
+
+        async def one_after_the_other() -> None:
+            for question in waiting:
+                journal.append([await self._record(question)])
+                progress.update()
+
+        try:
+            self._engine = await self._open()
+            self._tell(target)
+            await self._all([one_after_the_other() for _ in range(self._options.batch_size)])
+        finally:
+            await self._endpoint.close()
+
+    async def _open(self) -> ServingEngine:
+        try:
+            engine = await open_engine(self._config, self._endpoint)
+            self._reader = QuestionReader(self._config, self._endpoint.max_context, self._endpoint.url)
+            return engine
+        except RequestError as trouble:
+            if trouble.lasting:
+                raise ValueError(refusal(self._endpoint, trouble)) from None
+            raise ValueError(
+                f"evaluate.endpoint: no server answers at {self._endpoint.url} ({trouble}): start one that serves the "
+                "verifier with the head"
+            ) from None
+
+    def _tell(self, target: Artifact) -> None:
+        """Put into the manifest who answers; an evaluation that another has begun is not gone on with."""
+        served = {"engine": self._engine.name, "model": self._endpoint.model, "definition": self._engine.definition}
+        begun = target.manifest.get("served", served)
+        if begun != served:
+            raise ValueError(
+                f"{target.folder} was begun with {begun['engine']} serving {begun['model']}, and {self._endpoint.url} "
+                f"is {served['engine']} serving {served['model']}: choose another name, or delete the folder"
+            )
+        target.save(served=served)
+
+    async def _all(self, work: list[Coroutine[Any, Any, None]]) -> None:
+        """Run everything to its end, or to the first trouble."""
+        tasks = [asyncio.create_task(one) for one in work]
+        try:
+            await asyncio.gather(*tasks)
+        except RequestError as trouble:
+            if trouble.lasting:
+                raise ValueError(refusal(self._endpoint, trouble)) from None
+            print(
+                f"fledge: {self._endpoint.url} does not answer any more ({trouble}); what is done is saved, the same "
+                "command goes on",
+                file=sys.stderr,
+            )
+            raise SystemExit(EXIT_AGAIN) from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _record(self, question: Question) -> dict[str, Any]:
+        """Have the turns of a question answered; give its record."""
+        answers: list[dict[str, Any]] = []
+        for _ in question.turns:
+            texts = [answer["text"] for answer in answers]
+            try:
+                prompt, max_tokens, _ = self._reader.read(question, texts)
+            except UnaskableError as error:
+                return question.record(answers, f"turn {len(texts) + 1}: {error}")
+            seed = int(digest([self._options.seed, len(texts), question.id])[:8], 16)
+            completion = await self._ask(CompletionRequest(prompt, max_tokens, seed))
+            counted = {
+                **completion.counts.as_dict(),
+                "output_tokens": completion.output_tokens,
+                "seconds": completion.seconds,
+            }
+            answers.append(
+                {
+                    "text": completion.text,
+                    "prompt_tokens": len(prompt),
+                    "output_tokens": completion.output_tokens,
+                    "seconds_alone": None,
+                    "drafters": {TRAINED: counted},
+                }
+            )
+        return question.record(answers)
+
+    async def _ask(self, request: CompletionRequest) -> Completion:
+        """Ask, and look now and then whether the server is there: vLLM, told to stop, leaves requests hanging."""
+        answer = asyncio.create_task(self._engine.ask(request))
+        try:
+            while not (await asyncio.wait([answer], timeout=_LOOK_EVERY_S))[0]:
+                try:
+                    await self._endpoint.models()
+                except RequestError as trouble:
+                    if not trouble.busy:
+                        raise
+            return answer.result()
+        finally:
+            answer.cancel()

@@ -1,0 +1,1 @@
+"""Head checkpoints: fledge's own, Speculators', and those that others publish."""

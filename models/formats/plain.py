@@ -1,0 +1,180 @@
+"""Head checkpoints on disk, in the plain format that SGLang, TensorRT-LLM and vLLM read.
+
+Training checkpoints and exports are both of this form: `config.json` and `model.safetensors`, and next to them
+`fledge.json`, which names the verifier that the head was trained for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...conf.runtime.artifact import sync, write_json
+from ..head.architectures import architecture_of, build_head, named_architecture
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
+from ..head.vocabulary import VocabularyMap
+from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, TOP, vllm_layer_ids, written_fields
+
+LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
+_CURE = "`fledge import` reads the heads of other projects and formats"
+LATEST, BEST = "latest", "best"  # names of training checkpoints
+HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
+
+
+def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the `config.json` of a head in plain format.
+
+    Aux layers stand in it twice: 0-based in `eagle_config` (SGLang, ModelOpt) and one higher at the top level (vLLM,
+    whose id k is the input of layer k).
+    """
+    architecture = architecture_of(config)
+    values: dict[str, Any] = {
+        "architectures": [architecture.names["plain"]],
+        **written_fields(config, LAYER, architecture.fields),
+        "draft_vocab_size": config.draft_vocab_size,
+        "torch_dtype": dtype_name(dtype),
+        EAGLE: {AUX_IDS: list(config.aux_layers), "use_aux_hidden_state": True, "norm_before_fc": False},
+        AUX_IDS: vllm_layer_ids(config.aux_layers),
+        **written_fields(config, TOP, architecture.fields),
+    }
+    if len(config.aux_layers) != 3:
+        values["num_aux_hidden_states"] = len(config.aux_layers)
+    if config.verifier_hidden_size != config.hidden_size:
+        values["target_hidden_size"] = config.verifier_hidden_size
+    return values
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as it stands in a config.json."""
+    return str(dtype).removeprefix("torch.")
+
+
+def config_from_plain(values: dict[str, Any], own_embedding: bool) -> DraftHeadConfig:
+    """Read a `config.json` that `plain_config` wrote; `own_embedding` is known by the tensors."""
+    architecture = named_architecture(values)
+    return architecture.config(
+        **{field.ours: values[field.name] for field in (*FIELDS, *architecture.fields) if field.ours},
+        verifier_hidden_size=values.get("target_hidden_size", values["hidden_size"]),
+        aux_layers=tuple(values[EAGLE][AUX_IDS]),
+        own_embedding=own_embedding,
+    )
+
+
+def head_tensors(head: DraftHead, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a head's weights cast for a file, with the vocabulary map if the vocabulary is reduced.
+
+    Args:
+        weights: the head's state dict (gathered, if ZeRO has partitioned the module's own).
+    """
+    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    if head.config.draft_vocab_size < head.config.vocab_size:
+        tensors["d2t"] = head.d2t.cpu()
+        tensors["t2d"] = head.t2d.cpu()
+    return tensors
+
+
+def save_head(
+    folder: Path, head: DraftHead, record: dict[str, Any], dtype: torch.dtype, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a head in plain format into an existing folder.
+
+    Args:
+        record: what `fledge.json` keeps; `verifier` (its identity) among it.
+        weights: the head's full state dict if the module's own is partitioned.
+    """
+    tensors = head_tensors(head, head.state_dict() if weights is None else weights, dtype)
+    named = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
+    write_head_files(folder, named, plain_config(head.config, dtype), record)
+
+
+def write_head_files(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write weights, config.json and fledge.json; the record comes last, without it the folder is no head."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    sync(folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
+    write_json(folder / RECORD, record)
+
+
+def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
+    """Read a head that `save_head` wrote, in float32, and its record.
+
+    Raises:
+        ValueError: a file is missing or damaged, or a tensor is missing, unknown or of another shape (all named).
+    """
+    for name in (CONFIG, WEIGHTS, RECORD):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a fledge head: {name} is missing; {_CURE}")
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+        if "speculators_model_type" in values:
+            raise ValueError(f"{folder} holds a head in Speculators format, plain format is required; {_CURE}")
+        record = json.loads((folder / RECORD).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        config = config_from_plain(values, own_embedding=EMBEDDING in tensors)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds a damaged head ({type(error).__name__}: {error})") from None
+    vocabulary = (
+        VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d")) if "d2t" in tensors and "t2d" in tensors else None
+    )
+    weights = {re.sub(r"^midlayer\.", "layers.0.", name): tensor.float() for name, tensor in tensors.items()}
+    if vocabulary is None and config.draft_vocab_size != config.vocab_size:
+        raise ValueError(f"{folder}: d2t and t2d are missing, and the draft vocabulary is reduced")
+    head = build_head(config, vocabulary)
+    problems = tensor_problems(head, weights)
+    if problems:
+        raise ValueError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
+    head.load_state_dict(weights)
+    return head, record
+
+
+def tensor_problems(head: DraftHead, weights: dict[str, Tensor]) -> list[str]:
+    """Return every tensor that is missing, unknown, or of another shape than the head's, by name."""
+    required = head.state_dict()
+    return sorted(
+        [
+            *(f"{name} is missing" for name in required.keys() - weights.keys()),
+            *(f"{name} is unknown" for name in weights.keys() - required.keys()),
+            *(
+                f"{name} has shape {list(weights[name].shape)}, {list(tensor.shape)} is required"
+                for name, tensor in required.items()
+                if name in weights and weights[name].shape != tensor.shape
+            ),
+        ]
+    )
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Return the steps of the finished checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
+    """Return the folder of the head to use.
+
+    Args:
+        checkpoint: a folder, or the `best` or `latest` checkpoint of a training run; None is the best, or the newest
+            if none was measured.
+    """
+    if checkpoint is not None and checkpoint not in (BEST, LATEST):
+        return Path(checkpoint)
+    folder = training_folder / "checkpoints"
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise ValueError(f"{training_folder} holds no checkpoint: run `fledge train` first")
+    if checkpoint != LATEST and (folder / BEST).exists():
+        return folder / (folder / BEST).read_text().strip()
+    if checkpoint == BEST:
+        raise ValueError(f"{folder} has no best checkpoint, as nothing was held out: use latest")
+    return folder / f"step-{steps[-1]}"

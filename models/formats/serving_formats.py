@@ -1,0 +1,165 @@
+"""The forms of checkpoint that serving engines load, an entry each (docs/internals/add_a_format.md)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head.config import DraftHeadConfig
+from ..head.draft_head import DraftHead
+from .fields import EAGLE, TOP
+from .plain import save_head
+from .speculators import save_speculators
+
+
+@dataclass(frozen=True)
+class ExportedHead:
+    """A head and the verifier it serves with."""
+
+    head: DraftHeadConfig
+    folder: str  # of the export, as the commands name it
+    format: str
+    dtype: str
+    verifier: str  # folder or hub id
+    architectures: list[str]  # the verifier's
+    verifier_layers: int
+    revision: str | None
+    num_draft_tokens: int
+    imported_from: str | None = None  # the published head it was made of, None if fledge trained it
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serving engine, and what it makes of a head in one format."""
+
+    name: str
+    section: Callable[[ExportedHead], str]  # of SERVING.md: the command
+    obstacles: Callable[[ExportedHead], list[str]]  # why it cannot serve the head as it was trained
+    ids_at: tuple[str, ...] = ()  # the places of config.json where it looks for aux layer ids, in this order
+    first_id: int = 0  # what it calls the output of layer 0
+    files: Callable[[ExportedHead], dict[str, str]] = lambda exported: {}  # further ones that it reads
+
+
+@dataclass(frozen=True)
+class ServingFormat:
+    """A form of checkpoint."""
+
+    write: Callable[[Path, DraftHead, dict[str, Any], ExportedHead], None]  # head and record, into a folder
+    engines: tuple[Engine, ...]  # that read it
+    first_ids: dict[str, int]  # by place of aux layer ids in config.json: what it calls the output of layer 0
+    library: str = "fledge"  # of the model card
+    # Return config.json and tensors as the plain format has them; None if the head is in another format.
+    read: Callable[[dict[str, Any], dict[str, Tensor]], tuple[Any, Any] | None] = lambda values, tensors: None
+
+
+def vllm_command(exported: ExportedHead) -> str:
+    """Return the command that serves the verifier with the head in vLLM."""
+    options = {"method": "eagle3", "model": exported.folder, "num_speculative_tokens": exported.num_draft_tokens}
+    verifier = f"{shlex.quote(exported.verifier)}{_revision(exported)}"
+    return f"vllm serve {verifier} --speculative-config {shlex.quote(json.dumps(options))}"
+
+
+def _revision(exported: ExportedHead) -> str:
+    return f" --revision {shlex.quote(exported.revision)}" if exported.revision else ""
+
+
+def code(text: str) -> str:
+    """Return a block of code."""
+    return f"```\n{text}\n```"
+
+
+def _vllm(exported: ExportedHead) -> str:
+    return f"## vLLM\n\n{code(vllm_command(exported))}"
+
+
+def _vllm_by_itself(exported: ExportedHead) -> str:
+    by_itself = f"or, as the checkpoint names its verifier:\n\n{code('vllm serve ' + shlex.quote(exported.folder))}"
+    return _vllm(exported) + ("" if exported.revision else f"\n\n{by_itself}")
+
+
+def _sglang(exported: ExportedHead) -> str:
+    command = (
+        f"python -m sglang.launch_server --model-path {shlex.quote(exported.verifier)}{_revision(exported)} "
+        f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(exported.folder)} "
+        f"--speculative-num-steps {exported.num_draft_tokens} --speculative-eagle-topk 1 "
+        f"--speculative-num-draft-tokens {exported.num_draft_tokens + 1}"
+    )
+    note = "Beside an explicit `--quantization`, add `--speculative-draft-model-quantization unquant`."
+    return f"## SGLang\n\n{code(command)}\n\n{note}"
+
+
+def _tensorrt_llm(exported: ExportedHead) -> str:
+    options = shlex.quote(f"{exported.folder}/trtllm.yaml")
+    command = f"trtllm-serve {shlex.quote(exported.verifier)} --extra_llm_api_options {options}"
+    note = (
+        "TensorRT-LLM does not read the aux layers of the checkpoint, they stand in `trtllm.yaml`. Older releases want "
+        "`decoding_type: Eagle` and `pytorch_eagle_weights_path` in it for `Eagle3` and `speculative_model`."
+    )
+    return f"## TensorRT-LLM\n\n{code(command)}\n\n{note}"
+
+
+def _trtllm_yaml(exported: ExportedHead) -> dict[str, str]:
+    """Return the options' file; TensorRT-LLM numbers layers as fledge does, 0-based, their outputs taken."""
+    text = (
+        "speculative_config:\n"
+        "  decoding_type: Eagle3\n"
+        f"  max_draft_len: {exported.num_draft_tokens}\n"
+        f"  speculative_model: {json.dumps(exported.folder)}\n"
+        f"  eagle3_layers_to_capture: {list(exported.head.aux_layers)}\n"
+    )
+    return {"trtllm.yaml": text}
+
+
+def _own_embedding_or_residual(exported: ExportedHead) -> list[str]:
+    head, obstacles = exported.head, []
+    if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
+        obstacles.append("it takes the verifier's embedding in place of the head's own")
+    if head.norm_before_residual:
+        obstacles.append("it ignores norm_before_residual")
+    return obstacles
+
+
+def _last_layer(exported: ExportedHead) -> list[str]:
+    last = exported.verifier_layers - 1 in exported.head.aux_layers
+    return ["it cannot take the output of the verifier's last layer"] if last else []
+
+
+def _other_than_three_layers(exported: ExportedHead) -> list[str]:
+    fc = f"releases up to 0.33 build fc for 3 aux layers in this format, and it has {len(exported.head.aux_layers)}"
+    return [] if len(exported.head.aux_layers) == 3 else [f"{fc}: set export.format=plain"]
+
+
+def _write_plain(folder: Path, head: DraftHead, record: dict[str, Any], exported: ExportedHead) -> None:
+    save_head(folder, head, record, getattr(torch, exported.dtype))
+
+
+def _write_speculators(folder: Path, head: DraftHead, record: dict[str, Any], exported: ExportedHead) -> None:
+    verifier = {"name_or_path": exported.verifier, "architectures": exported.architectures}
+    save_speculators(folder, head, record, getattr(torch, exported.dtype), verifier, exported.num_draft_tokens)
+
+
+# By the value of export.format.
+SERVING_FORMATS = {
+    "plain": ServingFormat(
+        _write_plain,
+        engines=(
+            Engine("vLLM", _vllm, lambda _: [], ids_at=(TOP, EAGLE), first_id=1),
+            Engine("SGLang", _sglang, lambda e: [*_own_embedding_or_residual(e), *_last_layer(e)], ids_at=(EAGLE,)),
+            Engine("TensorRT-LLM", _tensorrt_llm, _own_embedding_or_residual, files=_trtllm_yaml),
+        ),
+        first_ids={EAGLE: 0, TOP: 1},
+    ),
+    "speculators": ServingFormat(
+        _write_speculators,
+        engines=(Engine("vLLM", _vllm_by_itself, _other_than_three_layers, ids_at=(TOP, EAGLE), first_id=1),),
+        first_ids={TOP: 1},
+        library="speculators",
+    ),
+}

@@ -1,0 +1,1 @@
+"""The draft head: its sizes, network, attention and vocabulary."""

@@ -1,0 +1,1 @@
+"""The verifier: its model, configuration, weights and processor."""

@@ -1,0 +1,1 @@
+"""Jobs: rendered, queued, recorded, and run on their nodes."""

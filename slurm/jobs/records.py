@@ -1,0 +1,71 @@
+"""What a submission leaves in its folder, runs/NAME/jobs/N/: the jobs it made, and what these tell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...conf.runtime.artifact import write_json
+
+JOBS = "jobs"
+EVENTS = "events"
+LOGS = "logs"
+_SUBMISSION = "submission.json"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A submitted job file."""
+
+    stage: str
+    file: str
+    id: str
+    tasks: int | None  # of an array; None: it is none
+
+    @property
+    def names(self) -> list[str]:
+        """Give the names that its tasks tell events under, and have locks under."""
+        return [self.stage] if self.tasks is None else [f"{self.stage}-{task}" for task in range(self.tasks)]
+
+    def log(self, folder: Path, task: int) -> Path:
+        """Give the log of a task, which all its starts append to."""
+        return folder / LOGS / f"{self.stage}-{self.id}{'' if self.tasks is None else f'_{task}'}.log"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line that a job has told: begun, healthy, stopping, again, cancelled, done, failed."""
+
+    time: str
+    job: str
+    kind: str
+    detail: str
+
+
+def submissions(run_folder: Path) -> dict[int, Path]:
+    """Give the folders of a run's submissions by number."""
+    jobs = run_folder / JOBS
+    folders = jobs.iterdir() if jobs.is_dir() else []
+    return {int(path.name): path for path in folders if path.name.isdecimal()}
+
+
+def write_submission(folder: Path, about: dict[str, Any], jobs: list[JobRecord]) -> None:
+    """Write what was submitted."""
+    write_json(folder / _SUBMISSION, {**about, "jobs": [vars(job) for job in jobs]})
+
+
+def read_submission(folder: Path) -> tuple[dict[str, Any], list[JobRecord]]:
+    """Give what was submitted; nothing where that was interrupted."""
+    path = folder / _SUBMISSION
+    about = json.loads(path.read_text()) if path.is_file() else {}
+    return about, [JobRecord(**job) for job in about.pop("jobs", [])]
+
+
+def read_events(folder: Path, name: str) -> list[Event]:
+    """Give what a task has told so far."""
+    path = folder / EVENTS / name
+    lines = path.read_text().splitlines() if path.is_file() else []
+    parts = [line.split("\t", 3) for line in lines]
+    return [Event(*part) for part in parts if len(part) == 4]

@@ -1,0 +1,121 @@
+"""vLLM as the judge: it must count what `fledge evaluate` counts. Run by `make test-serving`."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
+from fledge.models.embedded.verifier import conversations
+from fledge.models.formats.fields import LAYER, vllm_layer_ids, written_fields
+from fledge.models.formats.plain import load_head
+from make_embedded import TINY, make_document, train
+from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
+
+pytestmark = pytest.mark.serving
+HEADS = {
+    "EAGLE-3.1": [],
+    "EAGLE-3": ["draft=eagle3"],
+    "norm before residual": ["draft=eagle3", "draft.norm_before_residual=true"],
+    "full vocabulary": ["draft.vocab_size=null"],
+    "the verifier's lm_head": ["draft.vocab_size=null", "draft.train_lm_head=false"],
+    "another width": ["draft.hidden_size=96", "draft.num_attention_heads=4", "draft.num_key_value_heads=2"],
+}
+SIZES = {
+    **SMALL_DECODER,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+LLAMA4 = {**SMALL_LLAMA4, "attention_chunk_size": 512}
+VERIFIERS = {  # the class, and the sizes of its text decoder
+    "Qwen3ForCausalLM": {"intermediate_size": 128},
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": LLAMA4,
+}
+
+
+def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engine: object) -> None:
+    """Export an evaluated head in both formats and hold vLLM's counts against the evaluation's.
+
+    Args:
+        architecture: the verifier's class, which must be the one that vLLM runs.
+        engine: options of vLLM that the verifier needs.
+    """
+    run("export", "export.dtype=float32", "export.format=all")
+    results, request, texts = evaluated(run)
+    assert results["acceptance_length"] > 1.1, "a head that accepts nothing shows nothing"
+    for format_ in ("plain", "speculators"):
+        head = run.path / "exports" / format_
+        counted, log = decode_in_vllm(folder, {**request, "head": str(head), "engine": engine})
+        assert counted is not None, log[-6000:]
+        print(format_, {name: counted[name] for name in COUNTS})
+        assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
+        assert counted["texts"] == texts
+        assert counted["architecture"] == architecture
+    if not load_head(run.path / "exports" / "plain")[0].config.own_embedding:  # its model has no other widths
+        check_read_by_speculators(run)
+
+
+def check_read_by_speculators(run: Run) -> None:
+    """Load the export with the speculators library: every tensor in its place, and every field as it was meant."""
+    answer, log = in_vllms_environment("speculators_load.py", run.path / "exports" / "speculators")
+    assert answer is not None, log[-6000:]
+    head, _ = load_head(run.path / "exports" / "plain")
+    config = head.config
+    reduced = config.draft_vocab_size < config.vocab_size
+    assert answer["class"] == "Eagle3DraftModel"
+    assert answer["num_tensors"] == len(list(head.parameters())) + 2 * reduced  # and the two maps
+    assert [answer[name] for name in ("missing", "unexpected", "unequal", "not_finite")] == [[], [], [], []]
+    assert answer["fields"] == {
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": False,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "embed_requires_grad": False,
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": None,
+        "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
+    }
+    layer = written_fields(config, LAYER)
+    assert answer["layer"] == {name: layer[name] for name in answer["layer"]}
+    assert answer["verifier"]["name_or_path"] == str(run.verifier)
+    assert answer["num_draft_tokens"] == 3
+    print("speculators library: all", answer["num_tensors"], "tensors and", len(answer["fields"]), "fields as meant")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
+    for name in ("conversations", "hidden_states"):
+        shutil.copytree(finished.path / name, run.path / name)
+    for stage in ("dump", "train", "evaluate"):
+        run(stage, *HEADS[head], "evaluate.baselines=false")
+    run.options = HEADS[head]
+    judge(run, tmp_path)
+
+
+def make_verifier(architecture: str, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    """Train a small model of the class as the tiny Llama is trained; of one that takes images, the text decoder."""
+    sizes = {**SIZES, **VERIFIERS[architecture], "vocab_size": len(tokenizer)}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model_class = getattr(transformers, architecture)
+    if model_class.config_class is transformers.Llama4Config:
+        config = transformers.Llama4Config(text_config={**sizes, **ids}, vision_config=SMALL_VISION)
+    else:
+        config = model_class.config_class(**sizes, **ids)
+    torch.manual_seed(0)
+    model = model_class(config)
+    documents = [make_document(tokenizer, messages, TINY) for messages in conversations()[: TINY.num_conversations]]
+    train(getattr(model, "language_model", model), documents, TINY)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", VERIFIERS)
+def test_vllm_counts_what_fledge_counts_on_other_verifiers(tmp_path, verifier, architecture):
+    make_verifier(architecture, verifier.tokenizer, tmp_path / "verifier")
+    run = Run(tmp_path / "runs", tmp_path / "verifier")
+    for stage in ("synthesize", "dump", "train", "evaluate"):
+        run(stage, "evaluate.baselines=false")
+    takes_images = architecture.endswith("ForConditionalGeneration")
+    judge(run, tmp_path, architecture, **({"limit_mm_per_prompt": {"image": 0}} if takes_images else {}))

@@ -1,0 +1,185 @@
+"""Real commands without the seconds of their imports: a process that has imported everything forks each.
+
+A forked command has a session, arguments, environment, folder, signals and an exit code of its own, as one that a shell
+starts. It looks to a test like `subprocess.Popen`. What libraries read when they are imported must be as that process
+has it; a command with another such environment is started by `subprocess`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from multiprocessing import forkserver, reduction
+from typing import Any
+
+_FORKED = [sys.executable, "-m", "fledge"]
+_AT_IMPORT = ("OMP_", "GOMP_", "MKL_", "HF_", "TRITON_", "CUDA_", "TRANSFORMERS_", "TORCH", "PYTHON", "LD_", "HOME")
+_context = multiprocessing.get_context("forkserver")
+
+
+def popen(command: Sequence[str], **options: Any) -> Any:
+    """Start a command of fledge's: forked where that is the same, else by `subprocess.Popen`.
+
+    Args:
+        options: those of `subprocess.Popen`: env, cwd, stdout, stderr, text.
+    """
+    environment = options.get("env") or dict(os.environ)
+    alike = all(
+        environment.get(name) == _environment().get(name)
+        for name in {*environment, *_environment()}
+        if name.startswith(_AT_IMPORT)
+    )
+    known = options.keys() <= {"env", "cwd", "stdout", "stderr", "text"}
+    if list(command[:3]) != _FORKED or not alike or not known:
+        return subprocess.Popen(command, **options)
+    return Forked(command, **{**options, "env": environment})
+
+
+def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, and return what it printed."""
+    options = {"env": _environment(), **options}
+    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment that the parent of all forked commands imports in."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Forked:
+    """A running command, as `subprocess.Popen` shows it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: dict[str, str],
+        cwd: Any = None,
+        stdout: Any = None,
+        stderr: Any = None,
+        text: bool = False,
+    ) -> None:
+        self.args, self.returncode = list(command), None
+        self.stdout, out = _pipe(stdout, 1, text)
+        self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _pipe(stderr, 2, text)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the parent, which starts with the first command
+        _context.set_forkserver_preload(["preloaded"])
+        arguments = self.args[3:], env, str(cwd or os.getcwd()), _Descriptor(out), _Descriptor(err)
+        self._process = _context.Process(target=_run, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+        for descriptor, own in ((out, self.stdout), (err, self.stderr)):
+            if own is not None:
+                os.close(descriptor)
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
+        """Read everything that it prints, and wait for the end."""
+        found: dict[int, Any] = {}
+        streams = [(number, stream) for number, stream in enumerate((self.stdout, self.stderr)) if stream is not None]
+        readers = [threading.Thread(target=lambda n=n, s=s: found.update({n: s.read()})) for n, s in streams]
+        for reader in readers:
+            reader.start()
+        self.wait(timeout)
+        for reader in readers:
+            reader.join()
+        return found.get(0), found.get(1)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+
+def _pipe(stream: Any, standard: int, text: bool) -> tuple[Any, int]:
+    """Return the end that the test reads, if it asked for one, and the descriptor that the command writes."""
+    if stream == subprocess.PIPE:
+        reading, writing = os.pipe()
+        return open(reading, "r" if text else "rb"), writing
+    if stream == subprocess.DEVNULL:
+        return None, os.open(os.devnull, os.O_WRONLY)
+    return None, standard if stream is None else stream if isinstance(stream, int) else stream.fileno()
+
+
+class _Descriptor:
+    """A file descriptor on its way to the command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (reduction.DupFd(self.number),)
+
+
+def _arrived(descriptor: Any) -> int:
+    return int(descriptor.detach())
+
+
+def _run(arguments: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
+    """Be the command: `python -m fledge ARGUMENTS`."""
+    os.setsid()
+    forkserver._forkserver.__init__()  # its helpers are its own children
+    for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
+        os.dup2(descriptor, standard)
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, mode, closefd=False), write_through=through)
+        for number, mode, through in ((0, "r", False), (1, "w", False), (2, "w", True))
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["fledge", *arguments]
+    code: Any = 0
+    try:
+        from fledge.conf.cli import main
+
+        main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

@@ -1,0 +1,76 @@
+"""Small random heads and batches; needs torch and transformers alone."""
+
+from __future__ import annotations
+
+import torch
+from fledge.models.head.config import DraftHeadConfig
+from fledge.models.head.draft_head import DraftHead, initialise
+from fledge.models.head.vocabulary import build_vocabulary
+from fledge.train.loss.rows import PackedBatch
+
+
+def make_batch(
+    lengths: list[int],
+    seed: int = 0,
+    vocab: int = 120,
+    hidden: int = 32,
+    aux: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return PackedBatch(
+        input_ids=torch.randint(0, vocab, (total,), generator=generator),
+        loss_mask=torch.rand(total, generator=generator) < 0.8,
+        document=document,
+        position=torch.cat([torch.arange(n) for n in lengths]),
+        aux_hidden_states=torch.randn(total, aux * hidden, generator=generator).to(dtype),
+        last_hidden_state=torch.randn(total, hidden, generator=generator).to(dtype),
+        lengths=lengths,
+        sample_ids=[str(i) for i in range(len(lengths))],
+    )
+
+
+def matrices(vocab: int = 120, hidden: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(vocab, hidden, generator=generator), torch.randn(vocab, hidden, generator=generator)
+
+
+def make_head(
+    seed: int = 0, draft_vocab_size: int | None = 100, noise: float = 0.3, vocab_size: int = 120, **changes: object
+) -> DraftHead:
+    """A small random head whose norms are not all ones, so that a forgotten norm shows."""
+    values: dict[str, object] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": draft_vocab_size or vocab_size,
+        "verifier_hidden_size": 32,
+        "aux_layers": (1, 3, 4),
+        "max_position_embeddings": 256,
+        **changes,
+    }
+    config = DraftHeadConfig(**values)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 50, (vocab_size,), generator=generator)
+    head = DraftHead(config, build_vocabulary(counts, config.draft_vocab_size))
+    matrix = torch.randn(vocab_size, config.verifier_hidden_size, generator=generator)
+    initialise(head, matrix.flip(0), matrix, seed)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.dim() == 1:
+                parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return head
+
+
+def leave_out_first_tokens(head: DraftHead, batch: PackedBatch, lm_head: torch.Tensor) -> None:
+    """Let the draft vocabulary begin behind token 0, and the verifier find that likeliest at every other position."""
+    num_outside = len(head.t2d) - len(head.d2t)
+    head.d2t.fill_(num_outside)
+    head.t2d.copy_(torch.arange(len(head.t2d)) >= num_outside)
+    assert batch.last_hidden_state is not None
+    batch.last_hidden_state[::2] = lm_head[0]

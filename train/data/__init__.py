@@ -1,0 +1,1 @@
+"""Training data: stores mixed, packed and read."""

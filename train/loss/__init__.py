@@ -1,0 +1,1 @@
+"""The TTT loss: rows, unroll, and the losses of all steps in one pass."""

@@ -1,0 +1,126 @@
+"""The Triton kernels of training next to their plain twins in float64: for runs, and for tests in the interpreter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...conf.schema import TrainConfig
+from ...models.head.config import DraftHeadConfig
+from ...models.head.ttt_attention import MAX_HEAD_DIM, SplitAttention, TTTAttention
+from ...models.kernels.self_check import TOLERANCES, Check, Checked, Figure, check_kernels
+from .rows import find_useful_rows
+
+if TYPE_CHECKING:
+    from ..ranks.group import Ranks  # DeepSpeed's
+
+ATTENTION = "attention"
+LENGTHS = [300, 1, 37, 2, 129]  # rows of a case's documents: of one row, of two, and of several blocks of keys
+KL_GRADIENT = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+def check_training(options: TrainConfig, head: DraftHeadConfig, ranks: Ranks) -> Checked:
+    """Check the kernels that a run may use, in its shapes and dtype, on all its ranks."""
+    dtype = getattr(torch, options.dtype.value)
+    checks = [Check(ATTENTION, partial(compare_attention, head, options.ttt_steps, dtype, ranks.device))]
+    return check_kernels("train.triton", options.triton, ranks.device, checks, ranks.gather, ranks.rank == 0)
+
+
+def compare_attention(
+    head: DraftHeadConfig, ttt_steps: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Figure]:
+    """Compare attention, forward and backward; of a deep head also the layers in which every row is a query."""
+    if head.head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"it is made for heads of up to {MAX_HEAD_DIM}, and these have {head.head_dim}")
+    heads = head.num_attention_heads, head.num_key_value_heads
+    errors = [
+        attention_errors(LENGTHS, heads, head.head_dim, dtype, device, ttt_steps, num_layers=num_layers)
+        for num_layers in range(1, min(2, head.num_layers) + 1)
+    ]
+    outputs, gradients = torch.tensor(errors, dtype=torch.float64).amax(0).tolist()  # no number if any is none
+    return {"outputs": Figure(outputs, TOLERANCES[dtype]), "gradients": Figure(gradients, TOLERANCES[dtype])}
+
+
+def attention_errors(
+    lengths: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ttt_steps: int,
+    counted: float = 0.9,
+    num_layers: int = 1,
+    kernels: bool = True,
+) -> tuple[float, float]:
+    """Return the largest errors of the outputs, and of the gradients relative to their largest entry.
+
+    Args:
+        heads: of queries, and of keys.
+        counted: the share of tokens that are counted: the fewer, the more the rows are torn apart.
+        num_layers: with 2, step 0 has every row as a query, as the first of two layers has.
+        kernels: whether they are used; else blocks of rows on a GPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_rows = sum(lengths)
+    mask = torch.rand(num_rows, generator=generator) < counted
+    rows = find_useful_rows(mask, lengths, ttt_steps).to(torch.device(device))
+    drawn = [torch.randn(ttt_steps, num_rows, width, head_dim, generator=generator) for width in (*heads, heads[1])]
+    inputs = [values.to(device, dtype).requires_grad_() for values in drawn]
+    exact = [values.detach().double().requires_grad_() for values in inputs]
+    split, plain = SplitAttention(rows, num_layers, kernels), TTTAttention(lengths, 1)
+    found, expected = [], []
+    for step in range(ttt_steps):
+        at = rows.rows[rows.steps[step]]
+        own = slice(None) if step == 0 else at
+        queries = slice(None) if step == 0 and num_layers > 1 else at
+        q, k, v = (values[step] for values in inputs)
+        found.append(split.at(step)(0, q[queries], k[own], v[own]))
+        expected.append(plain(0, *(values[step] for values in exact))[queries])
+    weights = [torch.randn(out.shape, generator=generator).to(device) for out in found]
+
+    def gradients(outs: list[Tensor], of: list[Tensor]) -> tuple[Tensor, ...]:
+        total = torch.stack([(out * weight).sum() for out, weight in zip(outs, weights, strict=True)]).sum()
+        return torch.autograd.grad(total, of)
+
+    pairs = zip(gradients(found, inputs), gradients(expected, exact), strict=True)
+    far = [(a - b).abs().max() / b.abs().max().clamp(min=1e-3) for a, b in pairs]
+    near = [(a - b).detach().abs().flatten() for a, b in zip(found, expected, strict=True)]
+    near.append(torch.zeros(1, dtype=torch.float64, device=device))  # if no row is of use
+    return float(torch.cat(near).max()), float(torch.stack(far).max())  # no number if any is none
+
+
+def compare_kl(
+    width: int, dtype: torch.dtype, device: torch.device | str, num_rows: int = 24, block: int = 2048
+) -> dict[str, Figure]:
+    """Compare the row-wise part of the KL loss: KL, the overlap, the gradient, and rows whose greedy tokens differ.
+
+    The verifier's distributions are of 1.25 * width tokens, of which the draft knows the first.
+    """
+    from ...models.kernels.kl_loss import kl_rows
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(num_rows + 3, width + width // 4, generator=generator).to(device)
+    probabilities = logits.softmax(-1)[:, :width].contiguous()
+    wide = probabilities.double()
+    mass = wide.sum(-1)
+    p = wide / mass[:, None]
+    entropy, top = -torch.special.xlogy(p, p).sum(-1), p.argmax(-1)
+    targets = torch.randint(0, len(p), (num_rows,), generator=generator).to(device)
+    z = (logits[targets, :width] + torch.randn(num_rows, width, generator=generator).to(device)).to(dtype)
+    exact = z.double().requires_grad_()
+    q = exact.softmax(-1)
+    divergence = (torch.special.xlogy(p, p)[targets] - p[targets] * exact.log_softmax(-1)).sum(-1)
+    divergence.sum().backward()
+    overlap = torch.minimum(q, wide[targets]).sum(-1)
+    first = (z == z.amax(-1, keepdim=True)).int().argmax(-1)
+    kl, shared, hits = kl_rows(z, probabilities, targets, mass.float(), entropy.float(), top, block=block)
+    assert exact.grad is not None
+    return {
+        "KL": Figure(float((kl - divergence).detach().abs().max()), 1e-4),
+        "overlap": Figure(float((shared - overlap).detach().abs().max()), 1e-5),
+        "gradient": Figure(float((z - exact.grad).abs().max()), KL_GRADIENT[dtype]),
+        "greedy tokens": Figure(float((hits != (first == top[targets])).sum()), 0),
+    }

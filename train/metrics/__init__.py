@@ -1,0 +1,1 @@
+"""What training measures of itself, and where that goes."""
