@@ -259,7 +259,7 @@ def status_error(status: int, text: str, headers: Mapping[str, str]) -> RequestE
         return RequestError(
             reason, detail, busy=True, pushed_back=True, pause_s=_retry_after(headers.get("retry-after"))
         )
-    if status >= 500 or status in (408, 409, 425):
+    if (status >= 500 and status not in (501, 505)) or status in (408, 409, 425):  # 501, 505: it never will
         return RequestError(reason, detail)
     full = any(words in detail.lower() for words in _CONTEXT_WORDS)
     return RequestError(reason, detail, lasting=True, context_full=full, refuses_us=status not in _OF_THE_REQUEST)

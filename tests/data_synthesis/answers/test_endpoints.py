@@ -115,6 +115,7 @@ def test_a_server_that_is_busy_says_for_how_long():
     assert refused(429).pushed_back
     assert not refused(500).busy
     assert not refused(500).lasting
+    assert all(refused(never).lasting and refused(never).refuses_us for never in (501, 505))
 
 
 def test_what_would_fail_again_is_told_from_what_may_pass():
