@@ -1,12 +1,11 @@
 """The benchmark: what it needs, what it prints, what it refuses."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from builders import make_head
+from commands import import_without
 from fledge.train.metrics.cost import plain_flops
 from training_step import main, parse
 
@@ -14,13 +13,7 @@ TINY = ["hidden_size=32", "intermediate_size=48", "vocab_size=200", "draft_vocab
 
 
 def test_it_imports_with_torch_and_transformers_alone():
-    code = (
-        "import sys\n"
-        "for name in ('omegaconf', 'hydra', 'deepspeed', 'accelerate', 'datasets', 'wandb', 'matplotlib'):\n"
-        "    sys.modules[name] = None\n"
-        "import training_step"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    import_without("training_step", "omegaconf", "hydra", "deepspeed", "accelerate", "datasets", "wandb", "matplotlib")
 
 
 def test_both_implementations_are_measured_and_lose_the_same(capsys):

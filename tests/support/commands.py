@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from multiprocessing import forkserver, reduction
+from pathlib import Path
 from typing import Any
 
 _FORKED = [sys.executable, "-m", "fledge"]
@@ -31,11 +33,9 @@ def popen(command: Sequence[str], **options: Any) -> Any:
     Args:
         options: those of `subprocess.Popen`: env, cwd, stdout, stderr, text.
     """
-    environment = options.get("env") or dict(os.environ)
+    environment, parents = options.get("env") or dict(os.environ), _environment()
     alike = all(
-        environment.get(name) == _environment().get(name)
-        for name in {*environment, *_environment()}
-        if name.startswith(_AT_IMPORT)
+        environment.get(name) == parents.get(name) for name in environment | parents if name.startswith(_AT_IMPORT)
     )
     known = options.keys() <= {"env", "cwd", "stdout", "stderr", "text"}
     if list(command[:3]) != _FORKED or not alike or not known:
@@ -49,6 +49,26 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
     process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def script_result(script: str, *launcher: str, **options: Any) -> Any:
+    """Run a script of this folder on the CPU; return what its last line says in JSON.
+
+    Args:
+        launcher: modules and options that Python starts the script with.
+        options: those of `subprocess.run`.
+    """
+    command = [sys.executable, *launcher, str(Path(__file__).with_name(script))]
+    environment = {**_environment(), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def import_without(module: str, *missing: str) -> None:
+    """Import a module in a process of its own, where other modules are missing."""
+    code = f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\nimport {module}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _environment() -> dict[str, str]:

@@ -1,12 +1,7 @@
 """DeepSpeed in every form that fledge trains in: steps without an update leave nothing behind, and nothing waits."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-from builders import SUPPORT
+from commands import script_result
 
 FORMS = [
     *("zero0-float32", "zero1-float32", "zero1-bfloat16", "zero1_offload-float32", "zero1_offload-bfloat16"),
@@ -19,15 +14,7 @@ FORMS = [
 def runs(request):
     """Give what engine_runs.py found, by form: of each rank a run with steps that are not finite, and without."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    done = subprocess.run(
-        [sys.executable, *(launcher if request.param > 1 else []), str(SUPPORT / "engine_runs.py")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = script_result("engine_runs.py", *(launcher if request.param > 1 else []))
     assert all(len(ranks) == request.param for ranks in found.values())
     return found
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import SUPPORT, Run
-from commands import popen
+from builders import Run
+from commands import popen, script_result
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import Place, find_place, first_host, own_gpus
 from fledge.conf.schema import VerifierConfig
@@ -164,16 +164,8 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
 
 def test_deepspeed_takes_the_gpu_that_fledge_trains_on_in_every_launch():
     cases = launches()
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "device_calls.py")],
-        input=json.dumps({name: case[:2] for name, case in cases.items()}),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    given = {name: case[:2] for name, case in cases.items()}
+    found = script_result("device_calls.py", input=json.dumps(given))
     for name, (_, _, devices) in cases.items():
         assert [rank["device"] for rank in found[name]] == [f"cuda:{device}" for device in devices], name
         for rank, device in zip(found[name], devices, strict=True):

@@ -288,21 +288,25 @@ def test_the_older_options_of_wandb_and_tensorboard_keep_their_meaning(options, 
     assert [tracker.value for tracker in TrackingConfig(**options).trackers] == expected
 
 
-def test_a_tracker_that_is_not_installed_is_asked_for_before_anything_is_done(capfd, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "trackio", None)
+@pytest.mark.parametrize(
+    ("package", "override", "message"),
+    [
+        (
+            "trackio",
+            "tracking.report_to=[wandb,trackio]",
+            "tracking.report_to needs the package trackio, which is not installed: pip inst",
+        ),
+        ("tensorboard", "tracking.tensorboard=true", "tracking.tensorboard needs the package tensorboard"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_asked_for_before_anything_is_done(
+    capfd, monkeypatch, tmp_path, package, override, message
+):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as exit_:
-        main(["train", "experiment=demo", "name=x", f"runs_dir={tmp_path}", "tracking.report_to=[wandb,trackio]"])
+        main(["train", "experiment=demo", "name=x", f"runs_dir={tmp_path}", override])
     assert exit_.value.code == 2
-    assert "tracking.report_to needs the package trackio, which is not installed: pip inst" in capfd.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_is_done(capfd, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "experiment=demo", "name=x", f"runs_dir={tmp_path}", "tracking.tensorboard=true"])
-    assert exit_.value.code == 2
-    assert "tracking.tensorboard needs the package tensorboard" in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

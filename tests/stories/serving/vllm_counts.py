@@ -7,28 +7,14 @@ further options of vLLM's LLM.
 """
 
 import json
-import os
-import sys
 
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="1",
-)
+from offline_vllm import greedy, open_vllm, read_request
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams
-
-    with open(sys.argv[1]) as file:
-        request = json.load(file)
-    llm = LLM(
-        model=request["verifier"],
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=1,
+    request = read_request()
+    llm = open_vllm(
+        request["verifier"],
         disable_log_stats=False,
         speculative_config={
             "method": "eagle3",
@@ -38,7 +24,7 @@ def main() -> None:
         **{"max_model_len": 1024, **request.get("engine", {})},
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=request["max_tokens"]), use_tqdm=False)
+    outputs = llm.generate(prompts, greedy(request["max_tokens"]), use_tqdm=False)
     counts = {"architecture": llm.llm_engine.model_config.architecture}
     for metric in llm.get_metrics():
         if metric.name.startswith("vllm:spec_decode_"):
