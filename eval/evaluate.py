@@ -40,10 +40,11 @@ def evaluate(config: Config) -> None:
     questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
-    begun, reader = made_with(folder, settings), QuestionReader(config)
+    begun, reader = made_with(folder, settings), None
     if by_server and begun is None:
         check_server(config, questions)
     elif not by_server and not (begun and begun.complete):
+        reader = QuestionReader(config)
         reader.check(questions)
     with artifact(folder, "evaluation", settings, config.overwrite) as target:
         if not (target.complete and (target.folder / ACCEPTANCE).is_file()):

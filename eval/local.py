@@ -29,7 +29,7 @@ from .questions import Question
 
 
 def answer_questions(
-    config: Config, head: DraftHead, questions: list[Question], target: Artifact, reader: QuestionReader
+    config: Config, head: DraftHead, questions: list[Question], target: Artifact, reader: QuestionReader | None
 ) -> None:
     """Answer those questions that the evaluation's journal does not hold yet, and append their records.
 

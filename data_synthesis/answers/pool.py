@@ -84,13 +84,13 @@ class Slot:
         return self._endpoint
 
     def release(self, failed: bool = False) -> None:
-        """Return the slot back; if the endpoint has `failed`, another is tried next if there is one."""
+        """Give the slot back; if the endpoint has `failed`, another is tried next if there is one."""
         if self._held:
             self._held, self._avoided = False, self._endpoint if failed else None
             self._endpoint.in_flight -= 1
         self._pool.wake()
 
     def end(self) -> None:
-        """Return the slot back: the conversation has ended."""
+        """Give the slot back: the conversation has ended."""
         self._pool.conversations -= 1
         self.release()

@@ -102,7 +102,7 @@ FIELDS = (
     *map(Field, _WITHOUT_EFFECT.split()),
 )  # fmt: skip
 _KNOWN = re.compile(r"_.+|.+_version|(.+_)?token_(id|index)|(im|text)_(start|end|newline)_id|(pad|mask_init)_id")
-_OFANY_MODEL = PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()
+_OF_ANY_MODEL = PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()
 ROPE_FIELDS = re.compile(
     "rope_type|type|rope_theta|factor|original_max_position_embeddings|attention_factor"
     "|beta_fast|beta_slow|truncate|short_factor|long_factor|low_freq_factor|high_freq_factor"
@@ -112,7 +112,7 @@ ROPE_FIELDS = re.compile(
 
 def has_no_effect(name: str) -> bool:
     """Return whether a field without a row has no effect on a head: transformers keeps it beside any model."""
-    return name in _OFANY_MODEL or _KNOWN.fullmatch(name) is not None
+    return name in _OF_ANY_MODEL or _KNOWN.fullmatch(name) is not None
 
 
 def written_fields(config: DraftHeadConfig, place: str, more: Iterable[Field] = ()) -> dict[str, Any]:
