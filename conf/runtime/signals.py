@@ -127,8 +127,10 @@ def answered(command: str) -> Iterator[None]:
     writer.setblocking(False)
     threading.Thread(target=_this.watch, args=(reader,), name="signals", daemon=True).start()
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, _this.handle) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
+        for number in _SIGNALS:
+            signal.signal(number, _this.handle)
         yield
     except Stopped:
         print(f"{command}: stopped by {_this.name}; the same command goes on", file=sys.stderr, flush=True)

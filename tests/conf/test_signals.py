@@ -32,7 +32,7 @@ from fledge.data_synthesis.store.writer import BackgroundWriter
 from servers import free_port
 from sglang_double import sglang_double
 
-NUM_PROMPTS = 48
+NUM_PROMPTS, BATCH_TOKENS = 48, 600
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% generation %}{{ 'a:' + m.content + '<end>' }}{% endgeneration %}{% else %}{{ 'u:' + m.content }}{% endif %}"
@@ -68,7 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, slow_verifier: Path) -> Run:
         "synthesize.max_tokens=3",
         "dump.keep_truncated=true",
         "dump.shard_tokens=1000000",
-        "dump.batch_tokens=600",
+        f"dump.batch_tokens={BATCH_TOKENS}",
         "draft.vocab_size=200",
     ]
     run = Run(folder / "runs", slow_verifier, options=options)
@@ -125,7 +125,8 @@ def test_a_signal_in_the_middle_of_a_shard_loses_the_batch_being_read_and_nothin
     store = slow.path / "hidden_states"
     dump = Started(slow.command(stage), tmp_path)
     dump.wait(lambda: "for this writer's" in dump.said)
-    time.sleep(1)  # some batches
+    rate = int(dump.said.rpartition(" tokens/s, ")[0].rpartition(" ")[2])
+    time.sleep(6 * BATCH_TOKENS / rate)  # of some 35 batches
     ended, said = dump.stop(number)
     assert ended == code, said
     assert f"dump: {number.name} received: it ends now" in said
