@@ -96,7 +96,7 @@ class Answerer:
         seed = f"{self._seed}/{len(texts)}/{question.id}"
         prompt, max_tokens, images = self._reader.read(question, texts)
         inputs = self._reader.images.model_inputs(torch.tensor(prompt), images) if images else {}
-        return Request(prompt, max_tokens, seed, f"the prompt of question {question.id}", self._verifier.place(inputs))
+        return Request(prompt, max_tokens, seed, self._verifier.place(inputs))
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
         for request in requests:

@@ -1,16 +1,6 @@
 """Questions to measure on: benchmarks in the forms they are published in, and held-out conversations.
 
-| a row has            | is                                        | category        | asked after                   |
-|----------------------|-------------------------------------------|-----------------|-------------------------------|
-| `turns`              | MT-Bench: FastChat's question.jsonl and   | `category`, or  |                               |
-|                      | philschmid/mt-bench; a file of one's own  | all             |                               |
-| `task_id`, `prompt`  | openai/openai_humaneval                   | humaneval       | Complete the code I provided. |
-| `prompt`             | HuggingFaceH4/mt_bench_prompts (a list)   | `category`, all |                               |
-| `question`, `answer` | openai/gsm8k                              | gsm8k           |                               |
-| `article`            | abisee/cnn_dailymail                      | cnn_dailymail   | Summarize:                    |
-
-HumanEval is asked as in EAGLE's question files, an article as in Spec-Bench, GSM8K as it stands, as EAGLE and SpecForge
-do. A turn is a text or a list of text parts. A row may have `images`, shown before its first turn.
+A turn is a text or a list of text parts. A row may have `images`, shown before its first turn.
 """
 
 from __future__ import annotations
@@ -42,11 +32,11 @@ class _Form(NamedTuple):
 
 
 _FORMS = (  # the first whose fields a row has
-    _Form(("turns",), "all"),
-    _Form(("task_id", "prompt"), "humaneval", "Complete the code I provided.\n"),
-    _Form(("prompt",), "all"),
-    _Form(("answer", "question"), "gsm8k"),
-    _Form(("article",), "cnn_dailymail", "Summarize: "),
+    _Form(("turns",), "all"),  # FastChat's question.jsonl, philschmid/mt-bench; a file of one's own
+    _Form(("task_id", "prompt"), "humaneval", "Complete the code I provided.\n"),  # as in EAGLE's question files
+    _Form(("prompt",), "all"),  # a list in HuggingFaceH4/mt_bench_prompts
+    _Form(("answer", "question"), "gsm8k"),  # as EAGLE and SpecForge ask it
+    _Form(("article",), "cnn_dailymail", "Summarize: "),  # as in Spec-Bench
 )
 _IDS = ("question_id", "prompt_id", "task_id", "id")
 _REQUIRED = (
@@ -100,13 +90,12 @@ class Question:
 
 def questions_identity(questions: list[Question]) -> str:
     """Return a digest of the questions and of the content of their images that are on this machine."""
-    return digest(
-        [
-            [q.id, q.category, q.turns, q.answers]
-            + ([[a if _is_url(a) else file_digest(Path(a)) for a in q.images]] if q.images else [])
-            for q in questions
-        ]
-    )
+    rows = []
+    for question in questions:
+        images = [address if _is_url(address) else file_digest(Path(address)) for address in question.images]
+        row = [question.id, question.category, question.turns, question.answers]
+        rows.append([*row, images] if images else row)
+    return digest(rows)
 
 
 def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[Question]:
@@ -220,29 +209,17 @@ def _is_url(address: str) -> bool:
 def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Question]:
     """Read held-out conversations, up to the last answer that the verifier ended by itself, as questions with answers.
 
-    Those with images are left out, as they are in training.
-
-    Args:
-        folder: of the conversations.
-        settings: the conversations' own.
-        limit: how many; which ones depends on their ids alone.
+    Those with images are left out, as they are in training. Which ones are in the `limit` depends on their ids alone.
+    `settings` are the conversations' own.
     """
-    records = [
-        record
-        for record in read_conversations(folder)
-        if is_heldout(record["id"], settings["heldout_share"])
-        and num_whole_answers(record["finish_reasons"])
-        and not has_images(record["messages"])
-    ]
-    records.sort(key=lambda record: heldout_order(record["id"]))
     questions = []
-    for record in records[:limit]:
-        contents: dict[str, list[str]] = defaultdict(list)
-        for message in record["messages"]:
-            contents[message["role"]].append(message["content"])
-        whole = num_whole_answers(record["finish_reasons"])
-        turns, answers = (tuple(contents[role][:whole]) for role in ("user", "assistant"))
-        system = next(iter(contents["system"]), None)
-        max_tokens = settings["synthesize"]["max_tokens"]
-        questions.append(Question(record["id"], HELDOUT, turns, system, answers, max_tokens))
-    return questions
+    for record in read_conversations(folder):
+        number = num_whole_answers(record["finish_reasons"])
+        if number and is_heldout(record["id"], settings["heldout_share"]) and not has_images(record["messages"]):
+            contents: dict[str, list[str]] = defaultdict(list)
+            for message in record["messages"]:
+                contents[message["role"]].append(message["content"])
+            turns, answers = (tuple(contents[role][:number]) for role in ("user", "assistant"))
+            system, max_tokens = next(iter(contents["system"]), None), settings["synthesize"]["max_tokens"]
+            questions.append(Question(record["id"], HELDOUT, turns, system, answers, max_tokens))
+    return sorted(questions, key=lambda question: heldout_order(question.id))[:limit]

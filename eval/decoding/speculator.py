@@ -34,7 +34,6 @@ class Request:
     prompt: list[int]
     max_tokens: int
     seed: str = ""  # of a sampled answer
-    name: str = ""  # in errors
     inputs: dict[str, Any] = field(default_factory=dict)  # of the verifier besides tokens: pixels
 
 
@@ -42,22 +41,20 @@ class Request:
 class Answer:
     """An answer and how it came about."""
 
-    tokens: list[int]  # end-of-turn included, cut at max_tokens
+    tokens: list[int] = field(default_factory=list)  # end-of-turn included
     drafted: list[int] = field(default_factory=list)  # draft tokens proposed, by round
     accepted: list[int] = field(default_factory=list)  # of them accepted; in the last round those beyond the end too
     # Of its rounds, each shared out among the sequences that it was for. Reading the prompt is left out, by verifier
     # and by head; on a GPU the first rounds of a length, in which a graph is captured, are in.
     seconds: float = 0.0
 
-    def ends(self, end_token_ids: list[int], max_tokens: int) -> bool:
-        """Return whether it is long enough, or its last round (or its first token) holds an end-of-turn token."""
-        new = self.tokens[-1 - (self.accepted or [0])[-1] :]
-        return len(self.tokens) >= max_tokens or any(token in end_token_ids for token in new)
-
-    def cut(self, end_token_ids: list[int], max_tokens: int) -> None:
-        """Drop what follows the end-of-turn token or the limit."""
-        end = next((i for i, token in enumerate(self.tokens) if token in end_token_ids), max_tokens - 1)
-        self.tokens = self.tokens[: min(end + 1, max_tokens)]
+    def extend(self, tokens: list[int], end_token_ids: list[int], max_tokens: int) -> bool:
+        """Add tokens up to one that ends the turn, or to the limit; return whether more may follow."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in end_token_ids or len(self.tokens) >= max_tokens:
+                return False
+        return True
 
 
 class Speculator:
@@ -107,10 +104,8 @@ class Speculator:
         for request in requests:
             room = self.cached.context - len(request.prompt) - self._depth - 1
             if room < 1:
-                raise ValueError(
-                    f"{request.name or 'a prompt'} of {len(request.prompt)} tokens fills the verifier's context of "
-                    f"{self.cached.context}: shorten it"
-                )
+                number, most = len(request.prompt), self.cached.context
+                raise ValueError(f"a prompt of {number} tokens fills the verifier's context of {most}: shorten it")
             self._limits.append(min(request.max_tokens, room))
         self._requests = requests
         self._reserve()
@@ -155,8 +150,9 @@ class Speculator:
         ends = self.verifier.end_token_ids
         prompts = [len(request.prompt) for request in self._requests]
         lengths = list(prompts)
-        answers = [Answer([first]) for first in self._first]
-        going = [not answer.ends(ends, limit) for answer, limit in zip(answers, limits, strict=True)]
+        answers = [Answer() for _ in self._requests]
+        starts = zip(answers, self._first, limits, strict=True)
+        going = [answer.extend([first], ends, limit) for answer, first, limit in starts]
         self._set_going(going)
         while any(going):
             started = time.perf_counter()
@@ -167,16 +163,13 @@ class Speculator:
                 if not going[place]:
                     continue
                 drafted, accepted, *tokens = rows[place]
-                answer.tokens += tokens[: accepted + 1]
                 answer.drafted.append(drafted)
                 answer.accepted.append(accepted)
                 answer.seconds += share
-                going[place] = not answer.ends(ends, limits[place])
+                going[place] = answer.extend(tokens[: accepted + 1], ends, limits[place])
                 lengths[place] = lengths[place] + accepted + 1 if going[place] else prompts[place]
             if not all(going):
                 self._set_going(going)
-        for answer, limit in zip(answers, limits, strict=True):
-            answer.cut(ends, limit)
         return answers
 
     def _start(self, drafter: Drafter) -> None:

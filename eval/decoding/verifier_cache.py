@@ -1,13 +1,10 @@
 """The verifier with a static key-value cache: every token stands in a slot, and sees the slots that a mask allows.
 
 Slot s of a sequence holds its position s, for everything that is committed. The tokens of a forward stand in the slots
-after those: a prompt, a chain, or a tree, whose nodes share positions:
+after those, and are written over by the next one unless they were committed (docs/speculative_loop.md):
 
     committed  <s> The cat      slots 0 1 2                positions 0 1 2
     fed        sat { on | . }   slots 3 4 5                positions 3 4 4
-
-What is not committed after a forward is written over by the next one, and seen by none. Nothing has a length that
-depends on data, so that a forward can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
