@@ -36,7 +36,7 @@ def evaluate(config: Config) -> None:
         )
     if not by_server:
         require_gpu("evaluate.kernels", config.evaluate.kernels, torch_device(config.verifier.device))
-    source, head, verifier = _named_head(config) if by_server else _own_head(config)
+    source, head, verifier = _head(config, by_server)
     questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
@@ -61,28 +61,24 @@ def evaluate(config: Config) -> None:
         print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}")
 
 
-def _own_head(config: Config) -> tuple[Path, DraftHead, dict[str, Any]]:
-    """Load the head to decode with; return its folder, itself, and the identity of its verifier."""
+def _head(config: Config, by_server: bool) -> tuple[Path | None, DraftHead | None, dict[str, Any]]:
+    """Return the head's folder, None if only a server knows it; the head to decode with here; and its verifier."""
+    outline = verifier_outline(config.verifier) if by_server else {}
+    if by_server and config.evaluate.checkpoint is None:
+        return None, None, outline
     source = head_folder(config.evaluate.checkpoint, config.training_folder)
     head, record = load_head(source)
-    check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
-    return source, head, record["verifier"]
-
-
-def _named_head(config: Config) -> tuple[Path | None, None, dict[str, Any]]:
-    """Return the folder of the head that the server has, if it is named, and what is known of the verifier."""
-    verifier = verifier_outline(config.verifier)
-    if config.evaluate.checkpoint is None:
-        return None, None, verifier
-    source = head_folder(config.evaluate.checkpoint, config.training_folder)
-    recorded = load_head(source)[1]["verifier"]
-    changes = differences({name: recorded.get(name) for name in verifier}, verifier)
+    recorded = record["verifier"]
+    if not by_server:
+        check_identity(recorded, config.verifier, str(source), "set the verifier it was trained for")
+        return source, head, recorded
+    changes = differences({name: recorded.get(name) for name in outline}, outline)
     if changes:
         raise ValueError(
             f"evaluate.checkpoint: {source} was trained for another verifier than verifier.path="
             f"{config.verifier.path} ({'; '.join(changes)}): set the verifier it was trained for"
         )
-    return source, None, verifier
+    return source, None, outline
 
 
 def _settings(

@@ -8,7 +8,7 @@ position i is depth i, and a round accepts one path.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ _FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at mo
 
 _Array = NDArray[np.float64]
 _Side = tuple[_Array, _Array]  # rounds and accepted tokens of each question
+_Statistic = Callable[[_Array], tuple[_Array, _Array]]
 
 
 @dataclass
@@ -159,11 +160,12 @@ def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | N
     if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
         return None
     signs, totals = np.array([1.0, -1.0, -1.0, 1.0]), columns.sum(0)
-    drawn, products = _resampled(columns)
-    sums = np.maximum(drawn, _TINY)
-    squares = np.einsum("di,dij,dj->d", signs / sums, products, signs / sums)
-    error = float(np.sqrt((((columns / totals) @ signs) ** 2).sum()))
-    bounds = _studentised(float(np.log(totals) @ signs), error, np.log(sums / totals) @ signs, squares)
+
+    def statistic(sums: _Array) -> tuple[_Array, _Array]:
+        sums = np.maximum(sums, _TINY)
+        return np.log(sums / totals) @ signs, signs / sums
+
+    bounds = _bootstrap_t(columns, float(np.log(totals) @ signs), (columns / totals) @ signs, statistic)
     possible = np.log(single) @ signs
     return np.exp(np.clip(bounds, possible.min(), possible.max())).tolist()
 
@@ -190,31 +192,30 @@ def _ratio(side: _Side) -> float:
 def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> list[float]:
     """Return the bootstrap-t interval around `value`: one side's ratio accepted / rounds, or the difference of two.
 
-    With R a side's ratio and D its rounds, question i pulls at it by (a_i - R d_i) / D; the standard error is the root
-    of the sum of the squares of what it pulls in all. In a draw R and D are that draw's, and the sum of squares is a
-    quadratic form c' M c of sums M over the drawn questions.
+    With R a side's ratio and D its rounds, question i pulls at it by (a_i - R d_i) / D.
     """
     signs = np.array([1.0, -1.0][: len(sides)])
     pulls = [(drafts, accepted - _ratio((drafts, accepted)) * drafts) for drafts, accepted in sides]
     columns = np.stack([column for side in pulls for column in side], 1)  # [questions, 2 * sides]
-    drawn, products = _resampled(columns)
-    drafts = np.maximum(drawn[:, 0::2], 1.0)
-    changes = drawn[:, 1::2] / drafts  # of each side's ratio, by draw
-    weights = np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(drawn.shape)
-    squares = np.einsum("di,dij,dj->d", weights, products, weights)
     totals = [max(drafts.sum(), 1.0) for drafts, _ in sides]
-    error = float(np.sqrt((((columns[:, 1::2] / totals) @ signs) ** 2).sum()))
-    return np.clip(_studentised(value, error, changes @ signs, squares), *bounds).tolist()
+
+    def statistic(sums: _Array) -> tuple[_Array, _Array]:
+        drafts = np.maximum(sums[:, 0::2], 1.0)
+        changes = sums[:, 1::2] / drafts  # of each side's ratio
+        return changes @ signs, np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(sums.shape)
+
+    return np.clip(_bootstrap_t(columns, value, (columns[:, 1::2] / totals) @ signs, statistic), *bounds).tolist()
 
 
-def _studentised(value: float, error: float, changes: _Array, squares: _Array) -> _Array:
-    """Return the bounds around a value: of each draw its change and the square of its own standard error."""
-    tail = (1 - _CONFIDENCE) / 2
-    return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])
+def _bootstrap_t(columns: _Array, value: float, pulls: _Array, statistic: _Statistic) -> _Array:
+    """Return the bounds around a value that is made of sums of columns [questions, width].
 
+    The standard error is the root of the sum of the squares of what the questions pull. In a draw with replacement that
+    sum is w' M w, with M the sums of products of columns over the drawn questions.
 
-def _resampled(columns: _Array) -> tuple[_Array, _Array]:
-    """Return sums [draws, columns], and of products of columns, over questions drawn with replacement."""
+    Args:
+        statistic: of sums [draws, width] gives how far each draw's value is off, and the weights w of its pulls.
+    """
     generator = np.random.default_rng(0)
     number, width = columns.shape
     values = np.concatenate([columns, (columns[:, :, None] * columns[:, None, :]).reshape(number, -1)], 1)
@@ -226,4 +227,7 @@ def _resampled(columns: _Array) -> tuple[_Array, _Array]:
         times = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number)
         sums.append(times.astype(np.float64) @ values)
     both = np.concatenate(sums)
-    return both[:, :width], both[:, width:].reshape(-1, width, width)
+    changes, weights = statistic(both[:, :width])
+    squares = np.einsum("di,dij,dj->d", weights, both[:, width:].reshape(-1, width, width), weights)
+    tail, error = (1 - _CONFIDENCE) / 2, float(np.sqrt((pulls**2).sum()))
+    return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])
