@@ -78,14 +78,9 @@ class Question:
 
     def record(self, answers: list[dict[str, Any]], left_out: str = "") -> dict[str, Any]:
         """Return the line of questions.jsonl (eval/figures/records.py); `left_out`: why there is no further answer."""
-        return {
-            "id": self.id,
-            "category": self.category,
-            "turns": list(self.turns),
-            **({"images": len(self.images)} if self.images else {}),
-            "answers": answers,
-            **({"left_out": left_out} if left_out else {}),
-        }
+        question = {"id": self.id, "category": self.category, "turns": list(self.turns)}
+        images = {"images": len(self.images)} if self.images else {}
+        return {**question, **images, "answers": answers, **({"left_out": left_out} if left_out else {})}
 
 
 def questions_identity(questions: list[Question]) -> str:

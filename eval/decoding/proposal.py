@@ -56,7 +56,7 @@ class NewRows(NamedTuple):
 
 
 class Drafter(Protocol):
-    """The contract of whatever proposes tokens; its subclasses need no memory and learn nothing unless they say so."""
+    """The contract of whatever proposes tokens (docs/internals/add_a_drafter.md), and its defaults for subclasses."""
 
     on_device: bool = False  # proposes without a look at values on the host, so that a round can be a CUDA graph
     draws_tokens: bool = False  # its proposals have probabilities, and answers differ from the verifier's own

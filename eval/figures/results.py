@@ -30,7 +30,7 @@ def summarise(
     """Return acceptance.json, made of the records in `folder`.
 
     Args:
-        source: the head's folder; None if nobody says which head a server has.
+        source: the head's folder; None if only a server knows it.
         verifier: what is known of its identity.
         served: of a server {engine, model, definition}.
     """

@@ -32,12 +32,8 @@ _CONDITIONS = (
 def track(config: Config, source: Path | None, settings: dict[str, Any], folder: Path, results: dict[str, Any]) -> None:
     """Add an evaluation to the summary of its W&B run; whatever is wrong with W&B costs a warning, and nothing else.
 
-    The run is that of the training which made the head; of a head made elsewhere one that the settings name.
-
-    Args:
-        source: the head's folder; None of a head that only a server has.
-        settings: the evaluation's own.
-        folder: where W&B keeps its files.
+    The run is that of the training which made the head at `source`; of a head made elsewhere one that the settings of
+    the evaluation name. `folder` is where W&B keeps its files.
     """
     if TrackerName.wandb not in config.tracking.trackers:
         return
