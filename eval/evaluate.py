@@ -87,6 +87,7 @@ def _settings(
     """Return what determines the answers and counts."""
     options = config.evaluate
     by_server = options.engine is EvaluateEngine.server
+    engine: dict[str, Any]
     if by_server:
         engine = {"engine": options.engine.value, "model": config.synthesize.model or config.verifier.path}
     else:

@@ -89,7 +89,8 @@ class Answerer:
                 new = self._answer_turn(list(requests.values()), questions[0].category)
                 for number, answer in zip(requests, new, strict=True):
                     answers[number].append(answer)
-        return [question.record(*parts) for question, *parts in zip(questions, answers, left_out, strict=True)]
+        rows = zip(questions, answers, left_out, strict=True)
+        return [question.record(turns, reason) for question, turns, reason in rows]
 
     def _request(self, question: Question, texts: list[str]) -> Request:
         """Make the request for the next answer; a sampled one depends on the seed, the question and the turn alone."""

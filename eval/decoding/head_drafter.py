@@ -138,8 +138,8 @@ class DraftDecoder(Drafter):
             parent = (chosen.indices // width)[:, :, None]
             states = states.gather(1, parent.expand_as(states))
             ancestors = ancestors.gather(1, parent.expand_as(ancestors))
-        candidates = (torch.cat(values, 1) for values in zip(*levels, strict=True))
-        return Proposal(*grow_tree(*candidates, num_nodes=self.num_draft_tokens, depth=self.tree_depth))
+        scores, tokens, parents = (torch.cat(values, 1) for values in zip(*levels, strict=True))
+        return Proposal(*grow_tree(scores, tokens, parents, self.num_draft_tokens, self.tree_depth))
 
     def _run(
         self, tokens: Tensor, state: Tensor, slots: Tensor, positions: Tensor, seen: Tensor, sequences: slice

@@ -176,8 +176,8 @@ def random_tree(sequences: int, num_nodes: int, device: torch.device | str) -> P
     steps = torch.arange(num_nodes)
     parents = (torch.rand(sequences, num_nodes, generator=generator) * (steps + 1)).long() - 1  # -1 to the one before
     tokens = torch.randint(0, _TOKENS, parents.shape, generator=generator)
-    candidates = (values.to(device) for values in (-steps.float().expand_as(parents), tokens, parents))
-    tokens, tree = grow_tree(*candidates, num_nodes=num_nodes, depth=num_nodes)
+    scores, tokens, parents = (values.to(device) for values in (-steps.float().expand_as(parents), tokens, parents))
+    tokens, tree = grow_tree(scores, tokens, parents, num_nodes, num_nodes)
     return Proposal(tokens, replace(tree, depth=int(tree.depths.max())))
 
 

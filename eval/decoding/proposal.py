@@ -70,6 +70,7 @@ class Drafter(Protocol):
 
     def extend(self, rows: NewRows, aux_hidden_states: Tensor) -> None:
         """Learn new rows, each with the aux states [b, n, A*H] that the verifier had at its position."""
+        return  # else mypy takes it to be abstract
 
     def propose(self, draws: Tensor, num_read: int) -> Proposal:
         """Propose tokens for every sequence.
