@@ -11,12 +11,12 @@ from ..models.formats.plain import WEIGHTS, head_folder, load_head
 from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
 from ..models.verifier.model import check_identity, torch_device, verifier_outline
-from .asking import QuestionReader
 from .figures.records import ACCEPTANCE
 from .figures.report import print_table, write_report
 from .figures.results import summarise
 from .figures.wandb_summary import track
 from .local import answer_questions
+from .question_reader import QuestionReader
 from .questions import Question, load_heldout, load_questions, questions_identity
 from .served.client import answer_by_server, check_server
 
@@ -36,7 +36,7 @@ def evaluate(config: Config) -> None:
         )
     if not by_server:
         require_gpu("evaluate.kernels", config.evaluate.kernels, torch_device(config.verifier.device))
-    source, head, verifier = _named_head(config) if by_server else _own_head(config)
+    source, head, verifier = _head(config, by_server)
     questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
@@ -52,8 +52,7 @@ def evaluate(config: Config) -> None:
                 answer_by_server(config, questions, target)
             else:
                 answer_questions(config, head, questions, target, reader)
-            served = target.manifest.get("served")
-            results = summarise(config, source, verifier, questions, target.folder, served)
+            results = summarise(config, source, verifier, questions, target.folder, target.manifest.get("served"))
             write_json(target.folder / ACCEPTANCE, results)
             track(config, source, settings, target.folder, results)
             target.finish()
@@ -62,58 +61,52 @@ def evaluate(config: Config) -> None:
         print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}")
 
 
-def _own_head(config: Config) -> tuple[Path, DraftHead, dict[str, Any]]:
-    """Load the head to decode with; give its folder, itself, and the identity of its verifier."""
+def _head(config: Config, by_server: bool) -> tuple[Path | None, DraftHead | None, dict[str, Any]]:
+    """Return the head's folder, None if only a server knows it; the head to decode with here; and its verifier."""
+    outline = verifier_outline(config.verifier) if by_server else {}
+    if by_server and config.evaluate.checkpoint is None:
+        return None, None, outline
     source = head_folder(config.evaluate.checkpoint, config.training_folder)
     head, record = load_head(source)
-    check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
-    return source, head, record["verifier"]
-
-
-def _named_head(config: Config) -> tuple[Path | None, None, dict[str, Any]]:
-    """Give the folder of the head that the server is said to have, if it is said, and what is known of the verifier."""
-    verifier = verifier_outline(config.verifier)
-    if config.evaluate.checkpoint is None:
-        return None, None, verifier
-    source = head_folder(config.evaluate.checkpoint, config.training_folder)
-    recorded = load_head(source)[1]["verifier"]
-    changes = differences({name: recorded.get(name) for name in verifier}, verifier)
+    recorded = record["verifier"]
+    if not by_server:
+        check_identity(recorded, config.verifier, str(source), "set the verifier it was trained for")
+        return source, head, recorded
+    changes = differences({name: recorded.get(name) for name in outline}, outline)
     if changes:
         raise ValueError(
             f"evaluate.checkpoint: {source} was trained for another verifier than verifier.path="
             f"{config.verifier.path} ({'; '.join(changes)}): set the verifier it was trained for"
         )
-    return source, None, verifier
+    return source, None, outline
 
 
 def _settings(
     config: Config, source: Path | None, verifier: dict[str, Any], questions: list[Question]
 ) -> dict[str, Any]:
-    """Give what determines the answers and counts."""
+    """Return what determines the answers and counts."""
     options = config.evaluate
     by_server = options.engine is EvaluateEngine.server
-    sampling = ("seed", "top_p", "top_k")
+    engine: dict[str, Any]
+    if by_server:
+        engine = {"engine": options.engine.value, "model": config.synthesize.model or config.verifier.path}
+    else:
+        engine = {"verifier_dtype": config.verifier.dtype.value, "baselines": options.baselines}
     return {
         "verifier": verifier,
-        **(
-            {"engine": options.engine.value, "model": config.synthesize.model or config.verifier.path}
-            if by_server
-            else {"verifier_dtype": config.verifier.dtype.value, "baselines": options.baselines}
-        ),
+        **engine,
         "head": file_digest(source / WEIGHTS) if source else None,
         "questions": questions_identity(questions),
-        "num_draft_tokens": options.num_draft_tokens,
-        "max_tokens": options.max_tokens,
-        "batch_size": options.batch_size,
+        **{name: getattr(options, name) for name in ("num_draft_tokens", "max_tokens", "batch_size")},
         "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,
         "temperature": options.temperature,
-        **({name: getattr(options, name) for name in sampling} if options.temperature else {}),
+        **({name: getattr(options, name) for name in ("seed", "top_p", "top_k")} if options.temperature else {}),
         **({"draft_sampling": options.draft_sampling.value} if options.temperature and not by_server else {}),
     }
 
 
 def _heldout(config: Config) -> list[Question]:
-    """Give held-out conversations of the run; none where the run has no conversations of its own (a foreign head)."""
+    """Return held-out conversations of the run; none if it has no conversations of its own (a foreign head)."""
     folder = config.conversations_folder
     if not config.evaluate.heldout_prompts or not (folder / "manifest.json").exists():
         return []

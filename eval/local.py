@@ -13,18 +13,15 @@ from ..conf.runtime.journal import Journal
 from ..conf.runtime.progress import Progress
 from ..conf.schema import Config
 from ..data_synthesis.tokens.chat_template import answer_text
-from ..models.head.architectures import build_head
-from ..models.head.draft_head import DraftHead, initialise
-from ..models.head.vocabulary import VocabularyMap
+from ..models.head.draft_head import DraftHead
 from ..models.verifier.model import Verifier, VerifierWeights
-from .asking import QuestionReader, UnaskableError
 from .decoding.acceptance import AcceptanceRule
-from .decoding.head_drafter import DraftDecoder
+from .decoding.drafters import DRAFTERS, DrafterInputs
 from .decoding.kernel_checks import check_decoding
-from .decoding.prompt_lookup import NoDraft, PromptLookup
-from .decoding.proposal import Drafter
-from .decoding.speculator import Decoded, Request, Speculator
-from .figures.records import HELDOUT, LOOKUP, RECORDS, TRAINED, UNTRAINED
+from .decoding.prompt_lookup import NoDraft
+from .decoding.speculator import Request, Speculator
+from .figures.records import HELDOUT, RECORDS, TRAINED
+from .question_reader import QuestionReader, UnaskableError
 from .questions import Question
 
 
@@ -49,7 +46,7 @@ def answer_questions(
 
 
 def _groups(questions: list[Question], size: int) -> Iterator[list[Question]]:
-    """Give groups of at most `size` questions; held-out conversations are in groups of their own."""
+    """Yield groups of at most `size` questions; held-out conversations are in groups of their own."""
     for kind in (False, True):
         alike = [question for question in questions if (question.category == HELDOUT) is kind]
         yield from (alike[first : first + size] for first in range(0, len(alike), size))
@@ -61,39 +58,23 @@ class Answerer:
     def __init__(
         self, config: Config, verifier: Verifier, head: DraftHead, reader: QuestionReader | None = None
     ) -> None:
-        options = config.evaluate
-        self._options = options
-        self._verifier = verifier
-        self.kernels = check_decoding(config, head.config, verifier.device)
-        self._rule = replace(AcceptanceRule.of(options), kernels=self.kernels.used)
-        self._drafters = self._make_drafters(config, head)
+        options, dtype = config.evaluate, getattr(torch, config.verifier.dtype.value)
+        self._verifier, self._seed = verifier, options.seed
+        self.kernels = check_decoding(options, head.config, dtype, verifier.device)
+        rule = replace(AcceptanceRule.of(options), kernels=self.kernels.used)
+        weights = VerifierWeights(config.verifier)
+        embedding = weights.embedding().to(verifier.device, dtype)
+        inputs = DrafterInputs(head, weights, embedding, options, rule, config.train.seed)
+        names = DRAFTERS if options.baselines else (TRAINED,)
+        self._drafters = {name: DRAFTERS[name](inputs) for name in names}
         self._alone = NoDraft()
         drafters = [self._alone, *self._drafters.values()]
-        self._speculator = Speculator(verifier, drafters, self._rule, options.batch_size, options.cuda_graphs)
+        self._speculator = Speculator(verifier, drafters, rule, options.batch_size, options.cuda_graphs)
         self._reader = reader or QuestionReader(config)
         self._checked: set[bool] = set()  # with images, and without
 
-    def _make_drafters(self, config: Config, head: DraftHead) -> dict[str, Drafter]:
-        options, device = config.evaluate, self._verifier.device
-        weights = VerifierWeights(config.verifier)
-        dtype = getattr(torch, config.verifier.dtype.value)
-        matrix = weights.embedding()
-        embedding = matrix.to(device, dtype)
-
-        def decoder(head: DraftHead) -> DraftDecoder:
-            shape = options.num_draft_tokens, options.tree_depth, options.tree_top_k
-            return DraftDecoder(head.to(device, dtype), embedding, *shape, self._rule, options.batch_size)
-
-        drafters: dict[str, Drafter] = {TRAINED: decoder(head)}
-        if options.baselines:
-            untrained = build_head(head.config, VocabularyMap(head.d2t, head.t2d))
-            initialise(untrained, matrix, weights.lm_head(), config.train.seed)
-            drafters[UNTRAINED] = decoder(untrained)
-            drafters[LOOKUP] = PromptLookup(options.draft_depth, options.batch_size)
-        return drafters
-
     def answer(self, questions: list[Question]) -> list[dict[str, Any]]:
-        """Answer a group of questions, turn by turn; give their records."""
+        """Answer a group of questions, turn by turn; return their records."""
         answers: list[list[dict[str, Any]]] = [[] for _ in questions]
         left_out = [""] * len(questions)
         for turn in range(max(len(question.turns) for question in questions)):
@@ -104,18 +85,19 @@ class Answerer:
                         requests[number] = self._request(question, [answer["text"] for answer in answers[number]])
                     except UnaskableError as error:
                         left_out[number] = f"turn {turn + 1}: {error}"
-            told = self._answer_turn(list(requests.values()), questions[0].category) if requests else []
-            for number, answer in zip(requests, told, strict=True):
-                answers[number].append(answer)
-        whole = zip(questions, answers, left_out, strict=True)
-        return [question.record(given, reason) for question, given, reason in whole]
+            if requests:
+                new = self._answer_turn(list(requests.values()), questions[0].category)
+                for number, answer in zip(requests, new, strict=True):
+                    answers[number].append(answer)
+        rows = zip(questions, answers, left_out, strict=True)
+        return [question.record(turns, reason) for question, turns, reason in rows]
 
     def _request(self, question: Question, texts: list[str]) -> Request:
-        """Ask for the next answer; a sampled one depends on nothing but the seed, the question and the turn."""
-        seed = f"{self._options.seed}/{len(texts)}/{question.id}"
+        """Make the request for the next answer; a sampled one depends on the seed, the question and the turn alone."""
+        seed = f"{self._seed}/{len(texts)}/{question.id}"
         prompt, max_tokens, images = self._reader.read(question, texts)
         inputs = self._reader.images.model_inputs(torch.tensor(prompt), images) if images else {}
-        return Request(prompt, max_tokens, seed, f"the prompt of question {question.id}", self._verifier.place(inputs))
+        return Request(prompt, max_tokens, seed, self._verifier.place(inputs))
 
     def _answer_turn(self, requests: list[Request], category: str) -> list[dict[str, Any]]:
         for request in requests:
@@ -126,29 +108,23 @@ class Answerer:
         alone = self._speculator.decode(self._alone)
         answers: list[dict[str, Any]] = [
             {
-                "text": answer_text(self._verifier.tokenizer, decoded.tokens),
+                "text": answer_text(self._verifier.tokenizer, own.tokens),
                 "prompt_tokens": len(request.prompt),
-                "output_tokens": len(decoded.tokens),
-                "seconds_alone": decoded.seconds,
+                "output_tokens": len(own.tokens),
+                "seconds_alone": own.seconds,
                 "drafters": {},
             }
-            for request, decoded in zip(requests, alone, strict=True)
+            for request, own in zip(requests, alone, strict=True)
         ]
         for name, drafter in self._drafters.items():
             if category == HELDOUT and name != TRAINED:
                 continue
-            drawn = self._rule.draws_drafts and name != LOOKUP  # which changes the answer
-            for answer, own, decoded in zip(answers, alone, self._speculator.decode(drafter), strict=True):
-                answer["drafters"][name] = _told(decoded, None if drawn else own)
+            for answer, own, speculative in zip(answers, alone, self._speculator.decode(drafter), strict=True):
+                answer["drafters"][name] = {
+                    "drafted": speculative.drafted,
+                    "accepted": speculative.accepted,
+                    "output_tokens": len(speculative.tokens),
+                    "seconds": speculative.seconds,
+                    **({} if drafter.draws_tokens else {"equals_verifier": speculative.tokens == own.tokens}),
+                }
         return answers
-
-
-def _told(decoded: Decoded, alone: Decoded | None) -> dict[str, Any]:
-    """Give what a drafter's answer adds to the record; `alone` is what it has to be equal to."""
-    return {
-        "drafted": decoded.drafted,
-        "accepted": decoded.accepted,
-        "output_tokens": len(decoded.tokens),
-        "seconds": decoded.seconds,
-        **({} if alone is None else {"equals_verifier": decoded.tokens == alone.tokens}),
-    }

@@ -1,21 +1,11 @@
 """Questions to measure on: benchmarks in the forms they are published in, and held-out conversations.
 
-| a row has            | is                                        | category        | said before it                |
-|----------------------|-------------------------------------------|-----------------|-------------------------------|
-| `turns`              | MT-Bench: FastChat's question.jsonl and   | `category`, or  |                               |
-|                      | philschmid/mt-bench; a file of one's own  | all             |                               |
-| `task_id`, `prompt`  | openai/openai_humaneval                   | humaneval       | Complete the code I provided. |
-| `prompt`             | HuggingFaceH4/mt_bench_prompts (a list)   | `category`, all |                               |
-| `question`, `answer` | openai/gsm8k                              | gsm8k           |                               |
-| `article`            | abisee/cnn_dailymail                      | cnn_dailymail   | Summarize:                    |
-
-What is said before HumanEval is what EAGLE's question files say, before an article what Spec-Bench says; EAGLE and
-SpecForge ask GSM8K as it stands. A turn is a text or a list of text parts. A row may have `images`, shown before its
-first turn.
+A turn is a text or a list of text parts. A row may have `images`, shown before its first turn.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,15 +28,15 @@ from .figures.records import HELDOUT
 class _Form(NamedTuple):
     fields: tuple[str, ...]  # that a row of the form has, the question in the last
     category: str  # of a row that names none
-    before: str = ""  # said before the question
+    before: str = ""  # put before the question
 
 
 _FORMS = (  # the first whose fields a row has
-    _Form(("turns",), "all"),
-    _Form(("task_id", "prompt"), "humaneval", "Complete the code I provided.\n"),
-    _Form(("prompt",), "all"),
-    _Form(("answer", "question"), "gsm8k"),
-    _Form(("article",), "cnn_dailymail", "Summarize: "),
+    _Form(("turns",), "all"),  # FastChat's question.jsonl, philschmid/mt-bench; a file of one's own
+    _Form(("task_id", "prompt"), "humaneval", "Complete the code I provided.\n"),  # as in EAGLE's question files
+    _Form(("prompt",), "all"),  # a list in HuggingFaceH4/mt_bench_prompts
+    _Form(("answer", "question"), "gsm8k"),  # as EAGLE and SpecForge ask it
+    _Form(("article",), "cnn_dailymail", "Summarize: "),  # as in Spec-Bench
 )
 _IDS = ("question_id", "prompt_id", "task_id", "id")
 _REQUIRED = (
@@ -60,7 +50,7 @@ _REQUIRED = (
 class Question:
     """User turns to be answered in order, each on the answers before it.
 
-    A held-out conversation brings its own answers, so that it is decoded on exactly the history that was walked.
+    A held-out conversation brings its own answers, so that it is decoded on exactly the history of training.
     """
 
     id: str
@@ -70,10 +60,10 @@ class Question:
     answers: tuple[str, ...] | None = None
     max_tokens: int | None = None  # of an answer; None: evaluate.max_tokens
     images: tuple[str, ...] = ()  # paths or URLs, shown before the first turn
-    problem: str = ""  # why it cannot be asked, where that is known from its row
+    problem: str = ""  # why it cannot be asked, if its row says so
 
     def history(self, own_answers: list[str]) -> list[Message]:
-        """Give the messages before the next answer, given the answers so far; content parts where there are images."""
+        """Return the messages before the next answer, after the answers so far; content parts if there are images."""
         answers = own_answers if self.answers is None else list(self.answers[: len(own_answers)])
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn, answer in zip(self.turns, answers, strict=False):
@@ -82,34 +72,29 @@ class Question:
         if self.images:
             first = next(message for message in messages if message["role"] == "user")
             shown = [{"type": "image_url", "image_url": {"url": address}} for address in self.images]
-            said = first["content"]
-            first["content"] = [*shown, *([{"type": "text", "text": said}] if isinstance(said, str) else said)]
+            parts = first["content"]
+            first["content"] = [*shown, *([{"type": "text", "text": parts}] if isinstance(parts, str) else parts)]
         return messages
 
     def record(self, answers: list[dict[str, Any]], left_out: str = "") -> dict[str, Any]:
-        """Give the line of questions.jsonl, whose form eval/figures/results.py tells.
-
-        Args:
-            left_out: why there is no further answer.
-        """
+        """Return the line of questions.jsonl (eval/figures/records.py); `left_out`: why there is no further answer."""
+        question = {"id": self.id, "category": self.category, "turns": list(self.turns)}
         images = {"images": len(self.images)} if self.images else {}
-        told = {"turns": list(self.turns), **images, "answers": answers, **({"left_out": left_out} if left_out else {})}
-        return {"id": self.id, "category": self.category, **told}
+        return {**question, **images, "answers": answers, **({"left_out": left_out} if left_out else {})}
 
 
 def questions_identity(questions: list[Question]) -> str:
-    """Name what is asked: the questions as they are and the content of the images that are on this machine."""
-    return digest(
-        [
-            [q.id, q.category, q.turns, q.answers]
-            + ([[a if _is_url(a) else file_digest(Path(a)) for a in q.images]] if q.images else [])
-            for q in questions
-        ]
-    )
+    """Return a digest of the questions and of the content of their images that are on this machine."""
+    rows = []
+    for question in questions:
+        images = [address if _is_url(address) else file_digest(Path(address)) for address in question.images]
+        row = [question.id, question.category, question.turns, question.answers]
+        rows.append([*row, images] if images else row)
+    return digest(rows)
 
 
 def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[Question]:
-    """Load questions in any of the forms above; one that is not valid UTF-8 comes with that as its problem.
+    """Read questions in any of the forms above; one that is not valid UTF-8 comes with that as its problem.
 
     Args:
         local_images: questions of the hub may name files here as their images.
@@ -123,28 +108,25 @@ def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[
             "the forms of eval/questions.py, or embedded"
         )
     questions: list[Question] = []
-    taken: dict[str, int] = {}
+    per_category: Counter[str] = Counter()
     for number, (place, row) in enumerate(_rows(options), 1):
         try:
-            question = _question(row, options.questions, number, local_images)
+            question = _encodable(_question(row, options.questions, number, local_images), place)
         except ValueError as error:
             raise ValueError(f"evaluate.questions: {place} {error}") from None
-        question = _encodable(question, place)
-        taken[question.category] = taken.get(question.category, 0) + 1
-        if options.questions_per_category is None or taken[question.category] <= options.questions_per_category:
+        per_category[question.category] += 1
+        if options.questions_per_category is None or per_category[question.category] <= options.questions_per_category:
             questions.append(question)
-    ids = [question.id for question in questions]
-    if len(set(ids)) < len(ids):
-        raise ValueError(
-            f"evaluate.questions {options.questions}: two questions have the id {max(ids, key=ids.count)!r}"
-        )
+    for name, number in Counter(question.id for question in questions).most_common(1):
+        if number > 1:
+            raise ValueError(f"evaluate.questions {options.questions}: two questions have the id {name!r}")
     if not questions:
         raise ValueError(f"evaluate.questions {options.questions} holds no question")
     return questions
 
 
 def _encodable(question: Question, place: str) -> Question:
-    """Give a question whose texts can be written; JSON can spell half a character, which nobody can be asked."""
+    """Return a question whose texts can be written; JSON can spell half a character, which nobody can be asked."""
     try:
         json_line(question.record([]))
     except UnicodeEncodeError as error:
@@ -170,34 +152,30 @@ def _rows(options: EvaluateConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _question(row: Any, path: str, number: int, local_images: bool) -> Question:
-    """Read a row.
-
-    Raises:
-        ValueError: what is wrong with it, to be put after its place.
-    """
+    """Read a row, or raise what is wrong with it as a ValueError, to be put after its place."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"must be an object, got {type(row).__name__}: {_REQUIRED}")
-    given = {name: value for name, value in row.items() if value is not None}  # Parquet fills what is not there
-    form = next((form for form in _FORMS if all(name in given for name in form.fields)), None)
+    row = {name: value for name, value in row.items() if value is not None}  # Parquet fills what is not there
+    form = next((form for form in _FORMS if all(name in row for name in form.fields)), None)
     if form is None:
-        raise ValueError(f"has the fields {', '.join(given) or '(none)'}: {_REQUIRED}")
+        raise ValueError(f"has the fields {', '.join(row) or '(none)'}: {_REQUIRED}")
     field = form.fields[-1]
-    value = given[field]
+    value = row[field]
     turns = [form.before + value] if isinstance(value, str) and value.strip() else value
     turns = [value] if are_text_parts(value) else turns
     if not isinstance(turns, list) or not turns or not all(map(_asks, turns)):
         raise ValueError(f"has {field} {str(value)[:40]!r}: a text or a list of texts is required, none of them empty")
     turns = [content_of(turn, f"turn {n}") for n, turn in enumerate(turns, 1)]
-    category = given.get("category", form.category)
+    category = row.get("category", form.category)
     if not isinstance(category, str) or category == HELDOUT:
         raise ValueError(f"has category {category!r}: a text is required, and not {HELDOUT}")
-    check_beside(given, map(text_of, turns), read=("images",))
-    if system := next((name for name in SYSTEM_FIELDS if str(given.get(name, "")).strip()), None):
+    check_beside(row, map(text_of, turns), read=("images",))
+    if system := next((name for name in SYSTEM_FIELDS if str(row.get(name, "")).strip()), None):
         raise ValueError(f"has a system message (in {system!r}), which is not asked: write it into the first turn")
-    name = next((given[name] for name in _IDS if name in given), number)
-    images = _images(given.get("images", []), path, local_images)
+    name = next((row[name] for name in _IDS if name in row), number)
+    images = _images(row.get("images", []), path, local_images)
     return Question(f"{Path(path).stem}/{name}", category, tuple(turns), images=images)
 
 
@@ -206,7 +184,7 @@ def _asks(turn: Any) -> bool:
 
 
 def _images(value: Any, path: str, local: bool) -> tuple[str, ...]:
-    """Give the addresses of a row's images: URLs, or paths relative to the file or folder of the questions."""
+    """Return the addresses of a row's images: URLs, or paths relative to the file or folder of the questions."""
     if not isinstance(value, list) or not all(isinstance(address, str) and address for address in value):
         raise ValueError(f"has images {str(value)[:40]!r}: a list of paths or URLs is required")
     for address in [] if local or Path(path).exists() else value:
@@ -224,31 +202,19 @@ def _is_url(address: str) -> bool:
 
 
 def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Question]:
-    """Load held-out conversations, up to the last answer that the verifier ended by itself, as questions with answers.
+    """Read held-out conversations, up to the last answer that the verifier ended by itself, as questions with answers.
 
-    Those with images are left out, as they are in training.
-
-    Args:
-        folder: of the conversations.
-        settings: the conversations' own.
-        limit: how many; which ones depends on their ids alone.
+    Those with images are left out, as they are in training. Which ones are in the `limit` depends on their ids alone.
+    `settings` are the conversations' own.
     """
-    records = [
-        record
-        for record in read_conversations(folder)
-        if is_heldout(record["id"], settings["heldout_share"])
-        and num_whole_answers(record["finish_reasons"])
-        and not has_images(record["messages"])
-    ]
-    records.sort(key=lambda record: heldout_order(record["id"]))
-    return [_with_answers(record, settings["synthesize"]["max_tokens"]) for record in records[:limit]]
-
-
-def _with_answers(record: dict[str, Any], max_tokens: int) -> Question:
-    said = {
-        role: tuple(message["content"] for message in record["messages"] if message["role"] == role)
-        for role in ("user", "assistant", "system")
-    }
-    whole = num_whole_answers(record["finish_reasons"])
-    system = said["system"][0] if said["system"] else None
-    return Question(record["id"], HELDOUT, said["user"][:whole], system, said["assistant"][:whole], max_tokens)
+    questions = []
+    for record in read_conversations(folder):
+        number = num_whole_answers(record["finish_reasons"])
+        if number and is_heldout(record["id"], settings["heldout_share"]) and not has_images(record["messages"]):
+            contents: dict[str, list[str]] = defaultdict(list)
+            for message in record["messages"]:
+                contents[message["role"]].append(message["content"])
+            turns, answers = (tuple(contents[role][:number]) for role in ("user", "assistant"))
+            system, max_tokens = next(iter(contents["system"]), None), settings["synthesize"]["max_tokens"]
+            questions.append(Question(record["id"], HELDOUT, turns, system, answers, max_tokens))
+    return sorted(questions, key=lambda question: heldout_order(question.id))[:limit]

@@ -1,18 +1,12 @@
 """How the verifier chooses the token after each node of a proposal; drafts that are what it chooses are accepted.
 
-Greedy: its most likely token.
+Greedy: its most likely token. Sampled: a token drawn from p, its distribution at the temperature (with top_k and top_p
+among the likeliest tokens alone). Whatever was proposed, the accepted tokens then have the distribution p.
 
-Sampled, with p its distribution at the temperature (with top_k and top_p among the likeliest tokens alone): a token
-drawn from p. Whatever was proposed, the tokens of the way then have the distribution p, for a proposal that is not
-drawn says nothing of the draw: a draft token x is accepted with probability p(x), and siblings with that of their sum.
-
-Where draft tokens were drawn from q, their draws are used (speculative sampling: arXiv:2211.17192, arXiv:2302.01318): x
-is chosen with probability min(1, p(x) / q(x)), and else a token drawn from max(p - q, 0), normalised, which is never x.
-That is distributed as p too, and accepts sum min(p, q), the most that is possible.
-
-Token t of an answer is always drawn by the answer's random number t, whatever round it comes about in. A proposal that
-is not drawn therefore changes nothing: the answer is, token for token, that of the verifier alone (but where a number
-is so near to a token's border, or two logits to each other, that the rounding of a forward of other length decides).
+If draft tokens were drawn from q, their draws are used (speculative sampling: arXiv:2211.17192, arXiv:2302.01318): x is
+chosen with probability min(1, p(x) / q(x)), and else a token drawn from max(p - q, 0), normalised, which is never x.
+That is distributed as p too. Token t of an answer is always drawn by the answer's random number t, whatever round it
+comes about in: a proposal that is not drawn changes no token of it, but for rounding (docs/speculative_loop.md).
 """
 
 from __future__ import annotations
@@ -39,11 +33,11 @@ class AcceptanceRule:
     top_p: float = 1.0
     top_k: int | None = None
     draft_sampling: DraftSampling = DraftSampling.greedy
-    kernels: frozenset[str] = frozenset()  # those, of `DECODING`, in which whoever works by this rule does so on a GPU
+    kernels: frozenset[str] = frozenset()  # of `DECODING`, to be used on a GPU
 
     @classmethod
     def of(cls, options: EvaluateConfig) -> AcceptanceRule:
-        """Give the rule that the options ask for, without kernels."""
+        """Return the rule of `evaluate`, without kernels."""
         return cls(options.temperature, options.top_p, options.top_k, options.draft_sampling)
 
     @property
@@ -56,8 +50,7 @@ class AcceptanceRule:
 
         Args:
             logits: the verifier's [B, N + 1, V].
-            draws: float64 [B, N + 1, NUM_DRAWS], uniform in [0, 1), one row for all nodes of a depth; not used where
-                greedy.
+            draws: float64 [B, N + 1, NUM_DRAWS], uniform in [0, 1), one row for all nodes of a depth; unused if greedy.
         """
         if "choose" in self.kernels and run_on(logits.device):
             return self._choose_by_kernel(logits, proposal, draws)
@@ -80,14 +73,14 @@ class AcceptanceRule:
         if not self.temperature:
             return choosing.likeliest(logits)
         cut = self.top_k is not None or self.top_p < 1
-        of = (self.probabilities(logits), None) if cut else (logits, self.temperature)
+        weights, temperature = (self.probabilities(logits), None) if cut else (logits, self.temperature)
         if proposal.probabilities is None:
-            return choosing.draw(of[0], draws[..., _CHOOSE], of[1])
+            return choosing.draw(weights, draws[..., _CHOOSE], temperature)
         numbers = draws[..., _ACCEPT], draws[..., _CHOOSE]
-        return choosing.draw_or_accept(of[0], proposal.tokens, proposal.probabilities, *numbers, of[1])
+        return choosing.draw_or_accept(weights, proposal.tokens, proposal.probabilities, *numbers, temperature)
 
     def draft(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose a draft token by logits [B, Vd]: int64 [B]; and, where it was drawn, the distribution [B, Vd].
+        """Choose a draft token by logits [B, Vd]: int64 [B]; and, if it was drawn, return its distribution [B, Vd].
 
         Args:
             draws: float64 [B, NUM_DRAWS].
@@ -102,7 +95,7 @@ class AcceptanceRule:
         return draw(q, draws[:, _DRAFT]), q
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Give the distributions float32 [..., V] that tokens are drawn from."""
+        """Return the distributions float32 [..., V] that tokens are drawn from."""
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[..., -1:]
@@ -116,7 +109,7 @@ class AcceptanceRule:
         return p
 
     def residual(self, p: Tensor, q: Tensor) -> Tensor:
-        """Give what p has more than q, in proportion; p where rounding leaves nothing."""
+        """Return what p has more than q, in proportion; p if rounding leaves nothing."""
         rest = (p - q).clamp(min=0)
         return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
 
@@ -125,22 +118,13 @@ GREEDY = AcceptanceRule()
 
 
 def draw(weights: Tensor, draws: Tensor) -> Tensor:
-    """Draw by weights [..., V]: int64 [...], the first token up to which they sum to more than their share.
-
-    Args:
-        draws: float64 [...], uniform in [0, 1).
-    """
+    """Return the first tokens (int64 [...]) at which weights [..., V] sum to more than shares [...] in [0, 1)."""
     sums = weights.double().cumsum(-1)
     share = draws[..., None] * sums[..., -1:]
     return torch.searchsorted(sums, share, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
 
 def uniform_draws(seed: str, num_tokens: int) -> Tensor:
-    """Give the numbers of an answer: float64 [num_tokens, NUM_DRAWS], whatever device and batch it is on.
-
-    Args:
-        seed: whatever names the answer: the same gives the same numbers.
-    """
-    generator = torch.Generator()
-    generator.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+    """Return the numbers of the answer that the seed names: float64 [num_tokens, NUM_DRAWS]."""
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
     return torch.rand(num_tokens, NUM_DRAWS, generator=generator, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
@@ -14,20 +15,18 @@ _WARM_UPS = 2  # before a capture: what is compiled or allocated once, then is
 class Graphs:
     """Runs functions twice as they are and from then on, captured, from their graphs.
 
-    A function reads and writes memory that stays where it is, and gives one tensor, which the next run writes over.
+    A function reads and writes memory that stays in place, and returns one tensor, which the next run writes over.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._runs: dict[Hashable, int] = {}
         self._possible = True
+        self.clear()
 
     def clear(self) -> None:
         """Forget every graph, for the memory that they use has moved."""
-        self._captured.clear()
-        self._runs.clear()
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._runs: Counter[Hashable] = Counter()
         self._pool = torch.cuda.graph_pool_handle()  # a pool ends with the last graph in it
 
     def run(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
@@ -36,17 +35,13 @@ class Graphs:
             graph, result = self._captured[key]
             graph.replay()
             return result
-        self._runs[key] = self._runs.get(key, 0) + 1
+        self._runs[key] += 1
         if not self._possible or self._runs[key] <= _WARM_UPS:
             return function()
-        return self._capture(key, function)
-
-    def _capture(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
-        """Capture a function, which does not run it, and run it; where it cannot be captured, go on without graphs."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-                result = function()
+                result = function()  # which does not run it
         except RuntimeError as error:  # the verifier looks at values on the host: experts chosen there, for example
             self._possible = False
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind

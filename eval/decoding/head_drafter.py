@@ -18,9 +18,8 @@ class DraftDecoder(Drafter):
     Row r of the cache is fed token r+1 with the state of position r. `extend` adds rows from the verifier's states;
     rows that `propose` adds after them from the head's own states are written over by the next `extend`.
 
-    A tree (arXiv:2406.16858): a node's score is the product of the head's probabilities on the way to it. At each depth
-    the `tree_top_k` children of the highest scores are fed, and have `tree_top_k` children each; of all of them the
-    best `num_draft_tokens` are proposed.
+    A tree (arXiv:2406.16858, docs/speculative_loop.md): at each depth the `tree_top_k` best nodes are fed, and have
+    `tree_top_k` children each; of all of them the best `num_draft_tokens` are proposed.
 
     Args:
         embedding: the verifier's token embedding [V, H].
@@ -45,36 +44,32 @@ class DraftDecoder(Drafter):
                 f"got {tree_top_k}"
             )
         self.head = head.eval().requires_grad_(False)
-        self.embedding = embedding
+        self.embedding, self.rule = embedding, rule
         self.num_draft_tokens, self.tree_depth, self.tree_top_k = num_draft_tokens, tree_depth, tree_top_k
-        self.depth = tree_depth or num_draft_tokens
-        self.rule = rule
-        self._target_ids = head.target_ids
-        self._num_sequences = num_sequences
-        self._kernels = "join" in rule.kernels and run_on(embedding.device)
-        # Rows that a proposal takes after those of the verifier's states.
+        self.depth, self.draws_tokens = tree_depth or num_draft_tokens, rule.draws_drafts
         self.num_draft_rows = num_draft_tokens if tree_depth is None else tree_depth * tree_top_k
-        width = (num_sequences, head.config.hidden_size)
+        self._target_ids = head.target_ids
+        self._kernels = "join" in rule.kernels and run_on(embedding.device)
         # What comes out of the last row: what is fed onward, and what lm_head multiplies.
-        self._state, self._normed = torch.zeros(2, *width, dtype=embedding.dtype, device=embedding.device)
+        self._state, self._normed = embedding.new_zeros(2, num_sequences, head.config.hidden_size)
         self._last = torch.zeros(num_sequences, dtype=torch.int64, device=embedding.device)  # that row
         self.num_slots = 0
         self.reserve(64)
 
     def reserve(self, num_slots: int) -> bool:
-        """Take memory for sequences of this many rows; give whether it is new, and all content gone."""
+        """Take memory for sequences of this many rows; return whether it is new, and all content gone."""
         if num_slots <= self.num_slots:
             return False
         config, like = self.head.config, self.embedding
         self.num_slots = round_up(num_slots)
-        shape = (self._num_sequences, self.num_slots, config.num_key_value_heads, config.head_dim)
-        self._cache = torch.zeros(config.num_layers, 2, *shape, dtype=like.dtype, device=like.device)
+        shape = (len(self._last), self.num_slots, config.num_key_value_heads, config.head_dim)
+        self._cache = like.new_zeros(config.num_layers, 2, *shape)
         self._rotary = self.head.rotary(torch.arange(self.num_slots, device=like.device), like)
         return True
 
     @torch.no_grad()
     def extend(self, rows: NewRows, aux_hidden_states: Tensor) -> None:
-        """Add rows: of each position its aux states [b, n, A*H] and the token that came next."""
+        """Add rows of the verifier's states [b, n, A*H] and the tokens that came next."""
         fed, lengths, counts, num_read, sequences = rows
         slots = lengths[:, None] + torch.arange(fed.shape[1], device=fed.device)
         seen = visible(lengths, slots, num_read, None)
@@ -86,18 +81,12 @@ class DraftDecoder(Drafter):
 
     @torch.no_grad()
     def propose(self, draws: Tensor, num_read: int) -> Proposal:
-        """Propose tokens after the last row of every sequence.
-
-        Args:
-            draws: float64 [B, depth, NUM_DRAWS], for each depth's draft tokens.
-        """
-        if self.tree_depth is None:
-            return self._propose_chain(draws, num_read)
-        return self._propose_tree(num_read)
+        """Propose tokens after the last row of every sequence."""
+        return self._propose_chain(draws, num_read) if self.tree_depth is None else self._propose_tree(num_read)
 
     def _propose_chain(self, draws: Tensor, num_read: int) -> Proposal:
         tokens: list[Tensor] = []
-        drawn_from: list[Tensor] = []
+        distributions: list[Tensor] = []
         state, normed = self._state, self._normed
         for step in range(self.num_draft_tokens):
             if step:
@@ -105,12 +94,12 @@ class DraftDecoder(Drafter):
             token, probabilities = self.rule.draft(self.head.lm_head(normed), draws[:, step])
             tokens.append(self._target_ids[token])
             if probabilities is not None:
-                drawn_from.append(probabilities)
-        spread = self._of_verifiers_vocabulary(torch.stack(drawn_from, 1)) if drawn_from else None
+                distributions.append(probabilities)
+        spread = self._of_verifiers_vocabulary(torch.stack(distributions, 1)) if distributions else None
         return Proposal(torch.stack(tokens, 1), probabilities=spread)
 
     def logits(self) -> Tensor:
-        """Give the draft logits [B, Vd] after the last rows."""
+        """Return the draft logits [B, Vd] after the last rows."""
         return self.head.lm_head(self._normed)
 
     def feed(self, tokens: Tensor, state: Tensor, step: int, num_read: int) -> tuple[Tensor, Tensor]:
@@ -120,16 +109,18 @@ class DraftDecoder(Drafter):
         state, normed = self._run(tokens[:, None], state[:, None], slots, slots, seen, slice(None))
         return state[:, 0], normed[:, 0]
 
+    def _best_tokens(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities and the tokens of the `tree_top_k` best children."""
+        best = self.head.lm_head(normed).float().log_softmax(-1).topk(self.tree_top_k)
+        return best.values, self._target_ids[best.indices]
+
     def _propose_tree(self, num_read: int) -> Proposal:
         assert self.tree_depth is not None
         width, first = self.tree_top_k, self._last + 1
-        best = self.head.lm_head(self._normed).float().log_softmax(-1).topk(width)
-        scores, tokens = best.values, self._target_ids[best.indices]  # [B, width] of the nodes that are fed next
-        all_scores, all_tokens = [scores], [tokens]
-        all_parents = [torch.full_like(tokens, -1)]
+        scores, tokens = self._best_tokens(self._normed)  # [B, width] of the nodes that are fed next
+        levels = [(scores, tokens, torch.full_like(tokens, -1))]  # and the candidates' parents
         states = self._state[:, None].expand(-1, width, -1)
-        grown = torch.arange(width, device=tokens.device).expand_as(tokens)  # the candidates that are fed next
-        num_candidates = width
+        nodes = torch.arange(width, device=tokens.device).expand_as(tokens)  # the candidates that are fed next
         ancestors = torch.zeros(*tokens.shape, 0, dtype=torch.bool, device=tokens.device)  # [B, width, rows fed]
         itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(*tokens.shape, -1)
         for depth in range(1, self.tree_depth):
@@ -138,26 +129,22 @@ class DraftDecoder(Drafter):
             positions = (self._last + depth)[:, None].expand(-1, width)
             seen = visible(first, slots, num_read, ancestors)
             states, normed = self._run(tokens, states, slots, positions, seen, slice(None))
-            best = self.head.lm_head(normed).float().log_softmax(-1).topk(width)
-            child_scores = (scores[:, :, None] + best.values).flatten(1)  # [B, width * width]
-            child_tokens = self._target_ids[best.indices].flatten(1)
-            all_scores.append(child_scores)
-            all_tokens.append(child_tokens)
-            all_parents.append(grown.repeat_interleave(width, 1))
+            more, children = self._best_tokens(normed)  # [B, width, width]
+            child_scores, children = (scores[:, :, None] + more).flatten(1), children.flatten(1)
+            levels.append((child_scores, children, nodes.repeat_interleave(width, 1)))
             chosen = child_scores.topk(width)
-            scores, tokens = chosen.values, child_tokens.gather(1, chosen.indices)
-            grown = num_candidates + chosen.indices
-            num_candidates += width * width
+            scores, tokens = chosen.values, children.gather(1, chosen.indices)
+            nodes = width + (depth - 1) * width * width + chosen.indices
             parent = (chosen.indices // width)[:, :, None]
             states = states.gather(1, parent.expand_as(states))
             ancestors = ancestors.gather(1, parent.expand_as(ancestors))
-        candidates = torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1)
-        return Proposal(*grow_tree(*candidates, num_nodes=self.num_draft_tokens, depth=self.tree_depth))
+        scores, tokens, parents = (torch.cat(values, 1) for values in zip(*levels, strict=True))
+        return Proposal(*grow_tree(scores, tokens, parents, self.num_draft_tokens, self.tree_depth))
 
     def _run(
         self, tokens: Tensor, state: Tensor, slots: Tensor, positions: Tensor, seen: Tensor, sequences: slice
     ) -> tuple[Tensor, Tensor]:
-        """Run tokens [b, n] with states [b, n, H] in slots of the cache; give the states after them, as `step` does."""
+        """Run tokens [b, n] with states [b, n, H] in slots of the cache; return the states that `step` does."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         mask, num_read = seen[:, None], seen.shape[-1]
 
@@ -166,7 +153,7 @@ class DraftDecoder(Drafter):
             keys, values = self._cache[layer, :, sequences]
             keys[rows, slots], values[rows, slots] = k, v
             q, k, v = (states.transpose(1, 2) for states in (q, keys[:, :num_read], values[:, :num_read]))
-            if q.is_cuda:  # where torch has no fast kernel for grouped queries with a mask
+            if q.is_cuda:  # for which torch has no fast kernel for grouped queries with a mask
                 k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
             out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=not q.is_cuda)
             return out.transpose(1, 2).flatten(0, 1)

@@ -1,20 +1,17 @@
 """Speculative decoding of B sequences at a time.
 
-prefill        the verifier reads each prompt and gives the first token
-every round    draft:  a chain or a tree of tokens (eval/decoding/head_drafter.py)
-               verify: the verifier reads [last token, drafts] in one forward (eval/decoding/verifier_cache.py)
-               accept: it chooses a token after each, and the drafts that are what it chose are accepted, the last
-                       choice beside them (the bonus token; eval/decoding/acceptance.py, eval/decoding/proposal.py)
-               commit: both caches keep what was accepted, and nothing of what was not
+The verifier reads each prompt once and gives the first token. A round then drafts (a `Drafter` of proposal.py),
+verifies [last token, drafts] in one forward (verifier_cache.py), accepts the drafts that are what the verifier chose,
+and its last choice with them, the bonus token (acceptance.py, proposal.py), and commits these to both caches.
 
 A round reads nothing back from the device but, at its end, the new tokens and their number. Prompt lookup reads the
-text, before and after what its graph holds.
+text, before and after what its graph holds. More in docs/speculative_loop.md.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -26,7 +23,7 @@ from ...models.verifier.model import Verifier
 from .acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, uniform_draws
 from .graphs import Graphs
 from .prompt_lookup import NoDraft
-from .proposal import Drafter, NewRows, Proposal, Way, find_way
+from .proposal import Drafter, NewRows, Proposal, accepted_path
 from .verifier_cache import CachedVerifier, round_up
 
 
@@ -37,28 +34,33 @@ class Request:
     prompt: list[int]
     max_tokens: int
     seed: str = ""  # of a sampled answer
-    name: str = ""  # to speak of it in errors
     inputs: dict[str, Any] = field(default_factory=dict)  # of the verifier besides tokens: pixels
 
 
 @dataclass
-class Decoded:
+class Answer:
     """An answer and how it came about."""
 
-    tokens: list[int]  # end-of-turn included, cut at max_tokens
+    tokens: list[int] = field(default_factory=list)  # end-of-turn included
     drafted: list[int] = field(default_factory=list)  # draft tokens proposed, by round
     accepted: list[int] = field(default_factory=list)  # of them accepted; in the last round those beyond the end too
     # Of its rounds, each shared out among the sequences that it was for. Reading the prompt is left out, by verifier
     # and by head; on a GPU the first rounds of a length, in which a graph is captured, are in.
     seconds: float = 0.0
 
+    def extend(self, tokens: list[int], end_token_ids: list[int], max_tokens: int) -> bool:
+        """Add tokens up to one that ends the turn, or to the limit; return whether more may follow."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in end_token_ids or len(self.tokens) >= max_tokens:
+                return False
+        return True
+
 
 class Speculator:
-    """Answers up to B requests at a time, with one of its drafters after another.
+    """Answers up to B = `num_sequences` requests at a time, with one of its drafters after another.
 
-    Args:
-        num_sequences: B.
-        cuda_graphs: on one GPU, capture a round and replay it.
+    With `cuda_graphs` a round is captured on one GPU and replayed.
     """
 
     def __init__(
@@ -69,19 +71,18 @@ class Speculator:
         num_sequences: int = 1,
         cuda_graphs: bool = True,
     ) -> None:
-        self.verifier = verifier
+        self.verifier, self.rule = verifier, rule
         self.cached = CachedVerifier(verifier, num_sequences)
-        self.rule = rule
-        self._drafters = list(drafters)
+        self._drafters, self._num_sequences = list(drafters), num_sequences
         self._num_nodes = max((drafter.num_draft_tokens for drafter in drafters), default=0)
         self._depth = max((drafter.depth for drafter in drafters), default=0)
         self._num_rows = max((drafter.num_draft_rows for drafter in drafters), default=0)
-        self._num_sequences = num_sequences
         device = verifier.device
         one_gpu = device.type == "cuda" and len(set(getattr(verifier.model, "hf_device_map", {}).values())) < 2
         self._graphs = Graphs(device) if cuda_graphs and one_gpu else None
         self._requests: list[Request] = []
         self._limits: list[int] = []  # of tokens, for each
+        self._first: list[int] = []  # tokens of the answers
         # Prompts read together: their places, their tokens [b, P], and the aux states of these [b, P, A*H].
         self._read: list[tuple[slice, Tensor, Tensor]] = []
         # Of every sequence: tokens in the caches, the text's last token (which is not), tokens of the prompt, and
@@ -90,11 +91,10 @@ class Speculator:
         self._going = torch.zeros(num_sequences, dtype=torch.bool, device=device)
         self._proposed = torch.zeros(num_sequences, self._num_nodes, dtype=torch.int64, device=device)
         self._draws = torch.zeros(num_sequences, 1, NUM_DRAWS, dtype=torch.float64, device=device)
-        self._first: list[int] = []
 
     @torch.no_grad()
     def prefill(self, requests: list[Request]) -> None:
-        """Read prompts, at most B; then `decode` answers them, as often as wanted.
+        """Read prompts, at most B; then `decode` answers them, as often as it is called.
 
         Raises:
             ValueError: a prompt leaves no room in the verifier's context.
@@ -104,93 +104,72 @@ class Speculator:
         for request in requests:
             room = self.cached.context - len(request.prompt) - self._depth - 1
             if room < 1:
-                raise ValueError(
-                    f"{request.name or 'a prompt'} of {len(request.prompt)} tokens fills the verifier's context of "
-                    f"{self.cached.context}: shorten it"
-                )
+                number, most = len(request.prompt), self.cached.context
+                raise ValueError(f"a prompt of {number} tokens fills the verifier's context of {most}: shorten it")
             self._limits.append(min(request.max_tokens, room))
         self._requests = requests
         self._reserve()
-        self._draw_numbers()
         self._read, self._first = [], []
-        for places in self._alike():
-            first, length = requests[places.start], len(requests[places.start].prompt)
+        # Prompts that follow each other are read together if they are as long, and of tokens alone.
+        kinds = [(len(r.prompt), place if r.inputs else None) for place, r in enumerate(requests)]
+        for (length, _), alike in groupby(range(len(requests)), kinds.__getitem__):
+            start, *others = alike
+            places = slice(start, start + 1 + len(others))
             tokens = torch.tensor([request.prompt for request in requests[places]], device=self.verifier.device)
-            output = self.cached.forward(
-                tokens, self._lengths[places].zero_(), length, places, is_prompt=True, logits_to_keep=1, **first.inputs
-            )
-            chosen = self.rule.choose(output.logits, _nothing(tokens), self._draws[places, :1])
+            lengths, inputs = self._lengths[places].zero_(), requests[start].inputs
+            output = self.cached.forward(tokens, lengths, length, places, is_prompt=True, logits_to_keep=1, **inputs)
+            nothing = Proposal(tokens.new_zeros(len(tokens), 0))
+            choices = self.rule.choose(output.logits, nothing, self._draws[places, :1])
             self._read.append((places, tokens, output.aux_hidden_states))
-            self._first += chosen[:, 0].tolist()
-
-    def _alike(self) -> Iterator[slice]:
-        """Give the places of requests that follow each other and can be read together: as long, and of tokens alone."""
-        start = 0
-        for _, alike in groupby(enumerate(self._requests), _kind):
-            stop = start + len(list(alike))
-            yield slice(start, stop)
-            start = stop
+            self._first += choices[:, 0].tolist()
 
     def _reserve(self) -> None:
-        """Take the memory that the requests need, in the caches of all; graphs of the old one are good for nothing."""
+        """Take the memory that the requests need, and draw their numbers; graphs do not outlive memory that moves."""
         # The last round begins with a token to go at most, and adds no more than the nodes of a proposal and one.
         longest = max(len(r.prompt) + limit for r, limit in zip(self._requests, self._limits, strict=True))
         num_slots = longest + self._depth + max(self._num_nodes, self._num_rows) + 2
         moved = [self.cached.reserve(num_slots), *(drafter.reserve(num_slots) for drafter in self._drafters)]
+        if self.rule.temperature:
+            num_draws = max(self._limits) + 2 * self._depth + 2
+            if num_draws > self._draws.shape[1]:
+                self._draws = self._draws.new_zeros(self._num_sequences, round_up(num_draws), NUM_DRAWS)
+                moved.append(True)
+            for place, request in enumerate(self._requests):
+                self._draws[place] = uniform_draws(request.seed, self._draws.shape[1]).to(self._draws.device)
         if any(moved) and self._graphs:
             self._graphs.clear()
 
-    def _draw_numbers(self) -> None:
-        if not self.rule.temperature:
-            return
-        most = max(self._limits) + 2 * self._depth + 2
-        if most > self._draws.shape[1]:
-            self._draws = self._draws.new_zeros(self._num_sequences, round_up(most), NUM_DRAWS)
-            if self._graphs:
-                self._graphs.clear()
-        for place, request in enumerate(self._requests):
-            self._draws[place] = uniform_draws(request.seed, self._draws.shape[1]).to(self._draws.device)
-
     @torch.no_grad()
-    def decode(self, drafter: Drafter, max_tokens: int | None = None) -> list[Decoded]:
-        """Answer the prompts, with tokens that are, or are distributed as, the verifier's own, whatever is proposed.
-
-        Args:
-            max_tokens: of an answer, where that is less than its request allows.
-        """
+    def decode(self, drafter: Drafter, max_tokens: int | None = None) -> list[Answer]:
+        """Answer the prompts, with tokens that are, or are distributed as, the verifier's own, whatever is proposed."""
         limits = [min(limit, max_tokens or limit) for limit in self._limits]
         assert drafter.num_draft_tokens <= self._num_nodes, "more than memory was taken for"
         assert drafter.depth <= self._depth, "more than memory was taken for"
         assert drafter in self._drafters or not drafter.num_draft_rows, "a drafter that no memory was taken for"
         self._start(drafter)
-        answers = [Decoded([first]) for first in self._first]
         ends = self.verifier.end_token_ids
         prompts = [len(request.prompt) for request in self._requests]
         lengths = list(prompts)
-        going = [not _ended(a.tokens, a.tokens, ends, limit) for a, limit in zip(answers, limits, strict=True)]
+        answers = [Answer() for _ in self._requests]
+        starts = zip(answers, self._first, limits, strict=True)
+        going = [answer.extend([first], ends, limit) for answer, first, limit in starts]
         self._set_going(going)
         while any(going):
             started = time.perf_counter()
             num_read = round_up(max(lengths) + 2 + max(drafter.num_draft_tokens, drafter.num_draft_rows))
-            told = self._run_round(drafter, num_read).tolist()  # the one wait for the device
+            rows = self._run_round(drafter, num_read).tolist()  # the one wait for the device
             share = (time.perf_counter() - started) / sum(going)
             for place, answer in enumerate(answers):
                 if not going[place]:
                     continue
-                drafted, accepted, *new = told[place]
-                new = new[: accepted + 1]
-                lengths[place] += len(new)
-                answer.tokens += new
+                drafted, accepted, *tokens = rows[place]
                 answer.drafted.append(drafted)
                 answer.accepted.append(accepted)
                 answer.seconds += share
-                going[place] = not _ended(answer.tokens, new, ends, limits[place])
-                if not going[place]:
-                    lengths[place] = prompts[place]
+                going[place] = answer.extend(tokens[: accepted + 1], ends, limits[place])
+                lengths[place] = lengths[place] + accepted + 1 if going[place] else prompts[place]
             if not all(going):
                 self._set_going(going)
-        for answer, limit in zip(answers, limits, strict=True):
-            answer.tokens = _cut(answer.tokens, ends)[:limit]
         return answers
 
     def _start(self, drafter: Drafter) -> None:
@@ -206,9 +185,8 @@ class Speculator:
         self._prompts.copy_(self._lengths)
 
     def _set_going(self, going: list[bool]) -> None:
-        """Say which sequences go on; the others idle at the end of their prompts, away from the context's end."""
-        padded = [*going, *[False] * (self._num_sequences - len(going))]
-        self._going.copy_(torch.tensor(padded))
+        """Set which sequences go on; the others idle at the end of their prompts, away from the context's end."""
+        self._going.copy_(torch.tensor([*going, *[False] * (self._num_sequences - len(going))]))
         self._lengths.copy_(torch.where(self._going, self._lengths, self._prompts))
 
     def _run_round(self, drafter: Drafter, num_read: int) -> Tensor:
@@ -222,35 +200,37 @@ class Speculator:
         assert proposal.tree is None and proposal.probabilities is None  # noqa: PT018 (a chain that was not drawn)
         tokens.copy_(proposal.tokens)
         lengths = self._lengths.clone()
-        told = self._graphs.run((drafter, num_read), lambda: self._verify(Proposal(tokens), Drafter(), num_read))
-        counts = torch.where(self._going, told[:, 1] + 1, 1)
-        drafter.extend(NewRows(told[:, 2:], lengths, counts, num_read), told.new_empty(*told[:, 2:].shape, 0))
-        return told
+        rows = self._graphs.run((drafter, num_read), lambda: self._verify(Proposal(tokens), NoDraft(), num_read))
+        counts = torch.where(self._going, rows[:, 1] + 1, 1)
+        drafter.extend(NewRows(rows[:, 2:], lengths, counts, num_read), rows.new_empty(*rows[:, 2:].shape, 0))
+        return rows
 
     def _round(self, drafter: Drafter, num_read: int) -> Tensor:
         return self._verify(drafter.propose(self._numbers(self._depth), num_read), drafter, num_read)
 
     def _verify(self, proposal: Proposal, drafter: Drafter, num_read: int) -> Tensor:
-        """Verify, accept, commit; give for each sequence [drafted, accepted, new tokens ...] (int64)."""
+        """Verify, accept, commit; return of each sequence [drafted, accepted, new tokens ...] (int64)."""
         lengths, going = self._lengths, self._going
         tokens, tree = proposal.tokens, proposal.tree
-        fed = torch.cat([self._last[:, None], tokens if drafter.on_device else tokens.clamp(min=0)], 1)
+        fed = torch.cat([self._last[:, None], tokens.clamp(min=0)], 1)  # `NOTHING` cannot be fed
         output = self.cached.forward(fed, lengths, num_read, tree=tree)
         numbers = self._numbers(fed.shape[1], tree.depths if tree else None)
-        way = find_way(proposal, self.rule.choose(output.logits, proposal, numbers), "way" in self.rule.kernels)
-        aux = output.aux_hidden_states  # of a chain, those of the way come first
+        choices = self.rule.choose(output.logits, proposal, numbers)
+        path = accepted_path(proposal, choices, "way" in self.rule.kernels)
+        aux = output.aux_hidden_states  # of a chain, those of the path come first
         if tree is not None:
-            self._compact(way)
-            aux = aux.gather(1, way.nodes[:, :, None].expand(-1, -1, aux.shape[-1]))
-        counts = torch.where(going, way.accepted + 1, 1)
-        drafter.extend(NewRows(way.tokens, lengths, counts, num_read), aux)
-        last = way.tokens.gather(1, way.accepted[:, None])[:, 0]
+            slots = lengths[:, None] + torch.arange(path.nodes.shape[1], device=lengths.device)
+            self.cached.cache.move(lengths[:, None] + path.nodes, slots, "move" in self.rule.kernels)
+            aux = aux.gather(1, path.nodes[:, :, None].expand(-1, -1, aux.shape[-1]))
+        counts = torch.where(going, path.accepted + 1, 1)
+        drafter.extend(NewRows(path.tokens, lengths, counts, num_read), aux)
+        last = path.tokens.gather(1, path.accepted[:, None])[:, 0]
         self._last.copy_(torch.where(going, last, self._last))
         lengths.add_(torch.where(going, counts, 0))
-        return torch.cat([(tokens >= 0).sum(1)[:, None], way.accepted[:, None], way.tokens], 1)
+        return torch.cat([(tokens >= 0).sum(1)[:, None], path.accepted[:, None], path.tokens], 1)
 
     def _numbers(self, number: int, depths: Tensor | None = None) -> Tensor:
-        """Give the uniform numbers for the tokens chosen after nodes of these depths [B, number]; 0, 1, ... if None."""
+        """Return the uniform numbers for the tokens after nodes of depths [B, number]; 0, 1, ... if None."""
         if not self.rule.temperature:
             return self._draws[:, :1].expand(-1, number, -1)
         answered = (self._lengths - self._prompts + 1)[:, None]
@@ -258,35 +238,11 @@ class Speculator:
         places = (answered + depths).clamp(max=self._draws.shape[1] - 1)
         return self._draws.gather(1, places[:, :, None].expand(-1, -1, NUM_DRAWS))
 
-    def _compact(self, way: Way) -> None:
-        """Bring what was accepted of a tree together in the verifier's cache."""
-        targets = self._lengths[:, None] + torch.arange(way.nodes.shape[1], device=way.nodes.device)
-        self.cached.cache.move(self._lengths[:, None] + way.nodes, targets, "move" in self.rule.kernels)
-
 
 def answer_alone(verifier: Verifier, prompt: list[int], max_tokens: int) -> list[int]:
-    """Give the verifier's own greedy answer."""
+    """Return the verifier's own greedy answer."""
     speculator = Speculator(verifier, [])
     if len(prompt) > 2:
         speculator.cached.check(prompt)
     speculator.prefill([Request(prompt, max_tokens)])
     return speculator.decode(NoDraft())[0].tokens
-
-
-def _kind(request: tuple[int, Request]) -> tuple[int, int | None]:
-    """Give what requests that are read together have in common."""
-    place, asked = request
-    return len(asked.prompt), place if asked.inputs else None
-
-
-def _nothing(like: Tensor) -> Proposal:
-    return Proposal(like.new_zeros(len(like), 0))
-
-
-def _ended(tokens: list[int], new: list[int], end_token_ids: list[int], max_tokens: int) -> bool:
-    return len(tokens) >= max_tokens or any(token in end_token_ids for token in new)
-
-
-def _cut(tokens: list[int], end_token_ids: list[int]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in end_token_ids), len(tokens) - 1)
-    return tokens[: end + 1]

@@ -1,17 +1,15 @@
 """The verifier with a static key-value cache: every token stands in a slot, and sees the slots that a mask allows.
 
 Slot s of a sequence holds its position s, for everything that is committed. The tokens of a forward stand in the slots
-after those: a prompt, a chain, or a tree, whose nodes share positions:
+after those, and are written over by the next one unless they were committed (docs/speculative_loop.md):
 
     committed  <s> The cat      slots 0 1 2                positions 0 1 2
     fed        sat { on | . }   slots 3 4 5                positions 3 4 4
-
-What is not committed after a forward is written over by the next one, and seen by none. Nothing has a length that
-depends on data, so that a forward can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,39 +25,35 @@ _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_atte
 
 
 class _StaticLayer(CacheLayerMixin):
-    """Keys and values [B, slots, heads, D] of one layer, which are views of its cache's."""
+    """Keys and values [B, slots, heads, D] of one layer, which are views of its cache's; their memory is there."""
 
     def __init__(self, cache: SlotCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self._cache = cache
-        self._held = keys, values
+        self._cache, self._memory = cache, (keys, values)
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: memory was taken when the cache was made."""
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [b, heads, n, D] to their slots; give those of all slots that are read."""
-        keys, values = self._held
-        return self._updated(keys, key_states), self._updated(values, value_states)
+        """Write keys and values [b, heads, n, D] to their slots; return those of all slots that are read."""
+        keys, values = map(self._updated, self._memory, (key_states, value_states))
+        return keys, values
 
-    def _updated(self, held: Tensor, new: Tensor) -> Tensor:
+    def _updated(self, memory: Tensor, new: Tensor) -> Tensor:
         cache = self._cache
-        held = held[cache.sequences]
-        held[cache.rows.to(held.device), cache.slots.to(held.device)] = new.transpose(1, 2)
-        return held[:, : cache.num_read].transpose(1, 2)
+        memory = memory[cache.sequences]
+        memory[cache.rows.to(memory.device), cache.slots.to(memory.device)] = new.transpose(1, 2)
+        return memory[:, : cache.num_read].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Give the number of slots that are read, and the first."""
         return self._cache.num_read, 0
 
     def get_seq_length(self) -> int:
-        """Give 0 for a prompt, else 1: positions are always given, and models ask this to tell whether it is one."""
+        """Return 0 for a prompt, else 1: positions are always given, and by this models know whether it is one."""
         return int(not self._cache.is_prompt)
 
     def get_max_length(self) -> int:
-        """Give the number of slots."""
-        return self._held[0].shape[1]
+        return self._memory[0].shape[1]
 
 
 class SlotCache(Cache):
@@ -74,15 +68,14 @@ class SlotCache(Cache):
         filled: list[Tensor] = [states for layer in layers for states in (layer.keys, layer.values)]
         shapes = [(states.shape[1], states.shape[3], states.dtype, states.device) for states in filled]
         self.tensors: list[Tensor] = []  # [layers' keys and values, B, slots, heads, D], one for each shape
-        views: list[Tensor] = [torch.empty(0)] * len(shapes)
-        for shape in dict.fromkeys(shapes):
-            members = [number for number, other in enumerate(shapes) if other == shape]
+        views = {}
+        for shape, number in Counter(shapes).items():
             heads, head_dim, dtype, device = shape
-            held = torch.zeros(len(members), num_sequences, num_slots, heads, head_dim, dtype=dtype, device=device)
-            self.tensors.append(held)
-            for number, view in zip(members, held, strict=True):
-                views[number] = view
-        super().__init__(layers=[_StaticLayer(self, *views[i : i + 2]) for i in range(0, len(views), 2)])
+            sizes = number, num_sequences, num_slots, heads, head_dim
+            self.tensors.append(torch.zeros(sizes, dtype=dtype, device=device))
+            views[shape] = iter(self.tensors[-1])
+        pairs = zip(shapes[::2], shapes[1::2], strict=True)
+        super().__init__(layers=[_StaticLayer(self, next(views[key]), next(views[value])) for key, value in pairs])
         self.sequences = slice(None)  # that a forward is of
         self.rows = self.slots = torch.empty(0)  # [b, 1] and [b, n], where its tokens are written
         self.num_read, self.is_prompt = 0, True
@@ -90,18 +83,17 @@ class SlotCache(Cache):
     def move(self, sources: Tensor, targets: Tensor, kernels: bool = False) -> None:
         """Copy keys and values between slots [B, n] of each sequence, all at once.
 
-        Args:
-            kernels: on a GPU, let a Triton kernel do it; the slots are then those of ways of trees.
+        With `kernels`, on a GPU, the slots must be those of paths through trees.
         """
-        rows = torch.arange(len(sources), device=sources.device)[:, None]
-        for held in self.tensors:
-            of_device = [index.to(held.device) for index in (rows, sources, targets)]
-            if kernels and run_on(held.device):
+        for tensor in self.tensors:
+            read, written = sources.to(tensor.device), targets.to(tensor.device)
+            if kernels and run_on(tensor.device):
                 from ...models.kernels.decoding import move_slots
 
-                move_slots(held, *of_device[1:])
+                move_slots(tensor, read, written)
             else:
-                held[:, of_device[0], of_device[2]] = held[:, of_device[0], of_device[1]]
+                rows = torch.arange(len(read), device=tensor.device)[:, None]
+                tensor[:, rows, written] = tensor[:, rows, read]
 
 
 class CachedVerifier:
@@ -112,24 +104,19 @@ class CachedVerifier:
     """
 
     def __init__(self, verifier: Verifier, num_sequences: int) -> None:
-        self.verifier = verifier
-        self.num_sequences = num_sequences
-        self.num_slots = 0
+        self.verifier, self.num_sequences, self.num_slots = verifier, num_sequences, 0
         config = verifier.model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         self._kinds = _attention_kinds(verifier)
-        self._spans = {
-            _SLIDING: getattr(config, "sliding_window", None),
-            _CHUNKED: getattr(config, "attention_chunk_size", None),
-        }
+        spans = {_SLIDING: "sliding_window", _CHUNKED: "attention_chunk_size"}
+        self._spans = {kind: getattr(config, name, None) for kind, name in spans.items()}
         self._additive = config._attn_implementation == "eager"
-        probe = DynamicCache()
-        verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=probe)
-        self._like = probe
-        self.cache = SlotCache(probe, num_sequences, 0)
+        self._like = DynamicCache()
+        verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=self._like)
+        self.cache = SlotCache(self._like, num_sequences, 0)
 
     def reserve(self, num_slots: int) -> bool:
-        """Take memory for sequences of this many tokens; give whether it is new, and all content gone."""
+        """Take memory for sequences of this many tokens; return whether it is new, and all content gone."""
         if num_slots <= self.num_slots:
             return False
         self.cache = SlotCache(self._like, 0, 0)  # the old one goes first
@@ -147,51 +134,38 @@ class CachedVerifier:
         is_prompt: bool = False,
         **arguments: Any,
     ) -> VerifierOutput:
-        """Run the model on tokens that stand in the slots after the committed ones.
+        """Run the model on tokens [b, n] that stand in the slots after the `lengths` [b] committed ones.
 
         Args:
-            tokens: int64 [b, n].
-            lengths: int64 [b], tokens committed.
-            num_read: how many slots are read, at least those of the longest sequence with its new tokens.
-            sequences: which b of the batch's; all by default.
-            tree: that the tokens are the nodes of; None where each follows the one before it.
-            is_prompt: whether nothing is committed yet.
+            num_read: slots that are read, at least those of the longest sequence with its new tokens.
+            sequences: which b of the batch's.
+            tree: that the tokens are the nodes of; None if each follows the one before it.
+            is_prompt: nothing is committed yet.
         """
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        slots = lengths[:, None] + steps
+        slots = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         positions = slots if tree is None else lengths[:, None] + tree.depths
         cache = self.cache
-        cache.sequences, cache.slots, cache.num_read = sequences, slots, num_read
+        cache.sequences, cache.slots, cache.num_read, cache.is_prompt = sequences, slots, num_read, is_prompt
         cache.rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        cache.is_prompt = is_prompt
         seen = visible(lengths, slots, num_read, tree.ancestors if tree else None)
-        return self.verifier.forward(
-            tokens,
-            position_ids=positions,
-            past_key_values=cache,
-            attention_mask=self._masks(seen, lengths, positions, tree),
-            **arguments,
-        )
+        masks = self._masks(seen, lengths, positions, tree)
+        context = {"position_ids": positions, "past_key_values": cache, "attention_mask": masks}
+        return self.verifier.forward(tokens, **context, **arguments)
 
     def check(self, tokens: list[int], inputs: dict[str, Any] | None = None) -> None:
-        """Check on a text that it ends with the logits here that the model itself gives.
+        """Check on a text, of three tokens at least, that it ends with the logits here that the model itself gives.
 
         All but its last two tokens are read as a prompt, and these as a tree, with a wrong token between them.
-
-        Args:
-            tokens: three at least.
-            inputs: of the verifier besides tokens: pixels, and what it says of each token.
 
         Raises:
             ValueError: it does not, so that masks and positions mean something else to this model.
         """
-        model, alone = self.verifier.model, CachedVerifier(self.verifier, 1)  # in memory of its own
+        model, inputs = self.verifier.model, inputs or {}
         text = torch.tensor([tokens], device=self.verifier.device)
-        inputs = inputs or {}
         whole = self.verifier.forward(text, use_cache=False, logits_to_keep=1, **inputs)
         expected = whole.logits[0, -1].float()
-        found = alone._read_as_node(text, inputs).float()
-        off = float((found - expected).abs().mean() / expected.std())
+        logits = CachedVerifier(self.verifier, 1)._read_as_node(text, inputs).float()  # in memory of its own
+        off = float((logits - expected).abs().mean() / expected.std())
         if not off < (1e-3 if model.dtype is torch.float32 else 0.05):
             raise ValueError(
                 f"verifier.path {model.name_or_path!r}: {type(model).__name__} gives other logits with fledge's cache "
@@ -200,18 +174,18 @@ class CachedVerifier:
             )
 
     def _read_as_node(self, text: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Give the logits [V] at the end of a text [1, T] whose last token is a node of a tree."""
+        """Return the logits [V] at the end of a text [1, T] whose last token is read as a node of a tree."""
         length = text.shape[1] - 2
         self.reserve(length + 3)
-        of_prompt = {name: x[:, :length] if name in PER_TOKEN else x for name, x in inputs.items()}
-        self.forward(text[:, :-2], text.new_zeros(1), length, is_prompt=True, logits_to_keep=1, **of_prompt)
+        inputs = {name: x[:, :length] if name in PER_TOKEN else x for name, x in inputs.items()}
+        self.forward(text[:, :-2], text.new_zeros(1), length, is_prompt=True, logits_to_keep=1, **inputs)
         fed = torch.cat([text[:, -2:-1], 1 - text[:, -1:].clamp(max=1), text[:, -1:]], 1)
         branches = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], device=text.device).bool()
         tree = Tree(text.new_zeros(1, 2), text.new_tensor([[0, 1, 1]]), branches, 1)
         return self.forward(fed, text.new_tensor([length]), length + 3, tree=tree).logits[0, -1]
 
     def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor, tree: Tree | None) -> Any:
-        """Give the mask that the model takes: one, or one for each kind of attention that its layers have."""
+        """Return the mask that the model takes: one, or one for each kind of attention that its layers have."""
         masks: dict[str, Tensor] = {}
         for kind in self._kinds:
             mask = seen
@@ -221,24 +195,21 @@ class CachedVerifier:
                     fed = (keys - lengths[:, None]).clamp(0, positions.shape[1] - 1)
                     keys = torch.where(keys < lengths[:, None], keys, positions.gather(1, fed))
                 keys, queries = keys[:, None], positions[:, :, None]
-                near = queries // span == keys // span if kind == _CHUNKED else queries - keys < span
-                mask = mask & near
-            mask = mask[:, None]
+                mask = mask & (queries // span == keys // span if kind == _CHUNKED else queries - keys < span)
+            masks[kind] = mask[:, None]
             if self._additive:
-                lowest = torch.finfo(self.verifier.model.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.verifier.model.dtype).masked_fill(~mask, lowest)
-            masks[kind] = mask
+                zeros = torch.zeros_like(masks[kind], dtype=self.verifier.model.dtype)
+                masks[kind] = zeros.masked_fill(~mask[:, None], torch.finfo(zeros.dtype).min)
         return masks if len(masks) > 1 else masks[self._kinds[0]]
 
 
 def visible(lengths: Tensor, slots: Tensor, num_read: int, ancestors: Tensor | None) -> Tensor:
-    """Give which slots [0, num_read) each new token sees: bool [b, n, num_read].
+    """Return which slots [0, num_read) each new token sees: bool [b, n, num_read].
 
     Args:
         lengths: int64 [b], slots committed.
         slots: int64 [b, n], those of the new tokens.
-        ancestors: bool [b, n, m], which of the first m slots after the committed ones each sees; all up to its own
-            where None.
+        ancestors: bool [b, n, m], of the first m slots after the committed ones; None: all up to a token's own.
     """
     keys = torch.arange(num_read, device=slots.device)
     if ancestors is None:
@@ -249,7 +220,7 @@ def visible(lengths: Tensor, slots: Tensor, num_read: int, ancestors: Tensor | N
 
 
 def round_up(number: int) -> int:
-    """Give a number at most a quarter larger, of few (64, 128, 192, 256, 320, 384, ...), for a graph serves but one."""
+    """Return a number at most a quarter larger, of few (64, 128, 192, 256, 320, ...), for a graph serves but one."""
     step = max(64, 1 << max(0, number.bit_length() - 3))
     return -(-number // step) * step
 

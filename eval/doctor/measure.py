@@ -23,8 +23,8 @@ from ...models.head.config import DraftHeadConfig, rope_of
 from ...models.head.draft_head import DraftHead, DraftLayer
 from ...models.head.ttt_attention import TTTAttention
 from ...models.verifier.model import Verifier, torch_device
-from ..asking import QuestionReader, UnaskableError
 from ..decoding.speculator import answer_alone
+from ..question_reader import QuestionReader, UnaskableError
 from ..questions import load_questions
 from .rules import AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, Published
 

@@ -1,4 +1,4 @@
-"""What is counted, and what is made of the counts.
+"""Counts over rounds, and acceptance, speed-up and their intervals.
 
 acceptance length = 1 + accepted / rounds: tokens gained per verifier forward, the bonus token included; over all
 rounds of all questions (micro). Acceptance at position i = rounds that accepted draft token i / rounds
@@ -8,7 +8,7 @@ position i is depth i, and a round accepts one path.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .records import Record
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _CHUNK = 1 << 22  # of drawn numbers in memory
 _TINY = 1e-30
@@ -25,54 +25,48 @@ _FEWEST = 4  # questions of an interval: of three, one draw in nine is of one qu
 _FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at most, which hold of fewer too seldom
 
 
+_Array = NDArray[np.float64]
+_Side = tuple[_Array, _Array]  # rounds and accepted tokens of each question
+_Statistic = Callable[[_Array], tuple[_Array, _Array]]
+
+
 @dataclass
 class Counts:
     """Counts over rounds; the names are vLLM's, where a round is a `draft`."""
 
-    num_positions: int  # draft tokens that a round can accept
+    num_accepted_tokens_per_pos: list[int]  # for each draft token that a round can accept
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: list[int] | None = None
     num_output_tokens: int = 0
     seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.num_accepted_tokens_per_pos is None:
-            self.num_accepted_tokens_per_pos = [0] * self.num_positions
-
-    def add(self, drafted: Iterable[int], accepted: Iterable[int], output_tokens: int, seconds: float) -> None:
-        """Add the rounds of one answer."""
-        assert self.num_accepted_tokens_per_pos is not None
-        for proposed, taken in zip(drafted, accepted, strict=True):
-            self.num_drafts += 1
-            self.num_draft_tokens += proposed
-            self.num_accepted_tokens += taken
-            for position in range(taken):
-                self.num_accepted_tokens_per_pos[position] += 1
-        self.num_output_tokens += output_tokens
-        self.seconds += seconds
-
-    def add_sums(self, sums: dict[str, Any]) -> None:
-        """Add an answer of which a server reports sums only.
+    def add(self, answer: dict[str, Any]) -> None:
+        """Add what a drafter did in an answer: lists over rounds, or sums, which are all that a server reports.
 
         Raises:
             ValueError: it accepted tokens at positions that the evaluation does not draft.
         """
-        assert self.num_accepted_tokens_per_pos is not None
-        by_position = list(sums["num_accepted_tokens_per_pos"])
-        if any(by_position[self.num_positions :]):
+        num_positions = len(self.num_accepted_tokens_per_pos)
+        if "num_drafts" not in answer:
+            accepted = answer["accepted"]
+            by_position = [sum(number > position for number in accepted) for position in range(num_positions)]
+            sums = {"num_drafts": len(accepted), "num_draft_tokens": sum(answer["drafted"])}
+            sums |= {"num_accepted_tokens": sum(accepted), "num_accepted_tokens_per_pos": by_position}
+            answer = {**answer, **sums}
+        by_position = answer["num_accepted_tokens_per_pos"]
+        if any(by_position[num_positions:]):
             raise ValueError(
                 f"evaluate.num_draft_tokens must be what the server drafts a round: it accepted tokens at position "
-                f"{len(by_position)}, got {self.num_positions}"
+                f"{len(by_position)}, got {num_positions}"
             )
-        for position, taken in enumerate(by_position[: self.num_positions]):
-            self.num_accepted_tokens_per_pos[position] += taken
-        self.num_drafts += sums["num_drafts"]
-        self.num_draft_tokens += sums["num_draft_tokens"]
-        self.num_accepted_tokens += sums["num_accepted_tokens"]
-        self.num_output_tokens += sums["output_tokens"]
-        self.seconds += sums["seconds"]
+        for position, number in enumerate(by_position[:num_positions]):
+            self.num_accepted_tokens_per_pos[position] += number
+        self.num_drafts += answer["num_drafts"]
+        self.num_draft_tokens += answer["num_draft_tokens"]
+        self.num_accepted_tokens += answer["num_accepted_tokens"]
+        self.num_output_tokens += answer["output_tokens"]
+        self.seconds += answer["seconds"]
 
     @property
     def acceptance_length(self) -> float:
@@ -86,7 +80,7 @@ class Counts:
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and rates under the names of acceptance.json."""
-        by_position = self.num_accepted_tokens_per_pos or []
+        by_position = self.num_accepted_tokens_per_pos
         before = [self.num_drafts, *by_position]
         return {
             "acceptance_length": self.acceptance_length,
@@ -102,19 +96,11 @@ class Counts:
 
 
 def count(records: Iterable[Record], drafter: str, num_positions: int) -> Counts:
-    """Add up what a drafter did in the records of questions.
-
-    Args:
-        num_positions: draft tokens that a round can accept (`evaluate.draft_depth`).
-    """
-    counts = Counts(num_positions)
+    """Add up what a drafter did in records; a round can accept `num_positions` tokens (`evaluate.draft_depth`)."""
+    counts = Counts([0] * num_positions)
     for record in records:
         for answer in record["answers"]:
-            rounds = answer["drafters"][drafter]
-            if "num_drafts" in rounds:
-                counts.add_sums(rounds)
-            else:
-                counts.add(rounds["drafted"], rounds["accepted"], rounds["output_tokens"], rounds["seconds"])
+            counts.add(answer["drafters"][drafter])
     return counts
 
 
@@ -133,16 +119,12 @@ def macro_acceptance_length(records: Iterable[Record], drafter: str, num_positio
 def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: int) -> list[float] | None:
     """Return the 95 % bootstrap interval [low, high] of the acceptance length over all rounds.
 
-    Questions are drawn again, not rounds: the rounds of an answer are alike (its text is easy or hard throughout), so
-    as many independent rounds would say far more than they do, and the interval would be too narrow. It tells what
-    other questions of the same kind would have given, and nothing of another training.
+    Questions are drawn again, not rounds: the rounds of an answer are alike, and would give too narrow an interval.
+    It is of other questions of the same kind, and says nothing of another training.
 
-    Bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5): 10,000 draws by a fixed seed, each
-    divided by its own standard error, which keeps the level where questions are few, as in a category of MT-Bench
-    (docs/experiments.md). Where all questions accepted alike both bounds are that value.
-
-    Returns:
-        None if fewer than four questions had a round: they say too little of how questions differ.
+    Bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5) by a fixed seed: each draw is divided by
+    its own standard error, which keeps the level if questions are few (docs/experiments.md). None of fewer than four
+    questions with a round. If all questions accepted alike both bounds are that value.
     """
     side = _by_question(records, drafter, num_positions)
     if np.count_nonzero(side[0]) < _FEWEST:
@@ -155,11 +137,8 @@ def paired_difference(
 ) -> tuple[float, list[float] | None]:
     """Return how much longer our acceptance length is than theirs on the same questions, and the 95 % interval of that.
 
-    The same questions are drawn for both, so what makes a question easy or hard for both of them falls out.
-
-    Args:
-        ours: records of the questions, in the order of `theirs`.
-        num_positions: of ours and of theirs.
+    The same questions are drawn for both, so what makes one easy or hard for both falls out. Records are in the same
+    order; `num_positions` are of ours and of theirs.
     """
     sides = [_by_question(side, drafter, num) for side, num in zip((ours, theirs), num_positions, strict=True)]
     difference = _ratio(sides[0]) - _ratio(sides[1])
@@ -171,43 +150,38 @@ def paired_difference(
 def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | None:
     """Return the 95 % bootstrap interval of tokens a second with drafts over tokens a second of the verifier alone.
 
-    Questions are drawn again, each with its times, so it tells how questions differ and how unsteady single times
-    are; what slows the machine for long is not in it. Bootstrap-t as above, of the logarithm: a sum over tokens and
-    seconds, whose pull by question i is n_i / N - s_i / S with drafts, less that without.
-
-    Returns:
-        Bounds within the speed-ups of single questions; None if fewer than six questions had a round, or the
-        verifier was not run alone.
+    Questions are drawn again, each with its times: how questions differ and how unsteady single times are is in it,
+    what slows the machine for long is not. Bootstrap-t as above, of the logarithm: a sum over tokens and seconds,
+    whose pull by question i is n_i / N - s_i / S with drafts, less that without. Bounds are within the speed-ups of
+    single questions. None of fewer than six questions with a round, or if the verifier was not run alone.
     """
     columns = np.array([_times(record, drafter) for record in records]).reshape(-1, 4)
     single = columns[(columns > 0).all(1)]
     if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
         return None
     signs, totals = np.array([1.0, -1.0, -1.0, 1.0]), columns.sum(0)
-    drawn, products = _resampled(columns)
-    sums = np.maximum(drawn, _TINY)
-    weights = signs / sums
-    squares = np.einsum("di,dij,dj->d", weights, products, weights)
-    error = float(np.sqrt((((columns / totals) @ signs) ** 2).sum()))
-    bounds = _studentised(float(np.log(totals) @ signs), error, np.log(sums / totals) @ signs, squares)
+
+    def statistic(sums: _Array) -> tuple[_Array, _Array]:
+        sums = np.maximum(sums, _TINY)
+        return np.log(sums / totals) @ signs, signs / sums
+
+    bounds = _bootstrap_t(columns, float(np.log(totals) @ signs), (columns / totals) @ signs, statistic)
     possible = np.log(single) @ signs
     return np.exp(np.clip(bounds, possible.min(), possible.max())).tolist()
 
 
 def _times(record: Record, drafter: str) -> list[float]:
     """Return tokens and seconds of a question's answers with drafts, then without; nan if nobody took the time."""
-    pairs = [(answer["drafters"][drafter], answer) for answer in record["answers"]]
-    alone = [np.nan if answer["seconds_alone"] is None else answer["seconds_alone"] for _, answer in pairs]
-    drafted = [sum(rounds[name] for rounds, _ in pairs) for name in ("output_tokens", "seconds")]
-    return [*drafted, sum(answer["output_tokens"] for _, answer in pairs), sum(alone)]
-
-
-_Side = tuple[NDArray[np.float64], NDArray[np.float64]]  # rounds and accepted tokens of each question
+    answers = record["answers"]
+    alone = [np.nan if answer["seconds_alone"] is None else answer["seconds_alone"] for answer in answers]
+    drafted = [sum(answer["drafters"][drafter][name] for answer in answers) for name in ("output_tokens", "seconds")]
+    return [*drafted, sum(answer["output_tokens"] for answer in answers), sum(alone)]
 
 
 def _by_question(records: Iterable[Record], drafter: str, num_positions: int) -> _Side:
     counts = [count([record], drafter, num_positions) for record in records]
-    return np.array([float(c.num_drafts) for c in counts]), np.array([float(c.num_accepted_tokens) for c in counts])
+    drafts, accepted = np.array([(c.num_drafts, c.num_accepted_tokens) for c in counts], float).reshape(-1, 2).T
+    return drafts, accepted
 
 
 def _ratio(side: _Side) -> float:
@@ -218,33 +192,30 @@ def _ratio(side: _Side) -> float:
 def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> list[float]:
     """Return the bootstrap-t interval around `value`: one side's ratio accepted / rounds, or the difference of two.
 
-    With R a side's ratio and D its rounds, question i pulls at it by (a_i - R d_i) / D; the standard error is the root
-    of the sum of the squares of what it pulls in all. In a draw R and D are that draw's, and the sum of squares is a
-    quadratic form c' M c of sums M over the drawn questions.
+    With R a side's ratio and D its rounds, question i pulls at it by (a_i - R d_i) / D.
     """
     signs = np.array([1.0, -1.0][: len(sides)])
     pulls = [(drafts, accepted - _ratio((drafts, accepted)) * drafts) for drafts, accepted in sides]
     columns = np.stack([column for side in pulls for column in side], 1)  # [questions, 2 * sides]
-    drawn, products = _resampled(columns)
-    drafts = np.maximum(drawn[:, 0::2], 1.0)
-    changes = drawn[:, 1::2] / drafts  # of each side's ratio, by draw
-    weights = np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(drawn.shape)
-    squares = np.einsum("di,dij,dj->d", weights, products, weights)
     totals = [max(drafts.sum(), 1.0) for drafts, _ in sides]
-    error = float(np.sqrt((((columns[:, 1::2] / totals) @ signs) ** 2).sum()))
-    return [float(np.clip(bound, *bounds)) for bound in _studentised(value, error, changes @ signs, squares)]
+
+    def statistic(sums: _Array) -> tuple[_Array, _Array]:
+        drafts = np.maximum(sums[:, 0::2], 1.0)
+        changes = sums[:, 1::2] / drafts  # of each side's ratio
+        return changes @ signs, np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(sums.shape)
+
+    return np.clip(_bootstrap_t(columns, value, (columns[:, 1::2] / totals) @ signs, statistic), *bounds).tolist()
 
 
-def _studentised(
-    value: float, error: float, changes: NDArray[np.float64], squares: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the bounds around a value: of each draw its change and the square of its own standard error."""
-    tail = (1 - CONFIDENCE) / 2
-    return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])
+def _bootstrap_t(columns: _Array, value: float, pulls: _Array, statistic: _Statistic) -> _Array:
+    """Return the bounds around a value that is made of sums of columns [questions, width].
 
+    The standard error is the root of the sum of the squares of what the questions pull. In a draw with replacement that
+    sum is w' M w, with M the sums of products of columns over the drawn questions.
 
-def _resampled(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return sums [draws, columns], and of products of columns, over questions drawn with replacement."""
+    Args:
+        statistic: of sums [draws, width] gives how far each draw's value is off, and the weights w of its pulls.
+    """
     generator = np.random.default_rng(0)
     number, width = columns.shape
     values = np.concatenate([columns, (columns[:, :, None] * columns[:, None, :]).reshape(number, -1)], 1)
@@ -256,4 +227,7 @@ def _resampled(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArr
         times = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number)
         sums.append(times.astype(np.float64) @ values)
     both = np.concatenate(sums)
-    return both[:, :width], both[:, width:].reshape(-1, width, width)
+    changes, weights = statistic(both[:, :width])
+    squares = np.einsum("di,dij,dj->d", weights, both[:, width:].reshape(-1, width, width), weights)
+    tail, error = (1 - _CONFIDENCE) / 2, float(np.sqrt((pulls**2).sum()))
+    return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])

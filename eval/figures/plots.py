@@ -12,6 +12,12 @@ from .metrics import question_lengths
 from .records import TRAINED, Record
 
 INK, MUTED, ACCENT = "#222222", "#9a9a9a", "#2563a8"
+_TITLES = {
+    "training.png": "Loss, agreement and held-out acceptance by optimizer step (training/metrics.jsonl)",
+    "positions.png": "Acceptance by position, of all rounds; points: of the rounds that accepted the position before",
+    "categories.png": "Acceptance length by category with 95 % intervals over its questions; dotted: all questions",
+    "questions.png": "Acceptance length of single questions; dotted: all rounds of all questions",
+}
 
 
 @contextmanager
@@ -31,23 +37,28 @@ def plotting() -> Iterator[Any]:
 
 def legend_below(axes: Any) -> None:
     """Name the curves below the axes, however many there are; a picture grows with what hangs from its axes."""
-    drawn, names = axes.get_legend_handles_labels()
-    if drawn:
+    curves, names = axes.get_legend_handles_labels()
+    if curves:
         away = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.0}  # below ticks and axis label
-        axes.legend(drawn, [wrapped(name, 60) for name in names], frameon=False, fontsize=8, **away)
+        axes.legend(curves, [_wrapped(name, 60) for name in names], frameon=False, fontsize=8, **away)
 
 
-def wrapped(name: str, width: int) -> str:
-    """Break a name into lines of at most so many letters."""
+def _wrapped(name: str, width: int) -> str:
     return textwrap.fill(name, width, break_on_hyphens=False)
 
 
 def name_rows(axes: Any, names: list[str]) -> None:
     """Name the rows of a plot, from the first at the bottom, and make its figure high enough for them."""
-    labels = [wrapped(name, 48) for name in names]
+    labels = [_wrapped(name, 48) for name in names]
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     lines = 1 + max(name.count("\n") for name in labels)
     axes.figure.set_figheight(0.9 + max(0.34, 0.22 * lines) * max(3, len(labels)))
+
+
+def error_bar(axes: Any, place: float, bounds: list[float] | None, color: str = INK) -> None:
+    """Draw a 95 % interval over a horizontal bar or point, if there is one."""
+    if bounds:
+        axes.plot(bounds, [place, place], color=color, linewidth=1, marker="|", markersize=6)
 
 
 def draw(
@@ -55,47 +66,40 @@ def draw(
 ) -> list[tuple[str, str]]:
     """Draw the plots of an evaluation and return their file names and titles."""
     with plotting() as plt:
-        plots = []
-        if any("train/loss" in record for record in metrics):
-            title = "Loss, agreement and held-out acceptance by optimizer step (training/metrics.jsonl)"
-            plots.append(("training.png", title, _training(plt, metrics)))
-        title = "Acceptance by position, of all rounds; points: of the rounds that accepted the position before"
-        plots.append(("positions.png", title, _positions(plt, results)))
-        title = "Acceptance length by category with 95 % intervals over its questions; dotted: all questions"
-        plots.append(("categories.png", title, _categories(plt, results)))
-        depth = len(results["acceptance_rate_per_pos"])
-        title = "Acceptance length of single questions; dotted: all rounds of all questions"
-        plots.append(("questions.png", title, _questions(plt, results, question_lengths(records, TRAINED, depth))))
-        for name, _, figure in plots:
+        plots = {"training.png": _training(plt, metrics)} if any("train/loss" in one for one in metrics) else {}
+        plots |= {"positions.png": _positions(plt, results), "categories.png": _categories(plt, results)}
+        plots["questions.png"] = _questions(plt, results, records)
+        for name, figure in plots.items():
             figure.savefig(folder / name)
             plt.close(figure)
-    return [(name, title) for name, title, _ in plots]
+    return [(name, _TITLES[name]) for name in plots]
 
 
 def _training(plt: Any, metrics: list[dict[str, Any]]) -> Any:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4))
     trained = [record for record in metrics if "train/loss" in record]
-    heldout = [record for record in metrics if any(name.startswith("heldout/") for name in record)]
-    left.plot([r["step"] for r in trained], [r["train/loss"] for r in trained], color=ACCENT)
+    agreement = sorted((name for name in trained[0] if name.startswith("train/agreement_step_")), key=_number)
+    heldout = sorted({name for record in metrics for name in record if name.startswith("heldout/")})
+    heldout.sort(key=_number)
+
+    def plot(axes: Any, name: str, **style: Any) -> None:
+        values = [(record["step"], record[name]) for record in metrics if name in record]
+        axes.plot(*zip(*values, strict=True), **style)
+
+    plot(left, "train/loss", color=ACCENT)
     left.set(xlabel="optimizer step", ylabel="loss, nats", title="Loss", ylim=(0, None))
-    steps = sorted((name for name in trained[0] if name.startswith("train/agreement_step_")), key=_number)
-    for number, name in enumerate(steps):
-        shade = 1 - 0.75 * number / max(1, len(steps) - 1)
-        label = f"TTT step {number}" if number in (0, len(steps) - 1) else None
-        middle.plot([r["step"] for r in trained], [r[name] for r in trained], color=ACCENT, alpha=shade, label=label)
+    for step, name in enumerate(agreement):
+        label = f"TTT step {step}" if step in (0, len(agreement) - 1) else None
+        plot(middle, name, color=ACCENT, alpha=1 - 0.75 * step / max(1, len(agreement) - 1), label=label)
     middle.set(xlabel="optimizer step", title="Agreement with the verifier's greedy token", ylim=(0, 1))
     legend_below(middle)
-    names = {name for record in heldout for name in record if name.startswith("heldout/")}
-    numbers = sorted({_number(name) for name in names})
-    for name in sorted(names, key=lambda name: (_number(name), name)):
-        values = [(r["step"], r[name]) for r in heldout if name in r]
-        estimated = "_t1_" in name
-        tokens = f"{_number(name)} draft token{'s' * (_number(name) != 1)}"
-        label = tokens + (", temperature 1, estimated" if estimated else ", greedy")
-        color = plt.get_cmap("viridis")(0.9 * numbers.index(_number(name)) / max(1, len(numbers) - 1))
-        line = {"linestyle": ":" if estimated else "-", "marker": "o", "markersize": 3, "color": color}
-        right.plot(*zip(*values, strict=True), label=label, **line)
-    right.set(xlabel="optimizer step", title="Held-out acceptance length", ylim=(1, None if names else 2))
+    numbers = sorted({_number(name) for name in heldout})
+    for name in heldout:
+        number, estimated = _number(name), "_t1_" in name
+        label = f"{number} draft token{'s' * (number != 1)}, {'temperature 1, estimated' if estimated else 'greedy'}"
+        color = plt.get_cmap("viridis")(0.9 * numbers.index(number) / max(1, len(numbers) - 1))
+        plot(right, name, label=label, linestyle=":" if estimated else "-", marker="o", markersize=3, color=color)
+    right.set(xlabel="optimizer step", title="Held-out acceptance length", ylim=(1, None if heldout else 2))
     legend_below(right)
     return figure
 
@@ -106,51 +110,41 @@ def _number(name: str) -> int:
 
 
 def _positions(plt: Any, results: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(figsize=(max(5, 1 + 0.4 * len(results["acceptance_rate_per_pos"])), 3.2))
+    positions = range(1, len(results["acceptance_rate_per_pos"]) + 1)
+    figure, axes = plt.subplots(figsize=(max(5, 1 + 0.4 * len(positions)), 3.2))
     drafters = {TRAINED: results, **results["baselines"]}
     width = 0.8 / len(drafters)
     for number, (name, counts) in enumerate(drafters.items()):
-        rates = counts["acceptance_rate_per_pos"]
-        places = [i + 1 + (number - (len(drafters) - 1) / 2) * width for i in range(len(rates))]
-        shade = {"color": ACCENT if number == 0 else MUTED, "alpha": 1 - 0.3 * max(0, number - 1)}
-        bars = axes.bar(places, rates, width, label=name, **shade)
+        places = [position + (number - (len(drafters) - 1) / 2) * width for position in positions]
+        shade = {"color": MUTED if number else ACCENT, "alpha": 1 - 0.3 * max(0, number - 1)}
+        bars = axes.bar(places, counts["acceptance_rate_per_pos"], width, label=name, **shade)
         if number == 0:
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=3)
             conditional = counts["conditional_acceptance_rate_per_pos"]
             axes.plot(places, conditional, "o", color=INK, markersize=4, label=f"{name}, given the one before")
-    axes.set(
-        xlabel="draft position",
-        ylabel="rounds that accepted it, share",
-        ylim=(0, 1.05),
-        xticks=range(1, len(rates) + 1),
-    )
+    axes.set(xlabel="draft position", ylabel="rounds that accepted it, share", ylim=(0, 1.05), xticks=positions)
     legend_below(axes)
     return figure
 
 
 def _categories(plt: Any, results: dict[str, Any]) -> Any:
-    of = {name: drafters[TRAINED] for name, drafters in reversed(results["by_category"].items())}
+    categories = {name: drafters[TRAINED] for name, drafters in reversed(results["by_category"].items())}
+    lengths = [counts["acceptance_length"] for counts in categories.values()]
     figure, axes = plt.subplots(figsize=(5.5, 4))
-    axes.barh(range(len(of)), [counts["acceptance_length"] for counts in of.values()], color=ACCENT, alpha=0.8)
-    name_rows(axes, [f"{name}  {counts['acceptance_length']:.2f}" for name, counts in of.items()])
-    for place, counts in enumerate(of.values()):
+    axes.barh(range(len(lengths)), lengths, color=ACCENT, alpha=0.8)
+    name_rows(axes, [f"{name}  {length:.2f}" for name, length in zip(categories, lengths, strict=True)])
+    for place, counts in enumerate(categories.values()):
         error_bar(axes, place, counts["acceptance_length_interval"])
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")
     axes.set(xlabel="acceptance length", xlim=(1, len(results["acceptance_rate_per_pos"]) + 1))
     return figure
 
 
-def error_bar(axes: Any, place: float, bounds: list[float] | None, color: str = INK) -> None:
-    """Draw a 95 % interval over a horizontal bar or point, if there is one."""
-    if bounds:
-        axes.plot(bounds, [place, place], color=color, linewidth=1, marker="|", markersize=6)
-
-
-def _questions(plt: Any, results: dict[str, Any], lengths: list[float]) -> Any:
+def _questions(plt: Any, results: dict[str, Any], records: list[Record]) -> Any:
+    depth = len(results["acceptance_rate_per_pos"])
     figure, axes = plt.subplots(figsize=(5, 2.8))
-    most = len(results["acceptance_rate_per_pos"]) + 1
-    axes.hist(lengths, bins=24, range=(1, most), color=ACCENT)
+    axes.hist(question_lengths(records, TRAINED, depth), bins=24, range=(1, depth + 1), color=ACCENT)
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="acceptance length of a question", ylabel="questions", xlim=(1, most))
+    axes.set(xlabel="acceptance length of a question", ylabel="questions", xlim=(1, depth + 1))
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...conf.schema import DraftSampling
 from .plots import draw
-from .records import ACCEPTANCE, LOOKUP, TRAINED, UNTRAINED, answered_records
+from .records import ACCEPTANCE, TRAINED, answered_records
 
 NONE = "-"
 _MOST_LEFT_OUT = 20  # questions that are named
@@ -23,7 +23,7 @@ def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
     plots = draw(folder, results, answered_records(folder), metrics)
     parts = [
         f"# Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip(),
-        f"{conditions_line(results)}. {results['definition']}.",
+        f"{_conditions(results)}. {results['definition']}.",
         *_tables(results),
         *(f"![{title}]({name})\n\n{title}." for name, title in plots),
         "Counted in `questions.jsonl` (every answer, round by round where it was decoded in this process) and summed "
@@ -35,9 +35,7 @@ def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the tables of an evaluation."""
-    print()
-    print("\n\n".join(_tables(results)))
-    print()
+    print("", "\n\n".join(_tables(results)), "", sep="\n")
 
 
 def figure(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -59,22 +57,22 @@ def speedup(counts: dict[str, Any], of_all: bool = True) -> str:
 
 def drafting(results: dict[str, Any]) -> str:
     """Write the form of drafts: a chain, or a tree and its shape."""
-    if results["drafting"] == "chain":
-        return "chain"
-    return f"tree of depth {results['tree_depth']}, top {results['tree_top_k']}"
+    tree = results["drafting"] != "chain"
+    return f"tree of depth {results['tree_depth']}, top {results['tree_top_k']}" if tree else "chain"
 
 
 def sampling(results: dict[str, Any]) -> str:
     """Write the temperature, and what else shapes the samples if it is above 0."""
     if not results["temperature"]:
         return "0"
-    top_p, top_k = results.get("top_p", 1.0), results.get("top_k")
-    shaped = [*([f"top-p {top_p:g}"] if top_p < 1 else []), *([f"top-k {top_k}"] if top_k else [])]
-    drafts = [f"drafts {results['draft_sampling']}"] if "draft_sampling" in results else []
-    return ", ".join([f"{results['temperature']:g}", *shaped, *drafts])
+    parts = [f"{results['temperature']:g}"]
+    parts += [f"top-p {results['top_p']:g}"] if results.get("top_p", 1.0) < 1 else []
+    parts += [f"top-k {results['top_k']}"] if results.get("top_k") else []
+    parts += [f"drafts {results['draft_sampling']}"] if "draft_sampling" in results else []
+    return ", ".join(parts)
 
 
-def conditions_line(results: dict[str, Any]) -> str:
+def _conditions(results: dict[str, Any]) -> str:
     """Write what a figure depends on besides verifier and head."""
     return (
         f"{results['num_questions']} questions ({results['questions']}), {results['num_draft_tokens_per_round']} draft "
@@ -91,12 +89,11 @@ def _tables(results: dict[str, Any]) -> list[str]:
     head = ["drafter", "acceptance length", "95 % interval", *(f"position {i + 1}" for i in positions)]
     rows = []
     for name, counts in drafters.items():
-        rates = [figure(rate) for rate in counts["acceptance_rate_per_pos"]]
+        rates = map(figure, counts["acceptance_rate_per_pos"])
         speed = [figure(counts["tokens_per_s"], 0), speedup(counts), str(counts["num_drafts"])]
         rows.append([name, figure(counts["acceptance_length"]), interval(counts) or NONE, *rates, *speed])
-        if name == TRAINED:
-            conditional = [figure(rate) for rate in counts["conditional_acceptance_rate_per_pos"]]
-            rows.append([f"{TRAINED}, conditional", NONE, NONE, *conditional, NONE, NONE, NONE])
+    conditional = map(figure, results["conditional_acceptance_rate_per_pos"])
+    rows.insert(1, [f"{TRAINED}, conditional", NONE, NONE, *conditional, NONE, NONE, NONE])
     alone = figure(results["verifier_alone_tokens_per_s"], 0)
     if alone != NONE:
         rows.append(["verifier alone", "1.00", NONE, *(NONE for _ in positions), alone, "1.00x", NONE])
@@ -108,62 +105,50 @@ def _tables(results: dict[str, Any]) -> list[str]:
     )
     return [
         table([*head, "tokens/s", "speed-up", "rounds"], rows),
-        *(_parts_table(title, part, list(drafters)) for title, part in parts if part),
+        *(_parts_table(title, part, list(results["baselines"])) for title, part in parts if part),
         "\n".join([macro, *_faithfulness(results), *_heldout(results), *_left_out(results)]),
     ]
 
 
-def _parts_table(title: str, parts: dict[str, Any], names: list[str]) -> str:
+def _parts_table(title: str, parts: dict[str, Any], baselines: list[str]) -> str:
     """Write what was measured on each part of the questions."""
-    rows = [
-        [
-            name,
-            figure(drafters[TRAINED]["acceptance_length"]),
-            interval(drafters[TRAINED]) or NONE,
-            speedup(drafters[TRAINED], of_all=False),
-            *(figure(drafters[other]["acceptance_length"]) for other in names if other != TRAINED),
-        ]
-        for name, drafters in parts.items()
-    ]
-    return table([title, TRAINED, "95 % interval", "speed-up", *(n for n in names if n in (UNTRAINED, LOOKUP))], rows)
+    rows = []
+    for name, drafters in parts.items():
+        trained, *others = (drafters[drafter] for drafter in (TRAINED, *baselines))
+        lengths = [figure(counts["acceptance_length"]) for counts in (trained, *others)]
+        rows.append([name, lengths[0], interval(trained) or NONE, speedup(trained, of_all=False), *lengths[1:]])
+    return table([title, TRAINED, "95 % interval", "speed-up", *baselines], rows)
 
 
 def _faithfulness(results: dict[str, Any]) -> list[str]:
     """Write how many answers speculation was seen to leave unchanged."""
-    drawn = results.get("draft_sampling") == DraftSampling.sampled.value
     lines = []
     if results["temperature"]:
-        how = "drafts are drawn too, and no two answers need be equal" if drawn else "drafts change no answer"
-        how = how if "draft_sampling" in results else "how drafts are chosen is the server's"
+        how = {
+            DraftSampling.sampled.value: "drafts are drawn too, and no two answers need be equal",
+            DraftSampling.greedy.value: "drafts change no answer",
+        }.get(results.get("draft_sampling", ""), "how drafts are chosen is the server's")
         lines.append(f"Sampled at temperature {results['temperature']:g} (seed {results['seed']}): {how}.")
     if "lossless" in results:
-        lossless = results["lossless"]
-        lines.append(
-            f"{lossless['equal_to_verifier']} of {lossless['decoded_answers']} answers equal the verifier's own, "
-            "token for token."
-        )
+        equal, decoded = (results["lossless"][name] for name in ("equal_to_verifier", "decoded_answers"))
+        lines.append(f"{equal} of {decoded} answers equal the verifier's own, token for token.")
     elif "model" in results:
-        seconds = (
-            "seconds include the reading of prompts"
-            if results.get("batch_size", 1) == 1
-            else "requests overlapped, so tokens/s is not told"
-        )
+        alone = results.get("batch_size", 1) == 1
+        seconds = "seconds include the reading of prompts" if alone else "requests overlapped, so tokens/s is not told"
         lines.append(f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; {seconds}.")
     return lines
 
 
 def _heldout(results: dict[str, Any]) -> list[str]:
     """Write the acceptance length of held-out conversations in training and in decoding, if both are known."""
-    heldout = results["heldout"]
-    in_training = heldout.get(
-        "estimated_acceptance_length_t1" if results["temperature"] else "walked_acceptance_length"
-    )
+    heldout, temperature = results["heldout"], results["temperature"]
+    in_training = heldout.get("estimated_acceptance_length_t1" if temperature else "walked_acceptance_length")
     if not heldout["decoded"] or not in_training:
         return []
     decoded = f"{heldout['decoded']['acceptance_length']:.2f}"
-    if results["temperature"]:
+    if temperature:
         estimate = f"{in_training:.2f} estimated in training (temperature 1, over greedy answers)"
-        both = f"{estimate}, {decoded} sampled at temperature {results['temperature']:g}"
+        both = f"{estimate}, {decoded} sampled at temperature {temperature:g}"
     else:
         both = f"{in_training:.2f} walked in training, {decoded} decoded"
     return [f"Held-out conversations: acceptance length {both} ({heldout['num_conversations']} conversations)."]
@@ -178,7 +163,7 @@ def _left_out(results: dict[str, Any]) -> list[str]:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Write a Markdown table that also reads well on a terminal."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:
         padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]

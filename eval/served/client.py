@@ -19,8 +19,8 @@ from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
 from ...conf.schema import Config
 from ...data_synthesis.answers.endpoint import Endpoint, RequestError
 from ...data_synthesis.answers.verify_endpoint import refusal
-from ..asking import QuestionReader, UnaskableError
 from ..figures.records import RECORDS, TRAINED
+from ..question_reader import QuestionReader, UnaskableError
 from ..questions import Question
 from .engines import Completion, CompletionRequest, ServingEngine, open_engine
 

@@ -1,6 +1,6 @@
 """What a round of speculative decoding does beside matrix products and attention, in Triton.
 
-A launch each, in place of the many small ones of the plain twins: `DraftLayer` of models/head, `find_way` and
+A launch each, in place of the many small ones of the plain twins: `DraftLayer` of models/head, `accepted_path` and
 `SlotCache.move` of eval/decoding. No values are looked at on the host, and all launches depend on shapes alone, so that
 a CUDA graph can hold them.
 """
@@ -111,8 +111,8 @@ def way_kernel(
 WAY_NUM_WARPS = 1
 
 
-def find_way(tokens: Tensor, parents: Tensor | None, choices: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give nodes, tokens [B, depth + 1] and the number accepted [B] of a `Way`, int64.
+def accepted_path(tokens: Tensor, parents: Tensor | None, choices: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give nodes, tokens [B, depth + 1] and the number accepted [B] of an `AcceptedPath`, int64.
 
     Args:
         tokens: int64 [B, N].

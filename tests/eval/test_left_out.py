@@ -17,10 +17,10 @@ from fledge.data_synthesis.answers.conversation import Conversation
 from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.prompts.rows import Prompt
-from fledge.eval.asking import QuestionReader, UnaskableError
 from fledge.eval.compare import _questions
 from fledge.eval.evaluate import evaluate
 from fledge.eval.local import Answerer
+from fledge.eval.question_reader import QuestionReader, UnaskableError
 from fledge.eval.questions import load_questions
 from fledge.models.formats.plain import save_head
 from fledge.models.head.config import DraftHeadConfig

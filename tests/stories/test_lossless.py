@@ -7,7 +7,7 @@ import torch
 from architectures import make_model, save_verifier
 from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.proposal import Drafter
-from fledge.eval.decoding.speculator import Decoded, Request, Speculator
+from fledge.eval.decoding.speculator import Answer, Request, Speculator
 from fledge.models.verifier.model import Verifier
 from oracles import Oracle, TreeOracle
 
@@ -33,7 +33,7 @@ def alone(other, prompts) -> list[list[int]]:
     return [decoded.tokens for decoded in answers(other, lambda _: NoDraft(), prompts, 8)]
 
 
-def answers(verifier, drafter_of, prompts: list[list[int]], num_sequences: int) -> list[Decoded]:
+def answers(verifier, drafter_of, prompts: list[list[int]], num_sequences: int) -> list[Answer]:
     """Answer prompts, each group with a drafter for the places of its first and last prompt."""
     first: Drafter = drafter_of(range(num_sequences))
     speculator = Speculator(verifier, [first], num_sequences=num_sequences)

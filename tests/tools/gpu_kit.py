@@ -155,7 +155,7 @@ def checks(rehearse: bool) -> int:
     import training_step
     from fledge.conf.schema import DraftSampling
     from fledge.eval.decoding.acceptance import AcceptanceRule
-    from fledge.eval.decoding.kernel_checks import DecodingShape, decoding_checks
+    from fledge.eval.decoding.kernel_checks import decoding_checks
     from fledge.models import kernels
     from fledge.models.kernels.self_check import Check, check_kernels
     from fledge.train.loss import kernel_checks
@@ -179,8 +179,8 @@ def checks(rehearse: bool) -> int:
             ("", Check("kl", partial(kernel_checks.compare_kl, options.draft_vocab_size, dtype, device))),
         ]
         for way, (rule, number, is_tree) in ways.items():
-            shape = DecodingShape(rule, head, number, is_tree, dtype, device)
-            cases += [(way, check) for check in decoding_checks(shape)]
+            found = decoding_checks(rule, head, number, is_tree, dtype, device)
+            cases += [(way, check) for check in found]
         for way, check in cases:
             record = check_kernels("kernels", "auto", device, [check], speaks=False).record[check.kernel]
             say(kernel=check.kernel, shape=preset, way=way, dtype=str(dtype), **record)

@@ -12,7 +12,7 @@ from decoding import Options, make_models
 from fledge.eval.decoding.acceptance import AcceptanceRule
 from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.prompt_lookup import NoDraft
-from fledge.eval.decoding.speculator import Decoded, Request, Speculator
+from fledge.eval.decoding.speculator import Answer, Request, Speculator
 from fledge.models.kernels import DECODING
 
 SHAPES = {"chain": (4,), "tree": (12, 4, 4)}
@@ -49,7 +49,7 @@ class Loop:
         speculator.prefill([Request(prompt, self.max_tokens, str(n)) for n, prompt in enumerate(self.prompts)])
         return speculator, drafter
 
-    def answers(self, shape: str, rule: AcceptanceRule, **options: bool) -> tuple[list[Decoded], list[Decoded]]:
+    def answers(self, shape: str, rule: AcceptanceRule, **options: bool) -> tuple[list[Answer], list[Answer]]:
         """Answer with a draft head, and by the verifier alone."""
         speculator, drafter = self.speculator(shape, rule, **options)
         return speculator.decode(drafter), speculator.decode(NoDraft())

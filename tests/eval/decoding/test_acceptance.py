@@ -17,7 +17,7 @@ from fledge.conf.schema import Config, DraftSampling, EvaluateConfig
 from fledge.eval.decoding.acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, draw, uniform_draws
 from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.decoding.proposal import Proposal, find_way
+from fledge.eval.decoding.proposal import Proposal, accepted_path
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.eval.local import Answerer
 from fledge.eval.questions import Question
@@ -85,7 +85,7 @@ def counts_of_rounds(kind, drawn: bool, number: int = 20_000, temperature: float
     tokens, q = (torch.stack(parts, 1) if drawn or not i else None for i, parts in enumerate(zip(*drafts, strict=True)))
     every = logits.expand(number, -1, -1)
     proposal = Proposal(tokens, probabilities=q)
-    way = find_way(proposal, rule.choose(every, proposal, draws))
+    way = accepted_path(proposal, rule.choose(every, proposal, draws))
     rest = draw(rule.probabilities(every), torch.rand(number, 3, generator=generator, dtype=torch.float64))
     texts = torch.where(torch.arange(3) <= way.accepted[:, None], way.tokens, rest)
     return count_texts(texts), torch.einsum("i,j,k->ijk", *(logits / temperature).softmax(-1))
@@ -112,7 +112,7 @@ def random_proposal(number: int, logits: torch.Tensor, rule: AcceptanceRule) -> 
 def test_drafts_that_are_the_verifiers_own_are_always_accepted():
     rule, logits = AcceptanceRule(1.0, **DRAWN), torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     proposal, draws = random_proposal(200, logits, rule)
-    way = find_way(proposal, rule.choose(logits.expand(200, -1, -1), proposal, draws))
+    way = accepted_path(proposal, rule.choose(logits.expand(200, -1, -1), proposal, draws))
     assert way.accepted.tolist() == [2] * 200
     assert torch.equal(way.tokens[:, :2], proposal.tokens)
 
@@ -124,7 +124,7 @@ def test_drafts_that_the_verifier_never_gives_are_never_accepted(options):
     certain = torch.tensor([[[0.0, 0.0, 1.0]]]).expand(number, -1, -1)
     proposal = Proposal(torch.full((number, 1), 2), probabilities=certain if options else None)
     draws = torch.rand(number, 2, NUM_DRAWS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    way = find_way(proposal, rule.choose(logits, proposal, draws))
+    way = accepted_path(proposal, rule.choose(logits, proposal, draws))
     assert way.accepted.tolist() == [0] * number
     assert set(way.tokens[:, 0].tolist()) == {0, 1}
 

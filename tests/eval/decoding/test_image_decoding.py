@@ -9,10 +9,10 @@ from fledge.conf.schema import Config, DraftConfig, EvaluateConfig
 from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.data_synthesis.tokens.image_tokens import ImageReader, ImageTokenizer
 from fledge.data_synthesis.tokens.images import conversation_images, template_messages
-from fledge.eval.asking import QuestionReader, UnaskableError
 from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.eval.local import Answerer
+from fledge.eval.question_reader import QuestionReader, UnaskableError
 from fledge.eval.questions import Question
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise

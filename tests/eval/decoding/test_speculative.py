@@ -13,8 +13,8 @@ from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.decoding.acceptance import GREEDY, AcceptanceRule
 from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.decoding.proposal import Drafter, Proposal, Tree, find_way, grow_tree
-from fledge.eval.decoding.speculator import Decoded, Request, Speculator, answer_alone
+from fledge.eval.decoding.proposal import Drafter, Proposal, Tree, accepted_path, grow_tree
+from fledge.eval.decoding.speculator import Answer, Request, Speculator, answer_alone
 from fledge.eval.decoding.verifier_cache import CachedVerifier
 from fledge.eval.figures.metrics import Counts
 from fledge.models.embedded.verifier import questions
@@ -63,7 +63,7 @@ def answers_of(
     rule: AcceptanceRule = GREEDY,
     num_sequences: int = 1,
     max_tokens: int = 40,
-) -> list[Decoded]:
+) -> list[Answer]:
     speculator = Speculator(verifier, [drafter], rule, num_sequences)
     answers = []
     for first in range(0, len(prompts), num_sequences):
@@ -205,11 +205,11 @@ def test_the_way_of_the_worked_line():
     sat, on, stop, the, a, mat = range(6)
     tree = Tree(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 2, 2]]), ancestors, 2)
     proposal = Proposal(torch.tensor([[on, stop, the, a]]), tree)
-    way = find_way(proposal, torch.tensor([[on, the, sat, mat, sat]]))
+    way = accepted_path(proposal, torch.tensor([[on, the, sat, mat, sat]]))
     assert way.nodes.tolist() == [[0, 1, 3]]
     assert way.tokens.tolist() == [[on, the, mat]]
     assert way.accepted.tolist() == [2]
-    way = find_way(proposal, torch.tensor([[mat, the, sat, mat, sat]]))
+    way = accepted_path(proposal, torch.tensor([[mat, the, sat, mat, sat]]))
     assert (way.nodes.tolist(), way.accepted.tolist(), way.tokens[0, 0].item()) == ([[0, 0, 0]], [0], mat)
 
 
@@ -219,7 +219,7 @@ def test_a_chain_is_a_tree_without_branches():
     choices = torch.randint(0, 2, (50, 6), generator=generator)
     parents = torch.arange(5).expand(50, -1)
     tree = Tree(parents, torch.arange(6).expand(50, -1), torch.ones(50, 6, 6).tril().bool(), 5)
-    chain, as_tree = find_way(Proposal(tokens), choices), find_way(Proposal(tokens, tree), choices)
+    chain, as_tree = accepted_path(Proposal(tokens), choices), accepted_path(Proposal(tokens, tree), choices)
     assert torch.equal(chain.accepted, as_tree.accepted)
     assert torch.equal(chain.nodes, as_tree.nodes)
     assert torch.equal(chain.tokens, as_tree.tokens)
@@ -294,8 +294,8 @@ def test_rejected_drafts_leave_no_trace_in_the_heads_cache():
 
 
 def test_counts_follow_vllms_definitions():
-    counts = Counts(3)
-    counts.add(drafted=[3, 3, 3, 0], accepted=[3, 1, 0, 0], output_tokens=8, seconds=2.0)
+    counts = Counts([0] * 3)
+    counts.add({"drafted": [3, 3, 3, 0], "accepted": [3, 1, 0, 0], "output_tokens": 8, "seconds": 2.0})
     values = counts.as_dict()
     assert values["num_drafts"] == 4
     assert values["num_draft_tokens"] == 9

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fledge.eval.decoding.acceptance import AcceptanceRule
-from fledge.eval.decoding.kernel_checks import DecodingShape, decoding_checks
+from fledge.eval.decoding.kernel_checks import decoding_checks
 from fledge.models import kernels
 from fledge.models.kernels.self_check import Check, check_kernels
 from fledge.train.loss import kernel_checks
@@ -51,7 +51,7 @@ def attention(dtype=torch.float32, num_layers=2):
 
 def decoding(rule, is_tree=False, dtype=torch.float32):
     head = make_head(vocab_size=300, hidden_size=96, head_dim=48).config
-    return decoding_checks(DecodingShape(rule, head, 5, is_tree, dtype, CPU))
+    return decoding_checks(rule, head, 5, is_tree, dtype, CPU)
 
 
 KINDS = {

@@ -24,7 +24,7 @@ from fledge.eval.decoding.kernel_checks import (
     random_tree,
 )
 from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
-from fledge.eval.decoding.proposal import find_way
+from fledge.eval.decoding.proposal import accepted_path
 from fledge.eval.decoding.speculator import Request
 from fledge.models.head import ttt_attention
 from fledge.models.kernels import choosing
@@ -189,12 +189,12 @@ def test_drawn_drafts_are_accepted_or_replaced_as_by_the_twin(sequences, drafts,
     ("make", "num_nodes"), [(chain, 0), (chain, 1), (chain, 7), (random_tree, 1), (random_tree, 60)]
 )
 def test_the_way_is_the_twins_and_its_slots_come_together_as_by_the_twin(make, num_nodes, kind):
-    proposal = make(16, num_nodes, "cuda", 3)
-    choices = choices_for(proposal, kind, 3)
+    proposal = make(16, num_nodes, "cuda")
+    choices = choices_for(proposal, kind)
     assert count_other_steps(proposal, choices) == 0
-    accepted = find_way(proposal, choices).accepted.sum()
+    accepted = accepted_path(proposal, choices).accepted.sum()
     assert (accepted > 0) == (num_nodes > 0) if kind == "all" else accepted == 0 or kind == "some"
-    nodes = find_way(proposal, choices).nodes
+    nodes = accepted_path(proposal, choices).nodes
     for heads, head_dim, dtype in ((8, 128, torch.bfloat16), (3, 400, torch.float32), (2, 48, torch.float16)):
         assert count_other_slots(nodes, heads, head_dim, dtype) == 0
 

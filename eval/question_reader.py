@@ -1,4 +1,4 @@
-"""What the verifier reads of a question, and which questions it cannot be asked."""
+"""Questions in the verifier's tokens, and which of them cannot be asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnaskableError(ValueError):
 
 
 class QuestionReader:
-    """Gives questions in the verifier's tokens.
+    """Reads questions into the verifier's tokens.
 
     Args:
         max_context: tokens of prompt and answer that a server takes; None: the verifier in this process answers.
@@ -32,14 +32,14 @@ class QuestionReader:
 
     def __init__(self, config: Config, max_context: int | None = None, url: str = "") -> None:
         self._options, self._max_context, self._url = config.evaluate, max_context, url
-        self._problems: dict[str, str] | None = None  # by id, as `check` found them
+        self._problems: dict[str, str] | None = None  # by id, after `check`
         self.tokenizer = load_tokenizer(config.verifier)
         self.images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
         verifier = load_config(config.verifier)
         self._positions, self._vocab_size = int(verifier.max_position_embeddings), int(verifier.vocab_size)
 
     def read(self, question: Question, texts: list[str]) -> tuple[list[int], int, Images | None]:
-        """Give the prompt of the next answer, the most tokens of that answer, and the images in the prompt.
+        """Return the prompt of the next answer, the most tokens of that answer, and the images in the prompt.
 
         Raises:
             UnaskableError: why there is none.
@@ -58,27 +58,27 @@ class QuestionReader:
                 prompt = prompt_tokens(tokenizer, messages)
             check_known(tokenizer, prompt, self._vocab_size)
         except NoExactSpanError as error:
-            found = self._problems is None or question.id in self._problems
-            if isinstance(error, UnreadableImagesError) and not found:
+            is_new = self._problems is not None and question.id not in self._problems
+            if isinstance(error, UnreadableImagesError) and is_new:
                 raise ValueError(f"question {question.id}: {error}; the same command asks it again") from None
             raise UnaskableError(str(error)) from None
         return prompt, self._limit(question, len(prompt)), images
 
     def _limit(self, question: Question, length: int) -> int:
-        taken = length + self._options.draft_depth + 1
-        limit = min(question.max_tokens or self._options.max_tokens, self._positions - taken)
-        if self._max_context is not None and (limit < 1 or taken + limit > self._max_context):
+        needed = length + self._options.draft_depth + 1
+        limit = min(question.max_tokens or self._options.max_tokens, self._positions - needed)
+        if self._max_context is not None and (limit < 1 or needed + limit > self._max_context):
             raise UnaskableError(
-                f"a prompt of {length} tokens and an answer do not fit into the {self._max_context} "
-                f"tokens of {self._url}: shorten the question, lower evaluate.max_tokens, or start the server with a "
-                "longer context"
+                f"a prompt of {length} tokens and an answer do not fit into the {self._max_context} tokens of "
+                f"{self._url}: shorten the question, lower evaluate.max_tokens, or start the server with a longer "
+                "context"
             )
         if limit < 1:
             raise UnaskableError(f"its prompt of {length} tokens fills the verifier's context of {self._positions}")
         return limit
 
     def check(self, questions: Iterable[Question]) -> None:
-        """Name the questions that cannot be asked, as far as that is known before any answer; the others are asked.
+        """Print the questions that cannot be asked, as far as that is known before any answer; the others are asked.
 
         Raises:
             ValueError: none of the questions can be asked.
@@ -87,7 +87,7 @@ class QuestionReader:
         num_askable = 0
         for question in questions:
             try:
-                for turn in range(len(question.turns) if question.answers is not None else 1):
+                for turn in range(1 if question.answers is None else len(question.turns)):
                     self.read(question, [""] * turn)
                 num_askable += question.category != HELDOUT
             except UnaskableError as error:
@@ -97,6 +97,6 @@ class QuestionReader:
         if not num_askable:
             raise ValueError(f"evaluate.questions: none of them can be asked: {shown}")
         if problems:
-            said = f"questions that cannot be asked are left out, {len(problems)} of them: {shown}"
-            print(f"fledge: {said}", file=sys.stderr)
+            message = f"questions that cannot be asked are left out, {len(problems)} of them: {shown}"
+            print(f"fledge: {message}", file=sys.stderr)
         self._problems = problems
