@@ -21,13 +21,7 @@ _RUN_NAME = {  # the argument for a run's name; accelerate's first argument, cal
 
 
 def open_tracker(
-    tracker: TrackerName,
-    options: TrackingConfig,
-    folder: Path,
-    run: str,
-    name: str,
-    about: dict[str, Any] | None = None,
-    step: int = 0,
+    tracker: TrackerName, options: TrackingConfig, folder: Path, run: str, name: str, about: Any = None, step: int = 0
 ) -> Any:
     """Open a tracker of accelerate; its `tracker` is its package's own run.
 
@@ -37,7 +31,7 @@ def open_tracker(
     Args:
         folder: of the files that W&B and TensorBoard write.
         run: W&B run id, the same over all starts.
-        about: logged with the run; None adds nothing.
+        about: dictionary that is logged with the run; None adds nothing.
         step: the step training goes on from.
     """
     from accelerate import tracking
@@ -81,5 +75,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + str(name)] = value if isinstance(value, (bool, int, float, str)) else str(value)
+            flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return flat

@@ -113,6 +113,11 @@ class PlanConfig:
     json: bool = False  # print JSON instead of the table
     save: bool = False  # write plan.json to the run folder too
 
+    @property
+    def ranks_of_node(self) -> int:
+        """Ranks of training on each node."""
+        return self.ranks_per_node or self.gpus_per_node
+
 
 @dataclass
 class StatusConfig:

@@ -1,4 +1,4 @@
-"""What a submission is made of, kept beside its jobs: the configuration and the code, as they were."""
+"""Copies of configuration and code next to the jobs, as they were when these were submitted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ...train.metrics.tracking import git_state
 
 PACKAGE = Path(__file__).parents[2]
 FROZEN = "frozen"  # the configuration that jobs take: --config-name frozen
-CODE = "code"  # on PYTHONPATH of the jobs
 _HEADER = """# The configuration of the jobs beside it, resolved: every option, whatever the groups say by now.
 defaults:
   - schema
@@ -34,17 +33,13 @@ hydra:
 
 
 def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Write configuration and code into the folder of a submission; give what is to be recorded of them."""
+    """Write configuration and code into the folder of a submission; return what is to be recorded of them."""
     write_atomic(folder / f"{FROZEN}.yaml", _HEADER + OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-    _copy_package(folder / CODE / "fledge")
-    return {"fledge": __version__, "overrides": overrides, "git": git_state(PACKAGE)}
-
-
-def _copy_package(target: Path) -> None:
-    """Copy the modules and their data; tests, environments and runs may lie beside them."""
+    target = folder / "code" / "fledge"  # templates/head.sh puts code/ on PYTHONPATH
     target.mkdir(parents=True)
-    for entry in sorted(PACKAGE.iterdir()):
+    for entry in sorted(PACKAGE.iterdir()):  # tests, environments and runs may lie next to the modules
         if entry.is_file() and entry.suffix == ".py":
             shutil.copy2(entry, target)
         elif entry.is_dir() and (entry / "__init__.py").is_file():
             shutil.copytree(entry, target / entry.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    return {"fledge": __version__, "overrides": overrides, "git": git_state(PACKAGE)}

@@ -17,7 +17,7 @@ import pytest
 from builders import composed, copy_until_dump
 from commands import run_command
 from fledge.conf.runtime.launch import environments
-from fledge.conf.runtime.rank_info import Place
+from fledge.conf.runtime.rank_info import RankInfo
 from fledge.conf.schema import (
     Config,
     ContainerConfig,
@@ -295,7 +295,7 @@ def test_an_export_waits_for_training_and_no_evaluation(tmp_path):
 
 
 def test_a_node_is_a_part_of_the_ranks_of_all():
-    second = Place(rank=1, world=3, address="n1", port=4711)
+    second = RankInfo(rank=1, world=3, address="n1", port=4711)
     told = [environment or {} for environment in environments(2, second)]
     assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in told] == [
         ("2", "0", "6", "2"),
@@ -362,8 +362,8 @@ def test_jobs_are_read_as_slurm_shows_them():
         "Restarts=2 BatchFlag=1 Reboot=0 ExitCode=2:0 NodeList=n0 ReqNodeList=(null)"
     )
     state = _parse(line)
-    assert (state.id, state.tasks, state.state, state.reason) == ("3", {0}, "FAILED", "NonZeroExitCode")
-    assert (state.exit_code, state.restarts, state.nodes, state.live) == ("2:0", 2, "n0", False)
+    assert (state.tasks, state.state, state.reason) == ({0}, "FAILED", "NonZeroExitCode")
+    assert (state.exit_code, state.nodes, state.live) == ("2:0", "n0", False)
     assert _parse(line.replace("ArrayTaskId=0 ", "ArrayTaskId=2-3,7%4 ")).tasks == {2, 3, 7}
     for named in ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "REQUEUE_FED", "RESV_DEL_HOLD"):
         assert _parse(line.replace("FAILED", named)).live, "it may still run"

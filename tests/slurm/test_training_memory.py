@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import SUPPORT
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.verifier.model import load_config
 from fledge.slurm.plan.memory import TrainingShape, peak, training_memory
@@ -99,7 +98,7 @@ def foreseen(spec: Spec, ranks: int, folder: Path) -> dict[str, dict[str, int]]:
 
 def measured(spec: Spec, ranks: int, folder: Path) -> list[int]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    script = SUPPORT / "training_memory.py"
+    script = Path(__file__).with_name("training_memory.py")
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(folder), json.dumps(dataclasses.asdict(spec))],
         capture_output=True,
