@@ -10,14 +10,10 @@ from pathlib import Path
 
 import jinja2
 
-from ...conf.schema import STAGES, Config, ContainerKind, HiddenStates, JobConfig, ServerConfig, ServerKind
-from .records import LOGS
+from ...conf.schema import STAGES, Config, HiddenStates, JobConfig, ServerConfig, ServerKind
 
 TEMPLATES = Path(__file__).with_name("templates")
 SERVER = "server"
-# Where they write their addresses, quoted for Hydra.
-_ADDRESSES = r'''"synthesize.servers='${jobs//\'/\\\'}/servers'"'''
-_WAIT_S = 120  # for the other tasks of a step once one has ended
 _ARRAYS = (SERVER, "synthesize", "dump")
 _SERVERS = {
     ServerKind.vllm: "vllm serve",
@@ -66,88 +62,58 @@ def _render(config: Config, folder: Path, stage: str, stages: list[str]) -> Job:
     tasks = options.tasks if stage in _ARRAYS else None
     if stage == "dump" and config.train.hidden_states is HiddenStates.online:
         tasks = 1  # tokens alone are written by one
-    before = stage_before(stage, stages)
     artifact, grows = _progress(config, stage)
-    image = (cluster.server.image if is_server else None) or cluster.container.image
     values = {
-        "about": f"The verifier's servers of {config.name}." if is_server else f"Stage {stage} of run {config.name}.",
-        "after": f"{before}{' has begun' if before == SERVER else ' has ended well'}" if before else "",
-        "file": str(folder / f"{stage}.sbatch"),
-        "folder": str(folder),
-        "directives": _directives(config, folder, stage, options, tasks),
-        "artifact": str(artifact),
-        "grows": grows,
+        "config": config,
         "cluster": cluster,
+        "options": options,
+        "stage": stage,
+        "tasks": tasks,
+        "before": stage_before(stage, stages),
+        "file": folder / f"{stage}.sbatch",
+        "folder": folder,
+        "artifact": artifact,
+        "grows": grows,
         "venv": (cluster.server.venv if is_server else None) or cluster.venv,
         "env": {**cluster.env, **(cluster.server.env if is_server else {})},
-        "stage": stage,
-        "is_array": tasks is not None,
+        "image": (cluster.server.image if is_server else None) or cluster.container.image,
+        "mounted": mounted_paths(config),
+        "seconds": round(options.hours * 3600),
         "waits_for_servers": stage == "synthesize" and SERVER in stages,
-        "address": cluster.address if is_server or options.nodes > 1 else None,
-        "srun": " ".join(_srun(config, options, image)),
-        "inside": " ".join(_inside(config, options, image)),
-        "module": _module(config, stage),
-        "arguments": "".join(f" {argument}" for argument in _arguments(stage, tasks, SERVER in stages)),
+        "processes": _processes(config, stage),
         "command": " ".join(_server_command(config)) if is_server else "",
     }
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"quote": quoted, "expand": expand}
-    template = environment.get_template("server.sbatch" if is_server else "stage.sbatch")
-    return Job(stage, tasks, template.render(values))
+    environment.filters |= {"quote": quoted, "expand": expand, "literal": literal, "variables": variables}
+    environment.filters["slurm"] = for_slurm
+    return Job(stage, tasks, environment.get_template(f"{SERVER if is_server else 'stage'}.sbatch").render(values))
 
 
-def expand(value: str) -> str:
-    """Quote for the shell, variables left to it: `$USER`, but no command."""
-    return value if _PLAIN.fullmatch(value) else f'"{_variables(value)}"'
-
-
-def _variables(value: str) -> str:
+def variables(value: object) -> str:
     """Return a text for double quotes, variables left to the shell."""
-    return re.sub(r"\$(?![A-Za-z_{])", r"\\$", re.sub(r'([\\`"])', r"\\\1", value))
+    return re.sub(r"\$(?![A-Za-z_{])", r"\\$", re.sub(r'([\\`"])', r"\\\1", str(value)))
 
 
-def _literal(text: str) -> str:
+def literal(value: object) -> str:
     """Return a text for double quotes, nothing of it left to the shell."""
-    return re.sub(r'([\\`"$])', r"\\\1", text)
+    return re.sub(r'([\\`"$])', r"\\\1", str(value))
 
 
-def quoted(value: str) -> str:
+def expand(value: object) -> str:
+    """Quote for the shell, variables left to it: `$USER`, but no command."""
+    return str(value) if _PLAIN.fullmatch(str(value)) else f'"{variables(value)}"'
+
+
+def quoted(value: object) -> str:
     """Quote for the shell as it is; what looks like a variable in plain quotes would be taken for a mistake."""
-    return f'"{_literal(value)}"' if re.search(r"[$`]", value) else shlex.quote(value)
+    return f'"{literal(value)}"' if re.search(r"[$`]", str(value)) else shlex.quote(str(value))
 
 
-def directive(name: str, value: object) -> str:
-    """Return an option as an #SBATCH line has it, in Slurm's own quoting."""
+def for_slurm(value: object) -> str:
+    """Quote the value of an option in an #SBATCH line, as Slurm itself reads quotes."""
     text = str(value)
-    if not _PLAIN.fullmatch(text):
-        text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return f"--{name}={text}"
-
-
-def _directives(config: Config, folder: Path, stage: str, options: JobConfig, tasks: int | None) -> list[str]:
-    cluster = config.cluster
-    gpus = f"{cluster.gpu_type}:{options.gpus}" if cluster.gpu_type else str(options.gpus)
-    seconds = round(options.hours * 3600)
-    values = {
-        "job-name": f"{config.name}-{stage}",
-        "output": f"{folder}/{LOGS}/{stage}-".replace("%", "%%") + ("%A_%a.log" if tasks else "%j.log"),
-        "open-mode": "append",
-        "partition": options.partition or cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "array": f"0-{tasks - 1}" + (f"%{options.at_once}" if options.at_once else "") if tasks else None,
-        "nodes": options.nodes,
-        "ntasks-per-node": 1,
-        "cpus-per-task": options.cpus,
-        "mem": None if options.memory_gib is None else f"{options.memory_gib}G" if options.memory_gib else 0,
-        cluster.gpu_request: (f"gpu:{gpus}" if cluster.gpu_request == "gres" else gpus) if options.gpus else None,
-        "time": f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}",
-        "signal": f"B:USR1@{cluster.warn_s}",
-        "kill-on-invalid-dep": "yes",
-    }
-    named = [directive(name, value) for name, value in values.items() if value is not None]
-    return [*named, "--requeue", *cluster.sbatch]
+    return text if _PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _progress(config: Config, stage: str) -> tuple[Path, str]:
@@ -182,46 +148,12 @@ def mounted_paths(config: Config) -> list[str]:
     return [str(path) for path in paths if path not in inside and not {*paths, *inside} & {*path.parents}]
 
 
-def _srun(config: Config, options: JobConfig, image: str | None) -> list[str]:
-    """Return the options of a step, quoted: a task a node; when one has ended, the others may still end well."""
-    container = config.cluster.container
-    words = [f"--nodes={options.nodes}", "--ntasks-per-node=1", f"--cpus-per-task={options.cpus}"]
-    words += ["--kill-on-bad-exit=0", f"--wait={_WAIT_S}"]
-    if container.kind is ContainerKind.pyxis and image:
-        named = [f"{_literal(path)}:{_literal(path)}" for path in mounted_paths(config)]
-        mounts = ["$PWD:$PWD", "$jobs:$jobs", "${jobs%/jobs/*}:${jobs%/jobs/*}", *named]
-        words += [f"--container-image={quoted(image)}"]
-        words += [f'--container-mounts="{",".join([*mounts, *map(_variables, container.mounts)])}"']
-        words += ['--container-workdir="$PWD"']
-    return words + [quoted(option) for option in config.cluster.srun]
-
-
-def _inside(config: Config, options: JobConfig, image: str | None) -> list[str]:
-    """Return the command, quoted, that enters a container; nothing if srun does."""
-    container = config.cluster.container
-    if container.kind is not ContainerKind.apptainer or not image:
-        return []
-    paths = ["$PWD", "${jobs%/jobs/*}", *map(_literal, mounted_paths(config)), *map(_variables, container.mounts)]
-    mounts = [f'--bind "{path}"' for path in paths]
-    return ["apptainer exec", *(["--nv"] if options.gpus else []), *mounts, '--pwd "$PWD"', quoted(image)]
-
-
-def _module(config: Config, stage: str) -> str:
-    """Return the Python module that a task of a stage runs: itself, or what starts several processes of a node."""
-    processes = 1
+def _processes(config: Config, stage: str) -> int:
+    """Return the processes of a node: ranks of training, or those that hold one verifier together."""
     if stage == "train":
-        processes = config.train.num_processes
-    elif stage == "dump" and config.verifier.tensor_parallel:  # ranks hold one verifier together
-        processes = max(1, config.cluster.dump.gpus)
-    several = processes > 1 or getattr(config.cluster, stage).nodes > 1
-    return f"fledge.slurm.jobs.node {processes}" if several else "fledge"
-
-
-def _arguments(stage: str, tasks: int | None, with_servers: bool) -> list[str]:
-    """Return the overrides of a stage, quoted: which part is this task's, and who answers."""
-    part, parts = {"synthesize": ("shard", "num_shards"), "dump": ("writer", "num_writers")}.get(stage, ("", ""))
-    words = [f'{stage}.{part}="$SLURM_ARRAY_TASK_ID"', f"{stage}.{parts}={tasks}"] if part else []
-    return words + ([_ADDRESSES] if stage == "synthesize" and with_servers else [])
+        return config.train.num_processes
+    together = stage == "dump" and config.verifier.tensor_parallel
+    return max(1, config.cluster.dump.gpus) if together else 1
 
 
 def served_model(config: Config) -> str:
