@@ -30,7 +30,7 @@ from fledge.conf.schema import (
 from fledge.slurm.jobs.freeze import freeze
 from fledge.slurm.jobs.queue import _parse, array_tasks, submit_file
 from fledge.slurm.jobs.records import JobRecord, write_submission
-from fledge.slurm.jobs.render import TEMPLATES, _server_sizes, directive, expand, render_jobs
+from fledge.slurm.jobs.render import TEMPLATES, _server_sizes, expand, for_slurm, render_jobs
 from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
 from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
@@ -103,8 +103,8 @@ def test_paths_and_values_reach_the_shell_as_they_are(tmp_path):
 
 
 def test_words_are_quoted_for_slurm_and_for_the_shell():
-    assert directive("mem", "64G") == "--mem=64G"
-    assert directive("job-name", 'a "b" \\') == '--job-name="a \\"b\\" \\\\"'
+    assert for_slurm("64G") == "64G"
+    assert for_slurm('a "b" \\') == '"a \\"b\\" \\\\"'
     assert expand("plain/path-1") == "plain/path-1"
     assert expand('$HOME/a "b" $(id) `id` $5') == '"$HOME/a \\"b\\" \\$(id) \\`id\\` \\$5"'
 
