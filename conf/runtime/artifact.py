@@ -23,13 +23,9 @@ from .signals import listening
 MANIFEST = "manifest.json"
 _HOLDER = "-holder"  # after the name of a lock: the file that says who holds it
 _OF_LOCK = (".lock", f".lock{_HOLDER}")
-_COMMANDS = {  # that make an artifact, if they are not named like it
-    "prompts": "synthesize",
-    "conversations": "synthesize",
-    "hidden_states": "dump",
-    "training": "train",
-    "evaluation": "evaluate",
-}
+# Commands that make an artifact, if they are not named like it.
+_COMMANDS = {"hidden_states": "dump", "training": "train", "evaluation": "evaluate"}
+_COMMANDS |= dict.fromkeys(("prompts", "conversations"), "synthesize")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -202,10 +198,9 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
         if manifest["settings"] == settings:
             return Artifact(folder, manifest)
         if not overwrite and manifest["settings"] is not None:  # None: an earlier start was clearing it
-            changes = (
-                f"{folder} was made with other settings ({'; '.join(differences(manifest['settings'], settings))})"
-            )
-            raise ValueError(f"{changes}: choose another name, or overwrite=true to make it anew")
+            changes = "; ".join(differences(manifest["settings"], settings))
+            cure = "choose another name, or overwrite=true to make it anew"
+            raise ValueError(f"{folder} was made with other settings ({changes}): {cure}")
         _clear(folder)
     elif any(entry.name not in (*_OF_LOCK, f".{MANIFEST}.tmp") for entry in folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {MANIFEST}: it is not fledge's to write, choose another folder")

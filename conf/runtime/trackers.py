@@ -21,7 +21,13 @@ _RUN_NAME = {  # the argument for a run's name; accelerate's first argument, cal
 
 
 def open_tracker(
-    tracker: TrackerName, options: TrackingConfig, folder: Path, run: str, name: str, about: Any = None, step: int = 0
+    tracker: TrackerName,
+    options: TrackingConfig,
+    folder: Path,
+    run: str,
+    name: str,
+    about: dict[str, Any] | None = None,
+    step: int = 0,
 ) -> Any:
     """Open a tracker of accelerate; its `tracker` is its package's own run.
 
@@ -31,7 +37,7 @@ def open_tracker(
     Args:
         folder: of the files that W&B and TensorBoard write.
         run: W&B run id, the same over all starts.
-        about: dictionary that is logged with the run; None adds nothing.
+        about: logged with the run; None adds nothing.
         step: the step training goes on from.
     """
     from accelerate import tracking

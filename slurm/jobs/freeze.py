@@ -12,29 +12,16 @@ from ... import __version__
 from ...conf.runtime.artifact import write_atomic
 from ...conf.schema import Config
 from ...train.metrics.tracking import git_state
+from .render import TEMPLATES
 
 PACKAGE = Path(__file__).parents[2]
 FROZEN = "frozen"  # the configuration that jobs take: --config-name frozen
-_HEADER = """# The configuration of the jobs beside it, resolved: every option, whatever the groups say by now.
-defaults:
-  - schema
-  - override hydra/job_logging: none
-  - override hydra/hydra_logging: none
-  - _self_
-
-hydra:
-  run:
-    dir: .
-  output_subdir: null
-  job:
-    chdir: false
-
-"""
 
 
 def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Write configuration and code into the folder of a submission; return what is to be recorded of them."""
-    write_atomic(folder / f"{FROZEN}.yaml", _HEADER + OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    options = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    write_atomic(folder / f"{FROZEN}.yaml", (TEMPLATES / "frozen.yaml").read_text() + options)
     target = folder / "code" / "fledge"  # templates/head.sh puts code/ on PYTHONPATH
     target.mkdir(parents=True)
     for entry in sorted(PACKAGE.iterdir()):  # tests, environments and runs may lie next to the modules
