@@ -82,7 +82,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, check: Check | None = None, sync_every_s: float = 0.0) -> None:
-        self.done, whole = set(), 0
+        self.done: set[str] = set()
+        whole = 0
         self._file = open(path, "ab")  # noqa: SIM115
         for offset, line, record in read_journal_lines(path, check, unfinished=True):
             self.done.add(record["id"])
