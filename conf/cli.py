@@ -127,10 +127,8 @@ def overrides_of(command: str, arguments: list[str]) -> list[str]:
     """Return the overrides that arguments stand for: flags, folders and names by SHORTHANDS, others as they are."""
     option, flags = SHORTHANDS.get(command, ("", {}))
     overrides = [flags.get(argument, argument) for argument in arguments]
-    if command == "demo":
-        return _with_defaults(overrides, "experiment=demo", "name=demo")
     if not option:
-        return overrides
+        return _with_defaults(overrides, "experiment=demo", "name=demo") if command == "demo" else overrides
     places = [number for number in range(len(overrides)) if _is_place(overrides, number)]
     quoted = ["'" + overrides[number].replace("'", "\\'") + "'" for number in places]
     if command == "compare":

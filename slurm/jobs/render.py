@@ -15,15 +15,10 @@ from ...conf.schema import STAGES, Config, HiddenStates, JobConfig, ServerConfig
 TEMPLATES = Path(__file__).with_name("templates")
 SERVER = "server"
 _ARRAYS = (SERVER, "synthesize", "dump")
-_SERVERS = {
-    ServerKind.vllm: "vllm serve",
-    ServerKind.sglang: "python -m sglang.launch_server --model-path",
-    ServerKind.trtllm: "trtllm-serve",
-}
-_SIZES = {  # the options of GPUs that share a copy, of copies, of the longest conversation
-    ServerKind.vllm: ("--tensor-parallel-size", "--data-parallel-size", "--max-model-len"),
-    ServerKind.sglang: ("--tp-size", "--dp-size", "--context-length"),
-    ServerKind.trtllm: ("--tp_size", "", "--max_seq_len"),  # one copy a server
+_ENGINES = {  # the command, and its options of GPUs that share a copy, of copies, of the longest conversation
+    ServerKind.vllm: ("vllm serve", "--tensor-parallel-size", "--data-parallel-size", "--max-model-len"),
+    ServerKind.sglang: ("python -m sglang.launch_server --model-path", "--tp-size", "--dp-size", "--context-length"),
+    ServerKind.trtllm: ("trtllm-serve", "--tp_size", "", "--max_seq_len"),  # one copy a server
 }
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 
@@ -130,19 +125,10 @@ def _progress(config: Config, stage: str) -> tuple[Path, str]:
 
 def mounted_paths(config: Config) -> list[str]:
     """Return the absolute paths that options name, for a container to have, but those that its mounts bring."""
-    named = [
-        config.runs_dir,
-        config.verifier.path,
-        config.synthesize.model,
-        config.dump.folder,
-        *(store.folder for store in config.train.stores),
-        *(source.path for source in config.data.sources),
-        *config.data.exclude,
-        config.train.init_from,
-        config.evaluate.questions,
-        config.evaluate.checkpoint,
-        config.export.checkpoint,
-    ]
+    named = [config.runs_dir, config.verifier.path, config.synthesize.model, config.dump.folder]
+    named += [*(store.folder for store in config.train.stores), *(source.path for source in config.data.sources)]
+    named += [*config.data.exclude, config.train.init_from, config.evaluate.questions]
+    named += [config.evaluate.checkpoint, config.export.checkpoint]
     paths = list(dict.fromkeys(Path(path) for path in named if path and Path(path).is_absolute()))
     inside = [Path(mount.split(":")[1]) for mount in config.cluster.container.mounts if ":" in mount]
     return [str(path) for path in paths if path not in inside and not {*paths, *inside} & {*path.parents}]
@@ -170,7 +156,7 @@ def _server_sizes(server: ServerConfig) -> list[str]:
     """Return the GPUs of a copy, the copies and the longest conversation in an engine's words."""
     copies = server_copies(server)
     sizes = (server.gpus // copies if server.gpus else None, copies if copies > 1 else None, server.max_length)
-    pairs = zip(_SIZES[server.kind], sizes, strict=True)
+    pairs = zip(_ENGINES[server.kind][1:], sizes, strict=True)
     return [word for name, value in pairs if value is not None for word in (name, str(value))]
 
 
@@ -178,8 +164,8 @@ def _server_command(config: Config) -> list[str]:
     """Return the server's command, quoted."""
     server, model = config.cluster.server, served_model(config)
     options = [expand(option) for option in server.options]
-    if server.kind in _SERVERS:
+    if server.kind in _ENGINES:
         address = ["--host", "0.0.0.0", "--port", '"$port"']
-        return [_SERVERS[server.kind], quoted(model), *address, *_server_sizes(server), *options]
+        return [_ENGINES[server.kind][0], quoted(model), *address, *_server_sizes(server), *options]
     words = [expand(word.replace("{model}", model)) for word in server.command]
     return [word.replace("{port}", "$port") for word in words] + options
