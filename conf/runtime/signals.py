@@ -25,7 +25,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_AGAIN = 75  # not at its end: the same command goes on from what is saved (EX_TEMPFAIL of sysexits.h)
 _REPEAT_S = 1.0  # a keyboard's signal and the same passed on by a launcher are one
-_GRACE_S = 60  # for a command to end where nothing is deferred; then it is ended
+_GRACE_S = 60  # for a command to end if nothing is deferred; then it is ended
 
 
 class Stopped(SystemExit):

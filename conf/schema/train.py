@@ -7,7 +7,7 @@ from typing import Annotated
 from .limits import MISSING, Kernels, Limit, NonNegativeInt, PositiveFloat, PositiveInt, Share, between
 from .models import Dtype
 
-# Where training takes the verifier's states from: the store of `fledge dump`, or the verifier, run beside the trainer
+# Where training takes the verifier's states from: the store of `fledge dump`, or the verifier, run next to the trainer
 # on every batch, while the store holds tokens only.
 HiddenStates = Enum("HiddenStates", {"offline": "offline", "online": "online"})
 # A training sample longer than train.batch_tokens ends after its last answer that ends within (or is dropped without
