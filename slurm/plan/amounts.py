@@ -72,7 +72,7 @@ def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingS
     """
     every, trained = shape.parameters
     keep, is_online = config.train.keep_checkpoints, config.train.hidden_states is HiddenStates.online
-    checkpoint = 2 * every * shape.item + (12 if shape.zero_stage else 8) * trained
+    checkpoint = 2 * every * shape.item + (12 if shape.deepspeed.zero_stage else 8) * trained
     exports = len(SERVING_FORMATS) if config.export.format is ExportFormat.all else 1
     return {
         "conversations": round(tokens.tokens * CHARS_A_TOKEN),

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from ...conf.schema import DeepSpeedConfig, TrainConfig
 from ...models.head.architectures import build_head
 from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import VocabularyMap
@@ -27,17 +28,16 @@ class TrainingShape:
     """Everything that the memory of one rank depends on."""
 
     head: DraftHeadConfig
-    dtype: torch.dtype
-    ttt_steps: int
-    batch_tokens: int
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig
     counted_share: float  # useful rows among all
-    micro_batches: int  # packs that a rank has in memory at a time: those of an optimizer step
     ranks: int
-    zero_stage: int
-    offload_optimizer: bool = False
     train_lm_head: bool = True
-    recompute: bool = False
     device: str = "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.train.dtype.value)
 
     @property
     def item(self) -> int:
@@ -52,7 +52,12 @@ class TrainingShape:
     @property
     def useful(self) -> int:
         """Useful rows of a pack."""
-        return round(self.batch_tokens * self.counted_share)
+        return round(self.train.batch_tokens * self.counted_share)
+
+    @property
+    def micro_batches(self) -> int:
+        """Packs that a rank has in memory at a time: those of an optimizer step."""
+        return -(-self.train.packs_per_step // self.ranks)
 
     @cached_property
     def parameters(self) -> tuple[int, int]:
@@ -91,13 +96,13 @@ def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:
 
 def _always(shape: TrainingShape) -> dict[str, int]:
     """Return what a rank keeps from the first step to the last."""
-    (every, trained), head, stage = shape.parameters, shape.head, shape.zero_stage
+    (every, trained), head, stage = shape.parameters, shape.head, shape.deepspeed.zero_stage
     share = trained * _WIDE // (shape.ranks if stage else 1)
-    on_device = not shape.offload_optimizer
+    on_device = not shape.deepspeed.offload_optimizer
     gradients = trained * _WIDE if stage == 1 and shape.narrow else 0  # float32 buffers that are held all the time
     if stage == 3 and on_device:
         gradients = share
-    batch = shape.batch_tokens * (len(head.aux_layers) + 1) * head.verifier_hidden_size * shape.item
+    batch = shape.train.batch_tokens * (len(head.aux_layers) + 1) * head.verifier_hidden_size * shape.item
     return {
         "weights of the head": every * shape.item // (shape.ranks if stage == 3 else 1),
         "float32 master weights": on_device * bool(stage) * share,
@@ -111,10 +116,10 @@ def _always(shape: TrainingShape) -> dict[str, int]:
 
 def _accumulated(shape: TrainingShape) -> dict[str, int]:
     """Return the gradients of packs before, while a further one is computed, and the weights that ZeRO 3 gathers."""
-    (every, trained), stage = shape.parameters, shape.zero_stage
+    (every, trained), stage = shape.parameters, shape.deepspeed.zero_stage
     gradients = trained * shape.item
     if stage == 2:
-        gradients = 0 if shape.offload_optimizer else trained * _WIDE // shape.ranks
+        gradients = 0 if shape.deepspeed.offload_optimizer else trained * _WIDE // shape.ranks
     return {
         "gradients of the packs before": 0 if shape.micro_batches == 1 or stage == 3 else gradients,
         "weights gathered (ZeRO 3)": every * shape.item if stage == 3 and shape.ranks > 1 else 0,
@@ -129,7 +134,8 @@ def _activations(shape: TrainingShape) -> int:
     attention's output, keys and values, and three tensors of the SwiGLU. With activation checkpointing a step keeps its
     inputs and its keys and values, and one step at a time is there in full.
     """
-    head, item, rows, useful, steps = shape.head, shape.item, shape.batch_tokens, shape.useful, shape.ttt_steps
+    head, item, rows, useful = shape.head, shape.item, shape.train.batch_tokens, shape.useful
+    steps = shape.train.ttt_steps
     on_cpu, width = shape.device == "cpu", head.hidden_size
     norm = item if shape.device == "cuda" else 2 * _WIDE  # of an input: torch's fused norm keeps the input alone
     queries, keys = head.num_attention_heads * head.head_dim, head.num_key_value_heads * head.head_dim
@@ -143,7 +149,7 @@ def _activations(shape: TrainingShape) -> int:
     later = useful * (width * (norm + item) + 2 * keys * item + tail + further)
     projected = rows * (queries + 2 * keys) * item
     normed = steps * useful * width * item
-    if not shape.recompute:
+    if not shape.train.checkpoint_activations:
         return every_row + first + (steps - 1) * later + projected + normed
     inputs = useful * (width + queries + 4 * keys + 2 * head.head_dim) * item
     return every_row + steps * inputs + max(first, later) + projected + normed
@@ -153,7 +159,7 @@ def _loss_gradients(shape: TrainingShape) -> dict[str, int]:
     """Return the gradients that the pass over the logits leaves to the backward pass."""
     head = shape.head
     matrix = head.draft_vocab_size * head.hidden_size * _WIDE if shape.train_lm_head else 0
-    states = shape.ttt_steps * shape.useful * head.hidden_size * shape.item
+    states = shape.train.ttt_steps * shape.useful * head.hidden_size * shape.item
     return {"gradient of lm_head, float32": matrix, "gradients of the states": states}
 
 
@@ -163,7 +169,7 @@ def _loss(shape: TrainingShape) -> dict[str, int]:
     The gradient of lm_head is added up in float32; in 16 bit products are made before they are added, slice by slice.
     """
     head, wide = shape.head, _WIDE
-    vocab, useful, steps = head.draft_vocab_size, shape.useful, shape.ttt_steps
+    vocab, useful, steps = head.draft_vocab_size, shape.useful, shape.train.ttt_steps
     trained_width = head.hidden_size * shape.train_lm_head
     size = rows_in_chunk(steps, vocab, shape.dtype, torch.device(shape.device), trained_width)
     size = min(size, max(1, useful))
@@ -185,7 +191,7 @@ def _backward(shape: TrainingShape) -> dict[str, int]:
     """Return what the backward pass has of its own: a gradient as it is handed on, and where it is sent from."""
     head, (_, trained) = shape.head, shape.parameters
     matrix = head.draft_vocab_size * head.hidden_size if shape.train_lm_head else 0
-    has_bucket = shape.zero_stage == 2 or (shape.zero_stage == 1 and not shape.narrow)
+    has_bucket = shape.deepspeed.zero_stage == 2 or (shape.deepspeed.zero_stage == 1 and not shape.narrow)
     return {
         "gradient of lm_head, in the weights' type": matrix * shape.item * shape.narrow,
         "DeepSpeed's bucket": shape.bucket(trained // 2) * shape.item * has_bucket,
@@ -195,10 +201,10 @@ def _backward(shape: TrainingShape) -> dict[str, int]:
 def _update(shape: TrainingShape) -> int:
     """Return what the optimizer's step adds: gradients, the flat copy of a rank's share, and Adam's denominator."""
     _, trained = shape.parameters
-    if shape.offload_optimizer:
+    if shape.deepspeed.offload_optimizer:
         return trained * shape.item
-    if shape.zero_stage == 0:
+    if shape.deepspeed.zero_stage == 0:
         return 2 * trained * _WIDE
-    if shape.zero_stage == 1 and shape.narrow:
+    if shape.deepspeed.zero_stage == 1 and shape.narrow:
         return trained * shape.item + 2 * trained * _WIDE // shape.ranks
     return 3 * trained * _WIDE // shape.ranks

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from ...conf.runtime.artifact import write_json
 from ...conf.schema import Config, DumpEngine, EvaluateEngine, Gpu, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES
@@ -40,19 +38,8 @@ def make_plan(config: Config) -> dict[str, Any]:
     """
     head, verifier, tokens = planned_head(config), verifier_shape(config), find_tokens(config)
     ranks = config.plan.num_nodes * config.plan.ranks_of_node
-    shape = TrainingShape(
-        head=head,
-        dtype=getattr(torch, config.train.dtype.value),
-        ttt_steps=config.train.ttt_steps,
-        batch_tokens=config.train.batch_tokens,
-        counted_share=tokens.counted_share,
-        micro_batches=-(-config.train.packs_per_step // ranks),
-        ranks=ranks,
-        zero_stage=config.deepspeed.zero_stage,
-        offload_optimizer=config.deepspeed.offload_optimizer,
-        train_lm_head=config.draft.train_lm_head,
-        recompute=config.train.checkpoint_activations,
-    )
+    lm_head = config.draft.train_lm_head
+    shape = TrainingShape(head, config.train, config.deepspeed, tokens.counted_share, ranks, lm_head)
     memory = {phase: parts | _other_memory(config, verifier, head) for phase, parts in training_memory(shape).items()}
     gpu_memory = (config.plan.gpu_memory_gib or GPU_MEMORY_GIB[config.plan.gpu]) * 2**30
     made: dict[str, Any] = {
@@ -79,7 +66,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         },
         "training": {
             "ranks": ranks,
-            "zero_stage": shape.zero_stage,
+            "zero_stage": config.deepspeed.zero_stage,
             "micro_batches": shape.micro_batches,
             "largest phase": peak(memory)[0],
             "memory by phase": memory,
