@@ -74,7 +74,7 @@ def _steps(folder: Path, options: dict[str, Any]) -> str:
     loss = f", loss {last['train/loss']:.3f}" if "train/loss" in last else ""
     prefix = "heldout/acceptance_length_"
     of_heldout = [{name: value for name, value in record.items() if name.startswith(prefix)} for record in records]
-    lengths = next(filter(None, reversed(of_heldout)), {})  # the latest
+    lengths: dict[str, Any] = next(filter(None, reversed(of_heldout)), {})  # the latest
     numbers = {name.removeprefix(prefix): value for name, value in lengths.items()}
     acceptance = "".join(f", τ@{num} {value:.2f}" for num, value in numbers.items() if num.isdecimal())
     return f"step {last['step']}" + (f" of {total}" if total else "") + epochs + loss + acceptance

@@ -47,14 +47,15 @@ def find_tokens(config: Config) -> Tokens:
         number, written = (manifest["counts"][name] for name in ("conversations", "completion_tokens"))
         about = f"answers counted in {config.conversations_folder}, prompts by plan.counted_share"
         return Tokens(number, round(written / options.counted_share), written, about)
-    number = options.conversations or config.data.limit
-    if number is None:
+    conversations = options.conversations or config.data.limit
+    if conversations is None:
         raise ValueError(
             f"plan.conversations is required: {config.run_folder} has no conversations yet, and data.limit is not set"
         )
-    tokens, name = round(number * options.mean_tokens), "plan.conversations" if options.conversations else "data.limit"
+    tokens = round(conversations * options.mean_tokens)
+    name = "plan.conversations" if options.conversations else "data.limit"
     about = f"{name} of plan.mean_tokens={options.mean_tokens:g}"
-    return Tokens(number, tokens, round(tokens * options.counted_share), about)
+    return Tokens(conversations, tokens, round(tokens * options.counted_share), about)
 
 
 def _manifest(folder: Path, kind: str) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def _load_config(path: str | None, verifier: VerifierConfig) -> tuple[Any, str]:
             raise ValueError(str(error).replace("verifier.path", "plan.verifier_config")) from None
     if not verifier.shapes or Path(verifier.path).is_dir():
         return load_whole_config(verifier), verifier.path
-    kind = verifier.shapes.get("model_type")
+    kind: Any = verifier.shapes.get("model_type")
     try:
         sizes = {name: value for name, value in verifier.shapes.items() if name != "model_type"}
         return AutoConfig.for_model(kind, **sizes), "verifier.shapes"
