@@ -16,6 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import __version__
+from ..train.loss.losses import find_loss
 from .errors import USER_ERRORS, explain, fail
 from .runtime.output import Output, readers_may_leave
 from .runtime.signals import answered
@@ -32,10 +34,7 @@ COMMANDS = {
     "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
     "doctor": ("fledge.eval.doctor.doctor:doctor", "say why a head loses acceptance, and which field to change"),
     "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
-    "inspect": (
-        "fledge.data_synthesis.inspect_store:inspect_store",
-        "print what a store holds, and whether it is sound",
-    ),
+    "inspect": ("fledge.data_synthesis.inspect_store:inspect_store", "print what a store holds, and if it is sound"),
     "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory"),
     "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
     "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
@@ -103,24 +102,22 @@ def _leave(code: Any) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        lines = "\n".join(f"  {name:<11} {meaning}" for name, (_, meaning) in COMMANDS.items())
-        print(USAGE.format(commands=lines))
-        return
-    if arguments[0] == "--version":
-        print(importlib.import_module("fledge").__version__)
-        return
-    command = arguments[0]
-    if command not in COMMANDS:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items())))
+    elif command == "--version":
+        print(__version__)
+    elif command not in COMMANDS:
         fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
-    run_command(command, overrides_of(command, arguments[1:]))
+    else:
+        run_command(command, overrides_of(command, arguments[1:]))
 
 
 def _limit_spinning() -> None:
     """Let waiting OpenMP threads sleep sooner than libgomp does by itself, if the user has not said how they wait.
 
-    libgomp reads this when torch loads it. Threads that spin for milliseconds hold the cores that busy neighbours and
-    their own siblings need; threads that sleep at once are slow alone (measured: docs/experiments.md).
+    libgomp reads this when torch loads it. Threads that spin for long hold cores that others need; threads that sleep
+    at once are slow alone (measured: docs/experiments.md).
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "2000"
@@ -130,10 +127,8 @@ def overrides_of(command: str, arguments: list[str]) -> list[str]:
     """Return the overrides that arguments stand for: flags, folders and names by SHORTHANDS, others as they are."""
     option, flags = SHORTHANDS.get(command, ("", {}))
     overrides = [flags.get(argument, argument) for argument in arguments]
-    if command == "demo":
-        return _with_defaults(overrides, "experiment=demo", "name=demo")
     if not option:
-        return overrides
+        return _with_defaults(overrides, "experiment=demo", "name=demo") if command == "demo" else overrides
     places = [number for number in range(len(overrides)) if _is_place(overrides, number)]
     quoted = ["'" + overrides[number].replace("'", "\\'") + "'" for number in places]
     if command == "compare":
@@ -164,7 +159,22 @@ def run_command(command: str, overrides: list[str]) -> None:
     show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
     sys.argv = [f"fledge {command}", *_with_free_names(overrides)]
-    task = _task(command, show_traceback)
+
+    def task(composed: Any) -> None:
+        try:  # in here: Hydra would print the overrides first
+            config = OmegaConf.to_object(composed)
+            assert isinstance(config, Config)
+            validate(config)
+            find_loss(config.train.loss)
+            Output.stage = "" if command in PRINTING or config.submit.dry_run else command
+            _quiet_libraries(command)
+            module, function = COMMANDS[command][0].split(":")
+            getattr(importlib.import_module(module), function)(config)
+        except USER_ERRORS as error:
+            if show_traceback:
+                raise
+            fail(explain(error))
+
     try:
         with answered(command):
             hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
@@ -187,24 +197,6 @@ def _free_options(kind: type, prefix: str = "") -> Iterator[str]:
             yield from _free_options(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif get_origin(hint) is dict:
             yield prefix + name
-
-
-def _task(command: str, show_traceback: bool) -> Any:
-    def task(composed: Any) -> None:
-        try:
-            config = OmegaConf.to_object(composed)
-            assert isinstance(config, Config)
-            validate(config)
-            Output.stage = "" if command in PRINTING or config.submit.dry_run else command
-            _quiet_libraries(command)
-            module, function = COMMANDS[command][0].split(":")
-            getattr(importlib.import_module(module), function)(config)
-        except USER_ERRORS as error:
-            if show_traceback:
-                raise
-            fail(explain(error))
-
-    return task
 
 
 def _quiet_libraries(command: str) -> None:

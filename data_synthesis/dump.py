@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..conf.runtime.artifact import Artifact, artifact, digest, read_manifest
-from ..conf.runtime.rank_info import find_place
+from ..conf.runtime.rank_info import read_rank_info
 from ..conf.schema import Config, DumpEngine, HiddenStates
 from ..models.head.vocabulary import build_vocabulary, coverage
 from ..models.verifier.model import check_identity, special_token_ids
@@ -114,7 +114,7 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
         write_tokens(config, tokens)
     plan = HiddenStateStore(folder / TOKENS_FOLDER, with_states=False)
     write_states(config, settings, plan, _missing(folder, len(plan.entries)))
-    if config.verifier.tensor_parallel and find_place(os.environ).rank:
+    if config.verifier.tensor_parallel and read_rank_info(os.environ).rank:
         return  # the first rank has written
     with artifact(folder, "hidden_states", settings, wait=True) as target:
         _complete(config, target, plan, always)

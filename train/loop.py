@@ -33,7 +33,7 @@ from .engine import end_micro_batch, learning_rate, micro_batches, start_engine
 from .heldout import HeldoutByLength, count_heldout, total
 from .loss.fused import SUMS
 from .loss.kernel_checks import ATTENTION, check_training
-from .loss.losses import LOSSES
+from .loss.losses import find_loss
 from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule, count_rows, find_targets
 from .metrics.meter import Meter
@@ -134,7 +134,7 @@ class Trainer:
             self.head,
             options.ttt_steps,
             options.gamma,
-            LOSSES[options.loss.value],
+            find_loss(options.loss),
             transform,
             options.blend_rate,
             options.checkpoint_activations,

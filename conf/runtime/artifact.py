@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from .signals import listening
 MANIFEST = "manifest.json"
 _HOLDER = "-holder"  # after the name of a lock: the file that says who holds it
 _OF_LOCK = (".lock", f".lock{_HOLDER}")
+# Commands that make an artifact, if they are not named like it.
+_COMMANDS = {"hidden_states": "dump", "training": "train", "evaluation": "evaluate"}
+_COMMANDS |= dict.fromkeys(("prompts", "conversations"), "synthesize")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -72,40 +76,35 @@ def read_manifest(folder: Path, kind: str, unfinished: bool = False) -> dict[str
     Raises:
         ValueError: the folder is missing, holds something else, or is not finished.
     """
-    path = folder / MANIFEST
+    path, command = folder / MANIFEST, f"fledge {_COMMANDS.get(kind, kind)}"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {kind} ({MANIFEST} is missing): run `fledge {_maker(kind)}` first")
+        raise ValueError(f"{folder} holds no {kind} ({MANIFEST} is missing): run `{command}` first")
     manifest = _load_manifest(path)
     if manifest.get("kind") != kind:
         raise ValueError(f"{folder} holds {manifest.get('kind')}, {kind} is required")
     if manifest.get("settings", {}) is None:
-        raise ValueError(f"{folder} is being cleared, or that was killed: run `fledge {_maker(kind)}` again")
+        raise ValueError(f"{folder} is being cleared, or that was killed: run `{command}` again")
     if not manifest.get("complete") and not unfinished:
-        raise ValueError(f"{folder} is not complete: run `fledge {_maker(kind)}` again, it goes on where it stopped")
+        raise ValueError(f"{folder} is not complete: run `{command}` again, it goes on where it stopped")
     return manifest
-
-
-def _maker(kind: str) -> str:
-    makers = {"prompts": "synthesize", "conversations": "synthesize", "hidden_states": "dump", "training": "train"}
-    return {**makers, "evaluation": "evaluate"}.get(kind, kind)
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}): delete the folder and make it again") from None
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} is not a manifest: delete the folder and make it again")
     return manifest
 
 
+@dataclass
 class Artifact:
     """A folder being made: its manifest, and whether there is anything left to do."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    folder: Path
+    manifest: dict[str, Any]
 
     @property
     def complete(self) -> bool:
@@ -125,11 +124,10 @@ class Artifact:
 
 
 def made_with(folder: Path, settings: dict[str, Any]) -> Artifact | None:
-    """Give the artifact in a folder, for reading, if it was begun or finished with these settings."""
+    """Return the artifact in a folder, for reading, if it was begun or finished with these settings."""
     path = folder / MANIFEST
     manifest = _load_manifest(path) if path.is_file() else {}
-    same = manifest.get("settings") == json.loads(json.dumps(settings))
-    return Artifact(folder, manifest) if same else None
+    return Artifact(folder, manifest) if manifest.get("settings") == json.loads(json.dumps(settings)) else None
 
 
 @contextmanager
@@ -139,8 +137,6 @@ def artifact(
     """Open an artifact folder for writing, alone; what an earlier start with the same settings left is kept.
 
     Args:
-        folder: created if missing.
-        kind: what the folder holds.
         settings: everything that determines the content, JSON-able, inputs' digests included.
         overwrite: delete an artifact that was made with other settings instead of refusing.
         wait: for another process that writes the folder, instead of refusing.
@@ -156,7 +152,7 @@ def artifact(
 
 @contextmanager
 def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
-    """Hold a lock, alone. A file beside it says who does, and whether that process is asked to stop.
+    """Hold a lock, alone. A file next to it says who does, and whether that process is asked to stop.
 
     Args:
         what: said before `another process`.
@@ -169,10 +165,9 @@ def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        who = "another process"
+        what += " another process"
         with suppress(OSError):  # it has just ended
-            who += f" ({about.read_text()})"
-        what = f"{what} {who}"
+            what += f" ({about.read_text()})"
         if cure:
             raise ValueError(f"{what}: {cure}") from None
         print(f"{what}: waiting for it", flush=True)
@@ -204,10 +199,8 @@ def _open(folder: Path, kind: str, settings: dict[str, Any], overwrite: bool) ->
             return Artifact(folder, manifest)
         if not overwrite and manifest["settings"] is not None:  # None: an earlier start was clearing it
             changes = "; ".join(differences(manifest["settings"], settings))
-            raise ValueError(
-                f"{folder} was made with other settings ({changes}): "
-                "choose another name, or overwrite=true to make it anew"
-            )
+            cure = "choose another name, or overwrite=true to make it anew"
+            raise ValueError(f"{folder} was made with other settings ({changes}): {cure}")
         _clear(folder)
     elif any(entry.name not in (*_OF_LOCK, f".{MANIFEST}.tmp") for entry in folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {MANIFEST}: it is not fledge's to write, choose another folder")
@@ -222,8 +215,7 @@ def _clear(folder: Path) -> None:
         with held(inner, f"{inner.parent} is being written by", "stop it, or wait for it"):
             pass
     write_json(folder / MANIFEST, {**_load_manifest(folder / MANIFEST), "settings": None, "complete": False})
-    entries = [entry for entry in folder.iterdir() if entry.name not in (*_OF_LOCK, MANIFEST)]
-    for entry in entries:
+    for entry in [entry for entry in folder.iterdir() if entry.name not in (*_OF_LOCK, MANIFEST)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -27,8 +27,8 @@ def read_journal_lines(
     path: Path, check: Check | None = None, unfinished: bool = False
 ) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
     """Read the records of a journal, with the lines and where these begin, in bytes: `read_line` finds one again."""
+    offset = 0
     with open(path, "rb") as file:
-        offset = 0
         for number, line in enumerate(file, 1):
             if unfinished and not line.endswith(b"\n"):
                 return
@@ -57,8 +57,7 @@ def _parse(path: Path, number: int, line: bytes, check: Check | None) -> dict[st
         raise ValueError(f"{path} line {number} is malformed ({error}): {cure}") from None
     if not isinstance(record, dict) or not isinstance(record.get("id"), str):
         raise ValueError(f"{path} line {number} has no id: {cure}")
-    problem = check(record) if check else None
-    if problem:
+    if check and (problem := check(record)):
         raise ValueError(f"{path} line {number} ({record['id']}): {problem}; {cure}")
     return record
 
@@ -83,21 +82,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, check: Check | None = None, sync_every_s: float = 0.0) -> None:
-        self._path = path
-        self.done = self._recover(check) if path.exists() else set()
-        self._file = open(path, "ab")  # noqa: SIM115
-        self._sync_every_s, self._synced = sync_every_s, time.monotonic()
-
-    def _recover(self, check: Check | None) -> set[str]:
-        ids: set[str] = set()
+        self.done: set[str] = set()
         whole = 0
-        with open(self._path, "rb+") as file:
-            for number, line in enumerate(file, 1):
-                if line.endswith(b"\n"):
-                    ids.add(_parse(self._path, number, line, check)["id"])
-                    whole += len(line)
-            file.truncate(whole)
-        return ids
+        self._file = open(path, "ab")  # noqa: SIM115
+        for offset, line, record in read_journal_lines(path, check, unfinished=True):
+            self.done.add(record["id"])
+            whole = offset + len(line)
+        self._file.truncate(whole)
+        self._sync_every_s, self._synced = sync_every_s, time.monotonic()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records, one line each: safe from a kill at once, from a power cut by an append some time later."""

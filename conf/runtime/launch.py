@@ -12,10 +12,12 @@ import time
 from hydra.core.hydra_config import HydraConfig
 
 from ..schema import STAGES, Config
-from .rank_info import Place
+from .rank_info import RankInfo
 from .signals import EXIT_AGAIN, deferred, listening
 
 _GRACE_S = 60.0  # for the other processes of a stage to end after one has failed
+_LEFT_OUT = """evaluate is left out, evaluate.engine=server has no evaluate.endpoint yet: serve the verifier with the \
+export, then `fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`"""
 
 
 def run(config: Config) -> None:
@@ -24,22 +26,15 @@ def run(config: Config) -> None:
     Evaluation by a server that is not named is left out: it can serve the head once that is exported.
     Exits with the code of the first stage that fails; started again, goes on there.
     """
-    overrides = list(HydraConfig.get().overrides.task)
-    started = time.monotonic()
-    stage = STAGES[0]
+    overrides, started, stage = list(HydraConfig.get().overrides.task), time.monotonic(), STAGES[0]
     with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
         for number, stage in enumerate(STAGES, 1):
             if signals.received:
                 signals.stop()
-            if stage == "evaluate" and config.evaluate.lacks_server:
-                print(
-                    f"[{number}/{len(STAGES)}] evaluate is left out, evaluate.engine=server has no evaluate.endpoint "
-                    "yet: serve the verifier with the export, then `fledge evaluate ... "
-                    "evaluate.endpoint=http://HOST:8000/v1`",
-                    flush=True,
-                )
+            is_left_out = stage == "evaluate" and config.evaluate.lacks_server
+            print(f"[{number}/{len(STAGES)}] {_LEFT_OUT if is_left_out else stage}", flush=True)
+            if is_left_out:
                 continue
-            print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
             command = [sys.executable, "-m", "fledge", stage, *overrides]
             code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
             if signals.received and code in (EXIT_AGAIN, 128 + signals.received):  # it had none to answer yet
@@ -51,23 +46,23 @@ def run(config: Config) -> None:
 
 
 def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> int:
-    """Run a stage to its end, a process in each environment, and give its exit code.
+    """Run a stage to its end, a process in each environment, and return its exit code.
 
     A signal that asks to stop goes on to its processes. A process that ends because another has ended does so with 1,
     which therefore counts least.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    came: list[signal.Signals] = []
+    received: list[signal.Signals] = []
 
     def pass_on(number: signal.Signals) -> None:
-        came.append(number)
+        received.append(number)
         for process in processes:
             process.send_signal(number)
 
     with listening(pass_on):
         for environment in environments:
             processes.append(subprocess.Popen(command, env=environment))
-        for number in came[:1]:  # to those that were not there yet
+        for number in received[:1]:  # to those that were not there yet
             pass_on(number)
         first: list[int | None] = []  # codes when the first process failed
         while None in (codes := [process.poll() for process in processes]):
@@ -81,21 +76,25 @@ def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> 
     return code if code >= 0 else 128 - code
 
 
-def environments(num_processes: int, node: Place | None = None) -> list[dict[str, str] | None]:
-    """Give the environment of each process; several find each other by what torchrun would give them.
+def environments(num_processes: int, node: RankInfo | None = None) -> list[dict[str, str] | None]:
+    """Return the environment of each process; several find each other by what torchrun would set.
 
     (torchrun itself turns every exit code into 1 and dies of SIGUSR1.)
 
     Args:
-        node: the place of this node's launcher among those of all nodes; None: it is the only one.
+        node: rank of this node's launcher among those of all nodes; None: it is the only one.
     """
-    node = node or Place()
+    node = node or RankInfo()
     if num_processes * node.world == 1:
         return [None]
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes))}
-    sizes = {"WORLD_SIZE": str(num_processes * node.world), "LOCAL_WORLD_SIZE": str(num_processes)}
-    meeting = {"MASTER_ADDR": node.address, "MASTER_PORT": str(node.port or _free_port())}
-    shared = {**threads, **os.environ, **sizes, **meeting}
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
+        **os.environ,
+        "WORLD_SIZE": str(num_processes * node.world),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": node.address,
+        "MASTER_PORT": str(node.port or _free_port()),
+    }
     first = node.rank * num_processes
     return [{**shared, "RANK": str(first + rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 

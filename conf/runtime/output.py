@@ -21,20 +21,19 @@ class Output:
     stage: ClassVar[str] = ""  # what goes on without a reader; "": nothing does
 
     def __init__(self, stream: TextIO, other: str) -> None:
-        self._stream = stream
-        self._other = other
+        self._stream, self._other = stream, other
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, for as long as anybody reads it."""
+        """Write text, as long as anybody reads it."""
         with self._read_or_left():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is written, for as long as anybody reads it."""
+        """Flush what is written, as long as anybody reads it."""
         with self._read_or_left():
             self._stream.flush()
 

@@ -11,21 +11,18 @@ LINE_EVERY_S = 10.0
 
 
 class Progress(tqdm):
-    """A tqdm bar that writes whole lines where there is no terminal, the first after an interval.
+    """A tqdm bar that writes whole lines if there is no terminal, the first after an interval.
 
     Args:
-        what: shown first.
-        total: units of work in all; None where nobody knows.
-        unit: of the count.
+        total: units of work in all; None if nobody knows.
         done: units finished by an earlier start.
     """
 
     def __init__(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
         self.disable = False
-        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {elapsed} < {remaining}{postfix}"
-        if not self._terminal:
-            layout = layout.replace("{l_bar}{bar}| ", "{desc}: ")
+        layout = "{l_bar}{bar}| " if self._terminal else "{desc}: "
+        layout += "{n_fmt}/{total_fmt}, {rate_noinv_fmt}, {elapsed} < {remaining}{postfix}"
         if total is None:
             layout = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}, {elapsed}{postfix}"
         super().__init__(
@@ -45,8 +42,7 @@ class Progress(tqdm):
         """Draw the bar, or print a line."""
         if self._terminal:
             return super().display(msg, pos)
-        line = str(self) if msg is None else msg
-        if line:
+        if line := str(self) if msg is None else msg:
             print(line, file=sys.stderr, flush=True)
         return True
 

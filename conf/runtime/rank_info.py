@@ -18,8 +18,8 @@ _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Place of a process: among all ranks, among those of its node, and where they meet."""
+class RankInfo:
+    """A process among all ranks, among those of its node, and where they meet."""
 
     rank: int = 0
     world: int = 1
@@ -36,13 +36,12 @@ class Place:
         of its own, and LOCAL_WORLD_SIZE is how many it sees: read again, they give the same GPU.
         """
         device = own_gpus(self, num_gpus)[0] if num_gpus else self.local_rank
-        numbers = (self.rank, self.world, device, self.address, self.port)
-        local_world = num_gpus or self.local_world
-        return {**dict(zip(_TORCH, map(str, numbers), strict=True)), "LOCAL_WORLD_SIZE": str(local_world)}
+        values = (self.rank, self.world, device, self.address, self.port, num_gpus or self.local_world)
+        return dict(zip((*_TORCH, "LOCAL_WORLD_SIZE"), map(str, values), strict=True))
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
-    """Read the place of this process.
+def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
+    """Read which rank this process is.
 
     torch's variables win: inside a Slurm step they are torchrun's, started by srun. MASTER_ADDR and MASTER_PORT alone
     say nothing: batch scripts export them for srun.
@@ -51,31 +50,28 @@ def find_place(environment: Mapping[str, str]) -> Place:
         ValueError: torch's variables are set in part, or contradict each other.
     """
     if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return _torch_place(environment)
-    if _is_slurm_rank(environment):
-        return _slurm_place(environment)
-    return Place()
+        return _of_torch(environment)
+    return _of_slurm(environment) if _is_slurm_rank(environment) else RankInfo()
 
 
-def _torch_place(environment: Mapping[str, str]) -> Place:
-    missing = [name for name in _TORCH if not environment.get(name)]
-    if missing:
-        present = [f"{name}={environment[name]}" for name in _TORCH if environment.get(name)]
+def _of_torch(environment: Mapping[str, str]) -> RankInfo:
+    present = [f"{name}={environment[name]}" for name in _TORCH if environment.get(name)]
+    if missing := [name for name in _TORCH if not environment.get(name)]:
         raise ValueError(
             f"{', '.join(missing)} must be set where {', '.join(present)} is: start by torchrun, srun or deepspeed, "
             "which set them all, or unset them for one process"
         )
-    local_world = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environment), "WORLD_SIZE")
+    local_world = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), "WORLD_SIZE")
     rank, world, local_rank, local, port = (
         _number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_world, "MASTER_PORT")
     )
     if rank >= world:
         raise ValueError(f"RANK must be below WORLD_SIZE={world}, got {rank}")
-    return Place(rank, world, local_rank, local, environment["MASTER_ADDR"], port)
+    return RankInfo(rank, world, local_rank, local, environment["MASTER_ADDR"], port)
 
 
 def _is_slurm_rank(environment: Mapping[str, str]) -> bool:
-    """Say whether this is one of several tasks of an srun step.
+    """Return whether this is one of several tasks of an srun step.
 
     SLURM_PROCID and SLURM_NTASKS do not tell: the shell of a batch script has them too (0, and the tasks *allowed*).
     Only a step has SLURM_STEP_*. A job submitted from inside a step inherits these, but not that step's SLURM_NTASKS.
@@ -85,14 +81,16 @@ def _is_slurm_rank(environment: Mapping[str, str]) -> bool:
     return "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and tasks != "1" and same_step
 
 
-def _slurm_place(environment: Mapping[str, str]) -> Place:
+def _of_slurm(environment: Mapping[str, str]) -> RankInfo:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     # Below the ports that systems give out by themselves (from 32768 on), another for each step of a job.
     port = 20000 + (job * 16 + step) % 12000
-    per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_STEP_NUM_TASKS"]))
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_STEP_NUM_TASKS"])  # 2(x3),1: 2, 2, 2, 1
+    repeated = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    per_node = [int(tasks) for tasks, times in repeated for _ in range(int(times or 1))]
     node = int(environment.get("SLURM_NODEID", "0"))
-    return Place(
+    return RankInfo(
         _number(environment, "SLURM_PROCID"),
         _number(environment, "SLURM_STEP_NUM_TASKS"),
         _number(environment, "SLURM_LOCALID"),
@@ -104,16 +102,10 @@ def _slurm_place(environment: Mapping[str, str]) -> Place:
 
 
 def first_host(nodes: str) -> str:
-    """Give the first host of a Slurm node list: `n[08-11,20],m1` -> `n08`."""
+    """Return the first host of a Slurm node list: `n[08-11,20],m1` -> `n08`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert first is not None
     return re.sub(r"\[([^,\-\]]*)[^\]]*\]", r"\1", first[0])
-
-
-def _tasks_per_node(counts: str) -> list[int]:
-    """Expand Slurm's counts: `2(x3),1` -> [2, 2, 2, 1]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -123,8 +115,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def own_gpus(place: Place, num_gpus: int) -> range:
-    """Give the GPUs, of those it sees, that a rank has to itself.
+def own_gpus(process: RankInfo, num_gpus: int) -> range:
+    """Return the GPUs, of those it sees, that a rank has to itself.
 
     A node's are dealt out to its ranks in equal, consecutive parts: four ranks on eight GPUs own 0-1, 2-3, 4-5, 6-7.
     Each trains on its first and spreads an online verifier over all.
@@ -132,9 +124,9 @@ def own_gpus(place: Place, num_gpus: int) -> range:
     Raises:
         ValueError: the node has fewer GPUs than ranks.
     """
-    if place.sees_own_gpus or num_gpus == 1:
+    if process.sees_own_gpus or num_gpus == 1:
         return range(num_gpus)
-    rank, ranks = place.local_rank, place.local_world
+    rank, ranks = process.local_rank, process.local_world
     if num_gpus < ranks:
         raise ValueError(f"{ranks} ranks were started on a node with {num_gpus} GPUs: start at most one a GPU")
     return range(rank * num_gpus // ranks, (rank + 1) * num_gpus // ranks)

@@ -1,9 +1,9 @@
-"""Signals that ask to stop: told at once, and obeyed as soon as nothing is lost by it.
+"""Signals that ask to stop: announced at once, and obeyed as soon as nothing is lost by it.
 
-While a command runs (`answered`), a signal ends it where it stands, as a kill would, but with a word and an exit code
-that asks for another start. What must not be torn apart is `deferred`: it is put away first, or the stage looks at
-`received` and ends at the next good place. A thread tells and passes on: Python's own handlers run between two
-operations only, and one operation of a large verifier may take a minute.
+While a command runs (`answered`), a signal ends it where it stands, as a kill would, but with a message and an exit
+code that asks for another start. What must not be torn apart is `deferred`: it is finished first, or the stage looks at
+`received` and ends itself. A thread announces: Python's own handlers run between two operations only, and one operation
+of a large verifier may take a minute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_AGAIN = 75  # not at its end: the same command goes on from what is saved (EX_TEMPFAIL of sysexits.h)
 _REPEAT_S = 1.0  # a keyboard's signal and the same passed on by a launcher are one
-_GRACE_S = 60  # for a command to end where nothing is deferred; then it is ended
+_GRACE_S = 60  # for a command to end if nothing is deferred; then it is ended
 
 
 class Stopped(SystemExit):
@@ -37,36 +37,36 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """What has come for this process, and what it does about it.
+    """Signals that a process has received, and its answer.
 
     Attributes:
         received: the first signal, once the process is between two operations.
     """
 
-    def __init__(self) -> None:
-        self.command = ""
+    def __init__(self, command: str = "") -> None:
+        self.command = command
         self.received: signal.Signals | None = None
         self.listeners: list[Callable[[signal.Signals], None]] = []  # called by a thread
         self.waits: str | Callable[[], str] | None = None  # says what is deferred
         self._first: signal.Signals | None = None  # as soon as it comes
-        self._came = 0.0
-        self._told = threading.Event()
+        self._latest_s = 0.0
+        self._announced = threading.Event()
         self._raised = False
 
     @property
     def name(self) -> str:
-        """Give the signal's name; another rank may have got one where this rank got none."""
+        """Name of the signal; another rank may have received one while this rank did not."""
         return self.received.name if self.received else "a signal"
 
     @property
     def exit_code(self) -> int:
-        """Give the code to end with: 130 after a keyboard's signal, else the one that asks for another start."""
+        """Code to end with: 130 after a keyboard's signal, else the one that asks for another start."""
         return 128 + signal.SIGINT if signal.SIGINT in (self.received, self._first) else EXIT_AGAIN
 
     def stop(self) -> None:
         """End the command, which has been asked to stop."""
         self._raised = True
-        self._told.wait(1.0)
+        self._announced.wait(1.0)
         raise Stopped(self.exit_code)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
@@ -80,7 +80,7 @@ class StopSignals:
             self.stop()
 
     def watch(self, wakeup: socket.socket) -> None:
-        """Tell each signal as it comes, until the socket is closed; end a process that does not end by itself."""
+        """Announce each signal as it comes, until the socket is closed; end a process that does not end by itself."""
         idle = 0
         while True:
             if select.select([wakeup], [], [], 1.0 if self._first else None)[0]:
@@ -88,29 +88,29 @@ class StopSignals:
                 if not numbers:
                     return
                 for number in filter(_SIGNALS.__contains__, numbers):
-                    self._tell(signal.Signals(number))
+                    self._announce(signal.Signals(number))
             elif (idle := idle + 1 if self.waits is None else 0) >= _GRACE_S:
-                self._say(f"it has not ended in {_GRACE_S} s, and is ended")
+                self._print(f"it has not ended in {_GRACE_S} s, and is ended")
                 os._exit(self.exit_code)
 
-    def _tell(self, came: signal.Signals) -> None:
+    def _announce(self, number: signal.Signals) -> None:
         now, waits = time.monotonic(), self.waits
-        if self._first and now - self._came < _REPEAT_S:
+        if self._first and now - self._latest_s < _REPEAT_S:
             return
-        self._came = now
+        self._latest_s = now
         for listener in list(self.listeners):
-            listener(came)
-        if self._first and came is signal.SIGINT:
-            self._say("SIGINT received again: it ends at once")
+            listener(number)
+        if self._first and number is signal.SIGINT:
+            self._print("SIGINT received again: it ends at once")
             os._exit(128 + signal.SIGINT)
-        self._first = self._first or came
+        self._first = self._first or number
         what = waits() if callable(waits) else waits or "it ends now, what it has saved stays"
-        self._say(f"{came.name} received: {what}" + ("; Ctrl-C ends it at once" if waits else ""))
-        self._told.set()
+        self._print(f"{number.name} received: {what}" + ("; Ctrl-C ends it at once" if waits else ""))
+        self._announced.set()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         line = f"{self.command}: {text}\n"
-        with suppress(OSError):  # nobody may be left to hear it
+        with suppress(OSError):  # nobody may be left to read it
             os.write(2, (f"\n{line}" if sys.stderr.isatty() else line).encode())  # waits for no lock of Python's
 
 
@@ -121,8 +121,7 @@ _this = StopSignals()  # a process has one
 def answered(command: str) -> Iterator[None]:
     """Answer the signals that ask to stop, while a command runs in this process."""
     global _this
-    outer, _this = _this, StopSignals()
-    _this.command = command
+    outer, _this = _this, StopSignals(command)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     threading.Thread(target=_this.watch, args=(reader,), name="signals", daemon=True).start()
@@ -148,7 +147,7 @@ def deferred(waits: str | Callable[[], str], then_stop: bool = True) -> Iterator
     """Let no signal end the command in here: the body looks at `received`, or is short.
 
     Args:
-        waits: tells what the command does before it ends, in a clause.
+        waits: says what the command does before it ends, in a clause.
         then_stop: end the command afterwards, if a signal has come.
     """
     outer, _this.waits = _this.waits, waits
@@ -171,7 +170,7 @@ def listening(listener: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """In a helper process: leave signals to the one that started it, and end as soon as that has, however it did."""
+    """Leave signals to the process that started this helper, and end as soon as that has, however it did."""
     for name in _SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)

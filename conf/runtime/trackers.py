@@ -41,6 +41,7 @@ def open_tracker(
         step: the step training goes on from.
     """
     from accelerate import tracking
+    from transformers.utils import flatten_dict
 
     tracking.logger = logging.getLogger(tracking.__name__)  # type: ignore[assignment]  # its own needs an Accelerator
     kind = tracking.LOGGER_TYPE_TO_CLASS[tracker.value]
@@ -54,7 +55,8 @@ def open_tracker(
     made.main_process_only = False  # the caller is one rank; accelerate would start a process group to know
     made.start()
     if about and tracker not in (TrackerName.wandb, TrackerName.tensorboard):
-        made.store_init_configuration(_flat(about))
+        flat = {name: value for name, value in flatten_dict(about).items() if value != {}}  # most know no nested ones
+        made.store_init_configuration({k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flat.items()})
     return made
 
 
@@ -72,14 +74,3 @@ def _wandb_arguments(options: TrackingConfig) -> dict[str, Any]:
     settings = wandb.Settings(console="off", disable_git=True, **limits)
     resume = "allow" if online else None
     return {"entity": options.entity, "mode": options.wandb.value, "resume": resume, "settings": settings}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return options by dotted name, since most trackers know no nested ones."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + str(name)] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat

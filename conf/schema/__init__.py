@@ -17,27 +17,21 @@ from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
-from .train import (
-    DeepSpeedConfig,
-    HiddenStates,
-    StoreConfig,
-    TooLong,
-    TrackerName,
-    TrackingConfig,
-    TrainConfig,
-    TTTLoss,
-    WandbMode,
-)
+from .train import DeepSpeedConfig, HiddenStates, StoreConfig, TooLong, TrackerName, TrackingConfig, TrainConfig
+from .train import WandbMode
 
-_PLACE = "; use runs_dir for the place"
-_NAME = Limit("be a plain folder name", lambda name: name not in ("", ".", "..") and "/" not in name, _PLACE)
+_IS_FOLDER = Limit(
+    "be a plain folder name",
+    lambda name: name not in ("", ".", "..") and "/" not in name,
+    "; use runs_dir for the place",
+)
 
 
 @dataclass
 class Config:
     """One run: a name, a folder, and the options of every stage."""
 
-    name: Annotated[str, _NAME] = MISSING  # the run folder is runs_dir/name
+    name: Annotated[str, _IS_FOLDER] = MISSING  # the run folder is runs_dir/name
     runs_dir: str = "runs"
     overwrite: bool = False  # make an artifact anew when it was made with other settings
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
@@ -67,17 +61,14 @@ class Config:
 
     @property
     def prompts_folder(self) -> Path:
-        """Folder of the prepared prompts."""
         return self.run_folder / "prompts"
 
     @property
     def conversations_folder(self) -> Path:
-        """Folder of the regenerated conversations."""
         return self.run_folder / "conversations"
 
     @property
     def hidden_states_folder(self) -> Path:
-        """Folder of the hidden-state store."""
         return Path(self.dump.folder) if self.dump.folder else self.run_folder / "hidden_states"
 
     @property
@@ -96,6 +87,7 @@ def validate(config: Config) -> None:
     _check_parts(config)
     _check_data(config.data)
     _check_conflicts(config)
+    _check_packages(config.tracking)
     _check_evaluation(config.evaluate)
 
 
@@ -118,10 +110,8 @@ def _check_data(data: DataConfig) -> None:
         "data.limit is required where sources have different weights: the weights share it out",
     )
     for name, low, high in (("chars", data.min_chars, data.max_chars), ("turns", data.min_turns, data.max_turns)):
-        require(
-            high is None or low <= high,
-            f"data.max_{name} must be at least data.min_{name}={low}, or null for no bound, got {high}",
-        )
+        least = f"data.max_{name} must be at least data.min_{name}={low}"
+        require(high is None or low <= high, f"{least}, or null for no bound, got {high}")
 
 
 def _check_conflicts(config: Config) -> None:
@@ -138,21 +128,20 @@ def _check_conflicts(config: Config) -> None:
         "dump.vllm_options={tensor_parallel_size: 8}",
     )
     require(
-        not config.tracking.tensorboard or find_spec("tensorboard"),
-        "tracking.tensorboard needs the package tensorboard, which is not installed: "
-        "pip install 'fledge[tensorboard]', or set it to false",
-    )
-    for name in config.tracking.trackers:
-        require(
-            find_spec(name.value) is not None,
-            f"tracking.report_to needs the package {name.value}, which is not installed: "
-            f"pip install {name.value}, or leave it out",
-        )
-    require(
         config.train.dtype is not Dtype.bfloat16 or config.deepspeed.zero_stage > 0,
         "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
         "DeepSpeed keeps no float32 master weights at stage 0",
     )
+
+
+def _check_packages(tracking: TrackingConfig) -> None:
+    """Check that the packages of trackers are installed."""
+    packages = [("report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
+    if tracking.tensorboard:
+        packages.insert(0, ("tensorboard", "tensorboard", "'fledge[tensorboard]'", "set it to false"))
+    for option, package, requirement, cure in packages:
+        missing = f"tracking.{option} needs the package {package}, which is not installed: "
+        require(find_spec(package), f"{missing}pip install {requirement}, or {cure}")
 
 
 def _check_evaluation(options: EvaluateConfig) -> None:

@@ -14,7 +14,7 @@ ContainerKind = Enum("ContainerKind", {"none": "none", "pyxis": "pyxis", "apptai
 ServerKind = Enum(
     "ServerKind", {"none": "none", "vllm": "vllm", "sglang": "sglang", "trtllm": "trtllm", "custom": "custom"}
 )
-# A kind of GPU, for `fledge plan`; slurm/plan/gpus.py has their figures.
+# A kind of GPU, for `fledge plan`; slurm/plan/plan.py has their memory.
 Gpu = Enum("Gpu", {"a100": "a100", "h100": "h100", "h200": "h200", "b200": "b200"})
 
 _GPU_REQUEST = Limit("be gpus-per-node or gres", lambda option: option in ("gpus-per-node", "gres"))
@@ -112,6 +112,11 @@ class PlanConfig:
     disk_tb: PositiveFloat | None = None  # free space for the run, in 10^12 bytes; None: of the disk that has runs_dir
     json: bool = False  # print JSON instead of the table
     save: bool = False  # write plan.json to the run folder too
+
+    @property
+    def ranks_of_node(self) -> int:
+        """Ranks of training on each node."""
+        return self.ranks_per_node or self.gpus_per_node
 
 
 @dataclass

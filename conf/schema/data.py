@@ -81,7 +81,7 @@ class SynthesizeConfig:
     servers: str | None = None  # or a folder in which servers write theirs, NAME.healthy: those of `fledge submit`
     model: str | None = None  # what the servers call the verifier, with evaluate.engine=server too; None: verifier.path
     request: dict[str, Any] = field(default_factory=dict)  # further fields of every request, in the server's words
-    concurrency: PositiveInt = 256  # requests in flight at one endpoint, at most: fewer where it pushes back
+    concurrency: PositiveInt = 256  # requests in flight at one endpoint, at most: fewer if it pushes back
     request_timeout_s: PositiveFloat = 600.0
     retries: NonNegativeInt = 8  # of one request that failed in a way that may pass, with growing pauses
     max_attempts: PositiveInt = 3  # starts in which a failed conversation is tried

@@ -48,7 +48,7 @@ class DraftConfig:
     vocab_size: Size | None = 32000  # draft vocabulary; None: the verifier's, in full
     num_layers: PositiveInt = 1
     hidden_size: Size | None = None  # another than the verifier's gives the head an embedding of its own, trained
-    intermediate_size: Size | None = None  # None: models/head/sizes.py says what is taken; so do plan and train
+    intermediate_size: Size | None = None  # None: models/head/config.py says what is taken; so do plan and train
     num_attention_heads: Size | None = None
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from ...train.loss.losses import LOSSES
 from .limits import MISSING, Kernels, Limit, NonNegativeInt, PositiveFloat, PositiveInt, Share, between
 from .models import Dtype
 
-# Where training takes the verifier's states from: the store of `fledge dump`, or the verifier, run beside the trainer
+# Where training takes the verifier's states from: the store of `fledge dump`, or the verifier, run next to the trainer
 # on every batch, while the store holds tokens only.
 HiddenStates = Enum("HiddenStates", {"offline": "offline", "online": "online"})
 # A training sample longer than train.batch_tokens ends after its last answer that ends within (or is dropped without
@@ -32,10 +31,9 @@ class TrackerName(Enum):
     dvclive = "dvclive"
 
 
-TTTLoss = Enum("TTTLoss", {name: name for name in LOSSES})  # type: ignore[misc]  # what training minimises
-_KL = TTTLoss("kl")
 _TOO_SMALL = ": its range is too small for the head"
 _WIDE = Limit("be float32 or bfloat16", lambda dtype: dtype is not Dtype.float16, cure=_TOO_SMALL)
+_PAIR = Limit("be two numbers", lambda betas: len(betas) == 2)
 
 
 @dataclass
@@ -53,7 +51,7 @@ class TrainConfig:
     hidden_states: HiddenStates = HiddenStates.offline  # online: no disk, a verifier forward a batch; for `dump` too
     ttt_steps: PositiveInt = 7  # draft steps unrolled (training-time test)
     gamma: Share = 0.8  # step k weighs gamma^k in the loss
-    loss: TTTLoss = _KL  # train/loss/losses.py defines each
+    loss: str = "kl"  # what is minimised, one of train/loss/losses.py
     # of losses that blend: KL has the share exp(-blend_rate * running acceptance)
     blend_rate: Annotated[float, between(0.0, 100.0)] = 3.0
     triton: Kernels = "auto"  # attention by Triton kernels, on a GPU; auto: if they agree there with plain PyTorch
@@ -68,9 +66,7 @@ class TrainConfig:
     lr: PositiveFloat = 1e-4
     min_lr_share: Share = 0.1  # of lr, reached at the last step of the cosine
     warmup_share: Share = 0.02  # of all steps, linear
-    betas: Annotated[list[float], Limit("be two numbers", lambda betas: len(betas) == 2)] = field(
-        default_factory=lambda: [0.9, 0.95]
-    )
+    betas: Annotated[list[float], _PAIR] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5
     dtype: Annotated[Dtype, _WIDE] = Dtype.bfloat16  # with float32 master weights

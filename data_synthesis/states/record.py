@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ...conf.runtime.artifact import digest, held
 from ...conf.runtime.journal import read_line
 from ...conf.runtime.progress import Progress
-from ...conf.runtime.rank_info import Place, find_place, own_gpus
+from ...conf.runtime.rank_info import RankInfo, own_gpus, read_rank_info
 from ...conf.runtime.signals import deferred
 from ...conf.schema import Config, DumpEngine, LastStates
 from ...models.verifier.model import Verifier
@@ -47,7 +47,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
         settings: of the store.
         plan: the store of tokens, which has the same shards.
     """
-    options, folder, place = config.dump, config.hidden_states_folder, find_place(os.environ)
+    options, folder, place = config.dump, config.hidden_states_folder, read_rank_info(os.environ)
     together = config.verifier.tensor_parallel
     rank, ranks = (0, 1) if together else (place.rank, place.world)
     writer, num_writers = options.writer * ranks + rank, options.num_writers * ranks
@@ -262,7 +262,7 @@ def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: li
 
 
 @contextmanager
-def _engine(config: Config, settings: dict[str, Any], place: Place, plan: HiddenStateStore) -> Iterator[Engine]:
+def _engine(config: Config, settings: dict[str, Any], place: RankInfo, plan: HiddenStateStore) -> Iterator[Engine]:
     """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
     engine: Engine
     if config.dump.engine is DumpEngine.vllm:
@@ -276,7 +276,7 @@ def _engine(config: Config, settings: dict[str, Any], place: Place, plan: Hidden
         engine.close()
 
 
-def _load(config: Config, settings: dict[str, Any], place: Place, first: Sample) -> Engine:
+def _load(config: Config, settings: dict[str, Any], place: RankInfo, first: Sample) -> Engine:
     alone = place.world == 1 or config.verifier.tensor_parallel
     gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
     if gpus:

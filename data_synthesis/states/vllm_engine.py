@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...conf.runtime.rank_info import find_place, own_gpus
+from ...conf.runtime.rank_info import own_gpus, read_rank_info
 from ...conf.schema import Config
 from ...models.verifier.model import VerifierWeights, load_config, load_final_norm, logit_transform, verifier_location
 from ..store.shard import Sample
@@ -80,7 +80,7 @@ class VllmEngine:
         self._python = config.dump.vllm_python or sys.executable
         self._requests = itertools.count()
         self.unlike = [torch.tensor(False)]  # `read` checks by itself
-        place = find_place(os.environ)
+        place = read_rank_info(os.environ)
         self._log = config.run_folder / f"vllm-{config.dump.writer * place.world + place.rank:05d}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         bytes_in_flight = self._max_tokens * len(self._ids) * text.hidden_size * self._dtype.itemsize
@@ -274,7 +274,7 @@ def check_readable(config: Config, ids: Sequence[str], lengths: Sequence[int], n
 
 def worker_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:
     """Give the environment of this rank's worker: its own GPUs, and nothing of the ranks, which are not vLLM's."""
-    place = find_place(environment)
+    place = read_rank_info(environment)
     own = {name: value for name, value in environment.items() if name not in (*place.environment(), "LOCAL_SIZE")}
     if place.world > 1 and num_gpus:
         visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
-from ...conf.runtime.rank_info import find_place
+from ...conf.runtime.rank_info import read_rank_info
 from ...conf.schema import Device, Dtype, VerifierConfig
 from .config import (
     LogitTransform,
@@ -232,7 +232,7 @@ def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -
     """Give the arguments by which transformers places a model."""
     device = torch_device(config.device)
     if config.tensor_parallel:
-        place = find_place(os.environ)
+        place = read_rank_info(os.environ)
         if place.world == 1:
             raise ValueError(
                 "verifier.tensor_parallel needs several ranks, and this process is alone: start it with "

@@ -1,4 +1,4 @@
-"""What a submission is made of, kept beside its jobs: the configuration and the code, as they were."""
+"""Copies of configuration and code next to the jobs, as they were when these were submitted."""
 
 from __future__ import annotations
 
@@ -12,39 +12,21 @@ from ... import __version__
 from ...conf.runtime.artifact import write_atomic
 from ...conf.schema import Config
 from ...train.metrics.tracking import git_state
+from .render import TEMPLATES
 
 PACKAGE = Path(__file__).parents[2]
 FROZEN = "frozen"  # the configuration that jobs take: --config-name frozen
-CODE = "code"  # on PYTHONPATH of the jobs
-_HEADER = """# The configuration of the jobs beside it, resolved: every option, whatever the groups say by now.
-defaults:
-  - schema
-  - override hydra/job_logging: none
-  - override hydra/hydra_logging: none
-  - _self_
-
-hydra:
-  run:
-    dir: .
-  output_subdir: null
-  job:
-    chdir: false
-
-"""
 
 
 def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Write configuration and code into the folder of a submission; give what is to be recorded of them."""
-    write_atomic(folder / f"{FROZEN}.yaml", _HEADER + OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-    _copy_package(folder / CODE / "fledge")
-    return {"fledge": __version__, "overrides": overrides, "git": git_state(PACKAGE)}
-
-
-def _copy_package(target: Path) -> None:
-    """Copy the modules and their data; tests, environments and runs may lie beside them."""
+    """Write configuration and code into the folder of a submission; return what is to be recorded of them."""
+    options = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    write_atomic(folder / f"{FROZEN}.yaml", (TEMPLATES / "frozen.yaml").read_text() + options)
+    target = folder / "code" / "fledge"  # templates/head.sh puts code/ on PYTHONPATH
     target.mkdir(parents=True)
-    for entry in sorted(PACKAGE.iterdir()):
+    for entry in sorted(PACKAGE.iterdir()):  # tests, environments and runs may lie next to the modules
         if entry.is_file() and entry.suffix == ".py":
             shutil.copy2(entry, target)
         elif entry.is_dir() and (entry / "__init__.py").is_file():
             shutil.copytree(entry, target / entry.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    return {"fledge": __version__, "overrides": overrides, "git": git_state(PACKAGE)}

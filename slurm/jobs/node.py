@@ -11,21 +11,19 @@ import os
 import sys
 
 from ...conf.runtime.launch import environments, run_stage
-from ...conf.runtime.rank_info import find_place
+from ...conf.runtime.rank_info import read_rank_info
 from ...conf.runtime.signals import answered, deferred
 
 
 def main(arguments: list[str]) -> int:
-    """Run `N STAGE ...` with N processes on this node; give the exit code of the stage."""
-    num_processes, *command = arguments
-    node = find_place(os.environ)
+    """Run `N STAGE ...` with N processes on this node; return the exit code of the stage."""
+    num_processes, *stage = arguments
+    node = read_rank_info(os.environ)
     if node.world > 1 and node.local_world > 1:
         raise ValueError(f"srun must start one task a node, got {node.local_world}: --ntasks-per-node=1")
     with answered("node"), deferred("passed on to the processes of this node, which end first", then_stop=False):
-        return run_stage(
-            [sys.executable, "-m", "fledge", *command],
-            environments(int(num_processes), node if node.world > 1 else None),
-        )
+        command = [sys.executable, "-m", "fledge", *stage]
+        return run_stage(command, environments(int(num_processes), node if node.world > 1 else None))
 
 
 if __name__ == "__main__":

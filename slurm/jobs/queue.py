@@ -1,4 +1,4 @@
-"""What Slurm says of jobs, and what it is told."""
+"""Slurm's commands: submit, cancel, and read the states of jobs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ _ALL_TASKS = {"SLURM_BITSTR_LEN": "0"}  # or scontrol cuts long lists of tasks o
 class JobState:
     """One job, one task of an array, or those of its tasks that have not been split off."""
 
-    id: str  # of the job, or the array
-    tasks: frozenset[int] | None  # of an array; None: it is none, or its tasks are not told
+    tasks: frozenset[int] | None  # of an array; None: it is none, or its tasks are not shown
     state: str
     reason: str
     exit_code: str
-    restarts: int
     nodes: str
 
     @property
@@ -37,12 +35,12 @@ class JobState:
 
 
 def has_slurm() -> bool:
-    """Say whether Slurm's commands are here."""
+    """Return whether Slurm's commands are here."""
     return shutil.which("sbatch") is not None
 
 
 def submit_file(file: Path, dependency: str | None) -> str:
-    """Submit a job file and give the id of its job.
+    """Submit a job file and return the id of its job.
 
     Raises:
         ValueError: Slurm refuses it.
@@ -50,13 +48,13 @@ def submit_file(file: Path, dependency: str | None) -> str:
     after = [f"--dependency={dependency}"] if dependency else []
     done = subprocess.run(["sbatch", "--parsable", *after, str(file)], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise ValueError(f"sbatch refuses {file}: {said}; see the options of cluster")
+        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+        raise ValueError(f"sbatch refuses {file}: {reason}; see the options of cluster")
     if not (ids := _JOB_ID.findall(done.stdout)):
-        said = " ".join(f"{done.stdout} {done.stderr}".split())
+        output = " ".join(f"{done.stdout} {done.stderr}".split())[-300:]
         raise ValueError(
-            f"sbatch names no job for {file}, it says {said[-300:]!r}: see with squeue whether one is queued, cancel "
-            "it, and let sbatch --parsable print the id on a line of its own"
+            f"sbatch names no job for {file}, it says {output!r}: see with squeue whether one is queued, cancel it, "
+            "and let sbatch --parsable print the id on a line of its own"
         )
     return str(ids[-1])
 
@@ -68,7 +66,7 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def job_states(job: str) -> list[JobState] | None:
-    """Give what Slurm knows of a job, by task where it is an array: nothing once it has forgotten it, None if mute."""
+    """Return what Slurm knows of a job, by task if it is an array: nothing once it has forgotten it, None if mute."""
     if not has_slurm():
         return None
     command = ["scontrol", "--oneliner", "show", "job", job]
@@ -82,25 +80,15 @@ def array_tasks(text: str) -> frozenset[int] | None:
     """Read the tasks of an array as Slurm writes them: `3`, `0,2-5%4`, `0-10:2`; None: that is none, or not all."""
     tasks: set[int] = set()
     for part in text.partition("%")[0].split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if match is None:
             return None
-        first, last, step = (int(number) if number else None for number in found.groups())
-        tasks.update(range(first or 0, (last if last is not None else first or 0) + 1, step or 1))
+        first, last, step = match.groups()
+        tasks.update(range(int(first), int(last or first) + 1, int(step or 1)))
     return frozenset(tasks)
 
 
 def _parse(line: str) -> JobState:
-    def value(name: str) -> str:
-        found = re.search(rf"(?:^| ){name}=(\S*)", line)
-        return found[1] if found else ""
-
-    return JobState(
-        id=value("ArrayJobId") or value("JobId"),
-        tasks=array_tasks(value("ArrayTaskId")),
-        state=value("JobState"),
-        reason=value("Reason"),
-        exit_code=value("ExitCode"),
-        restarts=int(value("Restarts") or 0),
-        nodes=value("NodeList").replace("(null)", ""),
-    )
+    values = dict(re.findall(r"(?:^|(?<= ))(\w+)=(\S*)", line)[::-1])  # the first of a name counts
+    state, reason, exit_code, nodes = (values.get(name, "") for name in ("JobState", "Reason", "ExitCode", "NodeList"))
+    return JobState(array_tasks(values.get("ArrayTaskId", "")), state, reason, exit_code, nodes.replace("(null)", ""))

@@ -1,4 +1,4 @@
-"""What a submission leaves in its folder, runs/NAME/jobs/N/: the jobs it made, and what these tell."""
+"""Files of a submission in its folder, runs/NAME/jobs/N/: the jobs it made, their logs and events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from ...conf.runtime.artifact import write_json
 
 JOBS = "jobs"
-EVENTS = "events"
 LOGS = "logs"
 _SUBMISSION = "submission.json"
 
@@ -26,17 +25,17 @@ class JobRecord:
 
     @property
     def names(self) -> list[str]:
-        """Give the names that its tasks tell events under, and have locks under."""
+        """Names of its tasks' events and locks."""
         return [self.stage] if self.tasks is None else [f"{self.stage}-{task}" for task in range(self.tasks)]
 
     def log(self, folder: Path, task: int) -> Path:
-        """Give the log of a task, which all its starts append to."""
+        """Return the log of a task, which all its starts append to."""
         return folder / LOGS / f"{self.stage}-{self.id}{'' if self.tasks is None else f'_{task}'}.log"
 
 
 @dataclass(frozen=True)
 class Event:
-    """A line that a job has told: begun, healthy, stopping, again, cancelled, done, failed."""
+    """A line that a job has written: begun, healthy, stopping, again, cancelled, done, failed."""
 
     time: str
     job: str
@@ -45,27 +44,24 @@ class Event:
 
 
 def submissions(run_folder: Path) -> dict[int, Path]:
-    """Give the folders of a run's submissions by number."""
-    jobs = run_folder / JOBS
-    folders = jobs.iterdir() if jobs.is_dir() else []
-    return {int(path.name): path for path in folders if path.name.isdecimal()}
+    """Return the folders of a run's submissions by number."""
+    return {int(path.name): path for path in (run_folder / JOBS).glob("*") if path.name.isdecimal()}
 
 
 def write_submission(folder: Path, about: dict[str, Any], jobs: list[JobRecord]) -> None:
-    """Write what was submitted."""
+    """Write submission.json."""
     write_json(folder / _SUBMISSION, {**about, "jobs": [vars(job) for job in jobs]})
 
 
 def read_submission(folder: Path) -> tuple[dict[str, Any], list[JobRecord]]:
-    """Give what was submitted; nothing where that was interrupted."""
+    """Read submission.json: what is known of all jobs, and the jobs; nothing if submitting was interrupted."""
     path = folder / _SUBMISSION
     about = json.loads(path.read_text()) if path.is_file() else {}
     return about, [JobRecord(**job) for job in about.pop("jobs", [])]
 
 
 def read_events(folder: Path, name: str) -> list[Event]:
-    """Give what a task has told so far."""
-    path = folder / EVENTS / name
+    """Read what a task has written so far."""
+    path = folder / "events" / name
     lines = path.read_text().splitlines() if path.is_file() else []
-    parts = [line.split("\t", 3) for line in lines]
-    return [Event(*part) for part in parts if len(part) == 4]
+    return [Event(*line.split("\t", 3)) for line in lines if line.count("\t") >= 3]

@@ -12,7 +12,7 @@ from ...train.metrics.tracking import read_metrics
 
 
 def stage_progress(run_folder: Path, options: dict[str, Any]) -> dict[str, tuple[bool, str]]:
-    """Give whether each stage is complete, and what there is of it in few words.
+    """Return by stage whether it is complete, and what there is of it in few words.
 
     Args:
         options: the configuration of the run, as far as it is known.
@@ -24,23 +24,22 @@ def stage_progress(run_folder: Path, options: dict[str, Any]) -> dict[str, tuple
         "train": (run_folder / "training", lambda folder: _steps(folder, options.get("train") or {})),
         "evaluate": (run_folder / "evaluation", _questions),
     }
-    found = {stage: (is_complete(folder), tell(folder)) for stage, (folder, tell) in stages.items()}
-    exports = [folder.name for folder in sorted((run_folder / "exports").glob("[!.]*")) if is_complete(folder)]
-    return found | {"export": (bool(exports), ", ".join(exports))}
+    progress = {stage: (_is_complete(folder), describe(folder)) for stage, (folder, describe) in stages.items()}
+    exports = [folder.name for folder in sorted((run_folder / "exports").glob("[!.]*")) if _is_complete(folder)]
+    return progress | {"export": (bool(exports), ", ".join(exports))}
 
 
-def is_complete(folder: Path) -> bool:
-    """Say whether an artifact is."""
+def _is_complete(folder: Path) -> bool:
     return bool(_read(folder / MANIFEST).get("complete"))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where there is none."""
+    """Read a JSON object; an empty one if there is none."""
     try:
-        found = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _lines(path: Path) -> int:
@@ -50,20 +49,19 @@ def _lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _of(done: int, total: int | None, what: str) -> str:
+def _of(done: int, total: int, what: str) -> str:
     return f"{done} of {total} {what}" if total else f"{done} {what}" if done else ""
 
 
 def _conversations(folder: Path) -> str:
-    prompts = (_read(folder.parent / "prompts" / MANIFEST).get("counts") or {}).get("taken")
-    made = sum(_lines(path) for path in (folder / "conversations.jsonl", *folder.glob("part-*/conversations.jsonl")))
-    return _of(made, prompts, "conversations")
+    prompts = (_read(folder.parent / "prompts" / MANIFEST).get("counts") or {}).get("taken") or 0
+    files = (folder / "conversations.jsonl", *folder.glob("part-*/conversations.jsonl"))
+    return _of(sum(map(_lines, files)), prompts, "conversations")
 
 
 def _shards(folder: Path) -> str:
-    planned = _read(folder / "tokens" / MANIFEST).get("shards")
-    there = len(list(folder.glob("shard-*.safetensors")))
-    return _of(there, len(planned) if planned else None, "shards")
+    shards = _read(folder / "tokens" / MANIFEST).get("shards") or []
+    return _of(len(list(folder.glob("shard-*.safetensors"))), len(shards), "shards")
 
 
 def _steps(folder: Path, options: dict[str, Any]) -> str:
@@ -74,21 +72,18 @@ def _steps(folder: Path, options: dict[str, Any]) -> str:
     last, total = steps[-1], options.get("max_steps")
     epochs = "" if total else f", epoch {last['train/epoch']:.2f} of {options.get('epochs', '?')}"
     loss = f", loss {last['train/loss']:.3f}" if "train/loss" in last else ""
-    return f"step {last['step']}" + (f" of {total}" if total else "") + epochs + loss + _acceptance(records)
-
-
-def _acceptance(records: list[dict[str, Any]]) -> str:
-    """Give the latest held-out acceptance lengths."""
-    walked = [record for record in records if any(name.startswith("heldout/acceptance_length_") for name in record)]
-    if not walked:
-        return ""
     prefix = "heldout/acceptance_length_"
-    lengths = {name.removeprefix(prefix): value for name, value in walked[-1].items() if name.startswith(prefix)}
-    return "".join(f", τ@{num} {value:.2f}" for num, value in lengths.items() if num.isdecimal())
+    of_heldout = [{name: value for name, value in record.items() if name.startswith(prefix)} for record in records]
+    lengths: dict[str, Any] = next(filter(None, reversed(of_heldout)), {})  # the latest
+    numbers = {name.removeprefix(prefix): value for name, value in lengths.items()}
+    acceptance = "".join(f", τ@{num} {value:.2f}" for num, value in numbers.items() if num.isdecimal())
+    return f"step {last['step']}" + (f" of {total}" if total else "") + epochs + loss + acceptance
 
 
 def _questions(folder: Path) -> str:
-    found = _read(folder / "acceptance.json").get("acceptance_length") if is_complete(folder) else None
-    if found:
-        return f"acceptance length {found:.2f}"
-    return _of(_lines(folder / "questions.jsonl"), None, "questions answered")
+    length = _read(folder / "acceptance.json").get("acceptance_length") if _is_complete(folder) else None
+    return (
+        f"acceptance length {length:.2f}"
+        if length
+        else _of(_lines(folder / "questions.jsonl"), 0, "questions answered")
+    )

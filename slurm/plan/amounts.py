@@ -25,20 +25,23 @@ class Tokens:
     conversations: int
     tokens: int
     counted: int  # written by the verifier
-    source: str  # where the figures are from
+    source: str  # of the figures
 
     @property
     def mean(self) -> float:
         """Tokens of a conversation."""
         return self.tokens / max(1, self.conversations)
 
+    @property
+    def counted_share(self) -> float:
+        return self.counted / max(1, self.tokens)
+
 
 def find_tokens(config: Config) -> Tokens:
     """Count in the store, or estimate from the conversations, or from the options: the first that is there."""
     options = config.plan
     if manifest := _manifest(config.hidden_states_folder, "hidden_states"):
-        counts = manifest["counts"]
-        number, tokens, written = (int(counts[name]) for name in ("samples", "tokens", "counted_tokens"))
+        number, tokens, written = (int(manifest["counts"][name]) for name in ("samples", "tokens", "counted_tokens"))
         return Tokens(number, tokens, written, f"counted in {config.hidden_states_folder}")
     if manifest := _manifest(config.conversations_folder, "conversations"):
         number, written = (manifest["counts"][name] for name in ("conversations", "completion_tokens"))
@@ -68,27 +71,17 @@ def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingS
     A checkpoint has the weights twice (DeepSpeed's and the plain head), float32 master weights and Adam's moments; the
     newest stay, and the best, while one more is written.
     """
-    options = config.train
-    every, _ = shape.parameters
+    every, trained = shape.parameters
+    keep, is_online = config.train.keep_checkpoints, config.train.hidden_states is HiddenStates.online
+    checkpoint = 2 * every * shape.item + (12 if shape.deepspeed.zero_stage else 8) * trained
     exports = len(SERVING_FORMATS) if config.export.format is ExportFormat.all else 1
-    checkpoint = checkpoint_bytes(shape)
-    stored = tokens.tokens * (
-        TOKEN_BYTES if options.hidden_states is HiddenStates.online else store_bytes(config, head, tokens)
-    )
     return {
         "conversations": round(tokens.tokens * CHARS_A_TOKEN),
-        "hidden states": round(stored),
-        "tokens beside them": tokens.tokens * TOKEN_BYTES * (options.hidden_states is HiddenStates.offline),
-        f"checkpoints: {options.keep_checkpoints} newest, the best, one being written": checkpoint
-        * (options.keep_checkpoints + 2),
+        "hidden states": round(tokens.tokens * (TOKEN_BYTES if is_online else store_bytes(config, head, tokens))),
+        "tokens beside them": 0 if is_online else tokens.tokens * TOKEN_BYTES,
+        f"checkpoints: {keep} newest, the best, one being written": checkpoint * (keep + 2),
         "exports": exports * every * getattr(torch, config.export.dtype.value).itemsize,
     }
-
-
-def checkpoint_bytes(shape: TrainingShape) -> int:
-    """Return the bytes of one checkpoint, over all ranks."""
-    every, trained = shape.parameters
-    return 2 * every * shape.item + (12 if shape.zero_stage else 8) * trained
 
 
 def store_bytes(
@@ -101,5 +94,4 @@ def store_bytes(
     """Return the bytes that a token takes in a store with states, as `fledge dump` announces them."""
     stored = (dtype or config.dump.dtype or config.verifier.dtype).value
     form = StateFormat(getattr(torch, stored), (last or config.dump.last_states) is LastStates.counted)
-    counted = tokens.counted / max(1, tokens.tokens)
-    return form.bytes_per_token(len(head.aux_layers), head.verifier_hidden_size, counted) + TOKEN_BYTES
+    return form.bytes_per_token(len(head.aux_layers), head.verifier_hidden_size, tokens.counted_share) + TOKEN_BYTES

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from ...conf.schema import DeepSpeedConfig, TrainConfig
 from ...models.head.architectures import build_head
 from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import VocabularyMap
@@ -27,171 +28,159 @@ class TrainingShape:
     """Everything that the memory of one rank depends on."""
 
     head: DraftHeadConfig
-    dtype: torch.dtype
-    ttt_steps: int
-    batch_tokens: int
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig
     counted_share: float  # useful rows among all
-    micro_batches: int  # packs that a rank has in memory at a time: those of an optimizer step
     ranks: int
-    zero_stage: int
-    offload_optimizer: bool = False
     train_lm_head: bool = True
-    recompute: bool = False
     device: str = "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.train.dtype.value)
 
     @property
     def item(self) -> int:
         """Bytes of a weight."""
         return self.dtype.itemsize
 
-    @cached_property
-    def parameters(self) -> tuple[int, int]:
-        """All parameters of the head, and those that are trained."""
-        every = count_parameters(self.head)
-        return every, every - (0 if self.train_lm_head else self.head.draft_vocab_size * self.head.hidden_size)
-
     @property
     def narrow(self) -> bool:
         """Whether training is in 16 bit."""
         return self.item < _WIDE
 
+    @property
+    def useful(self) -> int:
+        """Useful rows of a pack."""
+        return round(self.train.batch_tokens * self.counted_share)
 
-def count_parameters(config: DraftHeadConfig) -> int:
-    """Give the parameters of a head, its `lm_head` among them."""
-    with torch.device("meta"):
-        map_ = VocabularyMap(
-            torch.zeros(config.draft_vocab_size, dtype=torch.int64), torch.zeros(config.vocab_size, dtype=torch.bool)
-        )
-        head = build_head(config, map_)
-    return sum(parameter.numel() for parameter in head.parameters())
+    @property
+    def micro_batches(self) -> int:
+        """Packs that a rank has in memory at a time: those of an optimizer step."""
+        return -(-self.train.packs_per_step // self.ranks)
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """All parameters of the head, and those that are trained."""
+        head = self.head
+        with torch.device("meta"):
+            ids = torch.zeros(head.draft_vocab_size, dtype=torch.int64)
+            model = build_head(head, VocabularyMap(ids, torch.zeros(head.vocab_size, dtype=torch.bool)))
+        every = sum(parameter.numel() for parameter in model.parameters())
+        return every, every - (0 if self.train_lm_head else head.draft_vocab_size * head.hidden_size)
+
+    def bucket(self, elements: int) -> int:
+        """Return the elements of DeepSpeed's bucket for a number of gradients: on a GPU it is allocated whole."""
+        return BUCKET if self.device == "cuda" else min(BUCKET, elements)
 
 
 def training_memory(shape: TrainingShape) -> dict[str, dict[str, int]]:
-    """Give bytes by phase and component.
+    """Return bytes by phase and component.
 
-    Returns:
-        For `forward` (unroll and loss), `backward` and `update` what lives then, each with all that lives throughout.
+    Of `forward` (unroll and loss), `backward` and `update` what lives then, each with all that lives throughout.
     """
     always = _always(shape)
-    activations = {"activations of the unroll": _activations(shape)}
-    gathered = _gathered(shape)
-    forward = always | _accumulated(shape) | gathered | activations | _loss(shape)
-    backward = always | _accumulated(shape) | gathered | activations | _loss_gradients(shape) | _backward(shape)
-    update = always | _update(shape)
-    return {"forward": forward, "backward": backward, "update": update}
+    unroll = always | _accumulated(shape) | {"activations of the unroll": _activations(shape)}
+    return {
+        "forward": unroll | _loss_gradients(shape) | _loss(shape),
+        "backward": unroll | _loss_gradients(shape) | _backward(shape),
+        "update": always | {"gradients and Adam's step": _update(shape)},
+    }
 
 
 def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:
-    """Give the phase that needs most, and its bytes."""
+    """Return the phase that needs most, and its bytes."""
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
-    largest = max(sums, key=lambda name: sums[name])
-    return largest, sums[largest]
+    return max(sums.items(), key=lambda phase: phase[1])
 
 
 def _always(shape: TrainingShape) -> dict[str, int]:
-    """Give what a rank keeps from the first step to the last."""
-    every, trained = shape.parameters
-    head, stage = shape.head, shape.zero_stage
-    share = shape.ranks if stage else 1
-    on_device = not shape.offload_optimizer
-    bucket = BUCKET if shape.device == "cuda" else min(BUCKET, trained)
-    batch = shape.batch_tokens * (len(head.aux_layers) + 1) * head.verifier_hidden_size * shape.item
+    """Return what a rank keeps from the first step to the last."""
+    (every, trained), head, stage = shape.parameters, shape.head, shape.deepspeed.zero_stage
+    share = trained * _WIDE // (shape.ranks if stage else 1)
+    on_device = not shape.deepspeed.offload_optimizer
+    gradients = trained * _WIDE if stage == 1 and shape.narrow else 0  # float32 buffers that are held all the time
+    if stage == 3 and on_device:
+        gradients = share
+    batch = shape.train.batch_tokens * (len(head.aux_layers) + 1) * head.verifier_hidden_size * shape.item
     return {
         "weights of the head": every * shape.item // (shape.ranks if stage == 3 else 1),
-        "float32 master weights": on_device * bool(stage) * trained * _WIDE // share,
-        "Adam's two moments": on_device * 2 * trained * _WIDE // share,
-        "gradients of all packs, float32": _kept_gradients(shape, trained),
-        "DeepSpeed's bucket (ZeRO 3)": bucket * _WIDE if stage == 3 else 0,
+        "float32 master weights": on_device * bool(stage) * share,
+        "Adam's two moments": on_device * (2 * trained * _WIDE // (shape.ranks if stage else 1)),
+        "gradients of all packs, float32": gradients,
+        "DeepSpeed's bucket (ZeRO 3)": shape.bucket(trained) * _WIDE if stage == 3 else 0,
         "verifier's embedding and lm_head": 2 * head.vocab_size * head.verifier_hidden_size * shape.item,
         "packed batches": shape.micro_batches * batch,
     }
 
 
-def _kept_gradients(shape: TrainingShape, trained: int) -> int:
-    """Give the float32 buffers that stages 1 (in 16 bit) and 3 hold all the time."""
-    if shape.zero_stage == 3:
-        return 0 if shape.offload_optimizer else trained * _WIDE // shape.ranks
-    return trained * _WIDE if shape.zero_stage == 1 and shape.narrow else 0
-
-
 def _accumulated(shape: TrainingShape) -> dict[str, int]:
-    """Give the gradients of packs before, while a further one is computed."""
-    _, trained = shape.parameters
-    if shape.micro_batches == 1 or shape.zero_stage == 3:
-        return {"gradients of the packs before": 0}
-    if shape.zero_stage == 2:
-        return {"gradients of the packs before": trained * _WIDE // shape.ranks * (not shape.offload_optimizer)}
-    return {"gradients of the packs before": trained * shape.item}
-
-
-def _gathered(shape: TrainingShape) -> dict[str, int]:
-    every, _ = shape.parameters
-    return {"weights gathered (ZeRO 3)": every * shape.item if shape.zero_stage == 3 and shape.ranks > 1 else 0}
-
-
-def _norm(shape: TrainingShape) -> int:
-    """Give the bytes an element that an RMSNorm keeps of its input: torch's fused one the input alone."""
-    return shape.item if shape.device == "cuda" else 2 * _WIDE
-
-
-def _useful(shape: TrainingShape) -> int:
-    return round(shape.batch_tokens * shape.counted_share)
+    """Return the gradients of packs before, while a further one is computed, and the weights that ZeRO 3 gathers."""
+    (every, trained), stage = shape.parameters, shape.deepspeed.zero_stage
+    gradients = trained * shape.item
+    if stage == 2:
+        gradients = 0 if shape.deepspeed.offload_optimizer else trained * _WIDE // shape.ranks
+    return {
+        "gradients of the packs before": 0 if shape.micro_batches == 1 or stage == 3 else gradients,
+        "weights gathered (ZeRO 3)": every * shape.item if stage == 3 and shape.ranks > 1 else 0,
+    }
 
 
 def _activations(shape: TrainingShape) -> int:
-    """Give what autograd keeps of the unroll.
+    """Return what autograd keeps of the unroll.
 
-    Of all T rows: the aux states normed and laid beside each other, the fused state and the embedding with their norms,
-    and keys and values of step 0. Of the useful ones at every step: the norms' inputs and outputs, queries, the
+    Of all T rows: the aux states normed and laid next to each other, the fused state and the embedding with their
+    norms, and keys and values of step 0. Of the useful ones at every step: the norms' inputs and outputs, queries, the
     attention's output, keys and values, and three tensors of the SwiGLU. With activation checkpointing a step keeps its
     inputs and its keys and values, and one step at a time is there in full.
     """
-    head, item, norm = shape.head, shape.item, _norm(shape)
-    width, rows, useful, steps = head.hidden_size, shape.batch_tokens, _useful(shape), shape.ttt_steps
+    head, item, rows, useful = shape.head, shape.item, shape.train.batch_tokens, shape.useful
+    steps = shape.train.ttt_steps
+    on_cpu, width = shape.device == "cpu", head.hidden_size
+    norm = item if shape.device == "cuda" else 2 * _WIDE  # of an input: torch's fused norm keeps the input alone
     queries, keys = head.num_attention_heads * head.head_dim, head.num_key_value_heads * head.head_dim
     aux = len(head.aux_layers) * head.verifier_hidden_size
-    of_aux = _WIDE * (1 + shape.narrow) if shape.device == "cpu" else 0  # the input itself is the batch's
+    of_aux = _WIDE * (1 + shape.narrow) if on_cpu else 0  # the input itself is the batch's
     fused = aux * (of_aux + item) if head.fc_norm else 0
     every_row = rows * (fused + 2 * width * (norm + item) + 2 * keys * item)
     tail = width * (2 * norm + item) + 3 * head.intermediate_size * item + 2 * queries * item
-    further = (width * (2 * norm + 2 * item) + 3 * head.intermediate_size * item + 2 * (queries + keys) * item) * (
-        head.num_layers - 1
-    )
+    further = (tail + width * item + 2 * keys * item) * (head.num_layers - 1)
     first = useful * (tail + width * item) + (rows if head.num_layers > 1 else useful) * further
     later = useful * (width * (norm + item) + 2 * keys * item + tail + further)
     projected = rows * (queries + 2 * keys) * item
     normed = steps * useful * width * item
-    if not shape.recompute:
+    if not shape.train.checkpoint_activations:
         return every_row + first + (steps - 1) * later + projected + normed
     inputs = useful * (width + queries + 4 * keys + 2 * head.head_dim) * item
     return every_row + steps * inputs + max(first, later) + projected + normed
 
 
 def _loss_gradients(shape: TrainingShape) -> dict[str, int]:
-    """Give the gradients that the pass over the logits leaves to the backward pass."""
+    """Return the gradients that the pass over the logits leaves to the backward pass."""
     head = shape.head
     matrix = head.draft_vocab_size * head.hidden_size * _WIDE if shape.train_lm_head else 0
-    states = shape.ttt_steps * _useful(shape) * head.hidden_size * shape.item
+    states = shape.train.ttt_steps * shape.useful * head.hidden_size * shape.item
     return {"gradient of lm_head, float32": matrix, "gradients of the states": states}
 
 
 def _loss(shape: TrainingShape) -> dict[str, int]:
-    """Give what the pass over the logits needs (train/loss/fused.py): a chunk of all K steps, and what it makes.
+    """Return what the pass over the logits needs (train/loss/fused.py): a chunk of all K steps, and what it makes.
 
     The gradient of lm_head is added up in float32; in 16 bit products are made before they are added, slice by slice.
     """
     head, wide = shape.head, _WIDE
-    vocab, useful, steps = head.draft_vocab_size, _useful(shape), shape.ttt_steps
+    vocab, useful, steps = head.draft_vocab_size, shape.useful, shape.train.ttt_steps
     trained_width = head.hidden_size * shape.train_lm_head
     size = rows_in_chunk(steps, vocab, shape.dtype, torch.device(shape.device), trained_width)
     size = min(size, max(1, useful))
     chunk = vocab * (size * (steps * wide + steps * shape.item * shape.narrow) + 2 * (size + steps - 1) * wide)
-    chunk += 0 if shape.narrow else size * vocab * wide  # a gather of the window; in 16 bit not beside the rounded rows
+    chunk += (
+        0 if shape.narrow else size * vocab * wide
+    )  # a gather of the window; in 16 bit not next to the rounded rows
     chunk += 2 * size * steps * head.hidden_size * wide
     product = min(vocab * head.hidden_size * wide, SLICE_BYTES)
     rows = vocab * head.verifier_hidden_size * shape.item if vocab < head.vocab_size else 0
     return {
-        **_loss_gradients(shape),
         "product added to it": product if shape.narrow and shape.train_lm_head else 0,
         "chunk of logits": chunk,
         "targets, and lm_head's rows of the draft vocabulary": useful * head.verifier_hidden_size * shape.item + rows,
@@ -199,24 +188,23 @@ def _loss(shape: TrainingShape) -> dict[str, int]:
 
 
 def _backward(shape: TrainingShape) -> dict[str, int]:
-    """Give what the backward pass has of its own: a gradient as it is handed on, and where it is sent from."""
+    """Return what the backward pass has of its own: a gradient as it is handed on, and where it is sent from."""
     head, (_, trained) = shape.head, shape.parameters
     matrix = head.draft_vocab_size * head.hidden_size if shape.train_lm_head else 0
-    has_bucket = shape.zero_stage == 2 or (shape.zero_stage == 1 and not shape.narrow)
-    bucket = BUCKET if shape.device == "cuda" else min(BUCKET, trained // 2)
+    has_bucket = shape.deepspeed.zero_stage == 2 or (shape.deepspeed.zero_stage == 1 and not shape.narrow)
     return {
         "gradient of lm_head, in the weights' type": matrix * shape.item * shape.narrow,
-        "DeepSpeed's bucket": bucket * shape.item * has_bucket,
+        "DeepSpeed's bucket": shape.bucket(trained // 2) * shape.item * has_bucket,
     }
 
 
-def _update(shape: TrainingShape) -> dict[str, int]:
-    """Give what the optimizer's step adds: gradients, the flat copy of a rank's share, and Adam's denominator."""
+def _update(shape: TrainingShape) -> int:
+    """Return what the optimizer's step adds: gradients, the flat copy of a rank's share, and Adam's denominator."""
     _, trained = shape.parameters
-    if shape.offload_optimizer:
-        return {"gradients and Adam's step": trained * shape.item}
-    if shape.zero_stage == 0:
-        return {"gradients and Adam's step": 2 * trained * _WIDE}
-    if shape.zero_stage == 1 and shape.narrow:
-        return {"gradients and Adam's step": trained * shape.item + 2 * trained * _WIDE // shape.ranks}
-    return {"gradients and Adam's step": 3 * trained * _WIDE // shape.ranks}
+    if shape.deepspeed.offload_optimizer:
+        return trained * shape.item
+    if shape.deepspeed.zero_stage == 0:
+        return 2 * trained * _WIDE
+    if shape.deepspeed.zero_stage == 1 and shape.narrow:
+        return trained * shape.item + 2 * trained * _WIDE // shape.ranks
+    return 3 * trained * _WIDE // shape.ranks

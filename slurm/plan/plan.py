@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from ...conf.runtime.artifact import write_json
 from ...conf.schema import Config, DumpEngine, EvaluateEngine, Gpu, HiddenStates, LastStates, StateDtype
@@ -19,12 +19,6 @@ from .verifier_shape import VerifierShape, planned_head, verifier_shape
 
 GPU_MEMORY_GIB = {Gpu.a100: 79, Gpu.h100: 79, Gpu.h200: 139, Gpu.b200: 178}  # that a process can use
 RESERVED = 2 * 2**30  # of a GPU: CUDA's context, NCCL, fragments
-_FORMATS = [  # of a store
-    (StateDtype.bfloat16, LastStates.all),
-    (StateDtype.bfloat16, LastStates.counted),
-    (StateDtype.float8, LastStates.all),
-    (StateDtype.float8, LastStates.counted),
-]
 
 
 def plan(config: Config) -> None:
@@ -43,23 +37,11 @@ def make_plan(config: Config) -> dict[str, Any]:
         ValueError: nothing says how many conversations there are, or what the verifier's sizes are.
     """
     head, verifier, tokens = planned_head(config), verifier_shape(config), find_tokens(config)
-    ranks = config.plan.num_nodes * (config.plan.ranks_per_node or config.plan.gpus_per_node)
-    shape = TrainingShape(
-        head=head,
-        dtype=getattr(torch, config.train.dtype.value),
-        ttt_steps=config.train.ttt_steps,
-        batch_tokens=config.train.batch_tokens,
-        counted_share=tokens.counted / max(1, tokens.tokens),
-        micro_batches=-(-config.train.packs_per_step // ranks),
-        ranks=ranks,
-        zero_stage=config.deepspeed.zero_stage,
-        offload_optimizer=config.deepspeed.offload_optimizer,
-        train_lm_head=config.draft.train_lm_head,
-        recompute=config.train.checkpoint_activations,
-    )
-    memory = training_memory(shape)
-    for parts in memory.values():
-        parts.update(_other_memory(config, verifier, head))
+    ranks = config.plan.num_nodes * config.plan.ranks_of_node
+    lm_head = config.draft.train_lm_head
+    shape = TrainingShape(head, config.train, config.deepspeed, tokens.counted_share, ranks, lm_head)
+    memory = {phase: parts | _other_memory(config, verifier, head) for phase, parts in training_memory(shape).items()}
+    gpu_memory = (config.plan.gpu_memory_gib or GPU_MEMORY_GIB[config.plan.gpu]) * 2**30
     made: dict[str, Any] = {
         "name": config.name,
         "verifier": {
@@ -80,18 +62,18 @@ def make_plan(config: Config) -> dict[str, Any]:
         "gpus": {
             "kind": config.plan.gpu.value,
             "number": config.plan.num_nodes * config.plan.gpus_per_node,
-            "memory": round(_gpu_memory(config)),
+            "memory": round(gpu_memory),
         },
         "training": {
             "ranks": ranks,
-            "zero_stage": shape.zero_stage,
+            "zero_stage": config.deepspeed.zero_stage,
             "micro_batches": shape.micro_batches,
             "largest phase": peak(memory)[0],
             "memory by phase": memory,
         },
         "choices": {"disk": _store_choices(config, tokens, head)},
     }
-    return made | {"warnings": _warnings(config, made, tokens)}
+    return made | {"warnings": list(_warnings(config, made, tokens))}
 
 
 def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> dict[str, int]:
@@ -99,83 +81,69 @@ def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig
     parts = {"reserved: CUDA, NCCL, fragments": RESERVED}
     if config.train.hidden_states is HiddenStates.offline:
         return parts
-    gpus = config.plan.gpus_per_node // (config.plan.ranks_per_node or config.plan.gpus_per_node)
+    gpus = config.plan.gpus_per_node // config.plan.ranks_of_node
     forward = verifier.forward_bytes(max(config.dump.batch_tokens, config.train.batch_tokens), len(head.aux_layers))
     return parts | {"verifier's weights": verifier.loaded_bytes // gpus, "verifier's forward, estimated": forward}
 
 
-def _gpu_memory(config: Config) -> float:
-    return (config.plan.gpu_memory_gib or GPU_MEMORY_GIB[config.plan.gpu]) * 2**30
-
-
 def _store_choices(config: Config, tokens: Tokens, head: DraftHeadConfig) -> dict[str, int]:
     """Return the bytes of a store by format, and of what online training needs."""
-    stores = {
-        f"offline, dump.dtype={dtype.name} last_states={last.value}": round(
-            tokens.tokens * store_bytes(config, head, tokens, dtype, last)
-        )
-        for dtype, last in _FORMATS
-    }
+    stores = {}
+    for dtype, last in itertools.product(
+        (StateDtype.bfloat16, StateDtype.float8), (LastStates.all, LastStates.counted)
+    ):
+        size = tokens.tokens * store_bytes(config, head, tokens, dtype, last)
+        stores[f"offline, dump.dtype={dtype.name} last_states={last.value}"] = round(size)
     return stores | {"online: tokens only": TOKEN_BYTES * tokens.tokens}
 
 
-def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> list[str]:
-    """Return a sentence for each thing that does not fit, with the option to change."""
-    warnings = []
-    memory, usable = made["training"]["memory by phase"], made["gpus"]["memory"]
+def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> Iterator[str]:
+    """Yield a sentence for each thing that does not fit, with the option to change."""
+    train, dump, memory, usable = config.train, config.dump, made["training"]["memory by phase"], made["gpus"]["memory"]
     phase, needed = peak(memory)
     if needed > usable:
         largest = max(memory[phase], key=lambda part: memory[phase][part])
-        warnings.append(
-            f"training needs {_size(needed)} of a GPU's {_size(usable)} in its {phase} phase, most of it {largest}: "
-            + _cure(config, largest)
-        )
-    ranks = made["training"]["ranks"]
-    if config.train.packs_per_step % ranks:
-        warnings.append(
-            f"train.packs_per_step={config.train.packs_per_step} must be a multiple of the {ranks} ranks: "
-            f"set it to {-(-config.train.packs_per_step // ranks) * ranks}"
-        )
+        fits = f"training needs {_size(needed)} of a GPU's {_size(usable)} in its {phase} phase"
+        yield f"{fits}, most of it {largest}: {_cure(config, largest)}"
+    packs, ranks = train.packs_per_step, made["training"]["ranks"]
+    if packs % ranks:
+        cure = f"set it to {-(-packs // ranks) * ranks}"
+        yield f"train.packs_per_step={packs} must be a multiple of the {ranks} ranks: {cure}"
     weights, node = made["verifier"]["weights"], usable * config.plan.gpus_per_node
     if weights > 0.9 * node:
-        warnings.append(
+        yield (
             f"the verifier's weights are {_size(weights)}, a node's GPUs have {_size(node)}: serve it over several "
             "nodes, or set verifier.path to a quantised checkpoint"
         )
-    elif (
-        config.dump.engine is DumpEngine.vllm
-        and "tensor_parallel_size" not in config.dump.vllm_options
-        and weights > 0.9 * usable
-    ):
-        warnings.append("dump.vllm_options has no tensor_parallel_size, and the verifier does not fit one GPU: set it")
+    elif dump.engine is DumpEngine.vllm and "tensor_parallel_size" not in dump.vllm_options and weights > 0.9 * usable:
+        yield "dump.vllm_options has no tensor_parallel_size, and the verifier does not fit one GPU: set it"
     loaded = made["verifier"]["weights in transformers"]
     if loaded > 0.9 * node and config.evaluate.engine is not EvaluateEngine.server:
-        warnings.append(
+        yield (
             f"evaluation in this process needs the verifier's weights as transformers loads them, {_size(loaded)}"
             f"{' dequantised' if loaded > weights else ''}, and a node's GPUs have {_size(node)}: "
             "set evaluate.engine=server"
         )
-    free, sizes = _free(config), made["disk"]
-    if (total := sum(sizes.values())) > free:
-        warnings.append(
+    if (total := sum(made["disk"].values())) > (free := _free(config)):
+        yield (
             f"the run needs {_size(total)} of disk and {_size(free)} are free: set dump.dtype=float8 and "
             "dump.last_states=counted, train.hidden_states=online, dump.folder to a larger disk, or fewer conversations"
         )
-    if tokens.mean > config.train.batch_tokens:
-        warnings.append(
+    if tokens.mean > train.batch_tokens:
+        yield (
             f"a conversation has {tokens.mean:.0f} tokens on average, and what is longer than "
-            f"train.batch_tokens={config.train.batch_tokens} is cut or dropped: raise it"
+            f"train.batch_tokens={train.batch_tokens} is cut or dropped: raise it"
         )
-    return warnings
 
 
 def _cure(config: Config, largest: str) -> str:
+    """Return what makes the largest part of the memory smaller."""
     if largest.startswith("verifier's weights"):
-        if (config.plan.ranks_per_node or config.plan.gpus_per_node) == 1:
-            smaller = config.train.checkpoint_activations and config.deepspeed.offload_optimizer
-            saving = "" if smaller else "train.checkpoint_activations=true and deepspeed=zero2_offload, or "
-            return f"set {saving}train.hidden_states=offline, or take larger GPUs (plan.gpu) or more a node"
-        return "set plan.ranks_per_node lower, so that a rank has more GPUs, or train.hidden_states=offline"
+        if config.plan.ranks_of_node > 1:
+            return "set plan.ranks_per_node lower, so that a rank has more GPUs, or train.hidden_states=offline"
+        smaller = config.train.checkpoint_activations and config.deepspeed.offload_optimizer
+        saving = "" if smaller else "train.checkpoint_activations=true and deepspeed=zero2_offload, or "
+        return f"set {saving}train.hidden_states=offline, or take larger GPUs (plan.gpu) or more a node"
     if largest.startswith("activations") and not config.train.checkpoint_activations:
         return "set train.checkpoint_activations=true, or train.batch_tokens lower"
     if largest.startswith("packed"):
@@ -195,21 +163,22 @@ def _free(config: Config) -> float:
 
 
 def _size(number: float) -> str:
-    """Write bytes in the unit that suits: GiB for memory and disk, TiB from a thousand on."""
+    """Return bytes in the unit that suits: GiB for memory and disk, TiB from a thousand on."""
     if number >= 1000 * 2**30:
         return f"{number / 2**40:.2f} TiB"
     return f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.1f} MiB"
 
 
 def _count(number: float) -> str:
-    """Write a number of parameters or tokens."""
+    """Return a number of parameters or tokens as text."""
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
 def _table(made: dict[str, Any]) -> str:
-    """Write a plan for reading."""
-    verifier, tokens, training = made["verifier"], made["tokens"], made["training"]
+    """Return a plan as text."""
+    verifier, tokens, training, gpus = made["verifier"], made["tokens"], made["training"], made["gpus"]
     phase = training["largest phase"]
+    of_training = f"ZeRO {training['zero_stage']}, {training['ranks']} ranks, {training['micro_batches']} packs each"
     lines = [
         f"plan of {made['name']}",
         f"  verifier      {verifier['path']}: {_count(verifier['parameters'])} parameters, of which a token meets "
@@ -219,24 +188,23 @@ def _table(made: dict[str, Any]) -> str:
         f"                {made['head']['sizes']}",
         f"  tokens        {_count(tokens['tokens'])} in {tokens['conversations']:,} conversations, "
         f"{_count(tokens['counted'])} written by the verifier ({tokens['source']})",
-        f"  GPUs          {made['gpus']['number']} x {made['gpus']['kind']}, {_size(made['gpus']['memory'])} each",
-        "",
-        *_rows("disk", {name: _size(size) for name, size in made["disk"].items() if size}),
-        f"  {'in all':<58} {_size(sum(made['disk'].values())):>12}",
-        "",
+        f"  GPUs          {gpus['number']} x {gpus['kind']}, {_size(gpus['memory'])} each",
+        *_rows("disk", made["disk"]),
+        _row("in all", sum(made["disk"].values())),
         *_rows(
-            f"memory of a GPU in training (ZeRO {training['zero_stage']}, {training['ranks']} ranks, "
-            f"{training['micro_batches']} packs each; largest phase: {phase})",
-            {name: _size(size) for name, size in training["memory by phase"][phase].items() if size},
+            f"memory of a GPU in training ({of_training}; largest phase: {phase})", training["memory by phase"][phase]
         ),
-        f"  {'in all':<58} {_size(sum(training['memory by phase'][phase].values())):>12}",
-        "",
-        *_rows("disk of the hidden states, by choice", {k: _size(v) for k, v in made["choices"]["disk"].items()}),
+        _row("in all", peak(training["memory by phase"])[1]),
+        *_rows("disk of the hidden states, by choice", made["choices"]["disk"]),
         "",
         *([f"warning: {sentence}" for sentence in made["warnings"]] or ["nothing to warn of: all of it fits"]),
     ]
     return "\n".join(lines)
 
 
-def _rows(title: str, values: dict[str, str]) -> list[str]:
-    return [title, *(f"  {name:<58} {value:>12}" for name, value in values.items())]
+def _rows(title: str, sizes: dict[str, int]) -> list[str]:
+    return ["", title, *(_row(name, size) for name, size in sizes.items() if size)]
+
+
+def _row(name: str, size: float) -> str:
+    return f"  {name:<58} {_size(size):>12}"

@@ -26,14 +26,14 @@ class VerifierShape:
     """Sizes of a verifier."""
 
     text: Any  # its language-model configuration
-    source: str  # where that is from
+    source: str  # of that
     parameters: int
     active: int  # parameters that a token meets, embedding left out
     weight_bytes: int  # of all, as they are stored
     loaded_bytes: int  # of all, as transformers holds them: what only stores weights in few bits is dequantised
 
     def forward_bytes(self, tokens: int, num_aux: int) -> int:
-        """Estimate what a forward of some tokens needs beside weights: a layer's inner states, and those captured."""
+        """Estimate what a forward of some tokens needs next to weights: a layer's inner states, and captured ones."""
         inner = max(size_of(self.text, name) or 0 for name in ("intermediate_size", "intermediate_size_mlp"))
         return tokens * (3 * inner + (6 + num_aux) * self.text.hidden_size) * 2
 
@@ -44,9 +44,8 @@ class VerifierShape:
         return tokens * self.text.num_hidden_layers * 2 * heads * width * 2
 
 
-def load_whole(config: Config) -> tuple[Any, str]:
-    """Find the verifier's configuration, nearest source first, and say which it is."""
-    path, verifier = config.plan.verifier_config, config.verifier
+def _load_config(path: str | None, verifier: VerifierConfig) -> tuple[Any, str]:
+    """Read the verifier's configuration from the nearest source, a path first, and return which that is."""
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"plan.verifier_config must be the path of a config.json, got {path}")
@@ -54,30 +53,24 @@ def load_whole(config: Config) -> tuple[Any, str]:
             return load_whole_config(replace(verifier, path=path, revision=None)), path
         except ValueError as error:
             raise ValueError(str(error).replace("verifier.path", "plan.verifier_config")) from None
-    if verifier.shapes and not Path(verifier.path).is_dir():
-        return _of_shapes(verifier), "verifier.shapes"
-    return load_whole_config(verifier), verifier.path
-
-
-def _of_shapes(verifier: VerifierConfig) -> Any:
-    values = dict(verifier.shapes)
-    kind = values.pop("model_type", None)
+    if not verifier.shapes or Path(verifier.path).is_dir():
+        return load_whole_config(verifier), verifier.path
+    kind: Any = verifier.shapes.get("model_type")
     try:
-        return AutoConfig.for_model(kind, **values)
+        sizes = {name: value for name, value in verifier.shapes.items() if name != "model_type"}
+        return AutoConfig.for_model(kind, **sizes), "verifier.shapes"
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"verifier.shapes must have what config.json has, model_type {kind!r} among it: {reason}"
-        ) from None
+        needed = f"verifier.shapes must have what config.json has, model_type {kind!r} among it"
+        raise ValueError(f"{needed}: {' '.join(str(error).split())[:200]}") from None
 
 
 def planned_head(config: Config) -> DraftHeadConfig:
-    """Derive the head from the configuration at hand, and check the verifier's files where they are at hand too.
+    """Derive the head from the configuration at hand, and check the verifier's files if they are at hand too.
 
     Raises:
         ValueError: no head can be trained for it, or its configuration is not there.
     """
-    whole, source = load_whole(config)
+    whole, source = _load_config(config.plan.verifier_config, config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     if source == config.verifier.path and any(Path(source).glob("*.safetensors")):
         check_verifier(config)
@@ -85,17 +78,14 @@ def planned_head(config: Config) -> DraftHeadConfig:
 
 
 def verifier_shape(config: Config) -> VerifierShape:
-    """Return the sizes of the configured verifier; its image tower counts where its configuration has one."""
-    whole, source = load_whole(config)
-    text = whole.get_text_config()
-    model = empty_model(whole)
+    """Return the sizes of the configured verifier; its image tower counts if its configuration has one."""
+    whole, source = _load_config(config.plan.verifier_config, config.verifier)
+    text, model = whole.get_text_config(), empty_model(whole)
     matrices = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
-    scheme = _Scheme(
-        config.verifier.path, quantisation(whole), 8.0 * getattr(torch, config.verifier.dtype.value).itemsize
-    )
+    dense_bits = 8.0 * getattr(torch, config.verifier.dtype.value).itemsize
+    scheme = _Scheme(config.verifier.path, quantisation(whole), dense_bits)
     share = num_active_experts(text) / num_experts(text) if num_active_experts(text) else 1.0
-    total = active = 0
-    weight_bits = loaded_bits = 0.0
+    total, active, weight_bits, loaded_bits = 0, 0, 0.0, 0.0
     for name, parameter in model.named_parameters():
         is_matrix = any(parameter is matrix for matrix in matrices)
         number, bits = parameter.numel(), scheme.dense if is_matrix else scheme.bits(name, parameter.dim())
@@ -133,29 +123,19 @@ class _Scheme:
     """
 
     def __init__(self, path: str, quantization_config: dict[str, Any] | None, dense_bits: float) -> None:
-        self.dense, self._bits = dense_bits, dense_bits
-        self.dequantised = False
-        self._ignored: list[str] = []
-        if quantization_config is None:
-            return
-        groups = list((quantization_config.get("config_groups") or {}).values())
-        bits = _stored_bits(quantization_config, groups)
+        stated = quantization_config or {}
+        groups = list((stated.get("config_groups") or {}).values())
+        bits = _stored_bits(stated, groups) if stated else dense_bits
         if bits is None:
-            method = " ".join(
-                str(quantization_config[name]) for name in ("quant_method", "quant_algo") if name in quantization_config
-            )
+            method = " ".join(str(stated[name]) for name in ("quant_method", "quant_algo") if name in stated)
             raise ValueError(
                 f"verifier.path {path!r} is quantised by {method}, and how many bits its weights take is not known: "
                 "give plan.verifier_config=, its config.json without quantization_config, for a plan of dense weights"
             )
-        self._bits = bits
-        inputs = groups[0].get("input_activations") if groups else None
-        weights_only = len(groups) == 1 and inputs is None  # models/verifier/quantised.py
-        self.dequantised = weights_only and quantization_config.get("quant_method") == "compressed-tensors"
-        self._ignored = [
-            *(quantization_config.get("ignore") or []),
-            *(quantization_config.get("modules_to_not_convert") or []),
-        ]
+        self.dense, self._bits = dense_bits, bits
+        weights_only = len(groups) == 1 and groups[0].get("input_activations") is None  # models/verifier/quantised.py
+        self.dequantised = weights_only and stated.get("quant_method") == "compressed-tensors"
+        self._ignored = [*(stated.get("ignore") or []), *(stated.get("modules_to_not_convert") or [])]
 
     def bits(self, name: str, dimensions: int) -> float:
         """Return the bits a weight of that name takes: embeddings, norms, routers and what is left out stay dense."""

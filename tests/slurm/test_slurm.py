@@ -17,7 +17,7 @@ import pytest
 from builders import composed, copy_until_dump
 from commands import run_command
 from fledge.conf.runtime.launch import environments
-from fledge.conf.runtime.rank_info import Place
+from fledge.conf.runtime.rank_info import RankInfo
 from fledge.conf.schema import (
     Config,
     ContainerConfig,
@@ -30,7 +30,7 @@ from fledge.conf.schema import (
 from fledge.slurm.jobs.freeze import freeze
 from fledge.slurm.jobs.queue import _parse, array_tasks, submit_file
 from fledge.slurm.jobs.records import JobRecord, write_submission
-from fledge.slurm.jobs.render import TEMPLATES, _server_sizes, directive, expand, render_jobs
+from fledge.slurm.jobs.render import TEMPLATES, _server_sizes, expand, for_slurm, render_jobs
 from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
 from fledge.slurm.submit import check_cluster
 from omegaconf import OmegaConf
@@ -103,8 +103,8 @@ def test_paths_and_values_reach_the_shell_as_they_are(tmp_path):
 
 
 def test_words_are_quoted_for_slurm_and_for_the_shell():
-    assert directive("mem", "64G") == "--mem=64G"
-    assert directive("job-name", 'a "b" \\') == '--job-name="a \\"b\\" \\\\"'
+    assert for_slurm("64G") == "64G"
+    assert for_slurm('a "b" \\') == '"a \\"b\\" \\\\"'
     assert expand("plain/path-1") == "plain/path-1"
     assert expand('$HOME/a "b" $(id) `id` $5') == '"$HOME/a \\"b\\" \\$(id) \\`id\\` \\$5"'
 
@@ -295,7 +295,7 @@ def test_an_export_waits_for_training_and_no_evaluation(tmp_path):
 
 
 def test_a_node_is_a_part_of_the_ranks_of_all():
-    second = Place(rank=1, world=3, address="n1", port=4711)
+    second = RankInfo(rank=1, world=3, address="n1", port=4711)
     told = [environment or {} for environment in environments(2, second)]
     assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in told] == [
         ("2", "0", "6", "2"),
@@ -362,8 +362,8 @@ def test_jobs_are_read_as_slurm_shows_them():
         "Restarts=2 BatchFlag=1 Reboot=0 ExitCode=2:0 NodeList=n0 ReqNodeList=(null)"
     )
     state = _parse(line)
-    assert (state.id, state.tasks, state.state, state.reason) == ("3", {0}, "FAILED", "NonZeroExitCode")
-    assert (state.exit_code, state.restarts, state.nodes, state.live) == ("2:0", 2, "n0", False)
+    assert (state.tasks, state.state, state.reason) == ({0}, "FAILED", "NonZeroExitCode")
+    assert (state.exit_code, state.nodes, state.live) == ("2:0", "n0", False)
     assert _parse(line.replace("ArrayTaskId=0 ", "ArrayTaskId=2-3,7%4 ")).tasks == {2, 3, 7}
     for named in ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "REQUEUE_FED", "RESV_DEL_HOLD"):
         assert _parse(line.replace("FAILED", named)).live, "it may still run"

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from builders import SUPPORT
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.verifier.model import load_config
 from fledge.slurm.plan.memory import TrainingShape, peak, training_memory
@@ -81,25 +79,13 @@ SHAPES = {
 
 def foreseen(spec: Spec, ranks: int, folder: Path) -> dict[str, dict[str, int]]:
     config = configuration(spec, folder)
-    return training_memory(
-        TrainingShape(
-            head=DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier)),
-            dtype=getattr(torch, spec.dtype),
-            ttt_steps=spec.ttt_steps,
-            batch_tokens=spec.batch_tokens,
-            counted_share=1.0,
-            micro_batches=spec.packs_per_step // ranks,
-            ranks=ranks,
-            zero_stage=spec.zero_stage,
-            recompute=spec.recompute,
-            device="cpu",
-        )
-    )
+    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    return training_memory(TrainingShape(head, config.train, config.deepspeed, 1.0, ranks, device="cpu"))
 
 
 def measured(spec: Spec, ranks: int, folder: Path) -> list[int]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    script = SUPPORT / "training_memory.py"
+    script = Path(__file__).with_name("training_memory.py")
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(folder), json.dumps(dataclasses.asdict(spec))],
         capture_output=True,

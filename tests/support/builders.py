@@ -36,7 +36,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 __all__ = ["leave_out_first_tokens", "make_batch", "make_head", "matrices"]  # beside what is here
 
-SUPPORT = Path(__file__).parent
 OF_THE_MACHINE = {f"train/{name}" for name in ("tokens_per_s", "utilisation", "memory_gib", "data_wait_share")}
 
 SMALL_DECODER = {  # of verifiers made on the spot

@@ -2,7 +2,7 @@
 
 A forked command has a session, arguments, environment, folder, signals and an exit code of its own, as one that a shell
 starts. It looks to a test like `subprocess.Popen`. What libraries read when they are imported must be as that process
-has it; a command with another such environment is started by `subprocess`.
+has it; a command with another such environment is started by `subprocess`. A forked `fledge run` forks its stages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,26 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing import forkserver, reduction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
+
+from fledge.conf.cli import main
+from fledge.conf.runtime import launch
+from hydra.core.global_hydra import GlobalHydra
 
 _FORKED = [sys.executable, "-m", "fledge"]
 _AT_IMPORT = ("OMP_", "GOMP_", "MKL_", "HF_", "TRITON_", "CUDA_", "TRANSFORMERS_", "TORCH", "PYTHON", "LD_", "HOME")
+_IMPORTED = (
+    "conf.cli",
+    "data_synthesis.dump",
+    "data_synthesis.synthesize",
+    "eval.evaluate",
+    "models.export",
+    "train.loop",
+)
 _context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([f"fledge.{module}" for module in _IMPORTED])
 
 
 def popen(command: Sequence[str], **options: Any) -> Any:
@@ -51,14 +66,14 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def script_result(script: str, *launcher: str, **options: Any) -> Any:
-    """Run a script of this folder on the CPU; return what its last line says in JSON.
+def script_result(script: Path, *launcher: str, **options: Any) -> Any:
+    """Run a script on the CPU; return what its last line says in JSON.
 
     Args:
         launcher: modules and options that Python starts the script with.
         options: those of `subprocess.run`.
     """
-    command = [sys.executable, *launcher, str(Path(__file__).with_name(script))]
+    command = [sys.executable, *launcher, str(script)]
     environment = {**_environment(), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -76,8 +91,25 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-class Forked:
-    """A running command, as `subprocess.Popen` shows it."""
+class _Running:
+    """A running process, as `subprocess.Popen` shows it."""
+
+    _process: Any
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+
+class Forked(_Running):
+    """A command that was forked."""
 
     def __init__(
         self,
@@ -88,23 +120,18 @@ class Forked:
         stderr: Any = None,
         text: bool = False,
     ) -> None:
-        self.args, self.returncode = list(command), None
+        self.args = list(command)
         self.stdout, out = _pipe(stdout, 1, text)
         self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _pipe(stderr, 2, text)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the parent, which starts with the first command
-        _context.set_forkserver_preload(["preloaded"])
         arguments = self.args[3:], env, str(cwd or os.getcwd()), _Descriptor(out), _Descriptor(err)
         self._process = _context.Process(target=_run, args=arguments)
-        self._process.start()
+        with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # of the parent, as commands set it before they import
+            self._process.start()
         self.pid = self._process.pid
         for descriptor, own in ((out, self.stdout), (err, self.stderr)):
             if own is not None:
                 os.close(descriptor)
-
-    def poll(self) -> int | None:
-        """Return the exit code, or None while it runs."""
-        self.returncode = self._process.exitcode
-        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end.
@@ -129,11 +156,6 @@ class Forked:
         for reader in readers:
             reader.join()
         return found.get(0), found.get(1)
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it at once."""
@@ -174,25 +196,42 @@ def _arrived(descriptor: Any) -> int:
     return int(descriptor.detach())
 
 
+class _Stage(_Running):
+    """A stage of a forked `fledge run`: a fork of that process."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str] | None) -> None:
+        arguments = list(command[3:]), env or dict(os.environ)
+        self._process = multiprocessing.get_context("fork").Process(target=_become, args=arguments)
+        self._process.start()
+
+
 def _run(arguments: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
-    """Be the command: `python -m fledge ARGUMENTS`."""
+    """Be a command that a shell has started."""
     os.setsid()
     forkserver._forkserver.__init__()  # its helpers are its own children
     for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
         os.dup2(descriptor, standard)
+    os.chdir(folder)
+    launch.subprocess = SimpleNamespace(Popen=_Stage)
+    _become(arguments, environment)
+
+
+def _become(arguments: list[str], environment: dict[str, str]) -> None:
+    """Be the command: `python -m fledge ARGUMENTS`. What the process it is forked from has set up is left behind."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    GlobalHydra.instance().clear()
     sys.stdin, sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, mode, closefd=False), write_through=through)
         for number, mode, through in ((0, "r", False), (1, "w", False), (2, "w", True))
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
     sys.argv = ["fledge", *arguments]
     code: Any = 0
     try:
-        from fledge.conf.cli import main
-
         main(arguments)
     except SystemExit as ended:
         code = ended.code

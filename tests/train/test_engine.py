@@ -1,5 +1,7 @@
 """DeepSpeed in every form that fledge trains in: steps without an update leave nothing behind, and nothing waits."""
 
+from pathlib import Path
+
 import pytest
 from commands import script_result
 
@@ -14,7 +16,7 @@ FORMS = [
 def runs(request):
     """Give what engine_runs.py found, by form: of each rank a run with steps that are not finite, and without."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    found = script_result("engine_runs.py", *(launcher if request.param > 1 else []))
+    found = script_result(Path(__file__).with_name("engine_runs.py"), *(launcher if request.param > 1 else []))
     assert all(len(ranks) == request.param for ranks in found.values())
     return found
 

@@ -17,7 +17,7 @@ import pytest
 from builders import Run
 from commands import popen, script_result
 from fledge.conf.runtime.launch import environments
-from fledge.conf.runtime.rank_info import Place, find_place, first_host, own_gpus
+from fledge.conf.runtime.rank_info import RankInfo, first_host, own_gpus, read_rank_info
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.store.store import checksums_beside, write_index
 from fledge.models.formats.plain import checkpoint_steps
@@ -53,33 +53,33 @@ SRUN_TASK = {  # the last task of an srun in it
 
 
 def test_a_process_without_a_launcher_is_alone():
-    assert find_place({}) == Place()
-    assert find_place({"MASTER_ADDR": "node7", "MASTER_PORT": "4711"}) == Place(), "a batch script exports them"
+    assert read_rank_info({}) == RankInfo()
+    assert read_rank_info({"MASTER_ADDR": "node7", "MASTER_PORT": "4711"}) == RankInfo(), "a batch script exports them"
 
 
 def test_torchrun_and_the_deepspeed_launcher_are_understood():
-    assert find_place(TORCHRUN) == Place(3, 4, 1, 2, "node7", 4711)
+    assert read_rank_info(TORCHRUN) == RankInfo(3, 4, 1, 2, "node7", 4711)
     deepspeed = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
-    assert find_place({**deepspeed, "LOCAL_SIZE": "2"}) == Place(3, 4, 1, 2, "node7", 4711)
-    assert find_place({**SRUN_TASK, **TORCHRUN}).world == 4, "torchrun started by srun"
-    assert find_place(Place(3, 4, 1, 2, "node7", 4711).environment()) == Place(3, 4, 1, 2, "node7", 4711)
+    assert read_rank_info({**deepspeed, "LOCAL_SIZE": "2"}) == RankInfo(3, 4, 1, 2, "node7", 4711)
+    assert read_rank_info({**SRUN_TASK, **TORCHRUN}).world == 4, "torchrun started by srun"
+    assert read_rank_info(RankInfo(3, 4, 1, 2, "node7", 4711).environment()) == RankInfo(3, 4, 1, 2, "node7", 4711)
 
 
 def test_a_task_of_srun_is_a_rank():
-    place = find_place(SRUN_TASK)
+    place = read_rank_info(SRUN_TASK)
     assert (place.rank, place.world, place.local_rank, place.local_world, place.address) == (2, 3, 0, 1, "n1")
     assert 20000 <= place.port < 32000
-    assert find_place({**SRUN_TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}).port == place.port
-    assert find_place({**SRUN_TASK, "SLURM_STEP_ID": "2"}).port != place.port, "two steps of a job at a time"
-    elsewhere = find_place({**SRUN_TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"})
+    assert read_rank_info({**SRUN_TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}).port == place.port
+    assert read_rank_info({**SRUN_TASK, "SLURM_STEP_ID": "2"}).port != place.port, "two steps of a job at a time"
+    elsewhere = read_rank_info({**SRUN_TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"})
     assert (elsewhere.address, elsewhere.port) == ("10.0.0.1", 4711)
 
 
 def test_the_shell_of_a_slurm_job_is_no_rank():
-    assert find_place(BATCH_SCRIPT) == Place()
-    assert find_place({**SRUN_TASK, "SLURM_NTASKS": "1"}) == Place(), "a job submitted from inside a step"
+    assert read_rank_info(BATCH_SCRIPT) == RankInfo()
+    assert read_rank_info({**SRUN_TASK, "SLURM_NTASKS": "1"}) == RankInfo(), "a job submitted from inside a step"
     interactive = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
-    assert find_place(interactive) == Place(), "the shell of salloc, where it runs as a step"
+    assert read_rank_info(interactive) == RankInfo(), "the shell of salloc, where it runs as a step"
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def test_the_first_host_of_a_node_list(nodes, host):
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_half_an_environment_is_refused_by_what_is_missing(name):
     with pytest.raises(ValueError, match=rf"^{name} must be set where .*torchrun"):
-        find_place({key: value for key, value in TORCHRUN.items() if key != name})
+        read_rank_info({key: value for key, value in TORCHRUN.items() if key != name})
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "4"), ("RANK", "-1"), ("WORLD_SIZE", "two")])
 def test_impossible_ranks_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be .*got '?{value}"):
-        find_place({**TORCHRUN, name: value})
+        read_rank_info({**TORCHRUN, name: value})
 
 
 def test_the_gpus_of_a_node_are_dealt_out_whole_and_to_one_rank_each():
     def dealt(ranks: int, gpus: int) -> list[list[int]]:
-        return [list(own_gpus(Place(rank, ranks, rank, ranks), gpus)) for rank in range(ranks)]
+        return [list(own_gpus(RankInfo(rank, ranks, rank, ranks), gpus)) for rank in range(ranks)]
 
     assert dealt(4, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert dealt(8, 8) == [[gpu] for gpu in range(8)]
@@ -115,7 +115,7 @@ def test_the_gpus_of_a_node_are_dealt_out_whole_and_to_one_rank_each():
         assert all(dealt(ranks, gpus))
     with pytest.raises(ValueError, match="4 ranks were started on a node with 2 GPUs"):
         dealt(4, 2)
-    assert list(own_gpus(Place(1, 4, 1, 4, sees_own_gpus=True), 2)) == [0, 1], "srun --gpus-per-task=2"
+    assert list(own_gpus(RankInfo(1, 4, 1, 4, sees_own_gpus=True), 2)) == [0, 1], "srun --gpus-per-task=2"
 
 
 def free_port() -> int:
@@ -125,7 +125,7 @@ def free_port() -> int:
 
 def torch_environments() -> list[dict[str, str]]:
     port = free_port()
-    return [Place(rank, 2, rank, 2, "127.0.0.1", port).environment() for rank in range(2)]
+    return [RankInfo(rank, 2, rank, 2, "127.0.0.1", port).environment() for rank in range(2)]
 
 
 def slurm_environments() -> list[dict[str, str]]:
@@ -140,7 +140,7 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
     """Give every launch that the README names: its ranks' environments, GPUs that each sees, and the one it takes."""
     deepspeed = [{**place, "LOCAL_SIZE": place.pop("LOCAL_WORLD_SIZE")} for place in torch_environments()]
     mpirun = [{**place, "OMPI_COMM_WORLD_LOCAL_RANK": place["LOCAL_RANK"]} for place in torch_environments()]
-    nodes = [Place(node, 2, address="127.0.0.1", port=free_port()) for node in range(2)]
+    nodes = [RankInfo(node, 2, address="127.0.0.1", port=free_port()) for node in range(2)]
     nodes = [replace(node, port=nodes[0].port) for node in nodes]
 
     def own(*options: str) -> list[dict[str, str]]:
@@ -165,7 +165,7 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
 def test_deepspeed_takes_the_gpu_that_fledge_trains_on_in_every_launch():
     cases = launches()
     given = {name: case[:2] for name, case in cases.items()}
-    found = script_result("device_calls.py", input=json.dumps(given))
+    found = script_result(Path(__file__).with_name("device_calls.py"), input=json.dumps(given))
     for name, (_, _, devices) in cases.items():
         assert [rank["device"] for rank in found[name]] == [f"cuda:{device}" for device in devices], name
         for rank, device in zip(found[name], devices, strict=True):
@@ -174,9 +174,9 @@ def test_deepspeed_takes_the_gpu_that_fledge_trains_on_in_every_launch():
 
 
 def test_what_ranks_are_told_gives_the_same_gpu_when_it_is_read_again():
-    shown_two = Place(1, 4, 1, 4, sees_own_gpus=True)
-    for place, num_gpus in ((Place(1, 2, 1, 2), 8), (Place(3, 4, 3, 4), 1), (shown_two, 2), (Place(), 8)):
-        again = find_place({**place.environment(num_gpus), "MASTER_PORT": "1"})
+    shown_two = RankInfo(1, 4, 1, 4, sees_own_gpus=True)
+    for place, num_gpus in ((RankInfo(1, 2, 1, 2), 8), (RankInfo(3, 4, 3, 4), 1), (shown_two, 2), (RankInfo(), 8)):
+        again = read_rank_info({**place.environment(num_gpus), "MASTER_PORT": "1"})
         assert own_gpus(again, num_gpus)[0] == own_gpus(place, num_gpus)[0]
 
 
@@ -186,7 +186,7 @@ def test_what_ranks_are_told_gives_the_same_gpu_when_it_is_read_again():
 def test_ranks_that_hold_one_verifier_together_tell_transformers_their_own_gpu(changes, num_gpus, device, monkeypatch):
     for name, value in {**slurm_environments()[1], **changes}.items():
         monkeypatch.setenv(name, value)
-    for name in Place().environment():  # what it sets goes away again
+    for name in RankInfo().environment():  # what it sets goes away again
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
@@ -357,7 +357,7 @@ def test_ranks_that_wait_for_something_else_notice_the_end_of_one_as_well():
             env={
                 **os.environ,
                 **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-                **Place(rank, 3, rank, 3, "127.0.0.1", port).environment(),
+                **RankInfo(rank, 3, rank, 3, "127.0.0.1", port).environment(),
             },
         )
         for rank in range(3)

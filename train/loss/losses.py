@@ -4,7 +4,7 @@ Of a row at draft step k: q is the draft's distribution over its vocabulary; P t
 whole vocabulary; m = sum P and p = P / m; alpha = sum min(P, q) the probability that the verifier, sampling, accepts;
 R_k = alpha_0 ... alpha_k the probability that draft token k is reached and accepted; s = sum of q where q < P.
 
-This module imports nothing of fledge, and torch for type checkers only: the schema reads the names from it.
+This module imports nothing of fledge, and torch for type checkers only: every command checks `train.loss` by it.
 """
 
 from __future__ import annotations
@@ -104,3 +104,14 @@ LOSSES = {
         blends=True,
     ),
 }
+
+
+def find_loss(name: str) -> Loss:
+    """Return the loss that `train.loss` names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"train.loss: Invalid value {name!r}, expected one of [{', '.join(LOSSES)}]")
+    return LOSSES[name]

@@ -45,7 +45,7 @@ from torch.distributed.rendezvous import rendezvous
 from ... import __version__
 from ...conf.errors import USER_ERRORS, explain
 from ...conf.runtime.artifact import differences
-from ...conf.runtime.rank_info import Place, find_place, own_gpus
+from ...conf.runtime.rank_info import RankInfo, own_gpus, read_rank_info
 from ...conf.runtime.signals import Stopped
 from ...conf.schema import Config
 
@@ -66,7 +66,7 @@ class Ranks:
         device: where it trains.
     """
 
-    def __init__(self, place: Place, gpus: range | None, timeout_s: int) -> None:
+    def __init__(self, place: RankInfo, gpus: range | None, timeout_s: int) -> None:
         self.place, self.gpus = place, gpus
         self.device = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
         self.rank, self.world = place.rank, place.world
@@ -133,7 +133,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     of the interpreter would not do: gloo's threads now and then abort a process whose interpreter has shut down (2 of
     24 runs on a busy machine), and NCCL may wait for a rank that is gone.
     """
-    place = find_place(os.environ)
+    place = read_rank_info(os.environ)
     if place.world == 1:
         yield _meet(place, config.train.collective_timeout_s)
         dist.destroy_process_group()
@@ -169,7 +169,7 @@ def _until_all_end(ranks: Ranks, watch: Watch) -> Generator[Ranks, None, int]:
     return code
 
 
-def _meet(place: Place, timeout_s: int) -> Ranks:
+def _meet(place: RankInfo, timeout_s: int) -> Ranks:
     """Make the group that trains, and give this rank its device."""
     on_gpu = torch.cuda.is_available()
     num_gpus = torch.cuda.device_count() if on_gpu else 0
@@ -321,7 +321,7 @@ def ended_message(ended: list[int], text: str = "") -> str:
     )
 
 
-def _report(error: BaseException, place: Place, watch: Watch | None, timeout_s: int) -> int:
+def _report(error: BaseException, place: RankInfo, watch: Watch | None, timeout_s: int) -> int:
     """Say why this rank ends, and give its exit code."""
     text = " ".join(str(error).split()).partition(" This is typically caused by")[0]
     of_network = isinstance(error, RuntimeError)

@@ -30,7 +30,7 @@ progress() {
   find "$artifact" -name "$grows" -printf '%p %s\n' 2>/dev/null | sort | cksum || true
 }
 
-# Say whether Slurm runs a job; where it does not answer, take it for running.
+# Return whether Slurm runs a job; if it does not answer, take it for running.
 is_running() { # JOB
   local answer
   if answer=$(squeue --noheader --jobs="$1" --states=RUNNING,COMPLETING,SUSPENDED --format=%T 2>&1); then
@@ -104,7 +104,7 @@ run() { # COMMAND...
   esac
 }
 
-# Say whether Slurm ends this job, and not for its time limit: somebody has cancelled it.
+# Return whether Slurm ends this job, and not for its time limit: somebody has cancelled it.
 is_cancelled() {
   grep --quiet --line-regexp --extended-regexp '(COMPLETING|CANCELLED) None' \
     <<<"$(squeue --noheader --jobs="$me" --states=all --format='%T %r')"
@@ -138,14 +138,14 @@ requeue() {
   fail "Slurm does not start it again: $said"
 }
 
-# Give a port that nobody listens on, another in each start.
+# Print a port that nobody listens on, another in each start.
 free_port() {
   local port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
   while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
   echo "$port"
 }
 
-# Say whether a server is well.
+# Return whether a server is well.
 answers() { # URL
   curl --silent --fail --noproxy '*' --max-time 5 --output /dev/null "${1%/v1}/health"
 }
@@ -194,7 +194,7 @@ serve() { # URL SECONDS COMMAND...
   exit 0
 }
 
-# Say whether Slurm knows the array no more. Not while it does not answer, gives a list without this very job, or the
+# Return whether Slurm knows the array no more. Not while it does not answer, gives a list without this very job, or the
 # array is not known yet.
 array_has_ended() {
   local array known
@@ -204,7 +204,7 @@ array_has_ended() {
   ! grep --quiet --line-regexp "$array" <<<"$known"
 }
 
-# Say whether a server that was healthy still is: where a node was lost, it has left its address.
+# Return whether a server that was healthy still is: if a node was lost, it has left its address.
 any_answers() {
   local file
   for file in "$jobs"/servers/*.healthy; do

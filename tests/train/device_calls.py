@@ -1,4 +1,4 @@
-"""Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/support/device_calls.py < LAUNCHES`.
+"""Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/train/device_calls.py < LAUNCHES`.
 
 A launch is the environments of its ranks and how many GPUs each of them sees. Its ranks are started, meet and make
 engines at the stages 2 and 3 of ZeRO (0 and 1 do as 2). Only what a driver would answer is made up, and DeepSpeed's
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from builders import make_head
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from fledge.conf.runtime.rank_info import find_place
+from fledge.conf.runtime.rank_info import read_rank_info
 from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, TrainConfig
 from fledge.train.engine import start_engine
 from fledge.train.ranks.group import Ranks, _meet
@@ -52,7 +52,7 @@ def meet(num_gpus: int) -> tuple[Ranks, list[int]]:
         patch("torch.cuda.set_device", current.append),
         patch("torch.distributed.init_process_group", lambda _nccl, **how: join("gloo", **how)),
     ):
-        return _meet(find_place(os.environ), 60), current
+        return _meet(read_rank_info(os.environ), 60), current
 
 
 def rank(environment: dict[str, str], num_gpus: int, told: Any) -> None:

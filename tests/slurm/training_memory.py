@@ -1,4 +1,4 @@
-"""Train in this process and print how much memory that takes: `python tests/support/training_memory.py FOLDER SPEC`.
+"""Train in this process and print how much memory that takes: `python tests/slurm/training_memory.py FOLDER SPEC`.
 
 The peak of the anonymous resident size, sampled every millisecond, above what it is after a small training in the same
 process (which has loaded what is loaded once). Memory that is given back must be given back to the system, and caches
