@@ -68,9 +68,8 @@ def diagnose(config: Config) -> Diagnosis:
             diagnosis.unmeasured = str(error)
             return diagnosis
         diagnosis.verdict = verdict
-        diagnosis.findings = [
-            one for one in diagnosis.findings if not one.suspects or not verdict.settles(one.suspects)
-        ]
+        findings = diagnosis.findings
+        diagnosis.findings = [one for one in findings if not (one.suspects and verdict.settles(one.suspects))]
         diagnosis.notes = engine_notes(files, verdict.aux_layers if files.names_layers else None)
         if verdict.otherwise:
             diagnosis.findings.append(_misconfigured(verdict))
@@ -103,8 +102,8 @@ def report(diagnosis: Diagnosis) -> str:
 
 
 def _measured(verdict: Verdict, names_layers: bool) -> list[str]:
-    texts = verdict.configured.nats
-    width = max(len(measured.variant.name) for measured in verdict.measured)
+    texts, forms = verdict.configured.nats, verdict.measured
+    width = max(len(form.variant.name) for form in forms)
     return [
         f"Measured on {sum(map(len, texts))} rows of {len(texts)} greedy answers of the verifier, teacher-forced; what "
         "leaves no choice was corrected first:",
@@ -148,11 +147,7 @@ def _names(measured: list[Measured]) -> str:
 
 
 def readable_head(files: HeadFiles) -> DraftHead:
-    """Return the head with everything corrected whose cure leaves no choice.
-
-    Raises:
-        ValueError: what is wrong cannot be corrected without a choice.
-    """
+    """Return the head with everything corrected whose cure leaves no choice; ValueError: more is wrong."""
     tensors = _corrected_tensors(files)
     values = _corrected_config(files, tensors)
     options = HeadImportConfig(interleaved_rotary=files.options.interleaved_rotary)  # the layers are in the values now
@@ -161,8 +156,8 @@ def readable_head(files: HeadFiles) -> DraftHead:
 
 def _corrected_tensors(files: HeadFiles) -> dict[str, Tensor]:
     prefix, vocab_size = files.prefix or "model.", files.verifier.vocab_size
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in files.tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if KNOWN_TENSORS.fullmatch(name)}
+    bare = {name.removeprefix(prefix): tensor for name, tensor in files.tensors.items()}
+    tensors = {name: tensor for name, tensor in bare.items() if KNOWN_TENSORS.fullmatch(name)}
     if "d2t" not in tensors and "t2d" in tensors:
         inside = tensors["t2d"].bool().nonzero().flatten()
         tensors["d2t"] = inside - torch.arange(len(inside))

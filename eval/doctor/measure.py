@@ -66,18 +66,15 @@ class Measured:
     Args:
         hits: by text, bool [rows, STEPS]: the draft token is the verifier's.
         nats: by text, [rows]: KL(p || q), summed over steps.
-
-    Attributes:
-        first: share of rows whose first draft token is the verifier's.
-        length: tokens gained in STEPS steps, the verifier's own included.
-        loss: mean nats a row.
     """
 
     def __init__(self, variant: Variant, hits: list[Tensor], nats: list[Tensor]) -> None:
         self.variant, self.nats = variant, nats
-        self.first = float(torch.cat(hits)[:, 0].double().mean())
-        self.length = 1 + float(torch.cat(hits).long().cumprod(dim=1).sum(dim=1).double().mean())
-        self.loss = float(torch.cat(nats).mean())
+        every = torch.cat(hits)
+        self.first = float(every[:, 0].double().mean())  # share of rows whose first draft token is the verifier's
+        # Tokens gained in STEPS steps, the verifier's own included.
+        self.length = 1 + float(every.long().cumprod(dim=1).sum(dim=1).double().mean())
+        self.loss = float(torch.cat(nats).mean())  # nats a row
 
     def clearly_further_than(self, other: Measured) -> bool:
         """Return whether this form is further from the verifier, by CLEAR standard errors (a text is one draw)."""
@@ -89,31 +86,23 @@ class Measured:
 
 
 class Verdict:
-    """What the measurement tells.
-
-    Attributes:
-        measured: from the form nearest to the verifier on.
-        configured: the head as it is.
-        alike: forms that the texts do not tell from the nearest one, those of fewest changes first.
-        candidates: forms the weights may have been trained for: of those alike, the nearest to the head as configured.
-        as_configured: nothing speaks against the head as configured.
-        otherwise: the weights were trained for another form, in which they accept more.
-        best_first: the largest share of first draft tokens that are the verifier's, in any form.
-        aux_layers: on which the weights were trained; None if the texts do not tell.
-    """
+    """What the measurement tells."""
 
     def __init__(self, measured: list[Measured]) -> None:
-        self.measured = sorted(measured, key=lambda one: one.loss)
-        self.configured = next(one for one in measured if not one.variant.changes)
+        self.measured = sorted(measured, key=lambda one: one.loss)  # the form nearest to the verifier first
+        self.configured = next(one for one in measured if not one.variant.changes)  # the head as it is
+        # Forms that the texts do not tell from the nearest one, those of fewest changes first.
         alike = [one for one in self.measured if not one.clearly_further_than(self.measured[0])]
         self.alike = sorted(alike, key=lambda one: len(one.variant.changes))
+        # Forms the weights may have been trained for: of those alike, the nearest to the head as configured.
         self.candidates = [m for m in self.alike if len(m.variant.changes) == len(self.alike[0].variant.changes)]
-        self.as_configured = not self.alike[0].variant.changes
+        self.as_configured = not self.alike[0].variant.changes  # nothing speaks against the head as it is
+        # Whether they were trained for another form, in which they accept more.
         longer = all(one.length > self.configured.length for one in self.candidates)
         self.otherwise = not self.as_configured and longer
         self.best_first = max(one.first for one in measured)
         layers = {one.variant.config.aux_layers for one in self.candidates}
-        self.aux_layers = list(layers.pop()) if len(layers) == 1 else None
+        self.aux_layers = list(layers.pop()) if len(layers) == 1 else None  # None: the texts do not tell
 
     def settles(self, change: str) -> bool:
         """Return whether the head as configured is right in this respect: all forms that differ in it are ruled out."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ KNOWN_TENSORS = re.compile(
     r"(fc|norm|lm_head|embed_tokens|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\.((input_layernorm|hidden_norm"
     r"|post_attention_layernorm)|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 )
+_UNKNOWN_NAMES = "vLLM refuses to load them, SGLang drops them silently"
 _LOWER = "aux states one layer lower are taken without an error (3.08 accepted in place of 3.51)"
 
 
@@ -65,13 +66,14 @@ def static_findings(head: HeadFiles) -> list[Finding]:
         finding = Finding("prefixed", what, _UNKNOWN_NAMES, f"remove {prefix!r} from the names")
         bare = replace(head, tensors={name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()})
         return [finding, *static_findings(bare)]
-    rules: list[_Rule] = [_aux_findings, _field_findings, _rope_findings]
-    rules += [_dtype_findings] if other_dtypes(head.tensors) else [_vocabulary_findings, _tensor_findings]
-    return [finding for rule in rules for finding in rule(head)]
-
-
-_Rule = Callable[[HeadFiles], Iterator[Finding]]
-_UNKNOWN_NAMES = "vLLM refuses to load them, SGLang drops them silently"
+    if others := other_dtypes(head.tensors):
+        cost = (
+            "engines read them by scales and a quantization_config of the head's own, or as plain numbers; not measured"
+        )
+        of_tensors = [Finding("dtype", "; ".join(others[:5]), cost, "fetch the head unquantised, in bfloat16")]
+    else:
+        of_tensors = [*_vocabulary_findings(head), *_tensor_findings(head)]
+    return [*_aux_findings(head), *_field_findings(head), *_rope_findings(head), *of_tensors]
 
 
 def _findings(*rows: tuple[Any, ...]) -> Iterator[Finding]:
@@ -196,27 +198,26 @@ def absolute_ids(tensors: dict[str, Tensor], vocab_size: int) -> bool:
 
 
 def _vocabulary_findings(head: HeadFiles) -> Iterator[Finding]:
-    tensors, size = head.tensors, head.values.get("draft_vocab_size")
+    tensors, size, shared = head.tensors, head.values.get("draft_vocab_size"), head.shares_lm_head
     rows = len(tensors[LM_HEAD]) if LM_HEAD in tensors else size
-    if head.shares_lm_head:
-        return _findings(
-            (size is not None, "lm_head_shared", "reuse_target_lm_head stands for a missing lm_head",
-             "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)",
-             "write draft_vocab_size: null"),
-        )  # fmt: skip
-    own = _findings(
-        (size is None, "draft_vocab_size",
+    yield from _findings(
+        (shared and size is not None, "lm_head_shared", "reuse_target_lm_head stands for a missing lm_head",
+         "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)",
+         "write draft_vocab_size: null"),
+        (not shared and size is None, "draft_vocab_size",
          f"draft_vocab_size is {'null' if 'draft_vocab_size' in head.values else 'absent'}",
          "SGLang reads it without a default, and takes the verifier's lm_head for null",
          f"write draft_vocab_size: {rows or 'the rows of lm_head'}"),
-        (size is not None and rows != size, "draft_vocab_size",
+        (not shared and size is not None and rows != size, "draft_vocab_size",
          f"draft_vocab_size is {size}, {LM_HEAD} has {rows} rows", "engines fail to load, or cut it",
          f"write draft_vocab_size: {rows}"),
-        (LM_HEAD not in tensors, "lm_head_absent", f"{LM_HEAD} [{size or head.verifier.vocab_size}, H] is missing",
+        (not shared and LM_HEAD not in tensors, "lm_head_absent",
+         f"{LM_HEAD} [{size or head.verifier.vocab_size}, H] is missing",
          "vLLM and TensorRT-LLM take the verifier's, SGLang random weights, without an error (1.0 accepted)",
          head.lm_head_cure),
     )  # fmt: skip
-    return itertools.chain(own, itertools.islice(_map_findings(head, rows), 1))
+    if not shared:
+        yield from itertools.islice(_map_findings(head, rows), 1)
 
 
 def _map_findings(head: HeadFiles, rows: int | None) -> Iterator[Finding]:
@@ -245,11 +246,6 @@ def _map_findings(head: HeadFiles, rows: int | None) -> Iterator[Finding]:
          "d2t and t2d name different tokens", f"if d2t is wrong, {silent}",
          "remove t2d if d2t is right: engines skip it"),
     )  # fmt: skip
-
-
-def _dtype_findings(head: HeadFiles) -> Iterator[Finding]:
-    cost = "engines read them by scales and a quantization_config of the head's own, or as plain numbers; not measured"
-    yield Finding("dtype", "; ".join(other_dtypes(head.tensors)[:5]), cost, "fetch the head unquantised, in bfloat16")
 
 
 def _tensor_findings(head: HeadFiles) -> Iterator[Finding]:
@@ -288,12 +284,15 @@ def _embedding_differs(head: HeadFiles) -> bool:
 def engine_notes(head: HeadFiles, trained: list[int] | None = None) -> list[str]:
     """Return what each engine makes of the head, and the settings without which it would lose acceptance.
 
-    Args:
-        trained: the aux layers it was trained on if measured; otherwise those that the files mean.
+    `trained` are the aux layers it was trained on, if measured; otherwise those count that the files mean.
     """
     layers = trained or (head.aux_layers() if head.names_layers else None)
     named = layers or "the layers it was trained on, which config.json does not say"
-    taken = {engine: _taken(engine, ids, layers) for engine, ids in engine_layers(head).items()}
+    taken = {}
+    for engine, ids in engine_layers(head).items():
+        verdict = "the right ones" if ids == layers else f"NOT {layers}: acceptance is lost"
+        verdict = verdict if layers else "its default: config.json does not say whether they are right"
+        taken[engine] = f"{engine}: takes layers {ids} (0-based), {verdict}"
     if head.speculators:
         notes = [
             taken["vLLM"] if len(head.aux_layers()) == 3 else "vLLM: fails to load it, its fc is for 3 aux layers",
@@ -312,9 +311,3 @@ def engine_notes(head: HeadFiles, trained: list[int] | None = None) -> list[str]
     if head.values.get("fc_norm") or head.values.get("norm_output"):
         notes.append("every engine: releases that do not know fc_norm and norm_output (EAGLE-3.1) lose acceptance")
     return notes
-
-
-def _taken(engine: str, taken: list[int], layers: list[int] | None) -> str:
-    verdict = "the right ones" if taken == layers else f"NOT {layers}: acceptance is lost"
-    unknown = "its default: config.json does not say whether they are right"
-    return f"{engine}: takes layers {taken} (0-based), {verdict if layers else unknown}"

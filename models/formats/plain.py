@@ -1,7 +1,6 @@
-"""Head checkpoints on disk, in the plain format that SGLang, TensorRT-LLM and vLLM read.
+"""Head checkpoints on disk, in the plain format that SGLang, TensorRT-LLM and vLLM read: training's and exports.
 
-Training checkpoints and exports are both of this form: `config.json` and `model.safetensors`, and next to them
-`fledge.json`, which names the verifier that the head was trained for.
+Next to `config.json` and `model.safetensors` stands `fledge.json`, which names the head's verifier.
 """
 
 from __future__ import annotations
@@ -170,16 +169,14 @@ def _vocabulary(place: Path, vocab_size: int, d2t: Tensor, t2d: Tensor | None) -
     """Check the map's values, and make t2d of d2t if it is absent."""
     d2t = d2t.to(torch.int64)
     ids = torch.arange(len(d2t)) + d2t
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+    low, high, offsets = int(ids.min()), int(ids.max()), "it must hold offsets (target id = draft id + d2t[draft id])"
+    if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{place}: d2t gives target ids from {int(ids.min())} to {int(ids.max())}, "
-            f"0 to {vocab_size - 1} is required: it must hold offsets (target id = draft id + d2t[draft id])"
+            f"{place}: d2t gives target ids from {low} to {high}, 0 to {vocab_size - 1} is required: {offsets}"
         )
     if bool((ids[1:] <= ids[:-1]).any()):
-        raise ValueError(
-            f"{place}: the target ids of d2t do not increase: it must hold offsets (target id = draft id + "
-            "d2t[draft id]), with draft ids in the order of their target ids"
-        )
+        order = "with draft ids in the order of their target ids"
+        raise ValueError(f"{place}: the target ids of d2t do not increase: {offsets}, {order}")
     inside = torch.zeros(vocab_size, dtype=torch.bool)
     inside[ids] = True
     if t2d is not None and not torch.equal(t2d.bool(), inside):
@@ -199,11 +196,9 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
-    """Return the folder of the head to use.
+    """Return the folder of the head to use: `checkpoint`, or a training run's `best` or `latest` checkpoint.
 
-    Args:
-        checkpoint: a folder, or the `best` or `latest` checkpoint of a training run; None is the best, or the newest
-            if none was measured.
+    None is the best, or the newest if none was measured.
     """
     if checkpoint is not None and checkpoint not in (BEST, LATEST):
         return Path(checkpoint)

@@ -5,6 +5,7 @@ Every field is represented, known to have no effect, or refused by name, at ever
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
             raise ValueError(
                 f"{folder} is made for a verifier of {name} {has}, verifier.path has {needs}: set the head's verifier"
             )
-    read = {
+    read: dict[str, Any] = {
         field.ours: (layer if field.home == LAYER else values).get(field.name)
         or (field.absent and field.absent(layer, verifier))
         for field in fields.values()
@@ -137,51 +138,49 @@ def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
     }
     if layer.get("model_type") == "llama4_text":  # SGLang and TensorRT-LLM then read the other field
         read["intermediate_size"] = layer.get("intermediate_size_mlp") or layer["intermediate_size"]
-    return architecture.config(
-        **read
-        | {
-            "draft_vocab_size": read["draft_vocab_size"] or lm_head_rows,
-            "verifier_hidden_size": width,
-            "aux_layers": _aux_layers(files),
-            "rope_parameters": rope_parameters(folder, layer),
-            "fc_norm": bool(values.get("fc_norm") or values.get("use_aux_norm")),
-            "norm_output": _norm_output(folder, values),
-            "norm_before_residual": bool(values.get("norm_before_residual", files.speculators)),
-        }
-    )
+    read |= {
+        "draft_vocab_size": read["draft_vocab_size"] or lm_head_rows,
+        "verifier_hidden_size": width,
+        "aux_layers": _aux_layers(files),
+        "rope_parameters": rope_parameters(folder, layer),
+        "fc_norm": bool(values.get("fc_norm") or values.get("use_aux_norm")),
+        "norm_output": _norm_output(folder, values),
+        "norm_before_residual": bool(values.get("norm_before_residual", files.speculators)),
+    }
+    return architecture.config(**read)
 
 
 def _check_fields(files: HeadFiles, fields: dict[str, Field]) -> None:
     """Refuse what is unknown, and what the head's arithmetic is not."""
     folder, values, layer = files.folder, files.values, files.layer
-    for name in (EAGLE, LAYER, "rope_parameters", "rope_scaling"):
-        for place in (values, layer):
-            if not isinstance(place.get(name) or {}, dict):
-                raise ValueError(
-                    f"{folder}: {name} is {place[name]!r}, fields with values are required: fetch the head again"
-                )
+    for name, place in itertools.product((EAGLE, LAYER, "rope_parameters", "rope_scaling"), (values, layer)):
+        if not isinstance(place.get(name) or {}, dict):
+            raise ValueError(
+                f"{folder}: {name} is {place[name]!r}, fields with values are required: fetch the head again"
+            )
     places = {TOP: values, LAYER: layer if layer is not values else {}, EAGLE: values.get(EAGLE) or {}}
     found = [
-        (f"{place}.{name}".removeprefix("."), fields.get(name), name, value)
+        (f"{place}.{name}".removeprefix("."), fields.get(name, Field(name)), value)
         for place, content in places.items()
         for name, value in content.items()
         if value is not None
     ]
-    for path, field, _, value in found:
-        if field and not field.allows(value):
+    for path, field, value in found:
+        if not field.allows(value):
             raise ValueError(f"{folder}: {path} is {value!r}, fledge's head knows {field.only!r} only: {_CURE}")
-    for path, field, name, value in found:
-        if field and field.home is not None:
-            home = TOP if layer is values and field.home == LAYER else field.home
-            absent = name == "norm_before_residual" and files.speculators  # means true there
-            if value != places[home].get(name, absent):
-                where = f"in {home}" if home else "at the top level"
+    for path, field, value in found:
+        if field.home is not None:
+            home = places[TOP if layer is values and field.home == LAYER else field.home]
+            absent = field.name == "norm_before_residual" and files.speculators  # means true there
+            if value != home.get(field.name, absent):
+                where = "at the top level" if home is values else f"in {field.home}"
                 raise ValueError(
-                    f"{folder}: {path} is {value!r}, and {name} is read {where}, where it is "
-                    f"{places[home].get(name, 'absent')!r}: write the one that the head was trained with there, and "
+                    f"{folder}: {path} is {value!r}, and {field.name} is read {where}, where it is "
+                    f"{home.get(field.name, 'absent')!r}: write the one that the head was trained with there, and "
                     "remove the other"
                 )
-    unknown = [f"{path} = {value!r}" for path, field, name, value in found if not field and not has_no_effect(name)]
+    known = fields.keys() | {field.name for _, field, _ in found if has_no_effect(field.name)}
+    unknown = [f"{path} = {value!r}" for path, field, value in found if field.name not in known]
     if unknown:
         raise ValueError(
             f"{folder / CONFIG} has fields that fledge does not know: {', '.join(unknown)}; it drops none silently, as "
@@ -224,10 +223,8 @@ def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     found = [(name, *item) for name in ("rope_parameters", "rope_scaling") for item in (layer.get(name) or {}).items()]
     for name, field, value in found:
         if not ROPE_FIELDS.fullmatch(field) or (field == "partial_rotary_factor" and value not in (None, 1)):
-            raise ValueError(
-                f"{folder}: {name}.{field} is {value!r}, which fledge's head does not know: remove it if the head was "
-                "trained without"
-            )
+            cure = "which fledge's head does not know: remove it if the head was trained without"
+            raise ValueError(f"{folder}: {name}.{field} is {value!r}, {cure}")
         if field in ("rope_type", "type"):
             field, value = "rope_type", _ROPE_ALIASES.get(str(value), value)
         if value is not None and joined.setdefault(field, value) != value:
