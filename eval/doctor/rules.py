@@ -137,8 +137,7 @@ def _field_findings(head: HeadFiles) -> Iterator[Finding]:
         (not plain and values.get("norm_before_residual") is None, "norm_before_residual_absent",
          "norm_before_residual is absent",
          "vLLM takes it for true in this format: 2.09 accepted in place of 3.51 if the head was trained without",
-         "write norm_before_residual: false (or true, if the measurement as configured is best)",
-         NORM_BEFORE_RESIDUAL),
+         "write norm_before_residual: false (or true, if the measurement as configured is best)", NORM_BEFORE_RESIDUAL),
         (plain and values.get("model_type") != "llama", "model_type", f"model_type is {values.get('model_type')!r}",
          "engines read other fields for the head's sizes", "write model_type: llama"),
         (any(place.get("quantization_config") for place in (values, layer)), "quantization",
@@ -188,11 +187,7 @@ def _rope_findings(head: HeadFiles) -> Iterator[Finding]:
 def absolute_ids(tensors: dict[str, Tensor], vocab_size: int) -> bool:
     """Return whether `d2t` holds target ids in place of offsets; a `t2d` that agrees with either settles it."""
     d2t, t2d = tensors["d2t"].long(), tensors.get("t2d")
-    if len(d2t) == vocab_size and not bool(d2t.any()):
-        return False
-    inside = None if t2d is None else t2d.bool().nonzero().flatten()
-    offsets = torch.arange(len(d2t)) + d2t
-    if inside is not None and len(inside) == len(d2t) and torch.equal(inside, offsets):
+    if t2d is not None and torch.equal(t2d.bool().nonzero().flatten(), torch.arange(len(d2t)) + d2t):
         return False
     return bool((d2t[1:] > d2t[:-1]).all()) and 0 <= int(d2t.min()) <= int(d2t.max()) < vocab_size
 

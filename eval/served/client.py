@@ -165,16 +165,10 @@ class _Client:
                 return question.record(answers, f"turn {turn + 1}: {error}")
             seed = int(digest([self._options.seed, turn, question.id])[:8], 16)
             completion = await self._ask(prompt, max_tokens, seed)
-            written = {"output_tokens": completion.output_tokens, "seconds": completion.seconds}
-            answers.append(
-                {
-                    "text": completion.text,
-                    "prompt_tokens": len(prompt),
-                    "output_tokens": completion.output_tokens,
-                    "seconds_alone": None,
-                    "drafters": {TRAINED: asdict(completion.counts) | written},
-                }
-            )
+            written = {"output_tokens": completion.output_tokens}
+            drafted = {**asdict(completion.counts), **written, "seconds": completion.seconds}
+            answer = {"text": completion.text, "prompt_tokens": len(prompt), **written}
+            answers.append({**answer, "seconds_alone": None, "drafters": {TRAINED: drafted}})
         return question.record(answers)
 
     async def _ask(self, prompt: list[int], max_tokens: int, seed: int) -> Completion:

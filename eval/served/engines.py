@@ -37,14 +37,10 @@ class _Engine:
         self.name = name
         self._options, self._endpoint, self._root = options, endpoint, _root(endpoint)
         self._tokenizer = load_tokenizer(verifier)
-        self._end_token_ids = load_end_token_ids(verifier, self._tokenizer)
-        self._sampling = {  # fields that both engines know, with whatever would make greedy less than greedy
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-        }
+        # Fields of a request that both engines know, with whatever would make greedy less than greedy.
+        self._sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k or -1}
+        self._sampling |= {"min_p": 0.0, "repetition_penalty": 1.0}
+        self._sampling |= {"stop_token_ids": load_end_token_ids(verifier, self._tokenizer)}
 
     async def _post(
         self, path: str, body: dict[str, Any], prompt: list[int], read: Callable[[Any], tuple[Any, ...]]
@@ -135,15 +131,8 @@ class Vllm(_Engine):
         """Have a prompt answered; RequestError: there is no answer, ValueError: counts are not of it alone."""
         options = self._options
         before = await self._quiet() if options.batch_size == 1 else None
-        body = {
-            "model": self._endpoint.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "stop_token_ids": self._end_token_ids,
-            "return_token_ids": True,
-            **self._sampling,
-            **({"seed": seed} if options.temperature else {}),
-        }
+        body = {"model": self._endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True}
+        body |= self._sampling | ({"seed": seed} if options.temperature else {})
         seconds, written, text, tokens, counted = await self._post("/completions", body, prompt, _read_vllm)
         if before:
             counts = await self._grown(before, written)
@@ -214,9 +203,8 @@ class Sglang(_Engine):
         """Check that it speculates as is to be measured, and tells so."""
         info, top_k = self._info, self._info["eagle_topk"]
         if not info["algorithm"]:
-            raise ValueError(
-                f"{self._endpoint.url} serves without a draft head: start it with --speculative-algorithm EAGLE3"
-            )
+            cure = "start it with --speculative-algorithm EAGLE3"
+            raise ValueError(f"{self._endpoint.url} serves without a draft head: {cure}")
         is_tree = int(top_k or 1) > 1
         theirs = {
             "num_draft_tokens": (info["num_draft_tokens"] or 0) - 1,  # SGLang counts the last accepted token too
@@ -230,8 +218,7 @@ class Sglang(_Engine):
 
     async def ask(self, prompt: list[int], max_tokens: int, seed: int) -> Completion:
         """Have a prompt answered; errors as above."""
-        sampling = {"max_new_tokens": max_tokens, "stop_token_ids": self._end_token_ids, **self._sampling}
-        body = {"input_ids": prompt, "sampling_params": sampling}
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": max_tokens, **self._sampling}}
         seconds, written, text, tokens, meta = await self._post(f"{self._root}/generate", body, prompt, _read_sglang)
         try:
             counts = read_sglang_answer(meta, self._options.num_draft_tokens, self._options.draft_depth)

@@ -67,9 +67,8 @@ def assemble_head(files: HeadFiles) -> PublishedHead:
     if weights is not None and files.shares_lm_head:
         tensors = {**tensors, LM_HEAD: weights.lm_head()}
     if LM_HEAD not in tensors:
-        raise ValueError(
-            f"{folder}: {LM_HEAD} is missing, and engines would silently use another: {files.lm_head_cure}"
-        )
+        use = "engines would silently use another"
+        raise ValueError(f"{folder}: {LM_HEAD} is missing, and {use}: {files.lm_head_cure}")
     own = tensors.get(EMBEDDING)
     if own is not None and own.dtype in FLOATS and weights and torch.equal(own, weights.embedding().to(own.dtype)):
         tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
@@ -94,11 +93,7 @@ def halves_from_pairs(weights: dict[str, Tensor], head_dim: int) -> dict[str, Te
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights of a published head.
-
-    Raises:
-        ValueError: the folder is no head, or a file that the index names is missing.
-    """
+    """Return the files that hold a head's weights; ValueError: it is no head, or a file of the index is missing."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a head: {CONFIG} is missing")
     if (folder / WEIGHTS).is_file():
@@ -120,11 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_files(
     folder: Path, verifier: Any, options: HeadImportConfig | None = None, weights: VerifierWeights | None = None
 ) -> HeadFiles:
-    """Read config.json and the tensors of a published head; further arguments as in `HeadFiles`.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
+    """Read the files of a published head, arguments as in `HeadFiles`; ValueError: one is missing or damaged."""
     files, path = weight_files(folder), folder / CONFIG
     try:
         values = json.loads(path.read_text())

@@ -155,9 +155,8 @@ def _check_fields(files: HeadFiles, fields: dict[str, Field]) -> None:
     folder, values, layer = files.folder, files.values, files.layer
     for name, place in itertools.product((EAGLE, LAYER, "rope_parameters", "rope_scaling"), (values, layer)):
         if not isinstance(place.get(name) or {}, dict):
-            raise ValueError(
-                f"{folder}: {name} is {place[name]!r}, fields with values are required: fetch the head again"
-            )
+            cure = "fields with values are required: fetch the head again"
+            raise ValueError(f"{folder}: {name} is {place[name]!r}, {cure}")
     places = {TOP: values, LAYER: layer if layer is not values else {}, EAGLE: values.get(EAGLE) or {}}
     found = [
         (f"{place}.{name}".removeprefix("."), fields.get(name, Field(name)), value)
@@ -200,10 +199,8 @@ def _check_attention(folder: Path, layer: dict[str, Any]) -> None:
         ("no_rope_layers", not all(layer.get("no_rope_layers") or [])),
     ):
         if restricts:
-            raise ValueError(
-                f"{folder}: {name} is {layer[name]!r}, fledge's head has full attention with rotary positions only: "
-                f"{_CURE}"
-            )
+            full = "fledge's head has full attention with rotary positions only"
+            raise ValueError(f"{folder}: {name} is {layer[name]!r}, {full}: {_CURE}")
 
 
 def _norm_output(folder: Path, values: dict[str, Any]) -> bool:
@@ -255,9 +252,8 @@ def _aux_layers(files: HeadFiles) -> tuple[int, ...]:
         ("aux_layers", options.aux_layers, not top and not nested),
     ):
         if value is not None and not is_open:
-            raise ValueError(
-                f"head_import.{name} is {value}, and {folder / CONFIG} leaves nothing open: drop the option"
-            )
+            cure = "leaves nothing open: drop the option"
+            raise ValueError(f"head_import.{name} is {value}, and {folder / CONFIG} {cure}")
     if nested and top and top not in (vllm_layer_ids(nested), nested):
         raise ValueError(
             f"{folder}: {AUX_IDS} is {top} at the top level and {nested} in eagle_config, which is neither the same "
