@@ -88,10 +88,7 @@ def read_vllm_answer(told: dict[str, Any], num_positions: int) -> ServedCounts:
 
 
 def read_sglang_answer(meta: dict[str, Any], num_draft_tokens: int, num_positions: int) -> ServedCounts:
-    """Read the `meta_info` of one of SGLang's answers.
-
-    Args:
-        num_draft_tokens: that a round proposes, if the server does not tell how many it proposed.
+    """Read the `meta_info` of one of SGLang's answers; a round proposes `num_draft_tokens` if it does not tell.
 
     Raises:
         ValueError: it tells too little, or what does not fit the answer's length.

@@ -1,4 +1,4 @@
-"""Head checkpoints on disk, in the plain format that SGLang, TensorRT-LLM and vLLM read: training's and exports.
+"""Training checkpoints and exports of heads, in the plain format that SGLang, TensorRT-LLM and vLLM read.
 
 Next to `config.json` and `model.safetensors` stands `fledge.json`, which names the head's verifier.
 """

@@ -81,7 +81,7 @@ def assemble_head(files: HeadFiles) -> PublishedHead:
 
 
 def halves_from_pairs(weights: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Reorder q and k of a head whose neighbouring dimensions are rotated as pairs, as in Llama 4 and GPT-J.
+    """Reorder q and k of a head that rotates neighbouring dimensions as pairs, as Llama 4 and GPT-J do.
 
     Dimensions 2i and 2i+1 of each attention head become i and i + head_dim / 2, which fledge rotates together.
     """

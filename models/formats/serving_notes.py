@@ -41,12 +41,7 @@ def _revision(exported: ExportedHead) -> str:
 
 
 def model_card(exported: ExportedHead, acceptance: dict[str, Any] | None, conversations: dict[str, Any] | None) -> str:
-    """Return README.md in Hugging Face's form.
-
-    Args:
-        acceptance: acceptance.json of this head, if it was evaluated.
-        conversations: the manifest of the conversations it was trained on, if known.
-    """
+    """Return README.md in Hugging Face's form, with this head's acceptance.json and its conversations' manifest."""
     # A local folder says nothing to who reads the card elsewhere, and may say too much: its last part must do.
     verifier = Path(exported.verifier).resolve().name if Path(exported.verifier).exists() else exported.verifier
     front = {

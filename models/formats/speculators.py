@@ -29,7 +29,7 @@ def save_speculators(
 
     Args:
         verifier: `name_or_path` and `architectures` of the model that serves with the head.
-        num_draft_tokens: tokens proposed a round unless the engine is told otherwise.
+        num_draft_tokens: proposed a round unless the engine is set otherwise.
     """
     config, architecture, width = head.config, architecture_of(head.config), head.config.verifier_hidden_size
     proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}
