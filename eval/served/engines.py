@@ -36,11 +36,11 @@ class _Engine:
     def __init__(self, verifier: VerifierConfig, options: EvaluateConfig, endpoint: Endpoint, name: str) -> None:
         self.name = name
         self._options, self._endpoint, self._root = options, endpoint, _root(endpoint)
-        self._tokenizer = load_tokenizer(verifier)
+        self.tokenizer = load_tokenizer(verifier)
         # Fields of a request that both engines know, with whatever would make greedy less than greedy.
-        self._sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k or -1}
-        self._sampling |= {"min_p": 0.0, "repetition_penalty": 1.0}
-        self._sampling |= {"stop_token_ids": load_end_token_ids(verifier, self._tokenizer)}
+        self._sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
+        self._sampling |= {"top_k": options.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        self._sampling |= {"stop_token_ids": load_end_token_ids(verifier, self.tokenizer)}
 
     async def _post(
         self, path: str, body: dict[str, Any], prompt: list[int], read: Callable[[Any], tuple[Any, ...]]
@@ -91,7 +91,7 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
                 "--disable-log-stats), nor at /server_info, as SGLang does: evaluate.endpoint must be one of these two"
             )
     await engine.check()
-    trial = prompt_tokens(load_tokenizer(verifier), [{"role": "user", "content": "Name a colour."}])
+    trial = prompt_tokens(engine.tokenizer, [{"role": "user", "content": "Name a colour."}])
     await engine.ask(trial, options.draft_depth + 2, options.seed)
     return engine
 
@@ -131,8 +131,8 @@ class Vllm(_Engine):
         """Have a prompt answered; RequestError: there is no answer, ValueError: counts are not of it alone."""
         options = self._options
         before = await self._quiet() if options.batch_size == 1 else None
-        body = {"model": self._endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True}
-        body |= self._sampling | ({"seed": seed} if options.temperature else {})
+        body = {"model": self._endpoint.model, "prompt": prompt, "max_tokens": max_tokens, **self._sampling}
+        body |= {"return_token_ids": True} | ({"seed": seed} if options.temperature else {})
         seconds, written, text, tokens, counted = await self._post("/completions", body, prompt, _read_vllm)
         if before:
             counts = await self._grown(before, written)
@@ -143,7 +143,7 @@ class Vllm(_Engine):
                 f"evaluate.batch_size={options.batch_size} needs a server that counts each request: start it "
                 "with --per-request-spec-decode-metrics summary, or set evaluate.batch_size=1, which reads /metrics"
             )
-        return Completion(answer_text(self._tokenizer, tokens, text), written, seconds, counts)
+        return Completion(answer_text(self.tokenizer, tokens, text), written, seconds, counts)
 
     async def _counters(self) -> VllmCounters:
         try:
@@ -224,7 +224,7 @@ class Sglang(_Engine):
             counts = read_sglang_answer(meta, self._options.num_draft_tokens, self._options.draft_depth)
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is an SGLang that evaluation cannot read: {error}") from None
-        return Completion(answer_text(self._tokenizer, tokens, text), written, seconds, counts)
+        return Completion(answer_text(self.tokenizer, tokens, text), written, seconds, counts)
 
 
 def _read_vllm(response: Any) -> tuple[Any, ...]:
