@@ -49,9 +49,9 @@ def diagnose(config: Config) -> Diagnosis:
     Raises:
         ValueError: there is no head to read, or no verifier.
     """
-    options, weights = config.head_import, VerifierWeights(config.verifier)
-    folder, embedding = source_folder(options), weights.embedding()
-    files = read_files(folder, load_config(config.verifier), options, weights)
+    folder, weights = source_folder(config.head_import), VerifierWeights(config.verifier)
+    embedding = weights.embedding()
+    files = read_files(folder, load_config(config.verifier), config.head_import, weights)
     diagnosis = Diagnosis(static_findings(files), engine_notes(files), names_layers=files.names_layers)
     if other_dtypes(files.tensors):
         return diagnosis
@@ -108,10 +108,7 @@ def _measured(verdict: Verdict, names_layers: bool) -> list[str]:
         f"Measured on {sum(map(len, texts))} rows of {len(texts)} greedy answers of the verifier, teacher-forced; what "
         "leaves no choice was corrected first:",
         f"  {'form':<{width}}  first position  tokens in {STEPS} steps  KL, nats a row",
-        *(
-            f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}"
-            for m in verdict.measured
-        ),
+        *(f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}" for m in forms),
         _conclusion(verdict, names_layers),
     ]
 
