@@ -82,7 +82,8 @@ def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
 def _conversations(config: Config, source: Path) -> dict[str, Any] | None:
     """Return the manifest of the run's conversations if the head is a checkpoint of the run's own training."""
     own = (config.training_folder / "checkpoints").resolve() in source.resolve().parents
-    return (_manifest(config.conversations_folder) if own else None) or None
+    manifest = _manifest(config.conversations_folder) if own else {}
+    return manifest or None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
