@@ -47,8 +47,8 @@ def _export_one(config: Config, format_: str, source: Path, head: DraftHead, rec
     )
     card = model_card(exported, _acceptance(config, source), _conversations(config, source))
     texts = {**serving_files(exported), "README.md": card}
-    settings = {"head": file_digest(source / WEIGHTS), "dtype": exported.dtype, "format": exported.format}
-    settings |= {"num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
+    settings: dict[str, Any] = {"head": file_digest(source / WEIGHTS), "dtype": exported.dtype}
+    settings |= {"format": format_, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written by"):
         if _current_settings(folder) == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
