@@ -47,13 +47,8 @@ def _export_one(config: Config, format_: str, source: Path, head: DraftHead, rec
     )
     card = model_card(exported, _acceptance(config, source), _conversations(config, source))
     texts = {**serving_files(exported), "README.md": card}
-    settings = {
-        "head": file_digest(source / WEIGHTS),
-        "dtype": exported.dtype,
-        "format": exported.format,
-        "num_draft_tokens": exported.num_draft_tokens,
-        "texts": digest(texts),
-    }
+    settings: dict[str, Any] = {"head": file_digest(source / WEIGHTS), "dtype": exported.dtype}
+    settings |= {"format": format_, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written by"):
         if _current_settings(folder) == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
@@ -78,24 +73,23 @@ def _export_one(config: Config, format_: str, source: Path, head: DraftHead, rec
 
 def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
     """Return acceptance.json of the run if it was measured with this very head, by the weights' checksum."""
-    folder = config.run_folder / "evaluation"
-    if not (folder / "acceptance.json").is_file() or not (folder / MANIFEST).is_file():
-        return None
-    manifest = json.loads((folder / MANIFEST).read_text())
-    measured = (manifest.get("settings") or {}).get("head")
-    if not manifest.get("complete") or measured != file_digest(source / WEIGHTS):
-        return None
-    return json.loads((folder / "acceptance.json").read_text())
+    path = config.run_folder / "evaluation" / "acceptance.json"
+    measured = (_manifest(path.parent).get("settings") or {}).get("head")
+    this = path.is_file() and bool(measured) and measured == file_digest(source / WEIGHTS)
+    return json.loads(path.read_text()) if this else None
 
 
 def _conversations(config: Config, source: Path) -> dict[str, Any] | None:
     """Return the manifest of the run's conversations if the head is a checkpoint of the run's own training."""
-    manifest = config.conversations_folder / MANIFEST
     own = (config.training_folder / "checkpoints").resolve() in source.resolve().parents
-    if not own or not manifest.is_file():
-        return None
-    content = json.loads(manifest.read_text())
-    return content if content.get("complete") else None
+    manifest = _manifest(config.conversations_folder) if own else {}
+    return manifest or None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder that is complete; else nothing."""
+    manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+    return manifest if manifest.get("complete") else {}
 
 
 def _current_settings(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.runtime.artifact import artifact, file_digest
-from ..conf.schema import Config
+from ..conf.schema import Config, HeadImportConfig
 from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
 from .formats.published import read_published_head, weight_files
 from .verifier.model import VerifierWeights, load_config, verifier_identity
@@ -14,7 +14,7 @@ from .verifier.model import VerifierWeights, load_config, verifier_identity
 
 def import_head(config: Config) -> None:
     """Write runs/<name>/imports/<source folder's name>/ from the head at head_import.source."""
-    options, source = config.head_import, source_folder(config)
+    options, source = config.head_import, source_folder(config.head_import)
     folder = config.run_folder / "imports" / source.name
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
@@ -24,10 +24,8 @@ def import_head(config: Config) -> None:
         "aux_numbering": options.aux_numbering.value if options.aux_numbering else None,
         "verifier": verifier_identity(config.verifier),
     }
-    if options.aux_layers:
-        settings["aux_layers"] = options.aux_layers
-    if options.interleaved_rotary:
-        settings["interleaved_rotary"] = True
+    settings |= {"aux_layers": options.aux_layers} if options.aux_layers else {}
+    settings |= {"interleaved_rotary": True} if options.interleaved_rotary else {}
     weights = VerifierWeights(config.verifier)
     published = read_published_head(source, load_config(config.verifier), options, weights)
     with artifact(folder, "import", settings, config.overwrite) as target:
@@ -49,15 +47,14 @@ def import_head(config: Config) -> None:
     )
 
 
-def source_folder(config: Config) -> Path:
+def source_folder(options: HeadImportConfig) -> Path:
     """Return the folder of the published head, refusing what is none."""
-    source = config.head_import.source
-    if source is None:
+    if options.source is None:
         raise ValueError("head_import.source is required: give the folder of a head (config.json and weights)")
-    folder = Path(source).resolve()
+    folder = Path(options.source).resolve()
     if not folder.is_dir():
         raise ValueError(
-            f"head_import.source {source!r} is not a folder: a head on the hub is fetched with "
+            f"head_import.source {options.source!r} is not a folder: a head on the hub is fetched with "
             "`hf download ID --local-dir FOLDER`"
         )
     return folder

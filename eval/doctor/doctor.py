@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ...conf.schema import Config, HeadImportConfig
 from ...models.formats.fields import AUX_IDS, EAGLE, LAYER, vllm_layer_ids
-from ...models.formats.plain import LM_HEAD
-from ...models.formats.published import KNOWN, assemble_head, read_published
+from ...models.formats.plain import LM_HEAD, other_dtypes
+from ...models.formats.published import assemble_head, read_files
 from ...models.formats.published_config import HeadFiles
 from ...models.head.draft_head import DraftHead
 from ...models.import_head import source_folder
 from ...models.verifier.model import VerifierWeights, load_config
 from .measure import FAR, STEPS, Measured, Verdict, measure, variants
-from .rules import PAIRS, Finding, Published, absolute_ids, engine_notes, static_findings
+from .rules import KNOWN_TENSORS, PAIRS, Finding, absolute_ids, engine_notes, static_findings
 
 
 @dataclass
@@ -49,30 +49,28 @@ def diagnose(config: Config) -> Diagnosis:
     Raises:
         ValueError: there is no head to read, or no verifier.
     """
-    folder = source_folder(config)
-    weights = VerifierWeights(config.verifier)
+    folder, weights = source_folder(config.head_import), VerifierWeights(config.verifier)
     embedding = weights.embedding()
-    published = Published(folder, *read_published(folder), load_config(config.verifier), embedding, config.head_import)
-    diagnosis = Diagnosis(static_findings(published), engine_notes(published), names_layers=published.names_layers)
-    if published.other_dtypes:
+    files = read_files(folder, load_config(config.verifier), config.head_import, weights)
+    diagnosis = Diagnosis(static_findings(files), engine_notes(files), names_layers=files.names_layers)
+    if other_dtypes(files.tensors):
         return diagnosis
     try:
-        head = readable_head(published, weights)
+        head = readable_head(files)
     except ValueError as error:
         cost = "engines fail to load it, or compute something else; it cannot be measured"
         diagnosis.findings.append(Finding("unreadable", str(error), cost, "see the message; the other findings first"))
         return diagnosis
     if config.doctor.measure:
         try:
-            verdict = measure(config, head, variants(published, head.config), embedding)
+            verdict = measure(config, head, variants(files, head.config), embedding)
         except ValueError as error:
             diagnosis.unmeasured = str(error)
             return diagnosis
         diagnosis.verdict = verdict
-        diagnosis.findings = [
-            finding for finding in diagnosis.findings if not (finding.suspects and verdict.settles(finding.suspects))
-        ]
-        diagnosis.notes = engine_notes(published, verdict.aux_layers if published.names_layers else None)
+        findings = diagnosis.findings
+        diagnosis.findings = [one for one in findings if not (one.suspects and verdict.settles(one.suspects))]
+        diagnosis.notes = engine_notes(files, verdict.aux_layers if files.names_layers else None)
         if verdict.otherwise:
             diagnosis.findings.append(_misconfigured(verdict))
     return diagnosis
@@ -97,27 +95,26 @@ def report(diagnosis: Diagnosis) -> str:
         lines += [f"  {number}. {finding.what}", f"     costs: {finding.cost}", f"     cure:  {finding.cure}"]
     lines += ["", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes), ""]
     if diagnosis.verdict is not None:
-        return "\n".join([*lines, *_measured(diagnosis.verdict, diagnosis.names_layers)])
-    return "\n".join([*lines, f"Not measured: {diagnosis.unmeasured}" if diagnosis.unmeasured else "Not measured."])
+        lines += _measured(diagnosis.verdict, diagnosis.names_layers)
+    else:
+        lines.append(f"Not measured: {diagnosis.unmeasured}" if diagnosis.unmeasured else "Not measured.")
+    return "\n".join(lines)
 
 
 def _measured(verdict: Verdict, names_layers: bool) -> list[str]:
-    texts = verdict.configured.hits
-    width = max(len(measured.variant.name) for measured in verdict.measured)
+    texts, forms = verdict.configured.nats, verdict.measured
+    width = max(len(form.variant.name) for form in forms)
     return [
         f"Measured on {sum(map(len, texts))} rows of {len(texts)} greedy answers of the verifier, teacher-forced; what "
         "leaves no choice was corrected first:",
         f"  {'form':<{width}}  first position  tokens in {STEPS} steps  KL, nats a row",
-        *(
-            f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}"
-            for m in verdict.measured
-        ),
+        *(f"  {m.variant.name:<{width}}  {m.first:>14.3f}  {m.length:>17.3f}  {m.loss:>14.3f}" for m in forms),
         _conclusion(verdict, names_layers),
     ]
 
 
 def _conclusion(verdict: Verdict, names_layers: bool) -> str:
-    found, far = verdict.candidates, ""
+    found, far = _names(verdict.candidates), ""
     if verdict.best_first < FAR:
         far = (
             f" It is far from the verifier in every form tried (first position {verdict.best_first:.2f} at "
@@ -127,12 +124,12 @@ def _conclusion(verdict: Verdict, names_layers: bool) -> str:
         layers = list(verdict.configured.variant.config.aux_layers)
         return (
             f"The layers are unknown: only {layers}, which engines take unasked, one up and one down were tried; the "
-            f"nearest of these: {_names(found)}.{far}"
+            f"nearest of these: {found}.{far}"
         )
-    if not verdict.as_configured and not verdict.otherwise:
-        return f"Nearer to the verifier than as configured, but accepting no more on these texts: {_names(found)}.{far}"
+    if verdict.otherwise:
+        return f"The weights were trained for: {found}.{far}"
     if not verdict.as_configured:
-        return f"The weights were trained for: {_names(found)}.{far}"
+        return f"Nearer to the verifier than as configured, but accepting no more on these texts: {found}.{far}"
     others = verdict.alike[1:]
     if far:
         return f"Of the forms tried, the head as configured is {'among ' if others else ''}the nearest.{far}"
@@ -146,23 +143,18 @@ def _names(measured: list[Measured]) -> str:
     return "; ".join(one.variant.name for one in measured[:4]) + more
 
 
-def readable_head(head: Published, weights: VerifierWeights) -> DraftHead:
-    """Return the head with everything corrected whose cure leaves no choice.
-
-    Raises:
-        ValueError: what is wrong cannot be corrected without a choice.
-    """
-    tensors = _corrected_tensors(head, weights)
-    values = _corrected_config(head, tensors)
-    options = HeadImportConfig(interleaved_rotary=head.options.interleaved_rotary)  # the layers are in the values now
-    return assemble_head(HeadFiles(head.folder, values, tensors), head.verifier, options, weights).head
+def readable_head(files: HeadFiles) -> DraftHead:
+    """Return the head with everything corrected whose cure leaves no choice; ValueError: more is wrong."""
+    tensors = _corrected_tensors(files)
+    values = _corrected_config(files, tensors)
+    options = HeadImportConfig(interleaved_rotary=files.options.interleaved_rotary)  # the layers are in the values now
+    return assemble_head(replace(files, values=values, tensors=tensors, options=options)).head
 
 
-def _corrected_tensors(head: Published, weights: VerifierWeights) -> dict[str, Tensor]:
-    prefix = head.prefix or "model."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if KNOWN.fullmatch(name)}
-    vocab_size = head.verifier.vocab_size
+def _corrected_tensors(files: HeadFiles) -> dict[str, Tensor]:
+    prefix, vocab_size = files.prefix or "model.", files.verifier.vocab_size
+    bare = {name.removeprefix(prefix): tensor for name, tensor in files.tensors.items()}
+    tensors = {name: tensor for name, tensor in bare.items() if KNOWN_TENSORS.fullmatch(name)}
     if "d2t" not in tensors and "t2d" in tensors:
         inside = tensors["t2d"].bool().nonzero().flatten()
         tensors["d2t"] = inside - torch.arange(len(inside))
@@ -172,27 +164,27 @@ def _corrected_tensors(head: Published, weights: VerifierWeights) -> dict[str, T
         tensors.pop("t2d", None)  # it follows from d2t
         if len(tensors["d2t"]) == vocab_size:
             del tensors["d2t"]
-    if LM_HEAD not in tensors:  # then trained on the verifier's, or lost
+    if LM_HEAD not in tensors and files.weights:  # then trained on the verifier's, or lost
         d2t = tensors.get("d2t")
         ids = torch.arange(vocab_size) if d2t is None else torch.arange(len(d2t)) + d2t
         if int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
-            tensors[LM_HEAD] = weights.lm_head()[ids]
+            tensors[LM_HEAD] = files.weights.lm_head()[ids]
     return tensors
 
 
-def _corrected_config(head: Published, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    layers, num_layers = head.aux_layers(), head.verifier.num_hidden_layers
+def _corrected_config(files: HeadFiles, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layers, num_layers = files.aux_layers(), files.verifier.num_hidden_layers
     if not layers or not all(isinstance(k, int) and 0 <= k < num_layers for k in layers):
-        layers = head.default_layers()
-    layer = {name: value for name, value in head.layer.items() if name not in ("quantization_config", AUX_IDS)}
-    layer["num_hidden_layers"] = HeadFiles(head.folder, head.values, tensors).layer_counts[1]
+        layers = files.default_layers()
+    layer = {name: value for name, value in files.layer.items() if name not in ("quantization_config", AUX_IDS)}
+    layer["num_hidden_layers"] = replace(files, tensors=tensors).layer_counts[1]
     if (rope := layer.get("rope_parameters")) and "rope_theta" in rope:
         layer["rope_theta"] = rope["rope_theta"]
-    if head.speculators:
-        values = {**head.values, LAYER: layer, AUX_IDS: vllm_layer_ids(layers)}
+    if files.speculators:
+        values = {**files.values, LAYER: layer, AUX_IDS: vllm_layer_ids(layers)}
         values.pop(EAGLE, None)
     else:
-        values = {**layer, EAGLE: {**(head.values.get(EAGLE) or {}), AUX_IDS: layers}}
+        values = {**layer, EAGLE: {**(files.values.get(EAGLE) or {}), AUX_IDS: layers}}
     values.pop("quantization_config", None)
     values["draft_vocab_size"] = len(tensors[LM_HEAD]) if LM_HEAD in tensors else None
     values["fc_norm"] = any(name.startswith("fc_norm.") for name in tensors)

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ...conf.schema import Config
 from ...models.formats.published import halves_from_pairs
+from ...models.formats.published_config import HeadFiles
 from ...models.head.config import DraftHeadConfig, rope_of
 from ...models.head.draft_head import DraftHead, DraftLayer
 from ...models.head.ttt_attention import TTTAttention
@@ -26,7 +27,7 @@ from ...models.verifier.model import Verifier, torch_device
 from ..decoding.speculator import answer_alone
 from ..question_reader import QuestionReader, UnaskableError
 from ..questions import load_questions
-from .rules import AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, Published
+from .rules import AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, written_ids
 
 CONFIGURED = "as configured"
 PAIRS_CURE = (
@@ -35,6 +36,7 @@ PAIRS_CURE = (
 STEPS = 3
 MIN_TEXTS = 4
 FAR = 0.6  # first draft tokens that are the verifier's: if fewer in every form, the head is weak or in none of them
+_FLIPS = ((), (NORM_OUTPUT,), (NORM_BEFORE_RESIDUAL,), (NORM_BEFORE_RESIDUAL, NORM_OUTPUT))
 CLEAR = 4.0  # standard errors by which a form must be further from the verifier to be ruled out
 
 
@@ -58,121 +60,76 @@ class Text:
     log_p: Tensor  # float32 [T - start, Vd], at the answer's positions: the verifier's, over the draft vocabulary
 
 
-@dataclass(frozen=True)
 class Measured:
-    """A variant on every text: rows from which decoding could start, STEPS draft steps each."""
+    """A variant on every text: rows from which decoding could start, STEPS draft steps each.
 
-    variant: Variant
-    hits: list[Tensor]  # by text, bool [rows, STEPS]: the draft token is the verifier's
-    nats: list[Tensor]  # by text, [rows]: KL(p || q), summed over steps
+    Args:
+        hits: by text, bool [rows, STEPS]: the draft token is the verifier's.
+        nats: by text, [rows]: KL(p || q), summed over steps.
+    """
 
-    @property
-    def first(self) -> float:
-        """Return the share of rows whose first draft token is the verifier's."""
-        return float(torch.cat(self.hits)[:, 0].double().mean())
-
-    @property
-    def length(self) -> float:
-        """Return the tokens gained in STEPS steps, the verifier's own included."""
-        return 1 + float(torch.cat(self.hits).long().cumprod(dim=1).sum(dim=1).double().mean())
-
-    @property
-    def loss(self) -> float:
-        """Return the mean nats a row."""
-        return float(torch.cat(self.nats).mean())
+    def __init__(self, variant: Variant, hits: list[Tensor], nats: list[Tensor]) -> None:
+        self.variant, self.nats = variant, nats
+        every = torch.cat(hits)
+        self.first = float(every[:, 0].double().mean())  # share of rows whose first draft token is the verifier's
+        # Tokens gained in STEPS steps, the verifier's own included.
+        self.length = 1 + float(every.long().cumprod(dim=1).sum(dim=1).double().mean())
+        self.loss = float(torch.cat(nats).mean())  # nats a row
 
     def clearly_further_than(self, other: Measured) -> bool:
-        """Return whether this form is further from the verifier, by CLEAR standard errors."""
-        return _mean_over_error(self.nats, other.nats) > CLEAR
+        """Return whether this form is further from the verifier, by CLEAR standard errors (a text is one draw)."""
+        sums = torch.stack([(a - b).double().sum() for a, b in zip(self.nats, other.nats, strict=True)])
+        rows = torch.tensor([len(text) for text in self.nats], dtype=torch.float64)
+        mean = sums.sum() / rows.sum()
+        spread = (sums - mean * rows).square().sum() * len(rows) / (len(rows) - 1)
+        return float(mean * rows.sum() / spread.sqrt().clamp(min=1e-9)) > CLEAR
 
 
-def _mean_over_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Return the mean difference over rows in its standard errors; rows of one text count as drawn together."""
-    sums = torch.stack([(a - b).double().sum() for a, b in zip(ours, theirs, strict=True)])
-    rows = torch.tensor([len(text) for text in ours], dtype=torch.float64)
-    mean = sums.sum() / rows.sum()
-    spread = (sums - mean * rows).square().sum() * len(rows) / (len(rows) - 1)
-    return float(mean * rows.sum() / spread.sqrt().clamp(min=1e-9))
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """What the measurement tells; `measured` from the form nearest to the verifier on."""
+    """What the measurement tells."""
 
-    measured: list[Measured]
-
-    @property
-    def configured(self) -> Measured:
-        """Return the head as it is."""
-        return next(measured for measured in self.measured if not measured.variant.changes)
-
-    @property
-    def alike(self) -> list[Measured]:
-        """Return forms that the texts do not tell from the nearest one, those of fewest changes first."""
-        found = [m for m in self.measured if not m.clearly_further_than(self.measured[0])]
-        return sorted(found, key=lambda measured: len(measured.variant.changes))
-
-    @property
-    def candidates(self) -> list[Measured]:
-        """Return forms the weights may have been trained for: of those alike, the nearest to the head as configured."""
-        alike = self.alike
-        return [m for m in alike if len(m.variant.changes) == len(alike[0].variant.changes)]
-
-    @property
-    def as_configured(self) -> bool:
-        """Return whether nothing speaks against the head as configured."""
-        return not self.alike[0].variant.changes
-
-    @property
-    def best_first(self) -> float:
-        """Return the largest share of first draft tokens that are the verifier's, in any form."""
-        return max(measured.first for measured in self.measured)
-
-    @property
-    def otherwise(self) -> bool:
-        """Return whether the weights were trained for another form, in which they accept more."""
-        return not self.as_configured and all(one.length > self.configured.length for one in self.candidates)
-
-    @property
-    def aux_layers(self) -> list[int] | None:
-        """Return the layers the weights were trained on; None if the texts do not tell."""
+    def __init__(self, measured: list[Measured]) -> None:
+        self.measured = sorted(measured, key=lambda one: one.loss)  # the form nearest to the verifier first
+        self.configured = next(one for one in measured if not one.variant.changes)  # the head as it is
+        # Forms that the texts do not tell from the nearest one, those of fewest changes first.
+        alike = [one for one in self.measured if not one.clearly_further_than(self.measured[0])]
+        self.alike = sorted(alike, key=lambda one: len(one.variant.changes))
+        # Forms the weights may have been trained for: of those alike, the nearest to the head as configured.
+        self.candidates = [m for m in self.alike if len(m.variant.changes) == len(self.alike[0].variant.changes)]
+        self.as_configured = not self.alike[0].variant.changes  # nothing speaks against the head as it is
+        # Whether they were trained for another form, in which they accept more.
+        longer = all(one.length > self.configured.length for one in self.candidates)
+        self.otherwise = not self.as_configured and longer
+        self.best_first = max(one.first for one in measured)
         layers = {one.variant.config.aux_layers for one in self.candidates}
-        return list(layers.pop()) if len(layers) == 1 else None
+        self.aux_layers = list(layers.pop()) if len(layers) == 1 else None  # None: the texts do not tell
 
     def settles(self, change: str) -> bool:
         """Return whether the head as configured is right in this respect: all forms that differ in it are ruled out."""
-        return self.as_configured and not any(change in m.variant.changes for m in self.alike)
+        return self.as_configured and not any(change in one.variant.changes for one in self.alike)
 
 
-def variants(head: Published, config: DraftHeadConfig) -> list[Variant]:
+def variants(head: HeadFiles, config: DraftHeadConfig) -> list[Variant]:
     """Return the forms to try: aux layers one up or down, both norm flags, the verifier's rope, in every combination.
 
     And, by itself, the rotation of Llama 4 and GPT-J: of neighbouring dimensions as pairs.
     """
     theirs = rope_of(head.verifier)
     ropes = [config.rope_parameters, *([theirs] if theirs != config.rope_parameters else [])]
-    flags, tried = (False, True), []
-    for shift, residual, output, rope in itertools.product((0, 1, -1), flags, flags, ropes):
+    tried = []
+    for shift, flips, rope in itertools.product((0, 1, -1), _FLIPS, ropes):
         layers = tuple(layer + shift for layer in config.aux_layers)
         if min(layers) < 0 or max(layers) >= head.verifier.num_hidden_layers:
             continue
-        formed = replace(
-            config,
-            aux_layers=layers,
-            norm_before_residual=config.norm_before_residual ^ residual,
-            norm_output=config.norm_output ^ output,
-            rope_parameters=rope,
-        )
-        flag = f"norm_before_residual: {str(formed.norm_before_residual).lower()}"
-        feedback = f"norm_output: {str(formed.norm_output).lower()}"
-        forms = (  # what differs, whether it does, its name, the fields that declare it
-            (AUX, shift, f"aux layers {list(layers)}", ", ".join(head.written_ids(layers))),
-            (NORM_BEFORE_RESIDUAL, residual, flag, flag),
-            (NORM_OUTPUT, output, feedback, feedback),
-            (ROPE, rope is theirs, "rope of the verifier", f"rope_theta, rope_scaling and rope_parameters: {theirs}"),
-        )
-        made = [(change, name, cure) for change, differs, name, cure in forms if differs]
-        changes, names, cures = zip(*made, strict=True) if made else ((), (CONFIGURED,), ())
+        norms: dict[str, Any] = {name: not getattr(config, name) for name in flips}
+        forms = [(AUX, f"aux layers {list(layers)}", ", ".join(written_ids(head, layers)))] if shift else []
+        for name, value in norms.items():
+            flag = f"{name}: {str(value).lower()}"
+            forms.append((name, flag, flag))
+        if rope is theirs:
+            forms.append((ROPE, "rope of the verifier", f"rope_theta, rope_scaling and rope_parameters: {theirs}"))
+        changes, names, cures = zip(*forms, strict=True) if forms else ((), (CONFIGURED,), ())
+        formed = replace(config, aux_layers=layers, rope_parameters=rope, **norms)
         tried.append(Variant(changes, ", ".join(names), formed, ", ".join(cures)))
     if not head.options.interleaved_rotary and config.head_dim % 2 == 0:
         tried.append(Variant((PAIRS,), "rotary pairs (interleaved)", config, PAIRS_CURE))
@@ -180,10 +137,7 @@ def variants(head: Published, config: DraftHeadConfig) -> list[Variant]:
 
 
 def measure(config: Config, head: DraftHead, tried: list[Variant], embedding: Tensor) -> Verdict:
-    """Let the verifier answer a few prompts, and compare the forms of a head on the answers.
-
-    Args:
-        embedding: the verifier's [V, H].
+    """Let the verifier answer a few prompts, and compare the forms of a head on them; `embedding` is its [V, H].
 
     Raises:
         ValueError: the answers are too few or too short to measure on.
@@ -201,9 +155,7 @@ def measure(config: Config, head: DraftHead, tried: list[Variant], embedding: Te
 def answers(config: Config, layers: list[int], target_ids: Tensor) -> list[Text]:
     """Let the verifier answer prompts greedily, and let go of it; answers too short to measure on are left out.
 
-    Args:
-        layers: whose states to keep.
-        target_ids: of the draft vocabulary, int64 [Vd].
+    States of `layers` are kept, and the log-probabilities of `target_ids` (the draft vocabulary, int64 [Vd]).
     """
     verifier = Verifier.load(config.verifier, layers)
     ids = target_ids.to(verifier.device)
@@ -227,12 +179,12 @@ def compare(
             formed.load_state_dict(halves_from_pairs(formed.state_dict(), variant.config.head_dim), assign=True)
         hits, nats = zip(*(teacher_forced(formed, text, embedding) for text in texts), strict=True)
         measured.append(Measured(variant, list(hits), list(nats)))
-    return Verdict(sorted(measured, key=lambda one: one.loss))
+    return Verdict(measured)
 
 
 def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
     """Return a head of the same weights, not copied, in another form of the same shapes."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(head.parameters(), head.buffers())}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*head.parameters(), *head.buffers())}
     formed = copy.deepcopy(head, shared)
     formed.config = config
     for layer in formed.layers:
@@ -258,9 +210,8 @@ def _prompts(config: Config) -> list[list[int]]:
 
 def _answered(verifier: Verifier, prompt: list[int], max_tokens: int, target_ids: Tensor) -> Text:
     tokens = prompt + answer_alone(verifier, prompt, max_tokens)
-    output = verifier.forward(
-        torch.tensor([tokens], device=verifier.device), logits_to_keep=max(1, len(tokens) - len(prompt))
-    )
+    answered = max(1, len(tokens) - len(prompt))
+    output = verifier.forward(torch.tensor([tokens], device=verifier.device), logits_to_keep=answered)
     parts = output.aux_hidden_states[0].float().cpu().chunk(len(verifier.aux_layers), dim=-1)
     log_p = output.logits[0][:, target_ids].float().log_softmax(-1).cpu()
     return Text(tokens, len(prompt), dict(zip(verifier.aux_layers, parts, strict=True)), log_p)
@@ -273,12 +224,7 @@ def _rows(text: Text) -> Tensor:
 
 @torch.no_grad()
 def teacher_forced(head: DraftHead, text: Text, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Run STEPS draft steps on a text.
-
-    Returns:
-        Where the head's greedy token is the text's (bool [rows, STEPS]), and KL(p || q) summed over steps (float32
-        [rows]).
-    """
+    """Run STEPS draft steps on a text; return its `hits` and `nats` of `Measured`."""
     device = embedding.device
     tokens, rows = torch.tensor(text.tokens, device=device), _rows(text)
     positions = torch.arange(len(tokens), device=device)

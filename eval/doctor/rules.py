@@ -5,24 +5,28 @@ Rules and costs are those of the engines' readers; the lengths quoted were count
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...conf.schema import AuxNumbering, HeadImportConfig
 from ...models.formats.fields import AUX_IDS, EAGLE, FIELDS, POST_NORM, TOP, vllm_layer_ids
-from ...models.formats.plain import EMBEDDING, LM_HEAD
-from ...models.formats.published import KNOWN
+from ...models.formats.plain import EMBEDDING, LM_HEAD, other_dtypes
 from ...models.formats.published_config import HeadFiles, rope_parameters
 from ...models.formats.serving_formats import SERVING_FORMATS, ServingFormat
 from ...models.head.config import rope_of
-from ...models.verifier.model import default_aux_layers
 
 PLACES = {EAGLE: f"{EAGLE}.{AUX_IDS}", TOP: f"{AUX_IDS} at the top level"}
 AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, PAIRS = "aux", "norm_before_residual", "norm_output", "rope", "pairs"
+KNOWN_TENSORS = re.compile(
+    r"(fc|norm|lm_head|embed_tokens|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\.((input_layernorm|hidden_norm"
+    r"|post_attention_layernorm)|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
+)
+_UNKNOWN_NAMES = "vLLM refuses to load them, SGLang drops them silently"
 _LOWER = "aux states one layer lower are taken without an error (3.08 accepted in place of 3.51)"
 
 
@@ -37,293 +41,268 @@ class Finding:
     suspects: str = ""  # AUX, ...: only a suspicion, which a measurement can settle
 
 
-@dataclass
-class Published(HeadFiles):
-    """A head as it lies in its folder, and the verifier it is to serve."""
-
-    verifier: Any  # its language-model configuration
-    embedding: Tensor  # the verifier's [V, H]
-    options: HeadImportConfig = field(default_factory=HeadImportConfig)  # what config.json leaves open
-
-    @property
-    def format(self) -> ServingFormat:
-        """Return the format that the head is in."""
-        return SERVING_FORMATS["speculators" if self.speculators else "plain"]
-
-    def written_ids(self, layers: Iterable[int]) -> list[str]:
-        """Return what config.json must say for these aux layers, by place."""
-        return [f"{PLACES[at]}: {[layer + first for layer in layers]}" for at, first in self.format.first_ids.items()]
-
-    def default_layers(self) -> list[int]:
-        """Return the layers that engines take unasked; empty for a verifier too small to have them."""
-        try:
-            return default_aux_layers(self.verifier.num_hidden_layers)
-        except ValueError:
-            return []
-
-    @property
-    def names_layers(self) -> bool:
-        """Return whether config.json, or the option, says on which layers the head was trained."""
-        return bool(self.ids(EAGLE) or self.ids(TOP) or self.options.aux_layers)
-
-    def aux_layers(self) -> list[int]:
-        """Return the layers meant, 0-based; ids at the top level alone are taken as vLLM numbers them."""
-        nested, top = self.ids(EAGLE), self.ids(TOP)
-        if nested and not self.speculators:
-            return nested
-        if self.options.aux_numbering is AuxNumbering.zero_based and not self.speculators:
-            return top
-        return [k - 1 for k in top if isinstance(k, int)] or sorted(self.options.aux_layers or self.default_layers())
-
-    def engine_layers(self) -> dict[str, list[int]]:
-        """Return the 0-based layers that each engine which reads the format would take."""
-        taken = {}
-        for engine in self.format.engines:
-            ids = next((ids for at in engine.ids_at if (ids := [k for k in self.ids(at) if isinstance(k, int)])), [])
-            taken[engine.name] = [k - engine.first_id for k in ids] or self.default_layers()
-        return taken
+def _format(head: HeadFiles) -> ServingFormat:
+    return SERVING_FORMATS["speculators" if head.speculators else "plain"]
 
 
-def static_findings(head: Published) -> list[Finding]:
+def written_ids(head: HeadFiles, layers: Iterable[int]) -> list[str]:
+    """Return what config.json must say for these aux layers, by place."""
+    return [f"{PLACES[at]}: {[layer + first for layer in layers]}" for at, first in _format(head).first_ids.items()]
+
+
+def engine_layers(head: HeadFiles) -> dict[str, list[int]]:
+    """Return the 0-based layers that each engine which reads the format would take."""
+    taken = {}
+    for engine in _format(head).engines:
+        ids = next((ids for at in engine.ids_at if (ids := [k for k in head.ids(at) if isinstance(k, int)])), [])
+        taken[engine.name] = [k - engine.first_id for k in ids] or head.default_layers()
+    return taken
+
+
+def static_findings(head: HeadFiles) -> list[Finding]:
     """Compare a head's files with its verifier and the engines' rules; every problem is named."""
     if prefix := head.prefix:
-        what, cost = (
-            f"the names of the tensors begin with {prefix!r}",
-            "vLLM refuses to load them, SGLang drops them silently",
-        )
+        what = f"the names of the tensors begin with {prefix!r}"
+        finding = Finding("prefixed", what, _UNKNOWN_NAMES, f"remove {prefix!r} from the names")
         bare = replace(head, tensors={name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()})
-        return [Finding("prefixed", what, cost, f"remove {prefix!r} from the names"), *static_findings(bare)]
-    rules = [_aux_findings, _field_findings, _rope_findings]
-    rules += [_dtype_findings] if head.other_dtypes else [_vocabulary_findings, _tensor_findings]
-    return [finding for rule in rules for finding in rule(head)]
+        return [finding, *static_findings(bare)]
+    if others := other_dtypes(head.tensors):
+        cost = (
+            "engines read them by scales and a quantization_config of the head's own, or as plain numbers; not measured"
+        )
+        of_tensors = [Finding("dtype", "; ".join(others[:5]), cost, "fetch the head unquantised, in bfloat16")]
+    else:
+        of_tensors = [*_vocabulary_findings(head), *_tensor_findings(head)]
+    return [*_aux_findings(head), *_field_findings(head), *_rope_findings(head), *of_tensors]
 
 
-def _aux_findings(head: Published) -> Iterator[Finding]:
+def _findings(*rows: tuple[Any, ...]) -> Iterator[Finding]:
+    """Return the findings of a table: of each row whose first entry is true, the others."""
+    return (Finding(*row) for applies, *row in rows if applies)
+
+
+def _aux_findings(head: HeadFiles) -> Iterator[Finding]:
     nested, top, num_layers = head.ids(EAGLE), head.ids(TOP), head.verifier.num_hidden_layers
     if not all(isinstance(k, int) for k in (*nested, *top)):
-        yield Finding(
-            "aux_malformed", f"{AUX_IDS} is no list of integers", "no engine can read it", "write the layers' ids"
-        )
+        what, cost = f"{AUX_IDS} is no list of integers", "no engine can read it"
+        yield Finding("aux_malformed", what, cost, "write the layers' ids")
         return
-    layers, default = head.aux_layers(), head.default_layers()
-    write = "write " + " and ".join(head.written_ids(layers))
-    taken = ", ".join(f"{engine} {ids}" for engine, ids in head.engine_layers().items())
+    layers, default, plain = head.aux_layers(), head.default_layers(), not head.speculators
     if len(set(layers)) < len(layers) or not all(0 <= k < num_layers for k in layers):
         cure = f"write different layers from 0 to {num_layers - 1} (0-based)"
         yield Finding("aux_out_of_range", f"the aux layers are {layers} (0-based)", "engines fail or take others", cure)
         return
-    if not nested and not top:
-        cost = f"engines take their default layers, {default} (0-based): lost, if the head was trained on others"
-        places = " and ".join(PLACES[at] for at in head.format.first_ids)
-        ask = f"ask who trained it, or measure the likely ones by head_import.aux_layers=[...]; then write {places}"
-        cure = write if head.names_layers else ask
-        yield Finding("aux_absent", "config.json does not say on which layers the head was trained", cost, cure)
-    elif not head.speculators and not (nested and top):
-        what = f"aux layer ids stand in one place only: {PLACES[EAGLE if nested else TOP]} {nested or top}"
-        other = "" if nested else "; if they count from 0, write both places anew: the measurement tells"
-        cost = f"engines take different layers (0-based): {taken}; {_LOWER}"
-        yield Finding("aux_one_numbering", what, cost, write + other)
-    elif not head.speculators and top != vllm_layer_ids(nested):
-        what = f"{PLACES[EAGLE]} {nested} and {PLACES[TOP]} {top} contradict each other: the second must be one higher"
-        yield Finding("aux_contradictory", what, f"engines take different layers (0-based): {taken}; {_LOWER}", write)
-    elif default and layers in ([k + 1 for k in default], [k - 1 for k in default]):
-        what = f"the aux layers are {layers} (0-based), one off from the usual {default}; taken are: {taken}"
-        cure = (
-            f"if the measurement agrees, write {vllm_layer_ids(default)} for vLLM's numbering and {default} for 0-based"
-        )
-        yield Finding("aux_one_off", what, f"probably ids in the other numbering: {_LOWER}", cure, AUX)
-    if not head.speculators and num_layers - 1 in layers:
-        what, cost = "the aux layers hold the verifier's last one", "SGLang cannot take its output"
-        yield Finding("aux_last_layer", what, cost, "serve with another engine, or train on other layers")
-    if head.speculators and len(layers) != 3:
-        what = f"{len(layers)} aux layers in Speculators format"
-        cost = "vLLM's releases (to 0.33) build fc for 3 in this format, and fail to load it"
-        yield Finding("aux_count", what, cost, "`fledge import`, then `fledge export export.format=plain`")
-    if not head.speculators and len(layers) != 3 and head.values.get("num_aux_hidden_states") != len(layers):
-        what = f"{len(layers)} aux layers without num_aux_hidden_states"
-        yield Finding("aux_count", what, "engines expect 3", f"write num_aux_hidden_states: {len(layers)}")
+    write = "write " + " and ".join(written_ids(head, layers))
+    places = " and ".join(PLACES[at] for at in _format(head).first_ids)
+    ask = f"ask who trained it, or measure the likely ones by head_import.aux_layers=[...]; then write {places}"
+    taken = ", ".join(f"{engine} {ids}" for engine, ids in engine_layers(head).items())
+    differ = f"engines take different layers (0-based): {taken}; {_LOWER}"
+    anew = "" if nested else "; if they count from 0, write both places anew: the measurement tells"
+    numbering = _findings(
+        (not nested and not top, "aux_absent", "config.json does not say on which layers the head was trained",
+         f"engines take their default layers, {default} (0-based): lost, if the head was trained on others",
+         write if head.names_layers else ask),
+        (plain and not (nested and top), "aux_one_numbering",
+         f"aux layer ids stand in one place only: {PLACES[EAGLE if nested else TOP]} {nested or top}", differ,
+         write + anew),
+        (plain and top != vllm_layer_ids(nested), "aux_contradictory",
+         f"{PLACES[EAGLE]} {nested} and {PLACES[TOP]} {top} contradict each other: the second must be one higher",
+         differ, write),
+        (default and layers in ([k + 1 for k in default], [k - 1 for k in default]), "aux_one_off",
+         f"the aux layers are {layers} (0-based), one off from the usual {default}; taken are: {taken}",
+         f"probably ids in the other numbering: {_LOWER}",
+         f"if the measurement agrees, write {vllm_layer_ids(default)} for vLLM's numbering and {default} for 0-based",
+         AUX),
+    )  # fmt: skip
+    yield from itertools.islice(numbering, 1)
+    other, count = len(layers) != 3, f"{len(layers)} aux layers"
+    yield from _findings(
+        (plain and num_layers - 1 in layers, "aux_last_layer", "the aux layers hold the verifier's last one",
+         "SGLang cannot take its output", "serve with another engine, or train on other layers"),
+        (not plain and other, "aux_count", f"{count} in Speculators format",
+         "vLLM's releases (to 0.33) build fc for 3 in this format, and fail to load it",
+         "`fledge import`, then `fledge export export.format=plain`"),
+        (plain and other and head.values.get("num_aux_hidden_states") != len(layers), "aux_count",
+         f"{count} without num_aux_hidden_states", "engines expect 3", f"write num_aux_hidden_states: {len(layers)}"),
+    )  # fmt: skip
 
 
-def _field_findings(head: Published) -> Iterator[Finding]:
-    values, layer = head.values, head.layer
-    if head.speculators and values.get("norm_before_residual") is None:
-        cost = "vLLM takes it for true in this format: 2.09 accepted in place of 3.51 if the head was trained without"
-        cure = "write norm_before_residual: false (or true, if the measurement as configured is best)"
-        yield Finding("norm_before_residual_absent", "norm_before_residual is absent", cost, cure, NORM_BEFORE_RESIDUAL)
-    if not head.speculators and values.get("model_type") != "llama":
-        what, cost = f"model_type is {values.get('model_type')!r}", "engines read other fields for the head's sizes"
-        yield Finding("model_type", what, cost, "write model_type: llama")
-    if any(place.get("quantization_config") for place in (values, layer)):
-        cost = "engines quantize the head, or look for scales that it has not"
-        yield Finding("quantization", "quantization_config stands in config.json", cost, "remove quantization_config")
+def _field_findings(head: HeadFiles) -> Iterator[Finding]:
+    values, layer, plain = head.values, head.layer, not head.speculators
     declared, held = head.layer_counts
-    if declared != held:
-        what = f"num_hidden_layers is {declared}, the weights hold {held}"
-        yield Finding("layer_count", what, "engines look for others than are there", f"write num_hidden_layers: {held}")
-    elif held != 1:
-        cost = "engines norm the input of further layers differently"
-        yield Finding("layers", f"{held} draft layers", cost, "train a head of one layer")
-    if (values.get(EAGLE) or {}).get(POST_NORM) and not values.get("norm_output"):
-        cost = "vLLM and SGLang read norm_output at the top level alone, and feed the un-normed state onward"
-        what = f"{EAGLE}.{POST_NORM}, TensorRT-LLM's name of norm_output, stands alone"
-        yield Finding("norm_output_nested", what, cost, "write norm_output: true at the top level too")
-    if head.options.interleaved_rotary:
-        cost = "engines rotate halves of each head: q and k do not fit their positions"
-        cure = "serve what `fledge import` and `fledge export` write, in which they are reordered"
-        yield Finding("pairs", "q_proj and k_proj are made for pairs of neighbours (interleaved_rotary)", cost, cure)
     absent = [row.name for row in FIELDS if row.needed_by and row.name not in values]
-    if absent and not head.speculators:
-        cure = "write " + ", ".join(f"{name}: false" for name in absent)
-        yield Finding("trtllm_fields", f"{', '.join(absent)} absent", "TensorRT-LLM reads them", cure)
-    if values.get("tie_word_embeddings"):
-        cost, cure = "the head's lm_head is ignored for the embedding", "write tie_word_embeddings: false"
-        yield Finding("tied", "tie_word_embeddings is true", cost, cure)
-    needed, found = head.verifier.max_position_embeddings, layer.get("max_position_embeddings")
-    if not found or found < needed:
-        what = f"max_position_embeddings is {found}, the verifier's {needed}"
-        cost = "positions beyond it fail, or engines shorten the verifier's context to it"
-        yield Finding("max_position_embeddings", what, cost, f"write max_position_embeddings: {needed}")
+    needed, positions = head.verifier.max_position_embeddings, layer.get("max_position_embeddings")
+    nested_alone = (values.get(EAGLE) or {}).get(POST_NORM) and not values.get("norm_output")
+    return _findings(
+        (not plain and values.get("norm_before_residual") is None, "norm_before_residual_absent",
+         "norm_before_residual is absent",
+         "vLLM takes it for true in this format: 2.09 accepted in place of 3.51 if the head was trained without",
+         "write norm_before_residual: false (or true, if the measurement as configured is best)", NORM_BEFORE_RESIDUAL),
+        (plain and values.get("model_type") != "llama", "model_type", f"model_type is {values.get('model_type')!r}",
+         "engines read other fields for the head's sizes", "write model_type: llama"),
+        (any(place.get("quantization_config") for place in (values, layer)), "quantization",
+         "quantization_config stands in config.json", "engines quantize the head, or look for scales that it has not",
+         "remove quantization_config"),
+        (declared != held, "layer_count", f"num_hidden_layers is {declared}, the weights hold {held}",
+         "engines look for others than are there", f"write num_hidden_layers: {held}"),
+        (declared == held != 1, "layers", f"{held} draft layers",
+         "engines norm the input of further layers differently", "train a head of one layer"),
+        (nested_alone, "norm_output_nested", f"{EAGLE}.{POST_NORM}, TensorRT-LLM's name of norm_output, stands alone",
+         "vLLM and SGLang read norm_output at the top level alone, and feed the un-normed state onward",
+         "write norm_output: true at the top level too"),
+        (head.options.interleaved_rotary, "pairs",
+         "q_proj and k_proj are made for pairs of neighbours (interleaved_rotary)",
+         "engines rotate halves of each head: q and k do not fit their positions",
+         "serve what `fledge import` and `fledge export` write, in which they are reordered"),
+        (plain and absent, "trtllm_fields", f"{', '.join(absent)} absent", "TensorRT-LLM reads them",
+         "write " + ", ".join(f"{name}: false" for name in absent)),
+        (values.get("tie_word_embeddings"), "tied", "tie_word_embeddings is true",
+         "the head's lm_head is ignored for the embedding", "write tie_word_embeddings: false"),
+        (not positions or positions < needed, "max_position_embeddings",
+         f"max_position_embeddings is {positions}, the verifier's {needed}",
+         "positions beyond it fail, or engines shorten the verifier's context to it",
+         f"write max_position_embeddings: {needed}"),
+    )  # fmt: skip
 
 
-def _rope_findings(head: Published) -> Iterator[Finding]:
+def _rope_findings(head: HeadFiles) -> Iterator[Finding]:
     theirs = rope_of(head.verifier)
     try:
         ours = rope_parameters(head.folder, head.layer)
     except ValueError as error:
         what, _, cure = str(error).rpartition(": ")
-        yield Finding("rope_contradictory", what, "engines read something else, or different ones", cure)
-        return
-    if {name: value for name, value in ours.items() if not name.startswith("mrope_")} != theirs:  # equal on text
-        cost = "lost where the head was trained on the verifier's; on short texts little of it shows"
-        cure = f"if the head was trained on the verifier's, write rope_theta, rope_scaling, rope_parameters: {theirs}"
-        yield Finding("rope", f"the rotary fields are {ours}, the verifier's {theirs}", cost, cure, ROPE)
-    elif head.layer.get("rope_theta") is None and ours["rope_theta"] != 10000.0:
-        cost = "releases of transformers before 5, and engines built on them, take 10000"
-        cure = f"write rope_theta: {ours['rope_theta']} too"
-        yield Finding("rope_theta_absent", "rope_parameters stands without rope_theta", cost, cure)
+        return iter([Finding("rope_contradictory", what, "engines read something else, or different ones", cure)])
+    differs = {name: value for name, value in ours.items() if not name.startswith("mrope_")} != theirs  # equal on text
+    old_absent = head.layer.get("rope_theta") is None and ours["rope_theta"] != 10000.0
+    return _findings(
+        (differs, "rope", f"the rotary fields are {ours}, the verifier's {theirs}",
+         "lost where the head was trained on the verifier's; on short texts little of it shows",
+         f"if the head was trained on the verifier's, write rope_theta, rope_scaling, rope_parameters: {theirs}", ROPE),
+        (old_absent and not differs, "rope_theta_absent", "rope_parameters stands without rope_theta",
+         "releases of transformers before 5, and engines built on them, take 10000",
+         f"write rope_theta: {ours['rope_theta']} too"),
+    )  # fmt: skip
 
 
 def absolute_ids(tensors: dict[str, Tensor], vocab_size: int) -> bool:
     """Return whether `d2t` holds target ids in place of offsets; a `t2d` that agrees with either settles it."""
     d2t, t2d = tensors["d2t"].long(), tensors.get("t2d")
-    if len(d2t) == vocab_size and not bool(d2t.any()):
-        return False
-    inside = None if t2d is None else t2d.bool().nonzero().flatten()
-    offsets = torch.arange(len(d2t)) + d2t
-    if inside is not None and len(inside) == len(d2t) and torch.equal(inside, offsets):
+    if t2d is not None and torch.equal(t2d.bool().nonzero().flatten(), torch.arange(len(d2t)) + d2t):
         return False
     return bool((d2t[1:] > d2t[:-1]).all()) and 0 <= int(d2t.min()) <= int(d2t.max()) < vocab_size
 
 
-def _vocabulary_findings(head: Published) -> Iterator[Finding]:
-    tensors, vocab_size = head.tensors, head.verifier.vocab_size
-    silent, offsets = (
-        "other tokens are proposed, without an error (1.0 accepted)",
-        "target id = draft id + d2t[draft id]",
-    )
-    size = head.values.get("draft_vocab_size")
+def _vocabulary_findings(head: HeadFiles) -> Iterator[Finding]:
+    tensors, size, shared = head.tensors, head.values.get("draft_vocab_size"), head.shares_lm_head
     rows = len(tensors[LM_HEAD]) if LM_HEAD in tensors else size
-    if head.shares_lm_head:
-        if size is not None:
-            cost = "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)"
-            cure = "write draft_vocab_size: null"
-            yield Finding("lm_head_shared", "reuse_target_lm_head stands for a missing lm_head", cost, cure)
-        return
-    if size is None:
-        what = "draft_vocab_size is absent" if "draft_vocab_size" not in head.values else "draft_vocab_size is null"
-        cost = "SGLang reads it without a default, and takes the verifier's lm_head for null"
-        yield Finding("draft_vocab_size", what, cost, f"write draft_vocab_size: {rows or 'the rows of lm_head'}")
-    elif rows != size:
-        what = f"draft_vocab_size is {size}, {LM_HEAD} has {rows} rows"
-        yield Finding("draft_vocab_size", what, "engines fail to load, or cut it", f"write draft_vocab_size: {rows}")
-    if LM_HEAD not in tensors:
-        cost = "vLLM and TensorRT-LLM take the verifier's, SGLang random weights, without an error (1.0 accepted)"
-        yield Finding("lm_head_absent", f"{LM_HEAD} [{size or vocab_size}, H] is missing", cost, head.lm_head_cure)
+    yield from _findings(
+        (shared and size is not None, "lm_head_shared", "reuse_target_lm_head stands for a missing lm_head",
+         "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)",
+         "write draft_vocab_size: null"),
+        (not shared and size is None, "draft_vocab_size",
+         f"draft_vocab_size is {'null' if 'draft_vocab_size' in head.values else 'absent'}",
+         "SGLang reads it without a default, and takes the verifier's lm_head for null",
+         f"write draft_vocab_size: {rows or 'the rows of lm_head'}"),
+        (not shared and size is not None and rows != size, "draft_vocab_size",
+         f"draft_vocab_size is {size}, {LM_HEAD} has {rows} rows", "engines fail to load, or cut it",
+         f"write draft_vocab_size: {rows}"),
+        (not shared and LM_HEAD not in tensors, "lm_head_absent",
+         f"{LM_HEAD} [{size or head.verifier.vocab_size}, H] is missing",
+         "vLLM and TensorRT-LLM take the verifier's, SGLang random weights, without an error (1.0 accepted)",
+         head.lm_head_cure),
+    )  # fmt: skip
+    if not shared:
+        yield from itertools.islice(_map_findings(head, rows), 1)
+
+
+def _map_findings(head: HeadFiles, rows: int | None) -> Iterator[Finding]:
+    """Return what is wrong with the vocabulary maps; the first counts."""
+    tensors, vocab_size = head.tensors, head.verifier.vocab_size
+    silent = "other tokens are proposed, without an error (1.0 accepted)"
+    offsets = "target id = draft id + d2t[draft id]"
     if "d2t" not in tensors:
-        if (rows or vocab_size) < vocab_size:
-            cure = (
-                "ship d2t, int64 offsets: " + offsets + (" (t2d holds what it is made of)" if "t2d" in tensors else "")
-            )
-            yield Finding("d2t_absent", "d2t is missing, and the draft vocabulary is reduced", silent, cure)
-        return
-    d2t = tensors["d2t"].long().flatten()
+        made_of = " (t2d holds what it is made of)" if "t2d" in tensors else ""
+        return _findings(
+            ((rows or vocab_size) < vocab_size, "d2t_absent", "d2t is missing, and the draft vocabulary is reduced",
+             silent, f"ship d2t, int64 offsets: {offsets}{made_of}"),
+        )  # fmt: skip
+    d2t, t2d = tensors["d2t"].long().flatten(), tensors.get("t2d")
     ids = torch.arange(len(d2t)) + d2t
-    if absolute_ids(tensors, vocab_size):
-        cost = "index errors, or " + silent
-        yield Finding("d2t_absolute", "d2t holds target ids", cost, f"subtract 0, 1, 2 ... from it: {offsets}")
-    elif len(d2t) == vocab_size:
-        cost, cure = "vLLM refuses to load it", "remove d2t and t2d"
-        yield Finding("d2t_full", "d2t is shipped with a full vocabulary", cost, cure)
-    elif not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        what = f"d2t gives target ids from {int(ids.min())} to {int(ids.max())}, the verifier has {vocab_size}"
-        yield Finding("d2t_out_of_range", what, "index errors, or " + silent, f"make d2t anew: {offsets}")
-    elif "t2d" in tensors and not torch.equal(tensors["t2d"].bool().nonzero().flatten(), ids.sort().values):
-        what = "d2t and t2d name different tokens"
-        yield Finding(
-            "maps_contradictory", what, f"if d2t is wrong, {silent}", "remove t2d if d2t is right: engines skip it"
-        )
+    low, high = int(ids.min()), int(ids.max())
+    return _findings(
+        (absolute_ids(tensors, vocab_size), "d2t_absolute", "d2t holds target ids", f"index errors, or {silent}",
+         f"subtract 0, 1, 2 ... from it: {offsets}"),
+        (len(d2t) == vocab_size, "d2t_full", "d2t is shipped with a full vocabulary", "vLLM refuses to load it",
+         "remove d2t and t2d"),
+        (not 0 <= low <= high < vocab_size, "d2t_out_of_range",
+         f"d2t gives target ids from {low} to {high}, the verifier has {vocab_size}", f"index errors, or {silent}",
+         f"make d2t anew: {offsets}"),
+        (t2d is not None and not torch.equal(t2d.bool().nonzero().flatten(), ids.sort().values), "maps_contradictory",
+         "d2t and t2d name different tokens", f"if d2t is wrong, {silent}",
+         "remove t2d if d2t is right: engines skip it"),
+    )  # fmt: skip
 
 
-def _dtype_findings(head: Published) -> Iterator[Finding]:
-    cost = "engines read them by scales and a quantization_config of the head's own, or as plain numbers; not measured"
-    yield Finding("dtype", "; ".join(head.other_dtypes[:5]), cost, "fetch the head unquantised, in bfloat16")
+def _tensor_findings(head: HeadFiles) -> Iterator[Finding]:
+    tensors, normed = head.tensors, head.values.get("fc_norm") or head.values.get("use_aux_norm")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    prefixed = [name for name in tensors if name.startswith("model.")]
+    unknown = [name for name in tensors if name not in prefixed and not KNOWN_TENSORS.fullmatch(name)]
+    unknown += [name for name in tensors if name.startswith("fc_norm.") and not normed]
+
+    def named(names: list[str], what: str) -> str:
+        return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:5])}"
+
+    return _findings(
+        (broken, "not_finite", named(broken, "hold numbers that are not finite"), "nothing is accepted (1.0)",
+         "train the head again, from before it diverged"),
+        (prefixed, "prefixed", named(prefixed, "that engines do not know"), _UNKNOWN_NAMES,
+         "remove `model.` from the names"),
+        (unknown, "unknown_tensors", named(unknown, "that engines do not know"), _UNKNOWN_NAMES,
+         "remove them, or set the field that declares them"),
+        (_embedding_differs(head), "embedding", f"{EMBEDDING} differs from the verifier's",
+         "SGLang and TensorRT-LLM replace it by the verifier's: lost there, if it was trained",
+         "serve it in vLLM only; if the verifier is not the one the head was trained for, set that one"),
+    )  # fmt: skip
 
 
-def _tensor_findings(head: Published) -> Iterator[Finding]:
-    broken = [name for name, tensor in head.tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        what = f"{len(broken)} tensors hold numbers that are not finite: {', '.join(sorted(broken)[:5])}"
-        yield Finding("not_finite", what, "nothing is accepted (1.0)", "train the head again, from before it diverged")
-    prefixed = [name for name in head.tensors if name.startswith("model.")]
-    unknown = [name for name in head.tensors if name not in prefixed and not KNOWN.fullmatch(name)]
-    if not (head.values.get("fc_norm") or head.values.get("use_aux_norm")):
-        unknown += [name for name in head.tensors if name.startswith("fc_norm.")]
-    for code, names, cure in (
-        ("prefixed", prefixed, "remove `model.` from the names"),
-        ("unknown_tensors", unknown, "remove them, or set the field that declares them"),
-    ):
-        if names:
-            what = f"{len(names)} tensors that engines do not know: {', '.join(sorted(names)[:5])}"
-            yield Finding(code, what, "vLLM refuses to load them, SGLang drops them silently", cure)
-    own, theirs = head.tensors.get(EMBEDDING), head.embedding
-    if own is not None and own.shape[-1] != theirs.shape[-1] and own.shape[-1] == head.layer.get("hidden_size"):
-        return  # a head of another width has an embedding of its own, in every engine
-    if own is not None and (own.shape != theirs.shape or not torch.equal(own, theirs.to(own.dtype))):
-        cost = "SGLang and TensorRT-LLM replace it by the verifier's: lost there, if it was trained"
-        cure = "serve it in vLLM only; if the verifier is not the one the head was trained for, set that one"
-        yield Finding("embedding", f"{EMBEDDING} differs from the verifier's", cost, cure)
+def _embedding_differs(head: HeadFiles) -> bool:
+    """Return whether the head has an embedding that engines replace: of another width it has its own in all of them."""
+    own = head.tensors.get(EMBEDDING)
+    if own is None or head.weights is None:
+        return False
+    theirs = head.weights.embedding()
+    wider = own.shape[-1] != theirs.shape[-1] and own.shape[-1] == head.layer.get("hidden_size")
+    return not wider and (own.shape != theirs.shape or not torch.equal(own, theirs.to(own.dtype)))
 
 
-def engine_notes(head: Published, trained: list[int] | None = None) -> list[str]:
+def engine_notes(head: HeadFiles, trained: list[int] | None = None) -> list[str]:
     """Return what each engine makes of the head, and the settings without which it would lose acceptance.
 
-    Args:
-        trained: the aux layers it was trained on if measured; otherwise those that the files mean.
+    `trained` are the aux layers it was trained on, if measured; otherwise those count that the files mean.
     """
     layers = trained or (head.aux_layers() if head.names_layers else None)
     named = layers or "the layers it was trained on, which config.json does not say"
-    taken = {engine: _taken(engine, ids, layers) for engine, ids in head.engine_layers().items()}
+    taken = {}
+    for engine, ids in engine_layers(head).items():
+        verdict = "the right ones" if ids == layers else f"NOT {layers}: acceptance is lost"
+        verdict = verdict if layers else "its default: config.json does not say whether they are right"
+        taken[engine] = f"{engine}: takes layers {ids} (0-based), {verdict}"
     if head.speculators:
-        notes = [taken["vLLM"] if len(head.aux_layers()) == 3 else "vLLM: fails to load it, its fc is for 3 aux layers"]
-        notes.append(
-            "SGLang, TensorRT-LLM: do not read this format, `fledge import` and `fledge export` give the plain one"
-        )
+        notes = [
+            taken["vLLM"] if len(head.aux_layers()) == 3 else "vLLM: fails to load it, its fc is for 3 aux layers",
+            "SGLang, TensorRT-LLM: do not read this format, `fledge import` and `fledge export` give the plain one",
+        ]
     else:
-        notes = [taken["vLLM"] + "; top-level ids win over nested ones"]
-        notes.append(taken["SGLang"] + "; it reads the nested ids alone")
-        notes.append(
+        notes = [
+            taken["vLLM"] + "; top-level ids win over nested ones",
+            taken["SGLang"] + "; it reads the nested ids alone",
             "SGLang: beside an explicit --quantization add --speculative-draft-model-quantization unquant, or the head "
-            "is quantized too"
-        )
-        notes.append(f"TensorRT-LLM: ignores ids in the checkpoint, its YAML needs eagle3_layers_to_capture: {named}")
+            "is quantized too",
+            f"TensorRT-LLM: ignores ids in the checkpoint, its YAML needs eagle3_layers_to_capture: {named}",
+        ]
         if head.values.get("norm_before_residual"):
             notes.append("SGLang, TensorRT-LLM: ignore norm_before_residual, acceptance is lost if it was trained so")
     if head.values.get("fc_norm") or head.values.get("norm_output"):
         notes.append("every engine: releases that do not know fc_norm and norm_output (EAGLE-3.1) lose acceptance")
     return notes
-
-
-def _taken(engine: str, taken: list[int], layers: list[int] | None) -> str:
-    verdict = "the right ones" if taken == layers else f"NOT {layers}: acceptance is lost"
-    unknown = "its default: config.json does not say whether they are right"
-    return f"{engine}: takes layers {taken} (0-based), {verdict if layers else unknown}"

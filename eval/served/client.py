@@ -1,31 +1,32 @@
 """Questions answered by a running server that serves the verifier with a draft head.
 
-A request is the tokens that evaluation in this process would give the verifier, not messages: a chat endpoint renders
-the template itself, with a date and defaults of its own, and then nobody knows whether the same was measured.
+A request is the tokens that evaluation in this process would give the verifier. A chat endpoint renders the template
+itself, with a date and defaults of its own: nobody would know whether the same was measured.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
-from dataclasses import replace
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from signal import Signals
 from typing import Any
 
 from ...conf.runtime.artifact import Artifact, digest
 from ...conf.runtime.journal import Journal
 from ...conf.runtime.progress import Progress
-from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
+from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred, listening
 from ...conf.schema import Config
 from ...data_synthesis.answers.endpoint import Endpoint, RequestError
 from ...data_synthesis.answers.verify_endpoint import refusal
 from ..figures.records import RECORDS, TRAINED
 from ..question_reader import QuestionReader, UnaskableError
 from ..questions import Question
-from .engines import Completion, CompletionRequest, ServingEngine, open_engine
+from .engines import Completion, open_engine
 
 _LOOK_EVERY_S = 5.0
-_TICK_S = 0.1
 
 
 def check_server(config: Config, questions: list[Question]) -> None:
@@ -39,13 +40,13 @@ def check_server(config: Config, questions: list[Question]) -> None:
         raise ValueError(
             f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
         )
-    _run(_Questioning(config).check(questions))
+    _run(_Client(config).check(questions))
 
 
 def answer_by_server(config: Config, questions: list[Question], target: Artifact) -> None:
     """Answer those questions that the journal of `target` does not hold yet; its manifest then says who answers.
 
-    Exits with a code that asks for another start where the server goes away.
+    Exits with a code that asks for another start if the server goes away.
 
     Raises:
         ValueError: the server is not one whose answers can be measured.
@@ -55,7 +56,7 @@ def answer_by_server(config: Config, questions: list[Question], target: Artifact
     try:
         if left:
             progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-            _run(_Questioning(config).answer(left, target, journal, progress))
+            _run(_Client(config).answer(left, target, journal, progress))
             progress.close()
     finally:
         journal.close()
@@ -72,23 +73,20 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _cancelled_by_signal(work: Coroutine[Any, Any, None], signals: StopSignals) -> None:
-    running = asyncio.current_task()
+    loop, running = asyncio.get_running_loop(), asyncio.current_task()
     assert running is not None
 
-    async def watch() -> None:
-        while not signals.received:
-            await asyncio.sleep(_TICK_S)
-        running.cancel()
+    def cancel(_: Signals) -> None:
+        loop.call_soon_threadsafe(running.cancel)
 
-    watching = asyncio.create_task(watch())
-    try:
+    with listening(cancel):
+        if signals.received:  # before anyone listened
+            running.cancel()
         await work
-    finally:
-        watching.cancel()
 
 
-class _Questioning:
-    """A server and the questions put to it."""
+class _Client:
+    """Puts questions to a server."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._options = config, config.evaluate
@@ -98,11 +96,8 @@ class _Questioning:
 
     async def check(self, questions: list[Question]) -> None:
         """Open the server, and see whether the prompts that are known before any answer have room."""
-        try:
-            await self._open()
+        async with self._opened():
             self._reader.check(questions)
-        finally:
-            await self._endpoint.close()
 
     async def answer(self, questions: list[Question], target: Artifact, journal: Journal, progress: Progress) -> None:
         """Open the server and put the questions to it, evaluate.batch_size of them at a time."""
@@ -113,27 +108,43 @@ class _Questioning:
                 journal.append([await self._record(question)])
                 progress.update()
 
+        async with self._opened():
+            self._write_engine(target)
+            tasks = [asyncio.create_task(one_after_the_other()) for _ in range(self._options.batch_size)]
+            try:
+                await asyncio.gather(*tasks)
+            except RequestError as trouble:
+                if trouble.lasting:
+                    raise ValueError(refusal(self._endpoint, trouble)) from None
+                print(
+                    f"fledge: {self._endpoint.url} does not answer any more ({trouble}); what is done is saved, the "
+                    "same command goes on",
+                    file=sys.stderr,
+                )
+                raise SystemExit(EXIT_AGAIN) from None
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[None]:
         try:
-            self._engine = await self._open()
-            self._tell(target)
-            await self._all([one_after_the_other() for _ in range(self._options.batch_size)])
+            try:
+                self._engine = await open_engine(self._config, self._endpoint)
+            except RequestError as trouble:
+                if trouble.lasting:
+                    raise ValueError(refusal(self._endpoint, trouble)) from None
+                raise ValueError(
+                    f"evaluate.endpoint: no server answers at {self._endpoint.url} ({trouble}): start one that serves "
+                    "the verifier with the head"
+                ) from None
+            self._reader = QuestionReader(self._config, self._endpoint.max_context, self._endpoint.url)
+            yield
         finally:
             await self._endpoint.close()
 
-    async def _open(self) -> ServingEngine:
-        try:
-            engine = await open_engine(self._config, self._endpoint)
-            self._reader = QuestionReader(self._config, self._endpoint.max_context, self._endpoint.url)
-            return engine
-        except RequestError as trouble:
-            if trouble.lasting:
-                raise ValueError(refusal(self._endpoint, trouble)) from None
-            raise ValueError(
-                f"evaluate.endpoint: no server answers at {self._endpoint.url} ({trouble}): start one that serves the "
-                "verifier with the head"
-            ) from None
-
-    def _tell(self, target: Artifact) -> None:
+    def _write_engine(self, target: Artifact) -> None:
         """Put into the manifest who answers; an evaluation that another has begun is not gone on with."""
         served = {"engine": self._engine.name, "model": self._endpoint.model, "definition": self._engine.definition}
         begun = target.manifest.get("served", served)
@@ -144,55 +155,25 @@ class _Questioning:
             )
         target.save(served=served)
 
-    async def _all(self, work: list[Coroutine[Any, Any, None]]) -> None:
-        """Run everything to its end, or to the first trouble."""
-        tasks = [asyncio.create_task(one) for one in work]
-        try:
-            await asyncio.gather(*tasks)
-        except RequestError as trouble:
-            if trouble.lasting:
-                raise ValueError(refusal(self._endpoint, trouble)) from None
-            print(
-                f"fledge: {self._endpoint.url} does not answer any more ({trouble}); what is done is saved, the same "
-                "command goes on",
-                file=sys.stderr,
-            )
-            raise SystemExit(EXIT_AGAIN) from None
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
     async def _record(self, question: Question) -> dict[str, Any]:
-        """Have the turns of a question answered; give its record."""
+        """Have the turns of a question answered; return its record."""
         answers: list[dict[str, Any]] = []
-        for _ in question.turns:
-            texts = [answer["text"] for answer in answers]
+        for turn in range(len(question.turns)):
             try:
-                prompt, max_tokens, _ = self._reader.read(question, texts)
+                prompt, max_tokens, _ = self._reader.read(question, [answer["text"] for answer in answers])
             except UnaskableError as error:
-                return question.record(answers, f"turn {len(texts) + 1}: {error}")
-            seed = int(digest([self._options.seed, len(texts), question.id])[:8], 16)
-            completion = await self._ask(CompletionRequest(prompt, max_tokens, seed))
-            counted = {
-                **completion.counts.as_dict(),
-                "output_tokens": completion.output_tokens,
-                "seconds": completion.seconds,
-            }
-            answers.append(
-                {
-                    "text": completion.text,
-                    "prompt_tokens": len(prompt),
-                    "output_tokens": completion.output_tokens,
-                    "seconds_alone": None,
-                    "drafters": {TRAINED: counted},
-                }
-            )
+                return question.record(answers, f"turn {turn + 1}: {error}")
+            seed = int(digest([self._options.seed, turn, question.id])[:8], 16)
+            completion = await self._ask(prompt, max_tokens, seed)
+            written = {"output_tokens": completion.output_tokens}
+            drafted = {**asdict(completion.counts), **written, "seconds": completion.seconds}
+            answer = {"text": completion.text, "prompt_tokens": len(prompt), **written}
+            answers.append({**answer, "seconds_alone": None, "drafters": {TRAINED: drafted}})
         return question.record(answers)
 
-    async def _ask(self, request: CompletionRequest) -> Completion:
+    async def _ask(self, prompt: list[int], max_tokens: int, seed: int) -> Completion:
         """Ask, and look now and then whether the server is there: vLLM, told to stop, leaves requests hanging."""
-        answer = asyncio.create_task(self._engine.ask(request))
+        answer = asyncio.create_task(self._engine.ask(prompt, max_tokens, seed))
         try:
             while not (await asyncio.wait([answer], timeout=_LOOK_EVERY_S))[0]:
                 try:

@@ -1,6 +1,6 @@
 """The fields of a head's config.json, a row each: what fledge writes, reads and refuses, and what engines need.
 
-Two forms of config.json exist: plain, with all fields at the top level, and Speculators, whose layer has its own place.
+In plain format all stand at the top level; in Speculators format those of the layer have a place of their own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class Field:
     absent: Callable[[dict[str, Any], Any], Any] | None = None  # its default, by the layer's fields and the verifier
     required: bool = False  # a published head must have it
     needed_by: str = ""  # an engine that reads it without a default, in plain format
+
+    def allows(self, value: Any) -> bool:
+        """Return whether the arithmetic is fledge's with this value."""
+        return self.only is ANY or value == self.only
 
 
 def _rope_scaling(config: DraftHeadConfig) -> dict[str, Any] | None:
@@ -111,7 +115,7 @@ ROPE_FIELDS = re.compile(
 
 
 def has_no_effect(name: str) -> bool:
-    """Return whether a field without a row has no effect on a head: transformers keeps it beside any model."""
+    """Return whether a field without a row has no effect on a head: transformers keeps it next to any model."""
     return name in _OF_ANY_MODEL or _KNOWN.fullmatch(name) is not None
 
 

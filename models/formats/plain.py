@@ -1,7 +1,6 @@
-"""Head checkpoints on disk, in the plain format that SGLang, TensorRT-LLM and vLLM read.
+"""Training checkpoints and exports of heads, in the plain format that SGLang, TensorRT-LLM and vLLM read.
 
-Training checkpoints and exports are both of this form: `config.json` and `model.safetensors`, and next to them
-`fledge.json`, which names the verifier that the head was trained for.
+Next to `config.json` and `model.safetensors` stands `fledge.json`, which names the head's verifier.
 """
 
 from __future__ import annotations
@@ -25,17 +24,15 @@ from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, TOP, vllm_layer_ids, written_
 
 LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _CURE = "`fledge import` reads the heads of other projects and formats"
 LATEST, BEST = "latest", "best"  # names of training checkpoints
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
 
 
 def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the `config.json` of a head in plain format.
-
-    Aux layers stand in it twice: 0-based in `eagle_config` (SGLang, ModelOpt) and one higher at the top level (vLLM,
-    whose id k is the input of layer k).
-    """
+    """Return the `config.json` in plain format: aux layers 0-based in `eagle_config`, one higher at the top level."""
     architecture = architecture_of(config)
     values: dict[str, Any] = {
         "architectures": [architecture.names["plain"]],
@@ -70,15 +67,10 @@ def config_from_plain(values: dict[str, Any], own_embedding: bool) -> DraftHeadC
 
 
 def head_tensors(head: DraftHead, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a head's weights cast for a file, with the vocabulary map if the vocabulary is reduced.
-
-    Args:
-        weights: the head's state dict (gathered, if ZeRO has partitioned the module's own).
-    """
+    """Return a head's full state dict cast for a file, and its vocabulary map if the vocabulary is reduced."""
     tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
     if head.config.draft_vocab_size < head.config.vocab_size:
-        tensors["d2t"] = head.d2t.cpu()
-        tensors["t2d"] = head.t2d.cpu()
+        tensors |= {"d2t": head.d2t.cpu(), "t2d": head.t2d.cpu()}
     return tensors
 
 
@@ -122,34 +114,77 @@ def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
         config = config_from_plain(values, own_embedding=EMBEDDING in tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds a damaged head ({type(error).__name__}: {error})") from None
-    vocabulary = (
-        VocabularyMap(tensors.pop("d2t"), tensors.pop("t2d")) if "d2t" in tensors and "t2d" in tensors else None
-    )
-    weights = {re.sub(r"^midlayer\.", "layers.0.", name): tensor.float() for name, tensor in tensors.items()}
-    if vocabulary is None and config.draft_vocab_size != config.vocab_size:
+    if config.draft_vocab_size != config.vocab_size and not {"d2t", "t2d"} <= tensors.keys():
         raise ValueError(f"{folder}: d2t and t2d are missing, and the draft vocabulary is reduced")
-    head = build_head(config, vocabulary)
-    problems = tensor_problems(head, weights)
+    return assemble(folder / WEIGHTS, config, tensors), record
+
+
+def assemble(place: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -> DraftHead:
+    """Return the head that tensors make, in float32; `place` is named in errors.
+
+    Raises:
+        ValueError: what is missing, unknown, or of another shape or dtype (all named), or a map is wrong.
+    """
+    renamed = [re.sub(r"^midlayer\.", "layers.0.", name) for name in tensors]
+    weights = dict(zip(renamed, tensors.values(), strict=True))
+    maps = {"d2t": [config.draft_vocab_size], "t2d": [config.vocab_size]}
+    with torch.device("meta"):
+        head = build_head(config, VocabularyMap(*map(torch.empty, maps.values())))
+    shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+    differing = [
+        *(f"{name} is missing" for name in shapes.keys() - weights.keys()),
+        *(f"{name} is unknown" for name in weights.keys() - shapes.keys() - maps.keys()),
+        *(
+            f"{name} has shape {list(weights[name].shape)}, {shape} is required"
+            for name, shape in (shapes | maps).items()
+            if name in weights and list(weights[name].shape) != shape
+        ),
+    ]
+    twice = {name for name in renamed if renamed.count(name) > 1}
+    problems = other_dtypes(weights) + sorted(differing) + [f"{name} stands twice, as midlayer.* too" for name in twice]
+    if "d2t" not in weights and ("t2d" in weights or config.draft_vocab_size != config.vocab_size):
+        problems.append("d2t is missing, and the draft vocabulary is reduced")
+    if not config.own_embedding and config.hidden_size != config.verifier_hidden_size:
+        problems.append(f"{EMBEDDING} is missing, the verifier's has rows of {config.verifier_hidden_size}")
     if problems:
-        raise ValueError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
-    head.load_state_dict(weights)
-    return head, record
+        raise ValueError(f"{place}: {'; '.join(problems)}")
+    d2t, t2d = weights.pop("d2t", None), weights.pop("t2d", None)
+    head = build_head(config, None if d2t is None else _vocabulary(place, config.vocab_size, d2t, t2d))
+    head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return head
 
 
-def tensor_problems(head: DraftHead, weights: dict[str, Tensor]) -> list[str]:
-    """Return every tensor that is missing, unknown, or of another shape than the head's, by name."""
-    required = head.state_dict()
-    return sorted(
-        [
-            *(f"{name} is missing" for name in required.keys() - weights.keys()),
-            *(f"{name} is unknown" for name in weights.keys() - required.keys()),
-            *(
-                f"{name} has shape {list(weights[name].shape)}, {list(tensor.shape)} is required"
-                for name, tensor in required.items()
-                if name in weights and weights[name].shape != tensor.shape
-            ),
-        ]
-    )
+def other_dtypes(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the tensors of a dtype in which no head is trained: quantised ones, and maps that are not integers."""
+    maps = {name for name in tensors if name.endswith(("d2t", "t2d"))}
+    return [
+        f"{name} is {dtype_name(tensor.dtype)}, "
+        f"{'integers are' if name in maps else 'float32, bfloat16 or float16 is'} required"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in (_INTEGERS if name in maps else FLOATS)
+    ]
+
+
+def _vocabulary(place: Path, vocab_size: int, d2t: Tensor, t2d: Tensor | None) -> VocabularyMap:
+    """Check the map's values, and make t2d of d2t if it is absent."""
+    d2t = d2t.to(torch.int64)
+    ids = torch.arange(len(d2t)) + d2t
+    low, high, offsets = int(ids.min()), int(ids.max()), "it must hold offsets (target id = draft id + d2t[draft id])"
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{place}: d2t gives target ids from {low} to {high}, 0 to {vocab_size - 1} is required: {offsets}"
+        )
+    if bool((ids[1:] <= ids[:-1]).any()):
+        order = "with draft ids in the order of their target ids"
+        raise ValueError(f"{place}: the target ids of d2t do not increase: {offsets}, {order}")
+    inside = torch.zeros(vocab_size, dtype=torch.bool)
+    inside[ids] = True
+    if t2d is not None and not torch.equal(t2d.bool(), inside):
+        raise ValueError(
+            f"{place}: t2d contradicts d2t, they hold {int(t2d.bool().sum())} and {len(ids)} tokens and not the same: "
+            "remove t2d from the weights if d2t is right"
+        )
+    return VocabularyMap(d2t, inside)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -161,11 +196,9 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
-    """Return the folder of the head to use.
+    """Return the folder of the head to use: `checkpoint`, or a training run's `best` or `latest` checkpoint.
 
-    Args:
-        checkpoint: a folder, or the `best` or `latest` checkpoint of a training run; None is the best, or the newest
-            if none was measured.
+    None is the best, or the newest if none was measured.
     """
     if checkpoint is not None and checkpoint not in (BEST, LATEST):
         return Path(checkpoint)

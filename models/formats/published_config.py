@@ -5,12 +5,12 @@ Every field is represented, known to have no effect, or refused by name, at ever
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -18,24 +18,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ...conf.schema import AuxNumbering, HeadImportConfig
 from ..head.architectures import named_architecture
 from ..head.config import DraftHeadConfig
-from ..verifier.model import default_aux_layers
-from .fields import (
-    ANY,
-    AUX_IDS,
-    EAGLE,
-    FIELDS,
-    LAYER,
-    POST_NORM,
-    ROPE_FIELDS,
-    TOP,
-    Field,
-    has_no_effect,
-    vllm_layer_ids,
-)
-from .plain import CONFIG, LM_HEAD, dtype_name
+from ..verifier.model import VerifierWeights, default_aux_layers
+from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, POST_NORM, ROPE_FIELDS, TOP, Field, has_no_effect, vllm_layer_ids
+from .plain import CONFIG, LM_HEAD
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _LAYER = re.compile(r"(midlayer|layers\.\d+)\.")
 _CURE = "serve the head in the engine it was made for, or correct the field if it was trained otherwise"
 _ROPE_ALIASES = {"mrope": "default", "su": "longrope"}  # equal on text, and an older name
@@ -43,11 +29,14 @@ _ROPE_ALIASES = {"mrope": "default", "su": "longrope"}  # equal on text, and an 
 
 @dataclass
 class HeadFiles:
-    """A published head: its folder, its config.json and its tensors."""
+    """A published head as it lies in its folder, and the verifier it is to serve."""
 
     folder: Path
-    values: dict[str, Any]
+    values: dict[str, Any]  # config.json
     tensors: dict[str, Tensor]
+    verifier: Any  # its language-model configuration, which the head must fit
+    options: HeadImportConfig  # what config.json leaves open
+    weights: VerifierWeights | None  # for what a head shares with it
 
     @property
     def speculators(self) -> bool:
@@ -56,8 +45,9 @@ class HeadFiles:
 
     @property
     def layer(self) -> dict[str, Any]:
-        """Return the fields of the layer: of a plain head, all."""
-        return (self.values.get(LAYER) or {}) if self.speculators else self.values
+        """Return the fields of the layer: of a plain head, all; `head_config` refuses what is no object."""
+        layer = self.values.get(LAYER) if self.speculators else self.values
+        return layer if isinstance(layer, dict) else {}
 
     def ids(self, place: str) -> list[Any]:
         """Return the aux layer ids at one of their two places, ascending; empty if there are none."""
@@ -68,6 +58,27 @@ class HeadFiles:
         return sorted(found) if all(isinstance(k, int) for k in found) else found
 
     @property
+    def names_layers(self) -> bool:
+        """Return whether config.json, or the option, says on which layers the head was trained."""
+        return bool(self.ids(EAGLE) or self.ids(TOP) or self.options.aux_layers)
+
+    def default_layers(self) -> list[int]:
+        """Return the layers that engines take unasked; empty for a verifier too small to have them."""
+        try:
+            return default_aux_layers(self.verifier.num_hidden_layers)
+        except ValueError:
+            return []
+
+    def aux_layers(self) -> list[int]:
+        """Return the layers meant, 0-based; ids at the top level alone are taken as vLLM numbers them."""
+        nested, top = self.ids(EAGLE), self.ids(TOP)
+        if nested and not self.speculators:
+            return nested
+        if self.options.aux_numbering is AuxNumbering.zero_based and not self.speculators:
+            return top
+        return [k - 1 for k in top if isinstance(k, int)] or sorted(self.options.aux_layers or self.default_layers())
+
+    @property
     def prefix(self) -> str:
         """Return what stands before the names of the tensors, by fc.weight, which every head has; mostly empty."""
         names = [name.removesuffix("fc.weight") for name in self.tensors if name.endswith(".fc.weight")]
@@ -76,110 +87,99 @@ class HeadFiles:
     @property
     def layer_counts(self) -> tuple[int, int]:
         """Return the number of layers by config.json and by the names of the tensors."""
-        layer = self.layer if isinstance(self.layer, dict) else {}  # head_config says what is wrong with it
         names = (re.sub(r"^midlayer\.", "layers.0.", name) for name in self.tensors if _LAYER.match(name))
-        return layer.get("num_hidden_layers") or 1, len({name.split(".")[1] for name in names})
+        return self.layer.get("num_hidden_layers") or 1, len({name.split(".")[1] for name in names})
 
     @property
     def shares_lm_head(self) -> bool:
         """Return whether the head declares the verifier's lm_head, of its whole vocabulary, as its own."""
         size = self.values.get("draft_vocab_size", 0)
-        whole = size is None or (bool(self.values.get("reuse_target_lm_head")) and size == self._vocab_size)
+        whole = size is None or (bool(self.values.get("reuse_target_lm_head")) and size == self.layer.get("vocab_size"))
         return LM_HEAD not in self.tensors and whole
 
     @property
     def lm_head_cure(self) -> str:
         """Return what to do about a head without lm_head."""
         declare = ", or, if it was trained on the verifier's own, say so by draft_vocab_size: null in config.json"
-        whole = self.values.get("draft_vocab_size") in (None, self._vocab_size)
+        whole = self.values.get("draft_vocab_size") in (None, self.layer.get("vocab_size"))
         return "fetch the head's complete checkpoint" + (declare if whole else "")
 
-    @property
-    def _vocab_size(self) -> Any:
-        return (self.values.get(LAYER) or self.values).get("vocab_size")
 
-    @property
-    def other_dtypes(self) -> list[str]:
-        """Return the tensors of a dtype in which no head is trained: quantised ones, and maps that are not integers."""
-        maps = {name for name in self.tensors if name.endswith(("d2t", "t2d"))}
-        return [
-            f"{name} is {dtype_name(tensor.dtype)}, "
-            f"{'integers are' if name in maps else 'float32, bfloat16 or float16 is'} required"
-            for name, tensor in self.tensors.items()
-            if tensor.dtype not in (_INTEGERS if name in maps else FLOATS)
-        ]
-
-
-def head_config(files: HeadFiles, lm_head_rows: int, verifier: Any, options: HeadImportConfig) -> DraftHeadConfig:
+def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
     """Read either format's config.json.
 
     Args:
         lm_head_rows: the draft vocabulary if the configuration does not name its size.
-        verifier: the verifier's language-model configuration, which the head must fit.
-        options: what the configuration may leave open.
 
     Raises:
         ValueError: a field is missing, unknown, contradicts another, or says what fledge's head cannot represent.
     """
-    folder, values, layer = files.folder, files.values, files.layer
+    folder, values, layer, verifier = files.folder, files.values, files.layer, files.verifier
     architecture = named_architecture(values)
     fields = {field.name: field for field in (*FIELDS, *architecture.fields)}
     _check_fields(files, fields)
     absent = [f.name for f in FIELDS if f.required and (not isinstance(layer.get(f.name), int) or layer[f.name] < 1)]
     if absent:
         raise ValueError(f"{folder / CONFIG} has no usable {', '.join(absent)}: fetch the head again")
+    width = values.get("target_hidden_size") or layer["hidden_size"]
+    for name, has, needs in (
+        ("vocab_size", layer["vocab_size"], verifier.vocab_size),
+        ("hidden size", width, verifier.hidden_size),
+    ):
+        if has != needs:
+            raise ValueError(
+                f"{folder} is made for a verifier of {name} {has}, verifier.path has {needs}: set the head's verifier"
+            )
     read: dict[str, Any] = {
         field.ours: (layer if field.home == LAYER else values).get(field.name)
         or (field.absent and field.absent(layer, verifier))
         for field in fields.values()
         if field.ours
     }
-    read["verifier_hidden_size"] = values.get("target_hidden_size") or layer["hidden_size"]
-    _check_fit(folder, verifier, layer["vocab_size"], read["verifier_hidden_size"])
     if layer.get("model_type") == "llama4_text":  # SGLang and TensorRT-LLM then read the other field
         read["intermediate_size"] = layer.get("intermediate_size_mlp") or layer["intermediate_size"]
-    read["draft_vocab_size"] = read["draft_vocab_size"] or lm_head_rows
-    read["aux_layers"] = _aux_layers(files, verifier.num_hidden_layers, options)
-    read["rope_parameters"] = rope_parameters(folder, layer)
-    read["fc_norm"] = bool(values.get("fc_norm") or values.get("use_aux_norm"))
-    read["norm_output"] = _norm_output(folder, values)
-    read["norm_before_residual"] = bool(values.get("norm_before_residual", files.speculators))
+    read |= {
+        "draft_vocab_size": read["draft_vocab_size"] or lm_head_rows,
+        "verifier_hidden_size": width,
+        "aux_layers": _aux_layers(files),
+        "rope_parameters": rope_parameters(folder, layer),
+        "fc_norm": bool(values.get("fc_norm") or values.get("use_aux_norm")),
+        "norm_output": _norm_output(folder, values),
+        "norm_before_residual": bool(values.get("norm_before_residual", files.speculators)),
+    }
     return architecture.config(**read)
 
 
 def _check_fields(files: HeadFiles, fields: dict[str, Field]) -> None:
     """Refuse what is unknown, and what the head's arithmetic is not."""
     folder, values, layer = files.folder, files.values, files.layer
-    for name in (EAGLE, LAYER, "rope_parameters", "rope_scaling"):
-        for place in (values, layer):
-            if isinstance(place, dict) and not isinstance(place.get(name) or {}, dict):
-                raise ValueError(
-                    f"{folder}: {name} is {place[name]!r}, fields with values are required: fetch the head again"
-                )
+    for name, place in itertools.product((EAGLE, LAYER, "rope_parameters", "rope_scaling"), (values, layer)):
+        if not isinstance(place.get(name) or {}, dict):
+            cure = "fields with values are required: fetch the head again"
+            raise ValueError(f"{folder}: {name} is {place[name]!r}, {cure}")
     places = {TOP: values, LAYER: layer if layer is not values else {}, EAGLE: values.get(EAGLE) or {}}
     found = [
-        (f"{place}.{name}".removeprefix("."), fields.get(name), name, value)
+        (f"{place}.{name}".removeprefix("."), fields.get(name, Field(name)), value)
         for place, content in places.items()
         for name, value in content.items()
         if value is not None
     ]
-    for path, field, _, value in found:
-        if field and field.only is not ANY and value != field.only:
+    for path, field, value in found:
+        if not field.allows(value):
             raise ValueError(f"{folder}: {path} is {value!r}, fledge's head knows {field.only!r} only: {_CURE}")
-    unknown = []
-    for path, field, name, value in found:
-        if field and field.home is not None:
-            home = TOP if layer is values and field.home == LAYER else field.home
-            absent = name == "norm_before_residual" and files.speculators  # means true there
-            if value != places[home].get(name, absent):
-                where = f"in {home}" if home else "at the top level"
+    for path, field, value in found:
+        if field.home is not None:
+            home = places[TOP if layer is values and field.home == LAYER else field.home]
+            absent = field.name == "norm_before_residual" and files.speculators  # means true there
+            if value != home.get(field.name, absent):
+                where = "at the top level" if home is values else f"in {field.home}"
                 raise ValueError(
-                    f"{folder}: {path} is {value!r}, and {name} is read {where}, where it is "
-                    f"{places[home].get(name, 'absent')!r}: write the one that the head was trained with there, and "
+                    f"{folder}: {path} is {value!r}, and {field.name} is read {where}, where it is "
+                    f"{home.get(field.name, 'absent')!r}: write the one that the head was trained with there, and "
                     "remove the other"
                 )
-        elif not field and not has_no_effect(name):
-            unknown.append(f"{path} = {value!r}")
+    known = fields.keys() | {field.name for _, field, _ in found if has_no_effect(field.name)}
+    unknown = [f"{path} = {value!r}" for path, field, value in found if field.name not in known]
     if unknown:
         raise ValueError(
             f"{folder / CONFIG} has fields that fledge does not know: {', '.join(unknown)}; it drops none silently, as "
@@ -199,10 +199,8 @@ def _check_attention(folder: Path, layer: dict[str, Any]) -> None:
         ("no_rope_layers", not all(layer.get("no_rope_layers") or [])),
     ):
         if restricts:
-            raise ValueError(
-                f"{folder}: {name} is {layer[name]!r}, fledge's head has full attention with rotary positions only: "
-                f"{_CURE}"
-            )
+            full = "fledge's head has full attention with rotary positions only"
+            raise ValueError(f"{folder}: {name} is {layer[name]!r}, {full}: {_CURE}")
 
 
 def _norm_output(folder: Path, values: dict[str, Any]) -> bool:
@@ -216,27 +214,14 @@ def _norm_output(folder: Path, values: dict[str, Any]) -> bool:
     return bool(top or nested)
 
 
-def _check_fit(folder: Path, verifier: Any, vocab_size: int, hidden_size: int) -> None:
-    for name, has, needs in (
-        ("vocab_size", vocab_size, verifier.vocab_size),
-        ("hidden size", hidden_size, verifier.hidden_size),
-    ):
-        if has != needs:
-            raise ValueError(
-                f"{folder} is made for a verifier of {name} {has}, verifier.path has {needs}: set the head's verifier"
-            )
-
-
 def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     """Join the rotary fields, in the form of transformers 5 (`rope_parameters`) or the older one (two fields)."""
     joined: dict[str, Any] = {"rope_theta": layer["rope_theta"]} if layer.get("rope_theta") else {}
     found = [(name, *item) for name in ("rope_parameters", "rope_scaling") for item in (layer.get(name) or {}).items()]
     for name, field, value in found:
         if not ROPE_FIELDS.fullmatch(field) or (field == "partial_rotary_factor" and value not in (None, 1)):
-            raise ValueError(
-                f"{folder}: {name}.{field} is {value!r}, which fledge's head does not know: remove it if the head was "
-                "trained without"
-            )
+            cure = "which fledge's head does not know: remove it if the head was trained without"
+            raise ValueError(f"{folder}: {name}.{field} is {value!r}, {cure}")
         if field in ("rope_type", "type"):
             field, value = "rope_type", _ROPE_ALIASES.get(str(value), value)
         if value is not None and joined.setdefault(field, value) != value:
@@ -250,42 +235,43 @@ def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _aux_layers(files: HeadFiles, num_layers: int, options: HeadImportConfig) -> tuple[int, ...]:
+def _aux_layers(files: HeadFiles) -> tuple[int, ...]:
     """Return the aux layers, 0-based and ascending, the order in which every engine concatenates their states.
 
     Nested ids are 0-based, those of the Speculators format are vLLM's, one higher. At the top level of a plain head
     both occur in the wild: nested ids next to them tell which, without them the option must.
     """
-    folder, nested, top, numbering = files.folder, files.ids(EAGLE), files.ids(TOP), options.aux_numbering
+    folder, options, num_layers = files.folder, files.options, files.verifier.num_hidden_layers
+    nested, top, numbering = files.ids(EAGLE), files.ids(TOP), options.aux_numbering
     found = [(place or {}).get(AUX_IDS) or [] for place in (files.values.get(EAGLE), files.values)]
     if not all(isinstance(ids, list) and all(isinstance(k, int) for k in ids) for ids in found):
         raise ValueError(f"{folder}: {AUX_IDS} must be a list of integers, got {found[0] or found[1]}")
+    numbering_is_open = top and not nested and not files.speculators
     for name, value, is_open in (
-        ("aux_numbering", numbering and numbering.value, top and not nested and not files.speculators),
+        ("aux_numbering", numbering and numbering.value, numbering_is_open),
         ("aux_layers", options.aux_layers, not top and not nested),
     ):
         if value is not None and not is_open:
-            raise ValueError(
-                f"head_import.{name} is {value}, and {folder / CONFIG} leaves nothing open: drop the option"
-            )
+            cure = "leaves nothing open: drop the option"
+            raise ValueError(f"head_import.{name} is {value}, and {folder / CONFIG} {cure}")
     if nested and top and top not in (vllm_layer_ids(nested), nested):
         raise ValueError(
             f"{folder}: {AUX_IDS} is {top} at the top level and {nested} in eagle_config, which is neither the same "
             "nor one higher: correct config.json to the layers the head was trained with"
         )
-    if nested:
-        layers = nested
-    elif not top:
-        layers = _layers_by_option(folder, options.aux_layers, num_layers)
-    elif files.speculators or numbering is AuxNumbering.vllm:
-        layers = [layer - 1 for layer in top]
-    elif numbering is AuxNumbering.zero_based:
-        layers = top
-    else:
+    if not files.names_layers:
+        default = files.default_layers()
+        usual = f"; engines take {default} unasked, which costs acceptance if it was others" if default else ""
+        raise ValueError(
+            f"{folder / CONFIG} does not say which layers the head was trained on: set "
+            f"head_import.aux_layers=[...] to them (0-based, of the verifier's {num_layers}){usual}"
+        )
+    if numbering_is_open and numbering is None:
         raise ValueError(
             f"{folder}: {AUX_IDS} is {top} at the top level alone, which projects number in two ways: set "
             "head_import.aux_numbering=zero_based if id k is the output of layer k, =vllm if of layer k-1"
         )
+    layers = nested or files.aux_layers()
     if len(set(layers)) != len(layers) or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise ValueError(
             f"{folder}: the aux layers are {layers} (0-based), different ones from 0 to {num_layers - 1}, the "
@@ -297,17 +283,3 @@ def _aux_layers(files: HeadFiles, num_layers: int, options: HeadImportConfig) ->
             f"{layers} (0-based): correct config.json to what the head was trained with"
         )
     return tuple(layers)
-
-
-def _layers_by_option(folder: Path, layers: list[int] | None, num_layers: int) -> list[int]:
-    """Return the layers of the option, which must name them if config.json does not."""
-    if layers is None:
-        try:
-            usual = f"; engines take {default_aux_layers(num_layers)} unasked, which costs acceptance if it was others"
-        except ValueError:
-            usual = ""
-        raise ValueError(
-            f"{folder / CONFIG} does not say which layers the head was trained on: set "
-            f"head_import.aux_layers=[...] to them (0-based, of the verifier's {num_layers}){usual}"
-        )
-    return sorted(layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,37 +62,32 @@ class ServingFormat:
 def vllm_command(exported: ExportedHead) -> str:
     """Return the command that serves the verifier with the head in vLLM."""
     options = {"method": "eagle3", "model": exported.folder, "num_speculative_tokens": exported.num_draft_tokens}
-    verifier = f"{shlex.quote(exported.verifier)}{_revision(exported)}"
-    return f"vllm serve {verifier} --speculative-config {shlex.quote(json.dumps(options))}"
+    return f"vllm serve {_verifier(exported)} --speculative-config {shlex.quote(json.dumps(options))}"
 
 
-def _revision(exported: ExportedHead) -> str:
-    return f" --revision {shlex.quote(exported.revision)}" if exported.revision else ""
+def _verifier(exported: ExportedHead) -> str:
+    revision = f" --revision {shlex.quote(exported.revision)}" if exported.revision else ""
+    return shlex.quote(exported.verifier) + revision
 
 
-def code(text: str) -> str:
-    """Return a block of code."""
-    return f"```\n{text}\n```"
-
-
-def _vllm(exported: ExportedHead) -> str:
-    return f"## vLLM\n\n{code(vllm_command(exported))}"
+def _section(engine: str, command: str, note: str = "") -> str:
+    return f"## {engine}\n\n```\n{command}\n```" + (f"\n\n{note}" if note else "")
 
 
 def _vllm_by_itself(exported: ExportedHead) -> str:
-    by_itself = f"or, as the checkpoint names its verifier:\n\n{code('vllm serve ' + shlex.quote(exported.folder))}"
-    return _vllm(exported) + ("" if exported.revision else f"\n\n{by_itself}")
+    by_itself = f"or, as the checkpoint names its verifier:\n\n```\nvllm serve {shlex.quote(exported.folder)}\n```"
+    return _section("vLLM", vllm_command(exported), "" if exported.revision else by_itself)
 
 
 def _sglang(exported: ExportedHead) -> str:
     command = (
-        f"python -m sglang.launch_server --model-path {shlex.quote(exported.verifier)}{_revision(exported)} "
+        f"python -m sglang.launch_server --model-path {_verifier(exported)} "
         f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(exported.folder)} "
         f"--speculative-num-steps {exported.num_draft_tokens} --speculative-eagle-topk 1 "
         f"--speculative-num-draft-tokens {exported.num_draft_tokens + 1}"
     )
     note = "Beside an explicit `--quantization`, add `--speculative-draft-model-quantization unquant`."
-    return f"## SGLang\n\n{code(command)}\n\n{note}"
+    return _section("SGLang", command, note)
 
 
 def _tensorrt_llm(exported: ExportedHead) -> str:
@@ -102,28 +97,25 @@ def _tensorrt_llm(exported: ExportedHead) -> str:
         "TensorRT-LLM does not read the aux layers of the checkpoint, they stand in `trtllm.yaml`. Older releases want "
         "`decoding_type: Eagle` and `pytorch_eagle_weights_path` in it for `Eagle3` and `speculative_model`."
     )
-    return f"## TensorRT-LLM\n\n{code(command)}\n\n{note}"
+    return _section("TensorRT-LLM", command, note)
 
 
 def _trtllm_yaml(exported: ExportedHead) -> dict[str, str]:
     """Return the options' file; TensorRT-LLM numbers layers as fledge does, 0-based, their outputs taken."""
-    text = (
-        "speculative_config:\n"
-        "  decoding_type: Eagle3\n"
-        f"  max_draft_len: {exported.num_draft_tokens}\n"
-        f"  speculative_model: {json.dumps(exported.folder)}\n"
-        f"  eagle3_layers_to_capture: {list(exported.head.aux_layers)}\n"
-    )
-    return {"trtllm.yaml": text}
+    options = {
+        "decoding_type": "Eagle3",
+        "max_draft_len": exported.num_draft_tokens,
+        "speculative_model": json.dumps(exported.folder),
+        "eagle3_layers_to_capture": list(exported.head.aux_layers),
+    }
+    return {"trtllm.yaml": "speculative_config:\n" + "".join(f"  {name}: {value}\n" for name, value in options.items())}
 
 
 def _own_embedding_or_residual(exported: ExportedHead) -> list[str]:
-    head, obstacles = exported.head, []
-    if head.own_embedding and head.hidden_size == head.verifier_hidden_size:
-        obstacles.append("it takes the verifier's embedding in place of the head's own")
-    if head.norm_before_residual:
-        obstacles.append("it ignores norm_before_residual")
-    return obstacles
+    head = exported.head
+    replaced = head.own_embedding and head.hidden_size == head.verifier_hidden_size
+    embedding = ["it takes the verifier's embedding in place of the head's own"] if replaced else []
+    return embedding + (["it ignores norm_before_residual"] if head.norm_before_residual else [])
 
 
 def _last_layer(exported: ExportedHead) -> list[str]:
@@ -136,21 +128,18 @@ def _other_than_three_layers(exported: ExportedHead) -> list[str]:
     return [] if len(exported.head.aux_layers) == 3 else [f"{fc}: set export.format=plain"]
 
 
-def _write_plain(folder: Path, head: DraftHead, record: dict[str, Any], exported: ExportedHead) -> None:
-    save_head(folder, head, record, getattr(torch, exported.dtype))
-
-
 def _write_speculators(folder: Path, head: DraftHead, record: dict[str, Any], exported: ExportedHead) -> None:
     verifier = {"name_or_path": exported.verifier, "architectures": exported.architectures}
     save_speculators(folder, head, record, getattr(torch, exported.dtype), verifier, exported.num_draft_tokens)
 
 
+_VLLM = Engine("vLLM", lambda e: _section("vLLM", vllm_command(e)), lambda _: [], ids_at=(TOP, EAGLE), first_id=1)
 # By the value of export.format.
 SERVING_FORMATS = {
     "plain": ServingFormat(
-        _write_plain,
+        lambda folder, head, record, exported: save_head(folder, head, record, getattr(torch, exported.dtype)),
         engines=(
-            Engine("vLLM", _vllm, lambda _: [], ids_at=(TOP, EAGLE), first_id=1),
+            _VLLM,
             Engine("SGLang", _sglang, lambda e: [*_own_embedding_or_residual(e), *_last_layer(e)], ids_at=(EAGLE,)),
             Engine("TensorRT-LLM", _tensorrt_llm, _own_embedding_or_residual, files=_trtllm_yaml),
         ),
@@ -158,7 +147,7 @@ SERVING_FORMATS = {
     ),
     "speculators": ServingFormat(
         _write_speculators,
-        engines=(Engine("vLLM", _vllm_by_itself, _other_than_three_layers, ids_at=(TOP, EAGLE), first_id=1),),
+        engines=(replace(_VLLM, section=_vllm_by_itself, obstacles=_other_than_three_layers),),
         first_ids={TOP: 1},
         library="speculators",
     ),

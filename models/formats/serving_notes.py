@@ -17,21 +17,23 @@ def unserved(exported: ExportedHead) -> dict[str, str]:
 
 def serving_files(exported: ExportedHead) -> dict[str, str]:
     """Return SERVING.md, with a command for each engine that reads the format, and the files that they need."""
-    files = {"SERVING.md": ""}
-    parts = [f"# Serving this head\n\nThe verifier is `{exported.verifier}`{_revision(exported)}."]
-    refused = unserved(exported)
-    for engine in SERVING_FORMATS[exported.format].engines:
-        if engine.name in refused:
-            parts.append(f"## {engine.name}\n\n{engine.name} cannot serve this head: {refused[engine.name]}.")
-        else:
-            parts.append(engine.section(exported))
-            files |= engine.files(exported)
+    engines, refused = SERVING_FORMATS[exported.format].engines, unserved(exported)
+    parts = [
+        f"# Serving this head\n\nThe verifier is `{exported.verifier}`{_revision(exported)}.",
+        *(
+            f"## {engine.name}\n\n{engine.name} cannot serve this head: {refused[engine.name]}."
+            if engine.name in refused
+            else engine.section(exported)
+            for engine in engines
+        ),
+    ]
     if exported.head.fc_norm or exported.head.norm_output:
         parts.append(
             "The head is of the EAGLE-3.1 form (`fc_norm`, `norm_output`): releases that do not know these two fields "
             "either refuse it or accept fewer tokens than they should."
         )
-    return files | {"SERVING.md": "\n\n".join(parts) + "\n"}
+    files = [engine.files(exported) for engine in engines if engine.name not in refused]
+    return {"SERVING.md": "\n\n".join(parts) + "\n", **{name: text for some in files for name, text in some.items()}}
 
 
 def _revision(exported: ExportedHead) -> str:
@@ -39,12 +41,7 @@ def _revision(exported: ExportedHead) -> str:
 
 
 def model_card(exported: ExportedHead, acceptance: dict[str, Any] | None, conversations: dict[str, Any] | None) -> str:
-    """Return README.md in Hugging Face's form.
-
-    Args:
-        acceptance: acceptance.json of this head, if it was evaluated.
-        conversations: the manifest of the conversations it was trained on, if known.
-    """
+    """Return README.md in Hugging Face's form, with this head's acceptance.json and its conversations' manifest."""
     # A local folder says nothing to who reads the card elsewhere, and may say too much: its last part must do.
     verifier = Path(exported.verifier).resolve().name if Path(exported.verifier).exists() else exported.verifier
     front = {
@@ -53,10 +50,10 @@ def model_card(exported: ExportedHead, acceptance: dict[str, Any] | None, conver
         "tags": ["eagle3", "speculative-decoding", "draft-head"],
         "license": "other",
     }
-    head = exported.head
-    source = exported.imported_from
+    head, source = exported.head, exported.imported_from
     origin = f"Converted with fledge from `{source}`" if source else "Trained with fledge"
     licence = "The head was made from its verifier's output and weights: the verifier's licence applies"
+    norms = (f"`{name}` {'yes' if getattr(head, name) else 'no'}" for name in ("fc_norm", "norm_output"))
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
         f"# EAGLE-3 draft head for {verifier}",
@@ -66,7 +63,7 @@ def model_card(exported: ExportedHead, acceptance: dict[str, Any] | None, conver
         f"- format: {exported.format}, {exported.dtype}\n"
         f"- reads the outputs of the verifier's layers {', '.join(map(str, head.aux_layers))} (0-based)\n"
         f"- draft vocabulary: {head.draft_vocab_size:,} of the verifier's {head.vocab_size:,} tokens\n"
-        f"- EAGLE-3.1 norms: `fc_norm` {_yes(head.fc_norm)}, `norm_output` {_yes(head.norm_output)}",
+        f"- EAGLE-3.1 norms: {', '.join(norms)}",
         *([_acceptance(acceptance)] if acceptance else []),
         *([_sources(conversations)] if conversations else []),
         f"## License\n\n{licence}{', and that of the head it was converted from' if source else ''}.",
@@ -74,37 +71,28 @@ def model_card(exported: ExportedHead, acceptance: dict[str, Any] | None, conver
     return "\n\n".join(parts) + "\n"
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def _acceptance(results: dict[str, Any]) -> str:
     rows = [("all", results), *((name, drafters["trained head"]) for name, drafters in results["by_category"].items())]
-    positions = range(len(results["acceptance_rate_per_pos"]))
-    lines = [
-        "| category | acceptance length | " + " | ".join(f"position {i + 1}" for i in positions) + " |",
-        "|---" * (2 + len(positions)) + "|",
-        *(
-            f"| {name} | {counts['acceptance_length']:.2f} | "
-            + " | ".join(f"{rate:.2f}" for rate in counts["acceptance_rate_per_pos"])
-            + " |"
-            for name, counts in rows
-        ),
-    ]
+    positions = [f"position {i + 1}" for i in range(len(results["acceptance_rate_per_pos"]))]
+    cells = [["category", "acceptance length", *positions]]
+    for name, counts in rows:
+        numbers = (counts["acceptance_length"], *counts["acceptance_rate_per_pos"])
+        cells.append([name, *(f"{number:.2f}" for number in numbers)])
+    header, *lines = (f"| {' | '.join(row)} |" for row in cells)
     conditions = (
         f"{results['num_questions']} questions (`{Path(str(results['questions'])).name}`), "
         f"{results['num_draft_tokens_per_round']} draft tokens a round, {results['drafting']} drafting, temperature "
         f"{results['temperature']:g}, {results['dtype']}, at most {results['max_tokens']} tokens an answer; "
         f"{results['definition']}. Positions: rounds that accepted the token, of all rounds."
     )
-    return "## Acceptance\n\n" + conditions + "\n\n" + "\n".join(lines)
+    return "\n".join(["## Acceptance\n", conditions + "\n", header, "|---" * len(cells[0]) + "|", *lines])
 
 
 def _sources(manifest: dict[str, Any]) -> str:
     options = manifest["settings"]["synthesize"]
-    lines = [f"- {name}: {number:,} conversations" for name, number in manifest.get("sources", {}).items()]
     text = (
         f"The verifier answered {manifest['counts']['conversations']:,} conversations itself, at temperature "
         f"{options['temperature']:g} (held-out ones, a share of {manifest['settings']['heldout_share']:g}, greedily)."
     )
-    return "## Training data\n\n" + text + ("\n\n" + "\n".join(lines) if lines else "")
+    lines = [f"- {name}: {number:,} conversations" for name, number in manifest.get("sources", {}).items()]
+    return "\n\n".join(["## Training data", text, *(["\n".join(lines)] if lines else [])])

@@ -8,52 +8,11 @@ from typing import Any
 import torch
 
 from ..head.architectures import architecture_of
-from ..head.config import DraftHeadConfig
 from ..head.draft_head import DraftHead
 from .fields import AUX_IDS, LAYER, TOP, vllm_layer_ids, written_fields
 from .plain import dtype_name, head_tensors, write_head_files
 
 SPECULATORS_VERSION = "0.5.0"  # the release of the library whose form this is, for readers only
-
-
-def speculators_config(
-    config: DraftHeadConfig, dtype: torch.dtype, verifier: dict[str, Any], num_draft_tokens: int
-) -> dict[str, Any]:
-    """Return the `config.json` of a head in Speculators format; aux layers are in vLLM's numbering.
-
-    `norm_before_residual` is always written (absent means true there), and there is no `model_type` at the top level.
-
-    Args:
-        verifier: `name_or_path` and `architectures` of the model that serves with the head.
-        num_draft_tokens: tokens proposed a round unless the engine is told otherwise.
-    """
-    architecture = architecture_of(config)
-    differs = config.verifier_hidden_size != config.hidden_size
-    proposal = {
-        "proposal_type": "greedy",
-        "speculative_tokens": num_draft_tokens,
-        "verifier_accept_k": 1,
-        "accept_tolerance": 0.0,
-    }
-    return {
-        "architectures": [architecture.names["speculators"]],
-        "speculators_model_type": "eagle3",
-        "speculators_version": SPECULATORS_VERSION,
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.verifier_hidden_size if differs else None,
-        **written_fields(config, TOP, architecture.fields),
-        "embed_requires_grad": config.own_embedding,
-        AUX_IDS: vllm_layer_ids(config.aux_layers),
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype_name(dtype),
-        LAYER: {"architectures": ["LlamaForCausalLM"], **written_fields(config, LAYER, architecture.fields)},
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": verifier,
-        },
-    }
 
 
 def save_speculators(
@@ -64,6 +23,34 @@ def save_speculators(
     verifier: dict[str, Any],
     num_draft_tokens: int,
 ) -> None:
-    """Write a head in Speculators format into an existing folder; arguments as in `speculators_config`."""
+    """Write a head in Speculators format into an existing folder; aux layers are in vLLM's numbering.
+
+    `norm_before_residual` is always written (absent means true there), and there is no `model_type` at the top level.
+
+    Args:
+        verifier: `name_or_path` and `architectures` of the model that serves with the head.
+        num_draft_tokens: proposed a round unless the engine is set otherwise.
+    """
+    config, architecture, width = head.config, architecture_of(head.config), head.config.verifier_hidden_size
+    proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}
+    values = {
+        "architectures": [architecture.names["speculators"]],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": None if width == config.hidden_size else width,
+        **written_fields(config, TOP, architecture.fields),
+        "embed_requires_grad": config.own_embedding,
+        AUX_IDS: vllm_layer_ids(config.aux_layers),
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype_name(dtype),
+        LAYER: {"architectures": ["LlamaForCausalLM"], **written_fields(config, LAYER, architecture.fields)},
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
+            "verifier": verifier,
+        },
+    }
     tensors = head_tensors(head, head.state_dict(), dtype)  # named layers.0.* in the head as in the format
-    write_head_files(folder, tensors, speculators_config(head.config, dtype, verifier, num_draft_tokens), record)
+    write_head_files(folder, tensors, values, record)

@@ -14,10 +14,11 @@ from builders import make_head, matrices
 from commands import run_command
 from fledge.conf.schema import Config, validate
 from fledge.eval.doctor.doctor import diagnose, report
-from fledge.eval.doctor.rules import Published, engine_notes, static_findings
+from fledge.eval.doctor.rules import engine_notes, static_findings
 from fledge.models.formats.fields import AUX_IDS as IDS
 from fledge.models.formats.plain import load_head, save_head
-from fledge.models.formats.published import read_published
+from fledge.models.formats.published import read_files
+from fledge.models.formats.published_config import HeadFiles
 from fledge.models.formats.speculators import save_speculators
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -50,8 +51,8 @@ def change_tensors(folder: Path, changes: dict[str, Any]) -> None:
     save_file({n: t for n, t in tensors.items() if t is not ABSENT}, folder / "model.safetensors")
 
 
-def as_published(folder: Path) -> Published:
-    return Published(folder, *read_published(folder), SHAPE, EMBEDDING)
+def as_published(folder: Path) -> HeadFiles:
+    return read_files(folder, SHAPE, weights=SimpleNamespace(embedding=lambda: EMBEDDING))
 
 
 def codes(folder: Path) -> list[str]:

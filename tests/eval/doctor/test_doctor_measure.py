@@ -26,10 +26,9 @@ from fledge.eval.doctor.measure import (
     teacher_forced,
     variants,
 )
-from fledge.eval.doctor.rules import Published
 from fledge.models.formats.fields import AUX_IDS as IDS
 from fledge.models.formats.plain import load_head, save_head
-from fledge.models.formats.published import read_published, read_published_head
+from fledge.models.formats.published import read_files, read_published_head
 from fledge.models.formats.speculators import save_speculators
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.verifier.model import VerifierWeights, load_config
@@ -169,10 +168,9 @@ def verdict_on(folder: Path, config: Config, texts: list[Text], **changes: Any) 
     values = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({name: v for name, v in values.items() if v is not None}))
     weights = VerifierWeights(config.verifier)
-    embedding = weights.embedding()
-    published = Published(folder, *read_published(folder), load_config(config.verifier), embedding)
-    head = readable_head(published, weights)
-    return compare(head, variants(published, head.config), texts, embedding, torch.device("cpu"))
+    files = read_files(folder, load_config(config.verifier), weights=weights)
+    head = readable_head(files)
+    return compare(head, variants(files, head.config), texts, weights.embedding(), torch.device("cpu"))
 
 
 def test_a_head_is_trained_for_what_it_was_trained_for(tmp_path, trained, config, texts):

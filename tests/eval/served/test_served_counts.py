@@ -13,7 +13,7 @@ from fledge.eval.served.counters import (
 from sglang_double import meta_info, rounds
 
 METRICS = Path(__file__).with_name("vllm_metrics.txt").read_text()  # of vLLM 0.32 after some requests, shortened
-DRAFTS, BY_POSITION, TOKENS, REQUESTS = 4326, (1775, 1554, 1527), 9126, 191  # as they stand there
+DRAFTS, BY_POSITION, TOKENS, REQUESTS = 4326, [1775, 1554, 1527], 9126, 191  # as they stand there
 
 
 def test_vllms_counters_are_read_from_its_own_text():
@@ -48,21 +48,21 @@ def test_a_vllm_that_does_not_speculate_is_told_from_one_that_lacks_other_counte
 
 def test_a_histogram_gives_the_same_sums_as_counters():
     told = {"acceptance_histogram": [4, 2, 0, 1], "num_spec_steps": 7, "num_draft_tokens": 21, "num_spec_tokens": 3}
-    assert read_vllm_answer(told, 3) == ServedCounts(7, 21, 5, (3, 1, 1))
+    assert read_vllm_answer(told, 3) == ServedCounts(7, 21, 5, [3, 1, 1])
 
 
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("limit", [1, 2, 9, 24])
 def test_sglangs_answers_are_read_under_newer_and_older_names(older, limit):
     taken = rounds(limit)
-    by_position = tuple(sum(number > position for number in taken) for position in range(3))
+    by_position = [sum(number > position for number in taken) for position in range(3)]
     expected = ServedCounts(len(taken), 3 * len(taken), sum(taken), by_position)
     assert read_sglang_answer(meta_info([1, 2], limit, older), 3, 3) == expected
 
 
 def test_a_tree_counts_by_depth():
     meta = {"completion_tokens": 12, "spec_verify_ct": 4, "spec_correct_drafts_histogram": [1, 0, 2, 1]}
-    assert read_sglang_answer(meta, 60, 6) == ServedCounts(4, 240, 7, (3, 3, 1, 0, 0, 0))
+    assert read_sglang_answer(meta, 60, 6) == ServedCounts(4, 240, 7, [3, 3, 1, 0, 0, 0])
 
 
 def test_what_does_not_fit_an_answer_of_sglang_is_refused():
