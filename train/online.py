@@ -8,31 +8,40 @@ from dataclasses import replace
 
 import torch
 
-from ..conf.schema import Config
+from ..conf.schema import VerifierConfig
 from ..data_synthesis.states.transformers_engine import read_documents
 from ..models.verifier.model import Verifier
 from .loss.rows import PackedBatch
 
 
 class OnlineStates:
-    """The verifier of an online run, which fills batches with its hidden states."""
+    """The verifier of an online run, which fills batches with its hidden states.
+
+    Args:
+        batch_tokens: of one forward, padding included.
+        dtype: of the states that training sees; they are rounded to the verifier's first, as in a store.
+    """
 
     def __init__(self, verifier: Verifier, batch_tokens: int, dtype: torch.dtype) -> None:
-        self.verifier = verifier
-        self.batch_tokens = batch_tokens  # of one forward, padding included
-        self.dtype = dtype  # of the states that training sees; they are rounded to the verifier's first, as in a store
+        self.verifier, self.batch_tokens, self.dtype = verifier, batch_tokens, dtype
         self._checked = False
 
     @classmethod
-    def load(cls, config: Config, aux_layers: Sequence[int], gpus: range | None) -> OnlineStates:
+    def load(
+        cls,
+        config: VerifierConfig,
+        aux_layers: Sequence[int],
+        gpus: range | None,
+        batch_tokens: int,
+        dtype: torch.dtype,
+    ) -> OnlineStates:
         """Load the verifier onto this rank's own GPUs, or into this process if there are none."""
-        if config.verifier.tensor_parallel:
+        if config.tensor_parallel:
             raise ValueError(
                 "verifier.tensor_parallel must be false with train.hidden_states=online: every rank reads other "
                 "documents, and needs a verifier of its own, which is spread over the rank's GPUs"
             )
-        verifier = Verifier.load(config.verifier, list(aux_layers), gpus)
-        return cls(verifier, config.dump.batch_tokens, getattr(torch, config.train.dtype.value))
+        return cls(Verifier.load(config, list(aux_layers), gpus), batch_tokens, dtype)
 
     @torch.no_grad()
     def fill(self, batch: PackedBatch) -> PackedBatch:

@@ -22,7 +22,7 @@ from builders import make_head
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from fledge.conf.runtime.rank_info import find_place
-from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, TrainConfig
+from fledge.conf.schema import DeepSpeedConfig, Dtype, TrainConfig
 from fledge.train.engine import start_engine
 from fledge.train.ranks.group import Ranks, _meet
 
@@ -62,7 +62,7 @@ def rank(environment: dict[str, str], num_gpus: int, told: Any) -> None:
     for stage in (2, 3):
         Recorder.asked = []
         options = TrainConfig(packs_per_step=ranks.world, dtype=Dtype.float32)
-        start_engine(make_head(), Config(train=options, deepspeed=DeepSpeedConfig(zero_stage=stage)))
+        start_engine(make_head(), options, DeepSpeedConfig(zero_stage=stage))
         asked[stage] = sorted(set(Recorder.asked))
     told.put((ranks.rank, {"device": str(ranks.device), "current": current, "asked": asked}))
     ranks.any_rank(False)

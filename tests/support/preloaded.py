@@ -10,6 +10,6 @@ for module in (
     "data_synthesis.synthesize",
     "eval.evaluate",
     "models.export",
-    "train.loop",
+    "train.setup",
 ):
     importlib.import_module(f"fledge.{module}")
