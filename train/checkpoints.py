@@ -138,11 +138,7 @@ def _newest(folder: Path) -> Path | None:
 
 
 def needs_conversion(folder: Path, zero_stage: int) -> bool:
-    """Return whether the newest checkpoint is of another number of processes, or of another ZeRO stage.
-
-    Raises:
-        ValueError: DeepSpeed cannot move it to this stage.
-    """
+    """Return whether the newest checkpoint is of other processes or ZeRO stage; refuse what DeepSpeed cannot move."""
     if (newest := _newest(folder)) is None:
         return False
     written = _read_state(newest)
@@ -160,9 +156,6 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState:
     """Restore weights, optimizer and RNG from the newest checkpoint, if there is one, and return the run's state.
 
     An engine started for it (`needs_conversion`) loads the checkpoint through DeepSpeed's universal format.
-
-    Raises:
-        ValueError: the checkpoint cannot be read.
     """
     if (newest := _newest(folder)) is None:
         return TrainerState()
@@ -204,11 +197,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _convert(checkpoint: Path, target: Path) -> None:
-    """Write a checkpoint in DeepSpeed's universal format, which any number of processes can load.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Write a checkpoint in DeepSpeed's universal format, which any number of processes can load."""
     folders = {"input_folder": str(checkpoint), "output_folder": str(target)}
     workers = {"num_extract_workers": 1, "num_merge_workers": 1}
     options = Namespace(**folders, **workers, keep_temp_folder=False, strict=True, inject_missing_state=False)

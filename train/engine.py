@@ -27,8 +27,7 @@ def micro_batches(packs_per_step: int) -> int:
 def start_engine(module: nn.Module, options: TrainConfig, zero: DeepSpeedConfig, universal: bool = False) -> Any:
     """Wrap a module in a DeepSpeed engine with AdamW over its trained parameters.
 
-    Args:
-        universal: a checkpoint is loaded in the format that is free of the number of ranks.
+    With `universal` a checkpoint is loaded in the format that is free of the number of ranks.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

@@ -160,7 +160,9 @@ class Trainer:
         batches = (self._to_device(batch, lengths[-1]) for batch in self.data.heldout_batches(lengths[-1]))
         mine = count_heldout(self.module, batches, self.embedding, self.verifier_lm_head, lengths)
         of_ranks = self.ranks.gather(mine)
-        self.state.heldout = {num: {k: v for counts in of_ranks for k, v in counts[num].items()} for num in lengths}
+        self.state.heldout = {
+            length: {name: counts for part in of_ranks for name, counts in part[length].items()} for length in lengths
+        }
 
     def _metrics(self) -> dict[str, float]:
         """Return the metrics of the steps since the last log."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import secrets
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from .loss.losses import LOSSES
 from .loss.unroll import TTTModule
 from .metrics.meter import Meter
 from .metrics.tracking import Tracker, run_description
-from .online import OnlineStates
+from .online import OnlineStates, load_verifier
 from .ranks.group import Ranks, joined
 
 # Options that change how a run is watched or kept, not what it computes.
@@ -98,57 +98,44 @@ def _train(config: Config, ranks: Ranks) -> None:
 
 
 def _initial_head(config: Config, folder: str) -> DraftHead:
-    """Read the head at `train.init_from`, trained before by fledge or elsewhere, with its draft vocabulary.
-
-    Raises:
-        ValueError: it was trained for another verifier, or options of `draft` contradict it (null never does).
-    """
+    """Read the head at `train.init_from`, with its draft vocabulary; refuse one of another verifier or `draft`."""
     if Path(folder).resolve().is_relative_to(config.training_folder.resolve()):
         raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
     head, record = load_head(Path(folder))
     check_identity(record["verifier"], config.verifier, folder, "set the verifier it was trained for")
-    has = {**dataclasses.asdict(head.config), "vocab_size": head.config.draft_vocab_size}
-    has["aux_layers"] = list(head.config.aux_layers)
-    changes = [
-        f"draft.{name}={json.dumps(has[name])}"
-        for name, option in dataclasses.asdict(config.draft).items()
-        if name in has and option is not None and option != has[name]
-    ]
-    if changes:
+    sizes = {"vocab_size": head.config.draft_vocab_size, "aux_layers": list(head.config.aux_layers)}
+    has = asdict(head.config) | sizes
+    options = {name: option for name, option in asdict(config.draft).items() if name in has and option is not None}
+    if changes := [f"draft.{name}={json.dumps(has[name])}" for name in options if options[name] != has[name]]:
         raise ValueError(f"draft must describe the head at train.init_from: set {' '.join(changes)}")
     return head
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
     """Return everything that determines the weights."""
-    options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _NOT_DETERMINING}
-    is_online = config.train.hidden_states is HiddenStates.online
-    online = {"verifier_dtype": config.verifier.dtype.value} if is_online else {}
+    options, is_online = config.train, config.train.hidden_states is HiddenStates.online
+    values = {name: value for name, value in asdict(options).items() if name not in _NOT_DETERMINING}
     return {
         "hidden_states": data.settings,
-        **online,
+        **({"verifier_dtype": config.verifier.dtype.value} if is_online else {}),
         "draft_vocabulary": digest(head.target_ids.tolist()),
-        "draft": dataclasses.asdict(config.draft),
-        "train": {key: value.value if isinstance(value, Enum) else value for key, value in options.items()},
-        "init_from": file_digest(Path(config.train.init_from) / WEIGHTS) if config.train.init_from else None,
+        "draft": asdict(config.draft),
+        "train": {name: value.value if isinstance(value, Enum) else value for name, value in values.items()},
+        "init_from": file_digest(Path(options.init_from) / WEIGHTS) if options.init_from else None,
     }
 
 
 def _build_trainer(
     config: Config, ranks: Ranks, data: TrainingData, head: DraftHead, kernels: Checked, target: Artifact | None
 ) -> Trainer:
-    """Start the engine, restore the newest checkpoint and open the records.
-
-    Args:
-        target: on rank 0.
-    """
+    """Start the engine, restore the newest checkpoint and, on rank 0, open the records."""
     options, dtype = config.train, getattr(torch, config.train.dtype.value)
     module, embedding, verifier_lm_head = _build_module(config, head, ranks.device, ATTENTION in kernels.used)
     num_parameters = sum(parameter.numel() for parameter in head.parameters())
     online = None
     if options.hidden_states is HiddenStates.online:
-        verifier, layers = config.verifier, head.config.aux_layers
-        online = OnlineStates.load(verifier, layers, ranks.gpus, config.dump.batch_tokens, dtype)
+        verifier = load_verifier(config.verifier, head.config.aux_layers, ranks.gpus)
+        online = OnlineStates(verifier, config.dump.batch_tokens, dtype)
     checkpoints, zero_stage = config.training_folder / "checkpoints", config.deepspeed.zero_stage
     engine = start_engine(module, options, config.deepspeed, needs_conversion(checkpoints, zero_stage))
     ranks.bound_collectives()

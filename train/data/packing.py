@@ -19,11 +19,8 @@ from dataclasses import dataclass
 def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:
     """Put samples, in the order given, each into the fullest pack that still holds it (best fit).
 
-    Args:
-        lengths: tokens of every sample; those in `order` are at most `batch_tokens`.
-
-    Returns:
-        Packs of sample numbers, in the order in which they were opened.
+    Return packs of sample numbers, in the order in which they were opened. `lengths` has the tokens of every sample,
+    at most `batch_tokens` of those in `order`.
     """
     packs: list[list[int]] = []
     open_packs: list[list[int]] = [[] for _ in range(batch_tokens + 1)]  # by tokens free, each a heap of pack numbers

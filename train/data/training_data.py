@@ -31,8 +31,7 @@ from .packing import PackStream, Passes, pack
 def answers_end(loss_mask: Tensor, budget: int) -> int:
     """Return how many tokens there are up to the end of the last answer that ends within a budget, 0 without one.
 
-    Args:
-        loss_mask: [T], longer than the budget. With the mask 0 1 1 0 1 1 1, budget 3 and 6 give 3, budget 2 gives 0.
+    `loss_mask` [T] is longer than the budget. With the mask 0 1 1 0 1 1 1, budget 3 and 6 give 3, budget 2 gives 0.
     """
     ends = (loss_mask[:budget].bool() & ~loss_mask[1 : budget + 1].bool()).nonzero()
     return int(ends[-1]) + 1 if len(ends) else 0
@@ -117,12 +116,7 @@ def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: i
 
 
 class Batches(Dataset[PackedBatch | ValueError]):
-    """Packed batches by the numbers of their samples; goes to the processes that read.
-
-    Args:
-        lengths: tokens that are used of each sample, over all stores.
-        ttt_steps: K, for which the useful rows are found.
-    """
+    """Packed batches by the numbers of their samples, of which `lengths` tokens are used; goes to reading processes."""
 
     def __init__(self, stores: list[HiddenStateStore], lengths: list[int], ttt_steps: int) -> None:
         self._samples: ConcatDataset[Sample] = ConcatDataset(stores)  # type: ignore[arg-type]
@@ -132,7 +126,9 @@ class Batches(Dataset[PackedBatch | ValueError]):
         """Lay samples end to end; what is wrong with a store is given back, since raised it would lose its type."""
         try:
             batch = self._collate(pack)
-            return batch if get_worker_info() is None else batch.mapped(_shared)
+            if get_worker_info() is None:
+                return batch
+            return batch.mapped(lambda tensor: tensor if tensor.is_shared() else _joined([tensor]))
         except ValueError as error:
             return error
 
@@ -177,10 +173,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, out=joined)
 
 
-def _shared(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_shared() else _joined([tensor])
-
-
 class TrainingData:
     """What a run trains on: the samples of `train.stores`, or of its own store, and the draft vocabulary.
 
@@ -213,7 +205,7 @@ class TrainingData:
         offline = options.hidden_states is HiddenStates.offline
         self.stores = [HiddenStateStore(Path(source.folder), with_states=offline) for source in sources]
         for store in self.stores:
-            _check_store(store, verifier, head)
+            self._check(store)
         self._weights = [source.weight for source in sources]
         digests = (store.manifest["digest"] for store in self.stores)
         self.settings = [{"digest": of, "weight": weight} for of, weight in zip(digests, self._weights, strict=True)]
@@ -232,6 +224,15 @@ class TrainingData:
                 )
         self._packs = PackStream(self.split.lengths, parts, options.batch_tokens, options.seed)
         self.packs_per_epoch = len(self._packs.epoch(0))
+
+    def _check(self, store: HiddenStateStore) -> None:
+        recorded, layers = store.manifest["settings"], list(self._head.aux_layers)
+        check_identity(recorded["verifier"], self._verifier, str(store.folder), "set the same verifier or dump anew")
+        if store.with_states and layers != recorded["aux_layers"]:
+            raise ValueError(
+                f"draft.aux_layers is {layers}, {store.folder} holds layers {recorded['aux_layers']}: "
+                "set the same layers or dump anew"
+            )
 
     def __enter__(self) -> TrainingData:
         return self
@@ -300,13 +301,3 @@ class TrainingData:
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
-
-
-def _check_store(store: HiddenStateStore, verifier: VerifierConfig, head: DraftHeadConfig) -> None:
-    recorded = store.manifest["settings"]
-    check_identity(recorded["verifier"], verifier, str(store.folder), "set the same verifier or dump anew")
-    if store.with_states and list(head.aux_layers) != recorded["aux_layers"]:
-        raise ValueError(
-            f"draft.aux_layers is {list(head.aux_layers)}, {store.folder} holds layers {recorded['aux_layers']}: "
-            "set the same layers or dump anew"
-        )

@@ -15,11 +15,7 @@ def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], 
 
     Every row runs at every step, with causal attention (half of a square); the draft's lm_head runs on counted rows,
     the verifier's once on every row. A product with a trained weight is done three times, if its input needs no
-    gradient (fc) twice, the verifier's once.
-
-    Args:
-        lengths: tokens of each document.
-        num_counted: rows counted at each TTT step.
+    gradient (fc) twice, the verifier's once. `lengths` are the documents', `num_counted` the rows of each TTT step.
     """
     width, rows = head.hidden_size, sum(lengths)
     heads, keys = head.num_attention_heads * head.head_dim, 2 * head.num_key_value_heads * head.head_dim

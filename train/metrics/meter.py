@@ -20,8 +20,7 @@ from .cost import matmul_rate, plain_flops
 class Meter:
     """Adds up this rank's optimizer steps, from one log to the next; only logging waits for the device.
 
-    Args:
-        dtype: of the matrix products, whose rate is measured here.
+    `dtype` is that of the matrix products, whose rate is measured here.
     """
 
     def __init__(

@@ -46,9 +46,8 @@ METRICS = "metrics.jsonl"
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the metrics of a training folder; a torn last line is left out."""
     path = folder / METRICS
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, Any]) -> dict[str, Any]:
@@ -75,12 +74,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 class Tracker:
-    """Records metrics by optimizer step.
+    """Records metrics by optimizer step, in the training folder and with the trackers that `open_tracker` opens.
 
-    Args:
-        folder: the training folder.
-        step: the step training goes on from; records beyond it, of a start that was killed, are dropped.
-        run, name, about: as for `open_tracker`.
+    Training goes on from `step`; records beyond it, of a start that was killed, are dropped.
     """
 
     def __init__(

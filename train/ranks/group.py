@@ -50,15 +50,10 @@ _TIMED_OUT = re.compile(r"timed out|timeout", re.I)
 
 
 class Ranks:
-    """The ranks of a run as one of them sees them.
-
-    Attributes:
-        gpus: that it has to itself, None without any.
-        device: where it trains.
-    """
+    """The ranks of a run as one of them sees them."""
 
     def __init__(self, place: Place, gpus: range | None, timeout_s: int) -> None:
-        self.gpus = gpus
+        self.gpus = gpus  # that this rank has to itself; it trains on the first
         self.device = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
         self.rank, self.world = place.rank, place.world
         self._timeout = timedelta(seconds=timeout_s)
