@@ -85,16 +85,15 @@ def _train(config: Config, ranks: Ranks) -> None:
         waits = "it finishes the step, or held-out walk, at work and saves a checkpoint"
         with deferred(waits, then_stop=False) as signals:  # all ranks stop together, or are done
             trainer.run(signals)
-            step, is_done = trainer.state.step, trainer.state.step == trainer.num_steps
-            if target and is_done:
+            step = trainer.state.step
+            if step < trainer.num_steps:
+                stopped = f"training: stopped by {signals.name}, step {step} is saved; the same command goes on"
+                if target:
+                    print(stopped, flush=True)
+                sys.exit(signals.exit_code)
+            if target:
                 target.finish(steps=step, heldout=acceptance_lengths(trainer.state.heldout))
                 print(f"training: step {step} in {folder / 'checkpoints'}; held-out {trainer.summary({})}")
-            elif target:
-                print(
-                    f"training: stopped by {signals.name}, step {step} is saved; the same command goes on", flush=True
-                )
-            if not is_done:
-                sys.exit(signals.exit_code)
 
 
 def _initial_head(config: Config, folder: str) -> DraftHead:

@@ -179,11 +179,6 @@ class TrainingData:
     A context: at its end the processes that read are gone, also when training fails. Reading leaves torch's random
     numbers as they are.
 
-    Args:
-        own_store: of the run.
-        rank, ranks: whose share of the packs is read, and of the shards whose checksums are compared.
-        pin: read into pinned memory, for a GPU.
-
     Raises:
         ValueError: a store is incomplete, of another verifier, or of other aux layers; there is nothing to train on.
     """
@@ -194,9 +189,9 @@ class TrainingData:
         verifier: VerifierConfig,
         own_store: Path,
         head: DraftHeadConfig,
-        rank: int = 0,
+        rank: int = 0,  # whose share of the packs is read, and of the shards whose checksums are compared
         ranks: int = 1,
-        pin: bool = False,
+        pin: bool = False,  # read into pinned memory, for a GPU
     ) -> None:
         self._options, self._verifier, self._head = options, verifier, head
         self._rank, self._ranks, self._pin = rank, ranks, pin

@@ -21,21 +21,14 @@ GRACE_S = 5.0  # for a rank to end by its own error, which tells more, before it
 
 
 class Watch(threading.Thread):
-    """Notices the end of other ranks; ends this process too, unless it does so itself within some seconds.
-
-    Attributes:
-        leaving: set before the ranks part: an end is then none of its business.
-        ended: ranks that have ended; if rank 0 has, it alone.
-        noticed: set once `ended` is filled.
-        ending: held by the thread that ends this process.
-    """
+    """Notices the end of other ranks; ends this process too, unless it does so itself within some seconds."""
 
     def __init__(self, place: Place, gather: Callable[[Any], list[Any]]) -> None:
         super().__init__(name="watch", daemon=True)
-        self.leaving = False
-        self.ended: list[int] = []
-        self.noticed = threading.Event()
-        self.ending = threading.Lock()
+        self.leaving = False  # set before the ranks part: an end is then none of its business
+        self.ended: list[int] = []  # ranks that have ended; if rank 0 has, it alone
+        self.noticed = threading.Event()  # set once `ended` is filled
+        self.ending = threading.Lock()  # held by the thread that ends this process
         self._rank = place.rank
         self._peers = _connect(place, gather) if place.rank else _accept(place, gather)
         self.start()
