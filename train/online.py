@@ -39,8 +39,9 @@ class OnlineStates:
     def fill(self, batch: PackedBatch) -> PackedBatch:
         """Return the batch with its states, on its device, document by document in its order."""
         width, num_aux = self.verifier.model.config.get_text_config().hidden_size, len(self.verifier.aux_layers)
-        like = {"dtype": self.dtype, "device": batch.input_ids.device}
-        aux, last = (torch.empty(len(batch.input_ids), size, **like) for size in (num_aux * width, width))
+        num_tokens, device = len(batch.input_ids), batch.input_ids.device
+        aux = torch.empty(num_tokens, num_aux * width, dtype=self.dtype, device=device)
+        last = torch.empty(num_tokens, width, dtype=self.dtype, device=device)
         parts = list(zip(aux.split(batch.lengths), last.split(batch.lengths), strict=True))
         documents = batch.input_ids.split(batch.lengths)
         for number, *states in read_documents(self.verifier, documents, self.batch_tokens, check=not self._checked):
