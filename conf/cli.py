@@ -27,7 +27,7 @@ from .schema import Config, validate
 COMMANDS = {
     "synthesize": ("fledge.data_synthesis.synthesize:synthesize", "the verifier answers every prompt"),
     "dump": ("fledge.data_synthesis.dump:dump", "record the verifier's hidden states on those conversations"),
-    "train": ("fledge.train.loop:train", "train the draft head on the hidden states"),
+    "train": ("fledge.train.setup:train", "train the draft head on the hidden states"),
     "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
     "compare": ("fledge.eval.compare:compare", "print evaluations side by side, with published figures"),
     "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from safetensors import SafetensorError
 
-from ..conf.runtime.artifact import commit, sync, write_atomic, write_json
+from ..conf.runtime.artifact import commit, digest, sync, write_atomic, write_json
 from ..models.formats.plain import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
 from ..models.head.draft_head import DraftHead
-from .heldout import HeldoutByLength, HeldoutCounts
+from .heldout import HeldoutByLength, HeldoutCounts, acceptance_lengths, total
 
 STATE = "trainer.json"
 _SAVING, _UNIVERSAL = ".saving", ".universal"
@@ -43,16 +43,23 @@ class TrainerState:
     best_step: int | None = None
     best_acceptance_length: float = 0.0
     best_measure: str = ""  # digest of draft tokens and held-out conversations; under another one all begins anew
-    walks: HeldoutByLength = field(default_factory=dict)  # of these weights; empty if they were not measured
+    heldout: HeldoutByLength = field(default_factory=dict)  # latest; in a checkpoint of its weights, or empty
+
+    def note_best(self, num_draft_tokens: int) -> None:
+        """Make this step the best if it accepts more than the best before, or is the first by this measure."""
+        counts = self.heldout[num_draft_tokens]
+        length, measure = total(counts.values()).acceptance_length, digest([num_draft_tokens, sorted(counts)])
+        if self.best_step is None or measure != self.best_measure or length > self.best_acceptance_length:
+            self.best_step, self.best_acceptance_length, self.best_measure = self.step, length, measure
 
 
 def save_checkpoint(
-    engine: Any, head: DraftHead, folder: Path, state: TrainerState, record: dict[str, Any], keep: int
+    engine: Any, head: DraftHead, folder: Path, record: dict[str, Any], keep: int, state: TrainerState
 ) -> None:
     """Write checkpoints/step-<n> on all ranks; it appears under its name only when it is whole.
 
     Args:
-        record: the head's record (`fledge.json`).
+        record: the head's (`fledge.json`), but for what the state knows.
         keep: how many of the newest checkpoints stay, next to the best.
 
     Raises:
@@ -64,7 +71,7 @@ def save_checkpoint(
             shutil.rmtree(saving, ignore_errors=True)
             saving.mkdir(parents=True)
         dist.barrier()
-        _write(engine, head, saving, state, record)
+        _write(engine, head, saving, record, state)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save cannot write
             raise
@@ -72,7 +79,12 @@ def save_checkpoint(
         raise _not_written(saving, error, what, "; the same command goes on from the checkpoint before") from error
     dist.barrier()
     if dist.get_rank() == 0:
-        _check_parts(saving)
+        for rank in range(dist.get_world_size()):  # nothing could go on from a checkpoint without each part
+            if not (saving / _rng_file(rank)).is_file():
+                raise ValueError(
+                    f"runs_dir must be one folder that all nodes see: rank {rank} has written its part of the "
+                    f"checkpoint to another {saving}"
+                )
         for path in saving.rglob("*"):
             if path.is_file():
                 sync(path)
@@ -86,40 +98,27 @@ def save_checkpoint(
     dist.barrier()
 
 
-def _write(engine: Any, head: DraftHead, saving: Path, state: TrainerState, record: dict[str, Any]) -> None:
-    """Write every file of a checkpoint."""
+def _write(engine: Any, head: DraftHead, saving: Path, record: dict[str, Any], state: TrainerState) -> None:
     universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # what its conversion asks for
     engine.save_checkpoint(str(saving.parent), tag=saving.name, client_state=universal, save_latest=False)
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save(rng, saving / _rng_file(dist.get_rank()))
-    parameters = list(head.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    torch.save({"cpu": torch.get_rng_state(), **cuda}, saving / _rng_file(dist.get_rank()))
+    zero_stage, parameters = engine.zero_optimization_stage(), list(head.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage == 3):
         if dist.get_rank() == 0:
-            save_head(saving, head, record, next(iter(parameters)).dtype)
+            known = {"step": state.step, "heldout": acceptance_lengths(state.heldout)}
+            save_head(saving, head, record | known, parameters[0].dtype)
             values = dataclasses.asdict(state)
-            write_json(saving / HELDOUT_WALKS, values.pop("walks"))
-            layout = {"num_processes": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
-            write_json(saving / STATE, values | layout)
+            write_json(saving / HELDOUT_WALKS, values.pop("heldout"))
+            write_json(saving / STATE, {**values, "num_processes": dist.get_world_size(), "zero_stage": zero_stage})
 
 
 def _rng_file(rank: int) -> str:
     return f"rng-{rank}.pt"
 
 
-def _check_parts(saving: Path) -> None:
-    """Refuse a checkpoint that some rank has written its part of elsewhere: nothing could go on from it."""
-    for rank in range(dist.get_world_size()):
-        if not (saving / _rng_file(rank)).is_file():
-            raise ValueError(
-                f"runs_dir must be one folder that all nodes see: rank {rank} has written its part of the checkpoint "
-                f"to another {saving}"
-            )
-
-
 def _not_written(target: Path, error: Exception, what: str, or_else: str) -> ValueError:
-    """Delete what was written in part, and say why there is not more of it."""
+    """Delete what was written in part, and return the error that says why."""
     shutil.rmtree(target, ignore_errors=True)
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
     free = shutil.disk_usage(target.parent).free / 2**30
@@ -133,16 +132,15 @@ def _name(folder: Path, state: TrainerState) -> None:
             write_atomic(folder / name, f"step-{step}\n")
 
 
-def needs_conversion(folder: Path, zero_stage: int) -> bool:
-    """Whether the newest checkpoint was written by another number of processes, or at another ZeRO stage.
-
-    Raises:
-        ValueError: DeepSpeed cannot move it to this stage.
-    """
+def _newest(folder: Path) -> Path | None:
     steps = checkpoint_steps(folder)
-    if not steps:
+    return folder / f"step-{steps[-1]}" if steps else None
+
+
+def needs_conversion(folder: Path, zero_stage: int) -> bool:
+    """Return whether the newest checkpoint is of other processes or ZeRO stage; refuse what DeepSpeed cannot move."""
+    if (newest := _newest(folder)) is None:
         return False
-    newest = folder / f"step-{steps[-1]}"
     written = _read_state(newest)
     before = written["zero_stage"]
     if before != zero_stage and {before, zero_stage} != {1, 2}:
@@ -154,21 +152,16 @@ def needs_conversion(folder: Path, zero_stage: int) -> bool:
     return not same and zero_stage > 0  # at stage 0 every rank loads the same
 
 
-def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
-    """Restore weights, optimizer and RNG from the newest checkpoint and return its state; None if there is none.
+def load_checkpoint(engine: Any, folder: Path) -> TrainerState:
+    """Restore weights, optimizer and RNG from the newest checkpoint, if there is one, and return the run's state.
 
     An engine started for it (`needs_conversion`) loads the checkpoint through DeepSpeed's universal format.
-
-    Raises:
-        ValueError: the checkpoint cannot be read.
     """
-    steps = checkpoint_steps(folder)
-    if not steps:
-        return None
-    newest = folder / f"step-{steps[-1]}"
+    if (newest := _newest(folder)) is None:
+        return TrainerState()
     values = _read_state(newest)
-    converts = engine.load_universal_checkpoint()
-    if dist.get_rank() == 0:
+    rank, converts = dist.get_rank(), engine.load_universal_checkpoint()
+    if rank == 0:
         for left in (_SAVING, _UNIVERSAL):  # by a start that was killed
             shutil.rmtree(folder / left, ignore_errors=True)
         if converts:
@@ -178,21 +171,18 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState | None:
     if path is None:
         raise ValueError(f"{newest} cannot be read: delete it, training goes on from the checkpoint before")
     dist.barrier()
-    if converts and dist.get_rank() == 0:
+    if converts and rank == 0:
         shutil.rmtree(folder / _UNIVERSAL)
-    rng_path = newest / _rng_file(dist.get_rank())
-    if rng_path.is_file():  # a rank that was not there before keeps the state it has from its start
-        rng = torch.load(rng_path, weights_only=True)
+    if (newest / _rng_file(rank)).is_file():  # a rank that was not there before keeps the state it has from its start
+        rng = torch.load(newest / _rng_file(rank), weights_only=True)
         torch.set_rng_state(rng["cpu"])
         if torch.cuda.is_available() and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
-    walks = json.loads((newest / HELDOUT_WALKS).read_text())
-    known = {entry.name for entry in dataclasses.fields(TrainerState)}
-    state = TrainerState(**{name: value for name, value in values.items() if name in known})
-    state.walks = {
-        int(num): {name: HeldoutCounts(**walked) for name, walked in by_id.items()} for num, by_id in walks.items()
-    }
-    if dist.get_rank() == 0:
+    names = [entry.name for entry in dataclasses.fields(TrainerState)]
+    state = TrainerState(**{name: values[name] for name in names if name in values})
+    for length, by_sample in json.loads((newest / HELDOUT_WALKS).read_text()).items():
+        state.heldout[int(length)] = {sample_id: HeldoutCounts(**counts) for sample_id, counts in by_sample.items()}
+    if rank == 0:
         _name(folder, state)  # a kill may have come between the checkpoint and its names
     return state
 
@@ -207,20 +197,10 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _convert(checkpoint: Path, target: Path) -> None:
-    """Write a checkpoint in DeepSpeed's universal format, which any number of processes can load.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    options = Namespace(
-        input_folder=str(checkpoint),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
+    """Write a checkpoint in DeepSpeed's universal format, which any number of processes can load."""
+    folders = {"input_folder": str(checkpoint), "output_folder": str(target)}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    options = Namespace(**folders, **workers, keep_temp_folder=False, strict=True, inject_missing_state=False)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(options)

@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration, and the learning rate it is given."""
+"""DeepSpeed: its configuration, the learning rate it is given, and the end of a micro-batch."""
 
 from __future__ import annotations
 
@@ -13,55 +13,50 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..conf.schema import Config, Dtype, TrainConfig
+from ..conf.schema import DeepSpeedConfig, Dtype, TrainConfig
 
 
-def micro_batches(config: Config) -> int:
+def micro_batches(packs_per_step: int) -> int:
     """Return how many packs each rank accumulates in an optimizer step."""
-    packs, ranks = config.train.packs_per_step, dist.get_world_size()
-    if packs % ranks:
-        raise ValueError(f"train.packs_per_step must be a multiple of the {ranks} processes, got {packs}")
-    return packs // ranks
+    ranks = dist.get_world_size()
+    if packs_per_step % ranks:
+        raise ValueError(f"train.packs_per_step must be a multiple of the {ranks} processes, got {packs_per_step}")
+    return packs_per_step // ranks
 
 
-def deepspeed_config(config: Config, universal: bool = False) -> dict[str, Any]:
-    """Derive DeepSpeed's configuration; the one place where its keys are written.
+def start_engine(module: nn.Module, options: TrainConfig, zero: DeepSpeedConfig, universal: bool = False) -> Any:
+    """Wrap a module in a DeepSpeed engine with AdamW over its trained parameters.
 
-    Args:
-        universal: a checkpoint is loaded in the format that is free of the number of ranks.
+    With `universal` a checkpoint is loaded in the format that is free of the number of ranks.
     """
-    offload = {"offload_optimizer": {"device": "cpu"}} if config.deepspeed.offload_optimizer else {}
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches(config),
-        "gradient_clipping": config.train.max_grad_norm,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, **offload},
+        "gradient_accumulation_steps": micro_batches(options.packs_per_step),
+        "gradient_clipping": options.max_grad_norm,
+        "zero_optimization": {"stage": zero.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.train.dtype is Dtype.bfloat16},
+        "bf16": {"enabled": options.dtype is Dtype.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
-
-
-def start_engine(module: nn.Module, config: Config, universal: bool = False) -> Any:
-    """Wrap a module in a DeepSpeed engine with AdamW over its trained parameters."""
-    options = config.train
+    if zero.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     first, second = options.betas
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     with contextlib.redirect_stdout(io.StringIO()):  # lines on memory
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, universal))
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look in bfloat16 only; ZeRO 3 always does
     return engine
 
 
 def end_micro_batch(engine: Any) -> bool:
-    """Count a micro-batch; after the last of a step update the weights, and say whether that was done.
+    """Count a micro-batch; after the last of a step update the weights, and return whether that was done.
 
     A step whose gradient is not finite is skipped on every rank: DeepSpeed finds it when it takes the gradient's norm.
     """

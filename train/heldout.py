@@ -1,8 +1,8 @@
 """Acceptance length on held-out conversations, without decoding.
 
 Greedy: under teacher forcing the leading hits of row r are the draft tokens a decoder would have accepted from row r.
-The verifier answered held-out prompts greedily, so walking r -> r + hits(r) + 1 from the last prompt token of each
-answer makes the rounds that greedy decoding makes; only the last round of an answer can differ (drafts beyond its end).
+The verifier answered held-out prompts greedily. So r -> r + hits(r) + 1, from the last prompt token of each answer on,
+makes the rounds of greedy decoding; only the last round of an answer can differ (drafts beyond its end).
 
 At temperature 1 draft token k of row r is accepted with probability alpha_k = sum_v min(P, q), so that a round from
 there is expected to accept sum_k alpha_0 ... alpha_k. The mean over rows is an estimate of what decoding gains, and a
@@ -11,8 +11,9 @@ high one: rounds begin more often where drafts are rejected, and the text is the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from .loss.unroll import TTTModule
 
 @dataclass
 class HeldoutCounts:
-    """What one conversation tells for a number of draft tokens: rounds of greedy chain decoding, and rows as rounds."""
+    """Rounds of greedy chain decoding in one conversation, for a number of draft tokens, and each row as a round."""
 
     rounds: int = 0
     accepted: int = 0
@@ -68,41 +69,27 @@ def acceptance(
 
 
 def teacher_forced_rounds(hits: list[int], loss_mask: list[bool], num_draft_tokens: int) -> HeldoutCounts:
-    """Walk the rounds of every answer of one conversation; an answer is a run of `loss_mask`."""
-    result = HeldoutCounts()
-    for first, last in _answers(loss_mask):
-        row = first - 1
-        while row + 1 < last:
+    """Count the rounds of every answer of one conversation; an answer is a run of `loss_mask`."""
+    counts = HeldoutCounts()
+    for is_answer, run in itertools.groupby(range(len(loss_mask)), key=loss_mask.__getitem__):
+        positions = list(run)
+        row = positions[0] - 1
+        while is_answer and row + 1 < positions[-1]:
             accepted = min(hits[row], num_draft_tokens)
-            result.rounds += 1
-            result.accepted += accepted
+            counts.rounds += 1
+            counts.accepted += accepted
             row += accepted + 1
-    return result
-
-
-def _answers(loss_mask: list[bool]) -> list[tuple[int, int]]:
-    """Return the first and the last position of each answer."""
-    answers: list[tuple[int, int]] = []
-    for i, produced in enumerate(loss_mask):
-        if produced and answers and answers[-1][1] == i - 1:
-            answers[-1] = (answers[-1][0], i)
-        elif produced:
-            answers.append((i, i))
-    return answers
+    return counts
 
 
 HeldoutByLength = dict[int, dict[str, HeldoutCounts]]  # by number of draft tokens, then by sample id
 
 
 def count_heldout(
-    module: TTTModule,
-    batches: Iterable[PackedBatch],
-    embedding: Tensor,
-    verifier_lm_head: Tensor,
-    lengths: list[int],
+    module: TTTModule, batches: Iterable[PackedBatch], embedding: Tensor, verifier_lm_head: Tensor, lengths: list[int]
 ) -> HeldoutByLength:
-    """Walk every conversation of held-out batches for several numbers of draft tokens."""
-    walks: HeldoutByLength = {length: {} for length in lengths}
+    """Return the counts of every conversation of held-out batches, for several numbers of draft tokens."""
+    heldout: HeldoutByLength = {length: {} for length in lengths}
     for batch in batches:
         hits, reach = acceptance(module, batch, embedding, verifier_lm_head, max(lengths))
         useful = torch.zeros_like(batch.loss_mask)
@@ -113,12 +100,18 @@ def count_heldout(
             num_rows, sums = int(rows.sum()), expected.sum(0).tolist()
             text = row_hits.tolist(), mask.tolist()
             for length in lengths:
-                walked = teacher_forced_rounds(*text, length)
-                walks[length][sample_id] = replace(walked, rows=num_rows, expected=sums[length - 1])
-    return walks
+                counts = teacher_forced_rounds(*text, length)
+                heldout[length][sample_id] = replace(counts, rows=num_rows, expected=sums[length - 1])
+    return heldout
 
 
-def total(walks: Iterable[HeldoutCounts]) -> HeldoutCounts:
+def total(counts: Iterable[HeldoutCounts]) -> HeldoutCounts:
     """Add up rounds and rows over conversations."""
-    listed = list(walks)
-    return HeldoutCounts(*(sum(getattr(walked, part.name) for walked in listed) for part in fields(HeldoutCounts)))
+    return HeldoutCounts(*map(sum, zip(*map(astuple, counts), strict=True)))
+
+
+def acceptance_lengths(heldout: HeldoutByLength) -> dict[str, float]:
+    """Return the metrics of a measurement: greedy and at temperature 1, of each number of draft tokens."""
+    totals = {length: total(by_sample.values()) for length, by_sample in heldout.items()}
+    greedy = {f"acceptance_length_{length}": counts.acceptance_length for length, counts in totals.items()}
+    return greedy | {f"acceptance_length_t1_{length}": counts.acceptance_length_t1 for length, counts in totals.items()}

@@ -60,6 +60,13 @@ def open_tracker(
     return made
 
 
+def warn_left_out(tracker: TrackerName, error: Exception, file: str) -> None:
+    """Warn that a tracker is left out, and why; `file` is written all the same."""
+    name = {TrackerName.wandb: "W&B", TrackerName.tensorboard: "TensorBoard"}.get(tracker, tracker.value)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    logging.getLogger(__name__).warning("%s is left out (%s); %s is written all the same", name, reason, file)
+
+
 def _wandb_arguments(options: TrackingConfig) -> dict[str, Any]:
     """Return arguments of `wandb.init`, logged in and silenced."""
     import wandb

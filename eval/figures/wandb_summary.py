@@ -13,12 +13,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from ...conf.runtime.artifact import MANIFEST, digest, read_manifest
-from ...conf.runtime.trackers import open_tracker
+from ...conf.runtime.trackers import open_tracker, warn_left_out
 from ...conf.schema import Config, TrackerName
 from .records import TRAINED
 
@@ -43,8 +42,7 @@ def track(config: Config, source: Path | None, settings: dict[str, Any], folder:
         tracker.tracker.summary.update(figures(results))
         tracker.finish()
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logging.getLogger(__name__).warning("W&B is left out (%s); acceptance.json is written all the same", reason)
+        warn_left_out(TrackerName.wandb, error, "acceptance.json")
 
 
 def _run_id(training: Path, source: Path | None) -> str | None:

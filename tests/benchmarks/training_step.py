@@ -12,6 +12,7 @@ import gc
 import json
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fledge.train.loss.fused import SUMS
 from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule
-from fledge.train.metrics.cost import Clock, machine_flops, plain_flops
+from fledge.train.metrics.cost import matmul_rate, plain_flops, wait
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "twins"))  # where this is started as a command
@@ -236,15 +237,18 @@ def measure(options: Options) -> dict[str, Any]:
     for _ in range(options.repeats + 1):
         module.zero_grad()
         _give_back_memory()
-        memory, clock = PeakMemory(device), Clock(device)
+        memory = PeakMemory(device)
+        wait(device)
+        cpu, wall = time.process_time(), time.perf_counter()
         loss, sums = module(batch, embedding, lm_head)
         loss.backward()
-        cpu, wall = clock.read()
-        cpu_s.append(cpu)
-        wall_s.append(wall)
+        wait(device)
+        cpu_s.append(time.process_time() - cpu)
+        wall_s.append(time.perf_counter() - wall)
         peaks.append(memory.read_mb())
         # In turn: the machine's pace varies.
-        rates.append(machine_flops(device, getattr(torch, options.dtype), 2048 if on_cpu else 8192)[not on_cpu])
+        size, clock = (2048, time.process_time) if on_cpu else (8192, time.perf_counter)
+        rates.append(matmul_rate(device, getattr(torch, options.dtype), size, clock))
     # The first time is a warm-up.
     cpu_median, wall_median = statistics.median(cpu_s[1:]), statistics.median(wall_s[1:])
     num_counted = sums[:, SUMS.index("counted")].tolist()

@@ -33,8 +33,8 @@ from fledge.conf.schema import (
     WandbMode,
 )
 from fledge.models.verifier.model import load_tokenizer
-from fledge.train.loop import _train
 from fledge.train.ranks.group import joined
+from fledge.train.setup import _train
 
 QUIET = {
     "MALLOC_MMAP_THRESHOLD_": "500000",

@@ -36,7 +36,7 @@ _IMPORTED = (
     "data_synthesis.synthesize",
     "eval.evaluate",
     "models.export",
-    "train.loop",
+    "train.setup",
 )
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([f"fledge.{module}" for module in _IMPORTED])

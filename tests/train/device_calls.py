@@ -1,4 +1,4 @@
-"""Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/train/device_calls.py < LAUNCHES`.
+"""Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/support/device_calls.py < LAUNCHES`.
 
 A launch is the environments of its ranks and how many GPUs each of them sees. Its ranks are started, meet and make
 engines at the stages 2 and 3 of ZeRO (0 and 1 do as 2). Only what a driver would answer is made up, and DeepSpeed's
@@ -22,7 +22,7 @@ from builders import make_head
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from fledge.conf.runtime.rank_info import read_rank_info
-from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, TrainConfig
+from fledge.conf.schema import DeepSpeedConfig, Dtype, TrainConfig
 from fledge.train.engine import start_engine
 from fledge.train.ranks.group import Ranks, _meet
 
@@ -62,7 +62,7 @@ def rank(environment: dict[str, str], num_gpus: int, told: Any) -> None:
     for stage in (2, 3):
         Recorder.asked = []
         options = TrainConfig(packs_per_step=ranks.world, dtype=Dtype.float32)
-        start_engine(make_head(), Config(train=options, deepspeed=DeepSpeedConfig(zero_stage=stage)))
+        start_engine(make_head(), options, DeepSpeedConfig(zero_stage=stage))
         asked[stage] = sorted(set(Recorder.asked))
     told.put((ranks.rank, {"device": str(ranks.device), "current": current, "asked": asked}))
     ranks.any_rank(False)

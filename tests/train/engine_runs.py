@@ -31,7 +31,7 @@ WITH, WITHOUT = [None, 0, PACKS - 1, None, None], [None, None, None]
 def train(form: DeepSpeedConfig, dtype: Dtype, bad: list[int | None], ranks: Ranks) -> dict[str, Any]:
     """Train a small head; give which steps were applied, the losses of those steps, and the waits for the device."""
     options = TrainConfig(dtype=dtype, packs_per_step=PACKS * ranks.world, lr=1e-2)
-    engine = start_engine(TTTModule(make_head(), TTT_STEPS, 0.8), Config(train=options, deepspeed=form))
+    engine = start_engine(TTTModule(make_head(), TTT_STEPS, 0.8), options, form)
     embedding, lm_head = (matrix.to(getattr(torch, dtype.value)) for matrix in matrices())
     applied, losses, good = [], [], itertools.count()
     waits = [0]

@@ -67,31 +67,31 @@ def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, first_
 def test_the_estimate_is_the_mean_over_rows_of_what_they_are_expected_to_accept():
     head, batch = make_head(), make_batch([13, 1, 9], seed=8)
     module = TTTModule(head, 4, 0.8)
-    walks = count_heldout(module, [batch], *matrices(), [2, 4])
+    heldout = count_heldout(module, [batch], *matrices(), [2, 4])
     _, reach = acceptance(module, batch, *matrices(), 4)
     rows = batch.useful_rows(4).rows
     for num in (2, 4):
-        whole = total(walks[num].values())
-        assert walks[num].keys() == set(batch.sample_ids)
+        whole = total(heldout[num].values())
+        assert heldout[num].keys() == set(batch.sample_ids)
         assert whole.rows == len(rows)
         assert whole.acceptance_length_t1 == pytest.approx(1 + float(reach[rows, :num].sum(-1).mean()), rel=1e-5)
     assert (HeldoutCounts().acceptance_length, HeldoutCounts().acceptance_length_t1) == (1.0, 1.0)
 
 
-def test_walk_counts_the_rounds_of_greedy_decoding():
+def test_teacher_forced_rounds_are_those_of_greedy_decoding():
     #            u  A  B  C  D  e
     mask = [0, 1, 1, 1, 1, 1]
     hits = [2, 9, 0, 1, 9, 9]
-    walked = teacher_forced_rounds(hits, mask, num_draft_tokens=3)
+    counts = teacher_forced_rounds(hits, mask, num_draft_tokens=3)
     # From row 0 (A is known) two drafts B, C and the bonus D; row 3 then drafts e.
-    assert (walked.rounds, walked.accepted) == (2, 3)
+    assert (counts.rounds, counts.accepted) == (2, 3)
     assert teacher_forced_rounds(hits, mask, num_draft_tokens=1).rounds == 3
 
 
-def test_walk_starts_every_answer_at_its_last_prompt_token():
+def test_teacher_forced_rounds_start_every_answer_at_its_last_prompt_token():
     mask = [0, 1, 1, 0, 0, 1, 1, 1]
-    walked = teacher_forced_rounds([0] * 8, mask, 3)
-    assert (walked.rounds, walked.accepted, walked.acceptance_length) == (1 + 2, 0, 1.0)
+    counts = teacher_forced_rounds([0] * 8, mask, 3)
+    assert (counts.rounds, counts.accepted, counts.acceptance_length) == (1 + 2, 0, 1.0)
 
 
 def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_and_of_no_other(tmp_path):

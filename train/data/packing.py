@@ -19,11 +19,8 @@ from dataclasses import dataclass
 def pack(lengths: list[int], order: list[int], batch_tokens: int) -> list[list[int]]:
     """Put samples, in the order given, each into the fullest pack that still holds it (best fit).
 
-    Args:
-        lengths: tokens of every sample; those in `order` are at most `batch_tokens`.
-
-    Returns:
-        Packs of sample numbers, in the order in which they were opened.
+    Return packs of sample numbers, in the order in which they were opened. `lengths` has the tokens of every sample,
+    at most `batch_tokens` of those in `order`.
     """
     packs: list[list[int]] = []
     open_packs: list[list[int]] = [[] for _ in range(batch_tokens + 1)]  # by tokens free, each a heap of pack numbers
@@ -65,30 +62,27 @@ class Passes:
         return taken
 
 
+@dataclass
 class PackStream:
     """An endless, reproducible sequence of packs: every epoch is reshuffled and packed anew."""
 
-    def __init__(self, lengths: list[int], parts: list[Passes], batch_tokens: int, seed: int) -> None:
-        assert any(part.samples for part in parts), "nothing to train on"
-        self._lengths = lengths
-        self._parts = parts
-        self._batch_tokens = batch_tokens
-        self._seed = seed
+    lengths: list[int]  # tokens of every sample
+    parts: list[Passes]  # by store
+    batch_tokens: int
+    seed: int
 
     def epoch(self, number: int) -> list[list[int]]:
         """Return the packs of one epoch."""
-        taken = [part.epoch(number, f"{self._seed}/store {place}") for place, part in enumerate(self._parts)]
+        taken = [part.epoch(number, f"{self.seed}/store {place}") for place, part in enumerate(self.parts)]
         order = sorted(itertools.chain.from_iterable(taken))
-        random.Random(f"{self._seed}/{number}").shuffle(order)
-        packs = pack(self._lengths, order, self._batch_tokens)
-        random.Random(f"{self._seed}/{number}/packs").shuffle(packs)
+        random.Random(f"{self.seed}/{number}").shuffle(order)
+        packs = pack(self.lengths, order, self.batch_tokens)
+        random.Random(f"{self.seed}/{number}/packs").shuffle(packs)
         return packs
 
     def start_at(self, first: int) -> Iterator[list[int]]:
         """Yield packs for ever, from the `first` of the whole sequence on."""
-        number = 0
-        while True:
+        for number in itertools.count():
             packs = self.epoch(number)
             yield from packs[first:]
             first = max(0, first - len(packs))
-            number += 1

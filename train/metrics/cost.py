@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -13,18 +14,13 @@ def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], 
     """Return the operations of the matrix products of the plain algorithm, forward and backward.
 
     Every row runs at every step, with causal attention (half of a square); the draft's lm_head runs on counted rows,
-    the verifier's once on every row. A product with a trained weight is done three times, where its input needs no
-    gradient (fc) twice, the verifier's once.
-
-    Args:
-        lengths: tokens of each document.
-        num_counted: rows counted at each TTT step.
+    the verifier's once on every row. A product with a trained weight is done three times, if its input needs no
+    gradient (fc) twice, the verifier's once. `lengths` are the documents', `num_counted` the rows of each TTT step.
     """
     width, rows = head.hidden_size, sum(lengths)
     heads, keys = head.num_attention_heads * head.head_dim, 2 * head.num_key_value_heads * head.head_dim
-    layers = 0
-    for layer in range(head.num_layers):
-        layers += (2 if layer == 0 else 1) * width * (heads + keys) + heads * width + 3 * width * head.intermediate_size
+    inputs = head.num_layers + 1  # of all layers, in widths: the first has two
+    layers = inputs * width * (heads + keys) + head.num_layers * (heads * width + 3 * width * head.intermediate_size)
     attention = head.num_layers * heads * sum(length**2 for length in lengths)
     return (
         2 * rows * len(head.aux_layers) * head.verifier_hidden_size * width * 2
@@ -34,32 +30,23 @@ def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], 
     )
 
 
-def machine_flops(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, float]:
-    """Return the operations a second of square products of `size`: by CPU seconds, and by wall seconds."""
-    times = 4 if device.type == "cpu" else 8
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the operations a second of square products of `size`, by a clock in seconds."""
+    repeats = 4 if device.type == "cpu" else 8
     generator = torch.Generator(device)  # its own: training's is not to be moved on
     a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
     out = torch.mm(a, b)
-    clock = Clock(device)
-    for _ in range(times):
+    wait(device)
+    started = clock()
+    for _ in range(repeats):
         torch.mm(a, b, out=out)
-    cpu, wall = clock.read()
-    return times * 2 * size**3 / cpu, times * 2 * size**3 / wall
+    wait(device)
+    return repeats * 2 * size**3 / (clock() - started)
 
 
-class Clock:
-    """CPU and wall seconds since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._wait()
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def read(self) -> tuple[float, float]:
-        """Return CPU and wall seconds."""
-        self._wait()
-        return time.process_time() - self._cpu, time.perf_counter() - self._wall
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

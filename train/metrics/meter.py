@@ -1,4 +1,4 @@
-"""What training costs as it runs: tokens a second, utilisation, memory, the share of time spent waiting for data."""
+"""What the optimizer steps since the last log amount to: their loss, and what they cost."""
 
 from __future__ import annotations
 
@@ -8,73 +8,80 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from torch import Tensor
 
 from ...models.head.config import DraftHeadConfig
+from ..loss.fused import SUMS
 from ..loss.rows import PackedBatch
-from ..ranks.group import Ranks
-from .cost import machine_flops, plain_flops
+from ..ranks.group import Ranks, sum_over_ranks
+from .cost import matmul_rate, plain_flops
 
 
 class Meter:
-    """Adds up what optimizer steps cost this rank, from one log to the next; only logging waits for the device.
+    """Adds up this rank's optimizer steps, from one log to the next; only logging waits for the device.
 
-    Args:
-        dtype: of the matrix products, whose rate is measured here.
+    `dtype` is that of the matrix products, whose rate is measured here.
     """
 
-    def __init__(self, head: DraftHeadConfig, train_lm_head: bool, ranks: Ranks, dtype: torch.dtype) -> None:
+    def __init__(
+        self, head: DraftHeadConfig, train_lm_head: bool, ranks: Ranks, dtype: torch.dtype, ttt_steps: int
+    ) -> None:
         self._head, self._train_lm_head, self._ranks, self._device = head, train_lm_head, ranks, ranks.device
-        _, self._rate = machine_flops(self._device, dtype, 1024 if self._device.type == "cpu" else 8192)
+        self._sums = torch.zeros(ttt_steps, len(SUMS), device=ranks.device)
+        self._rate = matmul_rate(self._device, dtype, 1024 if self._device.type == "cpu" else 8192)
         self.restart()
 
     def restart(self) -> None:
         """Count from now on."""
+        self._sums.zero_()
         self._lengths: list[int] = []
-        self._waited_s = self._paused_s = 0.0
+        self._seconds = {"waiting": 0.0, "paused": 0.0}
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._since = time.perf_counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time spent inside as waiting for data."""
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the time inside as `waiting` for data, or `paused`: held-out batches and checkpoints are of no step."""
         started = time.perf_counter()
         yield
-        self._waited_s += time.perf_counter() - started
+        self._seconds[what] += time.perf_counter() - started
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time spent inside: held-out batches and checkpoints are no part of a step."""
-        started = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - started
-
-    def add(self, batches: list[PackedBatch]) -> None:
-        """Count the micro-batches of a step."""
+    def add(self, batches: list[PackedBatch], sums: Tensor) -> None:
+        """Count the micro-batches of a step, and the sums of its loss (columns as `SUMS`)."""
         self._lengths += [length for batch in batches for length in batch.lengths]
+        self._sums += sums
 
-    def read(self, num_counted: list[float]) -> dict[str, float]:
-        """Return the metrics of the steps since the last time, over all ranks, and begin anew.
-
-        Args:
-            num_counted: rows counted on this rank at each TTT step; once they are read, the device has done its work.
-        """
-        seconds = time.perf_counter() - self._since - self._paused_s
+    def read(self) -> dict[str, float]:
+        """Return the metrics of the steps since the last time, over all ranks, and begin anew."""
+        num_counted = self._sums[:, SUMS.index("counted")].tolist()  # once they are read, the device has done its work
+        seconds = time.perf_counter() - self._since - self._seconds["paused"]
         flops = plain_flops(self._head, self._train_lm_head, self._lengths, num_counted)
-        mine = [sum(self._lengths), flops, self._rate, seconds, self._waited_s / seconds, self._memory_gib()]
+        on_gpu = self._device.type == "cuda"
+        size = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
+        mine = [sum(self._lengths), flops, self._rate, seconds, self._seconds["waiting"] / seconds, size / 2**30]
         every = list(zip(*self._ranks.gather(mine), strict=True))
         tokens, flops, rate = map(sum, every[:3])
         seconds, waited_share, memory_gib = map(max, every[3:])
+        cost = {"tokens_per_s": tokens / seconds, "utilisation": flops / rate / seconds, "memory_gib": memory_gib}
+        metrics = {**loss_metrics(sum_over_ranks(self._sums)), **cost, "data_wait_share": waited_share}
         self.restart()
-        return {
-            "train/tokens_per_s": tokens / seconds,
-            "train/utilisation": flops / rate / seconds,
-            "train/memory_gib": memory_gib,
-            "train/data_wait_share": waited_share,
-        }
+        return {f"train/{name}": value for name, value in metrics.items()}
 
-    def _memory_gib(self) -> float:
-        """Return the most memory torch held on the GPU since the last time, or the resident size on the CPU."""
-        on_gpu = self._device.type == "cuda"
-        size = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
-        return float(size) / 2**30
+
+def loss_metrics(sums: Tensor) -> dict[str, float]:
+    """Return means over counted rows (by TTT step, if it counted any), and the loss, from the sums of all ranks."""
+    sum_of = dict(zip(SUMS, sums.T.tolist(), strict=True))
+    counted = sum_of["counted"]
+    metrics = {
+        f"{name}_step_{k}": value / number
+        for name in ("kl", "agreement", "prefix_agreement", "overlap", "entropy")
+        for k, (value, number) in enumerate(zip(sum_of[name], counted, strict=True))
+        if number
+    }
+    if any(counted):  # not if every step was skipped
+        losses = zip(sum_of["loss"], counted, strict=True)
+        metrics["loss"] = sum(value / max(1.0, number) for value, number in losses)
+        outside = sum(sum_of["outside_draft_vocab"])
+        metrics["outside_draft_vocab"] = outside / (outside + sum(counted))
+    return metrics

@@ -26,10 +26,10 @@ All but the last two are of the steps since the last log (`train/lr`, `train/gra
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from omegaconf import OmegaConf
 
 from ... import __version__
 from ...conf.runtime.artifact import write_atomic
-from ...conf.runtime.trackers import open_tracker
+from ...conf.runtime.trackers import open_tracker, warn_left_out
 from ...conf.schema import Config, TrackerName, TrackingConfig
 
 METRICS = "metrics.jsonl"
@@ -46,9 +46,8 @@ METRICS = "metrics.jsonl"
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the metrics of a training folder; a torn last line is left out."""
     path = folder / METRICS
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, Any]) -> dict[str, Any]:
@@ -61,43 +60,37 @@ def run_description(config: Config, inputs: dict[str, str], kernels: dict[str, A
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return the commit that a folder is a checkout of and whether files differ from it; None if it is none."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10, env=outside, stdin=subprocess.DEVNULL
-        ).stdout.strip()
-
+    run = partial(
+        subprocess.run, capture_output=True, text=True, check=True, timeout=10, env=outside, stdin=subprocess.DEVNULL
+    )
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+        top, commit = run([*git, "rev-parse", "--show-toplevel", "HEAD"]).stdout.splitlines()
+        if Path(top).resolve() != folder.resolve():
             return None  # installed into an environment inside another project's checkout
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return {"commit": commit, "dirty": bool(run([*git, "status", "--porcelain"]).stdout)}
+    except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 
 class Tracker:
-    """Records metrics by optimizer step.
+    """Records metrics by optimizer step, in the training folder and with the trackers that `open_tracker` opens.
 
-    Args:
-        folder: the training folder.
-        step: the step training goes on from; records beyond it, of a start that was killed, are dropped.
-        run: W&B run id, the same over all starts.
-        about: logged with the run.
+    Training goes on from `step`; records beyond it, of a start that was killed, are dropped.
     """
 
     def __init__(
         self, options: TrackingConfig, folder: Path, step: int, run: str, name: str, about: dict[str, Any]
     ) -> None:
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
-        write_atomic(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+        write_atomic(folder / METRICS, "".join(lines))
         self._file = open(folder / METRICS, "a")  # noqa: SIM115
         self._trackers: dict[TrackerName, Any] = {}
         for tracker in options.trackers:
             try:
                 self._trackers[tracker] = open_tracker(tracker, options, folder, run, name, about, step)
             except Exception as error:  # whatever is wrong with a tracker, training matters more
-                _warn(tracker, error)
+                warn_left_out(tracker, error, METRICS)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a step."""
@@ -115,11 +108,5 @@ class Tracker:
             try:
                 action(tracker)
             except Exception as error:  # as above
-                _warn(name, error)
+                warn_left_out(name, error, METRICS)
                 del self._trackers[name]
-
-
-def _warn(tracker: TrackerName, error: Exception) -> None:
-    name = {TrackerName.wandb: "W&B", TrackerName.tensorboard: "TensorBoard"}.get(tracker, tracker.value)
-    reason = " ".join(str(error).split()) or type(error).__name__
-    logging.getLogger(__name__).warning("%s is left out (%s); metrics.jsonl is written all the same", name, reason)

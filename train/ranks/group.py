@@ -1,8 +1,7 @@
 """The processes of a training run: they meet, compare what they are about to do, and end together.
 
-Beside the group that trains (NCCL, or gloo on the CPU) stand a gloo group for words between the ranks, and a TCP
-connection of every rank to rank 0. It closes when a process ends, however it ends; rank 0 tells the others, wherever
-they are waiting: NCCL does not notice a peer's end.
+Next to the group that trains (NCCL, or gloo on the CPU) stands a gloo group for words between the ranks. NCCL does not
+notice a peer's end: rank 0 does (watch.py), and tells the others, wherever they are waiting.
 
 | a rank                      | prints                                    | exit code                             |
 |-----------------------------|-------------------------------------------|---------------------------------------|
@@ -18,19 +17,15 @@ they are waiting: NCCL does not notice a peer's end.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import re
-import secrets
-import selectors
 import socket
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -44,30 +39,21 @@ from torch.distributed.rendezvous import rendezvous
 
 from ... import __version__
 from ...conf.errors import USER_ERRORS, explain
-from ...conf.runtime.artifact import differences
+from ...conf.runtime.artifact import differences, digest, file_digest
 from ...conf.runtime.rank_info import RankInfo, own_gpus, read_rank_info
 from ...conf.runtime.signals import Stopped
 from ...conf.schema import Config
+from .watch import GRACE_S, MEETING_S, Watch, ended_message
 
-_MEETING_S = 300.0  # for all ranks to start; a rank that ends before says nothing to the others
-_GRACE_S = 5.0  # for a rank to end by its own error, which tells more, before it ends because another has
 _PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process exited|pair closure", re.I)
 _TIMED_OUT = re.compile(r"timed out|timeout", re.I)
-_OF_ONE_NODE = {"dump": ("folder",), "verifier": ("path",)}  # may be copies; what they hold is compared
-_PACKAGES = ("conf", "data_synthesis", "models", "train")
 
 
 class Ranks:
-    """The ranks of a run as one of them sees them.
-
-    Attributes:
-        place: of this process.
-        gpus: that it has to itself, None without any.
-        device: where it trains.
-    """
+    """The ranks of a run as one of them sees them."""
 
     def __init__(self, place: RankInfo, gpus: range | None, timeout_s: int) -> None:
-        self.place, self.gpus = place, gpus
+        self.gpus = gpus  # that this rank has to itself; it trains on the first
         self.device = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
         self.rank, self.world = place.rank, place.world
         self._timeout = timedelta(seconds=timeout_s)
@@ -120,7 +106,7 @@ class Ranks:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Add a tensor over all ranks, in place, and give it back."""
+    """Add a tensor over all ranks, in place, and return it."""
     dist.all_reduce(values)
     return values
 
@@ -133,40 +119,37 @@ def joined(config: Config) -> Iterator[Ranks]:
     of the interpreter would not do: gloo's threads now and then abort a process whose interpreter has shut down (2 of
     24 runs on a busy machine), and NCCL may wait for a rank that is gone.
     """
-    place = read_rank_info(os.environ)
+    place, timeout_s = read_rank_info(os.environ), config.train.collective_timeout_s
     if place.world == 1:
-        yield _meet(place, config.train.collective_timeout_s)
+        yield _meet(place, timeout_s)
         dist.destroy_process_group()
         return
     code, watch = 1, None
     try:
-        ranks = _meet(place, config.train.collective_timeout_s)
-        ranks.agree({"fledge": __version__, "source": source_digest(), **_shared(config)})
+        ranks = _meet(place, timeout_s)
+        options = dataclasses.asdict(config)
+        del options["dump"]["folder"], options["verifier"]["path"]  # may be copies; what they hold is compared
+        ranks.agree({"fledge": __version__, "source": source_digest(), **options})
         ranks.check_devices()
-        watch = Watch(ranks)
+        watch = Watch(place, ranks.gather)
         sum_over_ranks(torch.zeros(1, device=ranks.device))  # NCCL's barriers use the GPU of a group's first collective
-        code = yield from _until_all_end(ranks, watch)
+        try:
+            yield ranks
+            code = 0
+        except Stopped:  # the other ranks may be anywhere, and are not waited for
+            raise
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        watch.leaving = True
+        ranks.any_rank(False)
     except Stopped as stopped:
         code = stopped.exit_code
     except BaseException as error:  # the process ends here
-        code = _report(error, place, watch, config.train.collective_timeout_s)
+        code = _report(error, place, watch, timeout_s)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _until_all_end(ranks: Ranks, watch: Watch) -> Generator[Ranks, None, int]:
-    code = 0
-    try:
-        yield ranks
-    except SystemExit as error:
-        if isinstance(error, Stopped):  # the other ranks may be anywhere, and are not waited for
-            raise
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    watch.leaving = True
-    ranks.any_rank(False)
-    return code
 
 
 def _meet(place: RankInfo, timeout_s: int) -> Ranks:
@@ -185,7 +168,7 @@ def _meet(place: RankInfo, timeout_s: int) -> Ranks:
     timeout = timedelta(seconds=timeout_s)
     store = dist.HashStore()
     if place.world > 1:
-        meeting = min(timeout, timedelta(seconds=_MEETING_S))
+        meeting = min(timeout, timedelta(seconds=MEETING_S))
         store, *_ = next(rendezvous("env://", place.rank, place.world, timeout=meeting))
         store.set_timeout(timeout)
     backend = "nccl" if on_gpu else "gloo"
@@ -194,143 +177,23 @@ def _meet(place: RankInfo, timeout_s: int) -> Ranks:
     return Ranks(place, gpus, timeout_s)
 
 
-def _shared(config: Config) -> dict[str, Any]:
-    """Return the options in which ranks must not differ."""
-    options = dataclasses.asdict(config)
-    for group, names in _OF_ONE_NODE.items():
-        for name in names:
-            del options[group][name]
-    return options
-
-
 def source_digest() -> str:
-    """Hash the code that trains (16 hex digits of SHA-256)."""
+    """Hash the code that trains."""
     root = Path(__file__).parents[2]
-    state = hashlib.sha256()
-    for package in _PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            state.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return state.hexdigest()[:16]
-
-
-class Watch(threading.Thread):
-    """Notices the end of other ranks; ends this process too, unless it does so itself within some seconds.
-
-    Attributes:
-        leaving: set before the ranks part: an end is then none of its business.
-        ended: ranks that have ended; where rank 0 has, it alone.
-        noticed: set once `ended` is filled.
-        ending: held by the thread that ends this process.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        super().__init__(name="watch", daemon=True)
-        self.leaving = False
-        self.ended: list[int] = []
-        self.noticed = threading.Event()
-        self.ending = threading.Lock()
-        self._rank = ranks.rank
-        self._peers = _accept(ranks) if ranks.rank == 0 else _connect(ranks)
-        self.start()
-
-    def run(self) -> None:
-        """Wait until a connection closes, or rank 0 says which have."""
-        with selectors.DefaultSelector() as selector:
-            for rank, peer in self._peers.items():
-                selector.register(peer, selectors.EVENT_READ, rank)
-            ready = selector.select()
-            if self._rank == 0:
-                time.sleep(0.2)  # ranks of one node end together
-                ready = selector.select()
-        if self._rank == 0:
-            self.ended = sorted(key.data for key, _ in ready)
-            for rank, peer in self._peers.items():
-                if rank not in self.ended:
-                    _send(peer, json.dumps(self.ended))
-        else:
-            self.ended = json.loads(_receive(self._peers[0]) or "[0]")
-        self.noticed.set()
-        time.sleep(_GRACE_S)
-        if self.leaving or not self.ending.acquire(blocking=False):
-            return
-        print(f"fledge: error: rank {self._rank}: {ended_message(self.ended)}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def _accept(ranks: Ranks) -> dict[int, socket.socket]:
-    """Connect rank 0 with all others. They give a token, and a stranger who finds the port cannot."""
-    token = secrets.token_hex(16)
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(
-        ("", 0), family=family, backlog=ranks.world, dualstack_ipv6=family is socket.AF_INET6
-    ) as server:
-        server.settimeout(_MEETING_S)
-        ranks.gather((server.getsockname()[1], token))
-        peers: dict[int, socket.socket] = {}
-        while len(peers) < ranks.world - 1:
-            peer, _ = server.accept()
-            peer.settimeout(_MEETING_S)
-            peer_token, _, rank = _receive(peer).partition(" ")
-            if secrets.compare_digest(peer_token.encode(), token.encode()):
-                peers[int(rank)] = _kept_alive(peer)
-            else:
-                peer.close()
-    return peers
-
-
-def _connect(ranks: Ranks) -> dict[int, socket.socket]:
-    (port, token), *_ = ranks.gather(None)
-    peer = socket.create_connection((ranks.place.address, port), timeout=_MEETING_S)
-    _send(peer, f"{token} {ranks.rank}")
-    return {0: _kept_alive(peer)}
-
-
-def _kept_alive(peer: socket.socket) -> socket.socket:
-    """Have the system ask a silent other end whether it is there: a node that lost power does not say that it ends."""
-    peer.settimeout(None)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6)):
-        peer.setsockopt(socket.IPPROTO_TCP, option, value)
-    return peer
-
-
-def _send(peer: socket.socket, line: str) -> None:
-    try:
-        peer.sendall(f"{line}\n".encode())
-    except OSError:  # it has ended as well, and knows
-        return
-
-
-def _receive(peer: socket.socket) -> str:
-    """Read one line; nothing if the other end has closed."""
-    line = b""
-    try:
-        while not line.endswith(b"\n") and (more := peer.recv(4096)):
-            line += more
-    except OSError:  # a killed process may reset its connections
-        return ""
-    return line.decode(errors="replace").strip() if line.endswith(b"\n") else ""
-
-
-def ended_message(ended: list[int], text: str = "") -> str:
-    """Return which ranks have ended and what to do."""
-    names = f"rank{'s' * (len(ended) > 1)} {', '.join(map(str, ended))}" if ended else "another rank"
-    return (
-        f"{names} ended: see the log there for the cause; start the same command again, training goes on from the "
-        "newest checkpoint" + (f" ({text})" if text else "")
-    )
+    packages = ("conf", "data_synthesis", "models", "train")
+    files = sorted(path for package in packages for path in (root / package).rglob("*.py"))
+    return digest({str(path.relative_to(root)): file_digest(path) for path in files})
 
 
 def _report(error: BaseException, place: RankInfo, watch: Watch | None, timeout_s: int) -> int:
-    """Say why this rank ends, and give its exit code."""
+    """Print why this rank ends, and return its exit code."""
     text = " ".join(str(error).split()).partition(" This is typically caused by")[0]
-    of_network = isinstance(error, RuntimeError)
-    timed_out = of_network and bool(_TIMED_OUT.search(text))
-    gone = of_network and not timed_out and bool(_PEER_GONE.search(text))
+    timed_out = isinstance(error, RuntimeError) and bool(_TIMED_OUT.search(text))
+    gone = isinstance(error, RuntimeError) and not timed_out and bool(_PEER_GONE.search(text))
     if gone and watch:
-        watch.noticed.wait(_GRACE_S)
+        watch.noticed.wait(GRACE_S)
     if watch and not watch.ending.acquire(blocking=False):
-        time.sleep(_GRACE_S)  # the watch is ending this process
+        time.sleep(GRACE_S)  # the watch is ending this process
     message, code = "", 1
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted; the same command goes on from here", 130

@@ -10,11 +10,11 @@ import pytest
 import torch
 from architectures import make_model, save_verifier
 from builders import conversation_record, conversations_run, recorded_sequence
-from fledge.conf.schema import Config, HiddenStates, VerifierConfig
+from fledge.conf.schema import HiddenStates, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.models.verifier.model import Verifier, VerifierOutput
-from fledge.train.online import OnlineStates
+from fledge.train.online import load_verifier
 from quantised import quantise
 from safetensors.torch import load_file, save_file
 
@@ -106,9 +106,9 @@ def test_tensor_parallel_of_what_transformers_cannot_divide_is_refused(tmp_path,
 
 
 def test_ranks_that_read_different_documents_are_refused_one_verifier_together(verifier_config):
-    config = Config(name="x", verifier=VerifierConfig(verifier_config.path, tensor_parallel=True))
+    config = VerifierConfig(verifier_config.path, tensor_parallel=True)
     with pytest.raises(ValueError, match=r"verifier\.tensor_parallel must be false with train\.hidden_states=online"):
-        OnlineStates.load(config, [0], None)
+        load_verifier(config, [0], None)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def changed(config: Config, *stores: Path | StoreConfig, **options) -> Config:
 
 
 def opened(config: Config, *rank: int) -> TrainingData:
-    return TrainingData(config, DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier)), *rank)
+    head = DraftHeadConfig.from_verifier(config.draft, load_config(config.verifier))
+    return TrainingData(config.train, config.verifier, config.hidden_states_folder, head, *rank)
 
 
 def test_long_training_samples_are_cut_or_dropped_and_counted_and_held_out_ones_are_whole(finished, tmp_path):

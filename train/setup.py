@@ -1,0 +1,190 @@
+"""The train stage: a draft head trained by DeepSpeed from the hidden-state store, or next to the verifier."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
+from ..conf.runtime.signals import deferred
+from ..conf.schema import Config, HiddenStates
+from ..data_synthesis.verifier_check import check_verifier
+from ..models.formats.plain import WEIGHTS, checkpoint_steps, load_head
+from ..models.head.architectures import build_head
+from ..models.head.config import describe_sizes
+from ..models.head.draft_head import DraftHead, initialise
+from ..models.kernels.self_check import Checked, require_gpu
+from ..models.verifier.model import VerifierWeights, check_identity, load_config, logit_transform
+from .checkpoints import load_checkpoint, needs_conversion, save_checkpoint
+from .data.training_data import TrainingData
+from .engine import micro_batches, start_engine
+from .heldout import acceptance_lengths
+from .loop import Trainer
+from .loss.kernel_checks import ATTENTION, check_training
+from .loss.losses import find_loss
+from .loss.unroll import TTTModule
+from .metrics.meter import Meter
+from .metrics.tracking import Tracker, run_description
+from .online import OnlineStates, load_verifier
+from .ranks.group import Ranks, joined
+
+# Options that change how a run is watched or kept, not what it computes.
+_NOT_DETERMINING = (
+    *("log_every", "heldout_every", "heldout_samples", "save_every", "keep_checkpoints", "max_skipped_steps"),
+    *("num_processes", "data_workers", "collective_timeout_s", "verify_checksums", "checkpoint_activations", "triton"),
+    *("stores", "init_from"),  # what is there counts by content
+)
+
+
+def train(config: Config) -> None:
+    """Train the draft head on hidden-state stores into runs/<name>/training/; goes on from where it was killed."""
+    with joined(config) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
+    options, folder = config.train, config.training_folder
+    micro_batches(options.packs_per_step)  # refused before anything is read
+    require_gpu("train.triton", options.triton, ranks.device)
+    initial_head = _initial_head(config, options.init_from) if options.init_from else None
+    shape = initial_head.config if initial_head else check_verifier(config)
+    if ranks.rank == 0 and not initial_head:
+        print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
+    with ExitStack() as stack:
+        own_store, on_gpu = config.hidden_states_folder, ranks.device.type == "cuda"
+        data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
+        stack.enter_context(data)
+        head = initial_head or build_head(shape, data.vocabulary)
+        settings = _settings(config, data, head)
+        saved = checkpoint_steps(folder / "checkpoints")
+        ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
+        resumed = made_with(folder, settings) if saved else None
+        if resumed and resumed.complete:
+            if ranks.rank == 0:
+                print(f"training: {folder} is complete")
+            return
+        kernels = check_training(options, shape, ranks)
+        if options.verify_checksums and not resumed:
+            data.verify()
+        target = None
+        if ranks.rank == 0:
+            target = stack.enter_context(artifact(folder, "training", settings, config.overwrite))
+        ranks.any_rank(False)  # no rank goes on before the folder is cleared
+        trainer = _build_trainer(config, ranks, data, head, kernels, target)
+        waits = "it finishes the step, or held-out walk, at work and saves a checkpoint"
+        with deferred(waits, then_stop=False) as signals:  # all ranks stop together, or are done
+            trainer.run(signals)
+            step = trainer.state.step
+            if step < trainer.num_steps:
+                stopped = f"training: stopped by {signals.name}, step {step} is saved; the same command goes on"
+                if target:
+                    print(stopped, flush=True)
+                sys.exit(signals.exit_code)
+            if target:
+                target.finish(steps=step, heldout=acceptance_lengths(trainer.state.heldout))
+                print(f"training: step {step} in {folder / 'checkpoints'}; held-out {trainer.summary({})}")
+
+
+def _initial_head(config: Config, folder: str) -> DraftHead:
+    """Read the head at `train.init_from`, with its draft vocabulary; refuse one of another verifier or `draft`."""
+    if Path(folder).resolve().is_relative_to(config.training_folder.resolve()):
+        raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
+    head, record = load_head(Path(folder))
+    check_identity(record["verifier"], config.verifier, folder, "set the verifier it was trained for")
+    sizes = {"vocab_size": head.config.draft_vocab_size, "aux_layers": list(head.config.aux_layers)}
+    has = asdict(head.config) | sizes
+    options = {name: option for name, option in asdict(config.draft).items() if name in has and option is not None}
+    if changes := [f"draft.{name}={json.dumps(has[name])}" for name in options if options[name] != has[name]]:
+        raise ValueError(f"draft must describe the head at train.init_from: set {' '.join(changes)}")
+    return head
+
+
+def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
+    """Return everything that determines the weights."""
+    options, is_online = config.train, config.train.hidden_states is HiddenStates.online
+    values = {name: value for name, value in asdict(options).items() if name not in _NOT_DETERMINING}
+    return {
+        "hidden_states": data.settings,
+        **({"verifier_dtype": config.verifier.dtype.value} if is_online else {}),
+        "draft_vocabulary": digest(head.target_ids.tolist()),
+        "draft": asdict(config.draft),
+        "train": {name: value.value if isinstance(value, Enum) else value for name, value in values.items()},
+        "init_from": file_digest(Path(options.init_from) / WEIGHTS) if options.init_from else None,
+    }
+
+
+def _build_trainer(
+    config: Config, ranks: Ranks, data: TrainingData, head: DraftHead, kernels: Checked, target: Artifact | None
+) -> Trainer:
+    """Start the engine, restore the newest checkpoint and, on rank 0, open the records."""
+    options, dtype = config.train, getattr(torch, config.train.dtype.value)
+    module, embedding, verifier_lm_head = _build_module(config, head, ranks.device, ATTENTION in kernels.used)
+    num_parameters = sum(parameter.numel() for parameter in head.parameters())
+    online = None
+    if options.hidden_states is HiddenStates.online:
+        verifier = load_verifier(config.verifier, head.config.aux_layers, ranks.gpus)
+        online = OnlineStates(verifier, config.dump.batch_tokens, dtype)
+    checkpoints, zero_stage = config.training_folder / "checkpoints", config.deepspeed.zero_stage
+    engine = start_engine(module, options, config.deepspeed, needs_conversion(checkpoints, zero_stage))
+    ranks.bound_collectives()
+    meter = Meter(head.config, config.draft.train_lm_head, ranks, dtype, options.ttt_steps)
+    state = load_checkpoint(engine, checkpoints)
+    num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // options.packs_per_step)
+    if target:
+        print(
+            f"train: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps of {options.packs_per_step} x "
+            f"{options.batch_tokens} tokens ({data.packs_per_epoch} packs an epoch), {ranks.world} process(es), "
+            f"ZeRO {zero_stage}; {data.split}" + (f"; going on from step {state.step}" if state.step else ""),
+            flush=True,
+        )
+    record = {
+        "verifier": data.stores[0].manifest["settings"]["verifier"],
+        "verifier_path": config.verifier.path,
+        "hidden_states": data.settings,
+        "step": 0,  # of each checkpoint, as "heldout"
+        "ttt_steps": options.ttt_steps,
+    }
+    return Trainer(
+        *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),
+        acceptance=torch.tensor(state.acceptance or [0.0] * options.ttt_steps, device=ranks.device),
+        draft_depth=config.evaluate.draft_depth,
+        save=partial(save_checkpoint, engine, head, checkpoints, record, options.keep_checkpoints),
+        tracker=_open_records(config, data, kernels, target, state.step) if target else None,
+    )
+
+
+def _build_module(
+    config: Config, head: DraftHead, device: torch.device, kernels: bool
+) -> tuple[TTTModule, Tensor, Tensor]:
+    """Return the module that is trained, a new head initialised, and the verifier's embedding and lm_head."""
+    options, dtype = config.train, getattr(torch, config.train.dtype.value)
+    weights, transform = VerifierWeights(config.verifier), logit_transform(load_config(config.verifier))
+    embedding, verifier_lm_head = weights.embedding(), weights.lm_head()
+    matrices = embedding.to(device, dtype), verifier_lm_head.to(device, dtype)
+    head = head.to(device)
+    if not options.init_from:
+        initialise(head, embedding, verifier_lm_head * transform.scale, options.seed)
+    head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
+    loss, recompute = find_loss(options.loss), options.checkpoint_activations
+    module = TTTModule(head, options.ttt_steps, options.gamma, loss, transform, options.blend_rate, recompute, kernels)
+    return module, *matrices
+
+
+def _open_records(config: Config, data: TrainingData, kernels: Checked, target: Artifact, step: int) -> Tracker:
+    """Write what the run is to its folder, and open its metrics."""
+    run = target.manifest.get("wandb_run") or secrets.token_hex(8)
+    target.save(complete=False, wandb_run=run, kernels=kernels.record)
+    write_atomic(target.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    about = run_description(config, data.inputs(), kernels.record)
+    return Tracker(config.tracking, target.folder, step, run, config.name, about)
