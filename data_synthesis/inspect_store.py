@@ -21,9 +21,8 @@ from .heldout import is_heldout
 from .preview import marked_text, printable, terminal_mark
 from .store.shard import Sample, shard_name
 from .store.state_format import decode
-from .store.store import TOKENS_FOLDER, HiddenStateStore
+from .store.store import TOKENS_FOLDER, HiddenStateStore, left_out
 from .tokens.chat_template import Sequence
-from .tokens.tokenise import left_out
 
 RECORDED = "recorded"  # verifier.path of this command, unless another is given: the store's own
 _SCANNED = 64  # samples whose states are measured

@@ -7,17 +7,16 @@
 | `sample_offsets`    | [S+1]    | int64                                                                       |
 | `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                            |
 | `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)                 |
-| `aux_scale`         | [N, A]   | float32, where states are float8 (state_format.py)                          |
+| `aux_scale`         | [N, A]   | float32, if states are float8 (state_format.py)                             |
 | `last_scale`        | [N, 1]   | float32, likewise                                                           |
-| `last_offsets`      | [S+1]    | int64, where the last states of target positions alone are kept: N is theirs |
+| `last_offsets`      | [S+1]    | int64, if the last states of target positions alone are kept: N is theirs    |
 
 A shard for online training has the first three only. `part-00003.safetensors` has the same form, and holds what a
 writer had of shard 3 when it was interrupted.
 
 The file's metadata hold, as one JSON object (of several, the order would be left to chance), the ids of its samples
 (`sample_ids`), where the conversations of those with images stand (`image_records`), and a checksum of every tensor
-(`checksums`, XXH3-128). The store's manifest has a checksum of each shard's header, which thereby covers the
-whole file.
+(`checksums`, XXH3-128). The store's manifest has a checksum of each shard's header, which so covers the whole file.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class Sample:
     aux_scale: Tensor | None = None  # float32 [T, A], of float8
     last_scale: Tensor | None = None  # float32 [T, 1]
     image_record: ImageRecord | None = None
-    images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it, once they are wanted
+    images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it; a dump fills them in
 
     def decoded(self) -> Sample:
-        """Give the sample with float8 states as bfloat16, which holds each of their values; others as they are."""
+        """Return the sample with float8 states as bfloat16, which holds each of their values; others as they are."""
         if self.aux_scale is None or self.aux_hidden_states is None or self.last_hidden_state is None:
             return self
         aux = decode(self.aux_hidden_states, self.aux_scale, torch.bfloat16)
@@ -95,17 +94,14 @@ class Shard:
         Args:
             buffers: of a shard that is written; fresh memory costs as much as writing it does.
         """
-        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
         tensors = {
             "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
             "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
-            "sample_offsets": _offsets(lengths),
+            "sample_offsets": _offsets(torch.tensor([len(sample.input_ids) for sample in samples])),
         }
         for name in STATES:
-            states = [state for sample in samples if (state := getattr(sample, name)) is not None]
-            assert len(states) in (0, len(samples))
-            if states:
-                tensors[name] = torch.cat(states)
+            if getattr(samples[0], name) is not None:
+                tensors[name] = torch.cat([getattr(sample, name) for sample in samples])
         records = {number: sample.image_record for number, sample in enumerate(samples) if sample.image_record}
         return cls([sample.id for sample in samples], tensors, records, buffers or {})
 
@@ -117,13 +113,13 @@ class Shard:
         """
         if form.only_counted:
             start, end = self.tensors["sample_offsets"][number : number + 2].tolist()
-            kept = target_positions(self.tensors["loss_mask"][start:end]).nonzero().squeeze(1)
-            last = last.index_select(0, to_device(kept, last.device))
+            rows = target_positions(self.tensors["loss_mask"][start:end]).nonzero().squeeze(1)
+            last = last.index_select(0, to_device(rows, last.device))
         encoded = form.encode(aux, aux.shape[-1] // last.shape[-1]), form.encode(last, 1)
-        told = [states if scale is None else scale for states, scale in encoded]
-        bounds = torch.stack([bound for values in told if values.numel() for bound in torch.aminmax(values)])
-        found = zip((*STATES, "bounds"), (*encoded[0], *encoded[1], bounds), strict=True)
-        return {name: value for name, value in found if value is not None}
+        bounding = [states if scale is None else scale for states, scale in encoded]
+        bounds = torch.stack([bound for values in bounding if values.numel() for bound in torch.aminmax(values)])
+        named = zip((*STATES, "bounds"), (*encoded[0], *encoded[1], bounds), strict=True)
+        return {name: value for name, value in named if value is not None}
 
     def part(self, numbers: list[int]) -> Shard:
         """Copy samples that have their states, to go on with after an interruption."""
@@ -138,7 +134,7 @@ class Shard:
         return Shard([self.ids[number] for number in numbers], tensors, records, {}, self.made_with, True)
 
     def take(self, part: MappedShard) -> list[int]:
-        """Put the states of a part in their places, and give the numbers of its samples."""
+        """Put the states of a part in their places, and return the numbers of its samples."""
         numbers = {name: number for number, name in enumerate(self.ids)}
         taken = [numbers[name] for name in part.ids]
         for name in (name for name in STATES if name in part.tensors):
@@ -150,40 +146,32 @@ class Shard:
         return taken
 
     def set_states(self, number: int, encoded: dict[str, Tensor], form: StateFormat) -> bool:
-        """Put what `encode` gave, on the host, in its place, and say whether it is finite."""
+        """Put what `encode` returned, on the host, in its place, and return whether it is finite."""
         for name in (name for name in STATES if name in encoded):
             self._room(name, number, encoded[name], form.only_counted)[:] = encoded[name]
         return bool(encoded["bounds"].isfinite().all())
 
     def _room(self, name: str, number: int, like: Tensor, only_counted: bool) -> Tensor:
-        """Give the place of a sample's states; the first call makes those of all samples."""
+        """Return the place of a sample's states; the first call makes those of all samples."""
         if only_counted and name in LAST_STATES and "last_offsets" not in self.tensors:
-            self.tensors["last_offsets"] = self._last_offsets()
+            masks = self.tensors["loss_mask"].split(self.tensors["sample_offsets"].diff().tolist())
+            self.tensors["last_offsets"] = _offsets(torch.stack([target_positions(mask).sum() for mask in masks]))
         if name not in self.tensors:
-            rows = int(self.tensors[_offsets_of(self.tensors, name)][-1])
-            self.tensors[name] = self._memory(name, rows, like)
+            rows, width = int(self.tensors[_offsets_of(self.tensors, name)][-1]), like.shape[-1]
+            buffer = self.buffers.get(name)
+            if buffer is None or len(buffer) < rows * width or buffer.dtype != like.dtype:
+                size = rows * width + rows * width // 16  # the next shard may be larger
+                buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype)
+            self.tensors[name] = buffer[: rows * width].view(rows, width)
         return self.tensors[name][slice(*_rows(self.tensors, name, number))]
-
-    def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
-        """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""
-        size = rows * like.shape[-1]
-        buffer = self.buffers.get(key)
-        if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
-            buffer = self.buffers[key] = torch.empty(size + size // 16, dtype=like.dtype)  # the next may be larger
-        return buffer[:size].view(rows, like.shape[-1])
-
-    def _last_offsets(self) -> Tensor:
-        lengths = self.tensors["sample_offsets"].diff().tolist()
-        return _offsets(torch.stack([target_positions(m).sum() for m in self.tensors["loss_mask"].split(lengths)]))
 
 
 def _offsets_of(tensors: dict[str, Tensor], name: str) -> str:
-    """Name the offsets of the samples in a tensor."""
     return "last_offsets" if name in LAST_STATES and "last_offsets" in tensors else "sample_offsets"
 
 
 def _rows(tensors: dict[str, Tensor], name: str, number: int) -> list[int]:
-    """Give the first row of a sample in a tensor, and the first after it."""
+    """Return the first row of a sample in a tensor, and the first after it."""
     rows: list[int] = tensors[_offsets_of(tensors, name)][number : number + 2].tolist()
     return rows
 
@@ -193,22 +181,22 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Say so by the bounds, NaN or infinite where a value is; isfinite() would take thirty times as long on the CPU."""
+    # By the bounds, NaN or infinite if a value is: isfinite() of all would take thirty times as long on the CPU.
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def shard_name(number: int) -> str:
-    """Give the file name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def part_name(number: int) -> str:
-    """Give the file name of what an interrupted writer had of a shard."""
+    """Return the file name of what an interrupted writer had of a shard."""
     return f"part-{number:05d}.safetensors"
 
 
 def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
-    """Open what an interrupted writer has left of a shard, if it has."""
+    """Read what an interrupted writer has left of a shard with these settings, if it has."""
     path = folder / part_name(number)
     if not path.is_file() or (entry := shard_entry(path))["made_with"] != made_with:
         return None
@@ -218,7 +206,7 @@ def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
 
 
 def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = None) -> dict[str, Any]:
-    """Write a shard durably and give its entry for the manifest.
+    """Write a shard durably and return its entry for the manifest.
 
     Args:
         scratch: folder of the same file system for the unfinished file; None: `folder`.
@@ -295,8 +283,7 @@ class MappedShard:
     """One file of a store, mapped; its header is compared with the manifest.
 
     Attributes:
-        tensors: views of the file, nothing of which is read before it is used; float8 as bytes, which every operation
-            takes.
+        tensors: views of the file, read as they are used; float8 as bytes, which every operation takes.
     """
 
     def __init__(self, path: Path, entry: dict[str, Any]) -> None:
@@ -329,23 +316,21 @@ class MappedShard:
         return ValueError(f"{self._path}: {what} does not have its checksum, the file was altered: {CURE}")
 
     def not_finite(self) -> list[int]:
-        """Give the samples whose states are not finite, without decoding: a float8 state's scale tells it."""
+        """Return the samples whose states are not finite, without decoding: a float8 state's scale tells it."""
         found: set[int] = set()
-        for name, scale, offsets in ((*AUX_STATES, "sample_offsets"), (*LAST_STATES, "last_offsets")):
-            told = self.tensors[scale if scale in self.tensors else name]
-            borders = self.tensors[offsets if offsets in self.tensors else "sample_offsets"].tolist()
-            found |= {n for n, (a, b) in enumerate(pairwise(borders)) if not _is_finite(told[a:b])}
+        for name, scale in (AUX_STATES, LAST_STATES):
+            values, borders = self.tensors.get(scale, self.tensors[name]), self.tensors[_offsets_of(self.tensors, name)]
+            found |= {n for n, (a, b) in enumerate(pairwise(borders.tolist())) if not _is_finite(values[a:b])}
         return sorted(found)
 
     def states(self, number: int, place: slice) -> dict[str, Any]:
-        """Give the states of a sample; last states that are not kept are zeros."""
-        found: dict[str, Any] = {name: self.tensors[name][place] for name in AUX_STATES if name in self.tensors}
-        stored = {name: self.tensors[name] for name in LAST_STATES if name in self.tensors}
+        """Return the states of a sample; last states that are not kept are zeros."""
+        stored = {name: self.tensors[name] for name in STATES if name in self.tensors}
         if "last_offsets" not in self.tensors:
-            return found | {name: states[place] for name, states in stored.items()}
-        start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
-        kept = target_positions(self.tensors["loss_mask"][place])
-        for name, states in stored.items():
-            found[name] = states.new_zeros(len(kept), states.shape[1])
-            found[name][kept] = states[start:end]
+            return {name: states[place] for name, states in stored.items()}
+        found: dict[str, Any] = {name: stored[name][place] for name in AUX_STATES if name in stored}
+        is_target = target_positions(self.tensors["loss_mask"][place])
+        for name in (name for name in LAST_STATES if name in stored):
+            found[name] = stored[name].new_zeros(len(is_target), stored[name].shape[1])
+            found[name][is_target] = stored[name][slice(*_rows(self.tensors, name, number))]
         return found

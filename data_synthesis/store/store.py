@@ -30,9 +30,7 @@ TOKENS_FOLDER = "tokens"  # in a store with states: the store without, from whic
 
 def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Write what finds a sample in the shards of a store."""
-    ids: list[str] = []
-    lengths: list[Tensor] = []
-    num_images: list[int] = []
+    ids, lengths, num_images = list[str](), list[Tensor](), list[int]()
     for entry in entries:
         shard = MappedShard(folder / entry["file"], entry)
         ids += shard.ids
@@ -40,18 +38,17 @@ def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
         found = shard.image_records
         num_images += [len(found[number].digests) if number in found else 0 for number in range(entry["samples"])]
     names = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
-    path = folder / INDEX_FILE
     images = torch.tensor(num_images, dtype=torch.int32)
-    save_tensors({"lengths": torch.cat(lengths), "num_images": images, "sample_ids": names}, path)
+    save_tensors({"lengths": torch.cat(lengths), "num_images": images, "sample_ids": names}, folder / INDEX_FILE)
 
 
-def checksums_beside(folder: Path) -> dict[str, str]:
-    """Give the checksums that the manifest has of the files beside the shards."""
+def sidecar_checksums(folder: Path) -> dict[str, str]:
+    """Return the checksums that the manifest has of the files next to the shards."""
     return {name: _file_checksum(folder / name) for name in (INDEX_FILE, COUNTS_FILE) if (folder / name).is_file()}
 
 
-def load_beside(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Read a file beside the shards.
+def load_sidecar(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Read a file next to the shards.
 
     Raises:
         ValueError: it is missing, or was altered.
@@ -64,6 +61,29 @@ def load_beside(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, 
     if found != manifest["files"].get(name):
         raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {CURE}")
     return load_file(path)
+
+
+def is_intact(folder: Path, shards: list[dict[str, Any]]) -> bool:
+    """Return whether a complete store has lost none of its files."""
+    return all((folder / name).is_file() for name in (INDEX_FILE, COUNTS_FILE, *(entry["file"] for entry in shards)))
+
+
+def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the sums of what the entries of shards say."""
+    return {name: sum(entry[name] for entry in shards) for name in ("samples", "tokens", "counted_tokens", "bytes")}
+
+
+def left_out(counts: dict[str, int], max_length: int) -> str:
+    """Say what of the conversations is not in the store, and why."""
+    unknown, images = counts.get("unknown_tokens"), counts["images"]
+    others = f", {unknown} conversations with tokens that the verifier has no embedding of" if unknown else ""
+    others += f", {images} conversations whose images cannot be read" if images else ""
+    return (
+        f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
+        f"{counts['too_long']} sequences of which no answer ends within dump.max_length={max_length}, "
+        f"{counts.get('cut_answers', 0)} answers beyond it of others, "
+        f"{counts['template']} conversations without an exact loss mask{others}"
+    )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -81,14 +101,13 @@ def _file_checksum(path: Path) -> str:
 class HiddenStateStore:
     """A complete store, read by sample; shards are mapped when they are first used, and samples are views of them.
 
-    Another process can be given one: a fork reads the same mappings, a pickled one maps for itself.
+    A forked process reads the same mappings, a pickled store maps for itself.
 
     Args:
         with_states: false gives samples without states, whether the shards hold them or not.
 
     Raises:
-        ValueError: the store is missing or incomplete, has no states and is asked for them, or a file is missing,
-            truncated or altered (named).
+        ValueError: it is missing, incomplete or lacks states, or a file is missing, truncated or altered (named).
     """
 
     def __init__(self, folder: Path, with_states: bool = True) -> None:
@@ -104,7 +123,7 @@ class HiddenStateStore:
         self._shards: list[MappedShard | None] = [None] * len(self.entries)
         for entry in self.entries:
             check_size(folder / entry["file"], entry)
-        index = load_beside(folder, self.manifest, INDEX_FILE)
+        index = load_sidecar(folder, self.manifest, INDEX_FILE)
         lengths = index["lengths"].numpy()
         self.ids: list[str] = json.loads(index["sample_ids"].numpy().tobytes())
         self.lengths: list[int] = lengths.tolist()
@@ -120,18 +139,17 @@ class HiddenStateStore:
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Read every shard (or this share of them, among several readers) and compare all checksums."""
-        load_beside(self.folder, self.manifest, COUNTS_FILE)
+        load_sidecar(self.folder, self.manifest, COUNTS_FILE)
         for number in range(share, len(self._shards), shares):
             self.map_shard(number).verify()
 
     def not_finite(self, number: int) -> list[str]:
-        """Read the states of a shard; give the ids of the samples in which some are not finite."""
+        """Return the ids of the samples of a shard of which some states are not finite."""
         return [self.ids[self._first_samples[number] + sample] for sample in self.map_shard(number).not_finite()]
 
     def map_shard(self, number: int) -> MappedShard:
-        """Give a shard, mapped."""
-        shard = self._shards[number]
-        if shard is None:
+        """Return a shard, mapped."""
+        if (shard := self._shards[number]) is None:
             entry = self.entries[number]
             shard = self._shards[number] = MappedShard(self.folder / entry["file"], entry)
         return shard
@@ -140,13 +158,13 @@ class HiddenStateStore:
         return len(self.ids)
 
     def _place(self, index: int) -> tuple[MappedShard, int, slice]:
-        """Give the shard of a sample, its number there and its tokens."""
+        """Return the shard of a sample, its number there and the place of its tokens."""
         number = bisect.bisect_right(self._first_samples, index) - 1
         start = int(self._starts[index])
         return self.map_shard(number), index - self._first_samples[number], slice(start, start + self.lengths[index])
 
     def loss_mask(self, index: int) -> Tensor:
-        """Give the loss mask of a sample (uint8 [T])."""
+        """Return the loss mask of a sample (uint8 [T])."""
         shard, _, place = self._place(index)
         return shard.tensors["loss_mask"][place]
 
@@ -157,5 +175,5 @@ class HiddenStateStore:
         return replace(sample, **shard.states(number, place)) if self.with_states else sample
 
     def shard_samples(self, number: int) -> range:
-        """Give the samples of a shard."""
+        """Return the samples of a shard."""
         return range(self._first_samples[number], self._first_samples[number + 1])

@@ -15,7 +15,7 @@ from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.inspect_store import inspect_store
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
 from fledge.data_synthesis.store.shard import Shard, write_shard
-from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
+from fledge.data_synthesis.store.store import HiddenStateStore, sidecar_checksums, write_index
 from fledge.models.verifier.model import load_tokenizer
 
 
@@ -116,7 +116,7 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
     entry = write_shard(folder, 0, Shard.of(samples))
     manifest = json.loads((folder / "manifest.json").read_text())
     write_index(folder, [entry])
-    manifest |= {"shards": [entry], "files": checksums_beside(folder)}
+    manifest |= {"shards": [entry], "files": sidecar_checksums(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit) as stopped:
         inspected(config, capsys)

@@ -25,7 +25,7 @@ from fledge.data_synthesis.store.store import (
     COUNTS_FILE,
     VOCABULARY_FILE,
     HiddenStateStore,
-    checksums_beside,
+    sidecar_checksums,
     write_index,
 )
 from fledge.models.head.config import DraftHeadConfig
@@ -357,7 +357,7 @@ def test_stores_of_several_formats_are_mixed_without_a_change_of_any_state(finis
             entries = [write_shard(folder, 0, Shard.of(part))]
             write_index(folder, entries)
             shutil.copy(like / COUNTS_FILE, folder)
-            target.finish(shards=entries, files=checksums_beside(folder))
+            target.finish(shards=entries, files=sidecar_checksums(folder))
         stores.append(HiddenStateStore(folder))
     lengths = [length for each in stores for length in each.lengths]
     mixed = Batches(stores, lengths, 3)[[0, 2, 1, 3]].to(torch.device("cpu"), torch.float32, 3)
