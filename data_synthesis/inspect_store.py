@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..conf.runtime.artifact import differences, read_manifest
 from ..conf.runtime.progress import Progress
 from ..conf.schema import Config, VerifierConfig
-from ..models.verifier.model import load_tokenizer, tokenizer_identity
+from ..models.verifier.config import load_tokenizer, tokenizer_identity
 from .heldout import is_heldout
-from .preview import marked_text, printable, terminal_mark
+from .show import marked_text, printable, terminal_mark
 from .store.shard import Sample, shard_name
 from .store.state_format import decode
 from .store.store import TOKENS_FOLDER, HiddenStateStore, left_out
@@ -51,16 +50,15 @@ def inspect_store(config: Config) -> None:
         of = f"of all {len(store)}" if options.verify else f"of those with {read} tokens that were read"
         wrong = wrong if options.verify else wrong_of_some
         _print_facts({"finite": f"{len(wrong)} samples are not, {of}"})
-    _print_sample(config, store)
+    _print_sample(config.verifier, options.sample, store)
     if wrong:
         print(f"\nnot finite: {', '.join(wrong[:20])}{' ...' if len(wrong) > 20 else ''}")
         sys.exit(1)
 
 
 def _verify(store: HiddenStateStore) -> list[str]:
-    """Compare all checksums; give the samples whose states are not finite."""
-    wrong: list[str] = []
-    progress = Progress("checksums", len(store.entries), "shard")
+    """Compare all checksums; return the samples whose states are not finite."""
+    wrong, progress = list[str](), Progress("checksums", len(store.entries), "shard")
     for number in range(len(store.entries)):
         store.verify(number, len(store.entries))
         if store.with_states:
@@ -95,7 +93,7 @@ def _facts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def _progress(folder: Path) -> str:
-    """Say how far an unfinished store is."""
+    """Return how far an unfinished store is."""
     try:
         plan = read_manifest(folder / TOKENS_FOLDER, "hidden_states")["shards"]
     except ValueError:
@@ -106,10 +104,9 @@ def _progress(folder: Path) -> str:
 
 
 def _statistics(store: HiddenStateStore) -> dict[str, str]:
-    counts, share = store.manifest["counts"], store.manifest["settings"]["heldout_share"]
-    heldout = sum(is_heldout(name, share) for name in store.ids)
-    lengths = sorted(store.lengths)
-    images = sum(number > 0 for number in store.num_images)
+    counts, settings, lengths = store.manifest["counts"], store.manifest["settings"], sorted(store.lengths)
+    heldout = sum(is_heldout(name, settings["heldout_share"]) for name in store.ids)
+    images = sum(map(bool, store.num_images))
     return {
         "size": f"{counts['bytes'] / 2**30:.3f} GiB in {len(store.entries)} shards, "
         f"{counts['bytes'] / counts['tokens'] / 1000:.3g} kB a token",
@@ -118,23 +115,17 @@ def _statistics(store: HiddenStateStore) -> dict[str, str]:
         f"({counts['counted_tokens'] / counts['tokens']:.1%})",
         "length": f"{lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, "
         f"mean {statistics.fmean(lengths):.1f}, 95 % up to {lengths[int(0.95 * (len(lengths) - 1))]}",
-        "left out": left_out(counts, store.manifest["settings"]["max_length"]),
+        "left out": left_out(counts, settings["max_length"]),
     }
 
 
-def _spread(num_samples: int) -> Iterable[int]:
-    """Choose samples from all over a store."""
-    return sorted({number * num_samples // _SCANNED for number in range(_SCANNED)})
-
-
 def _print_states(store: HiddenStateStore) -> tuple[list[str], int]:
-    """Print the size of the states of some samples, layer by layer; give those not finite, and the others' tokens."""
+    """Print the size of some samples' states, layer by layer; return those not finite, and the others' tokens."""
     layers = store.manifest["settings"]["aux_layers"]
     squares, largest = torch.zeros(len(layers) + 1, dtype=torch.float64), torch.zeros(len(layers) + 1)
     rows = torch.zeros(len(layers) + 1, dtype=torch.int64)
-    wrong: list[str] = []
-    read = 0
-    for index in _spread(len(store)):
+    wrong, read = list[str](), 0
+    for index in sorted({number * len(store) // _SCANNED for number in range(_SCANNED)}):  # from all over the store
         sample = store[index]
         states = _by_layer(sample, len(layers))
         if not all(part.isfinite().all() for part in states):
@@ -145,14 +136,14 @@ def _print_states(store: HiddenStateStore) -> tuple[list[str], int]:
             squares[number] += part.double().square().mean(-1).sum()
             largest[number] = max(largest[number], part.abs().max()) if len(part) else largest[number]
             rows[number] += len(part)
-    for name, square, count, most in zip([*map(str, layers), "last"], squares, rows, largest, strict=True):
-        print(f"{'layer ' + name if name != 'last' else 'last state':<13} ", end="")
-        print(f"root mean square {(square / count.clamp(min=1)).sqrt():.3g}, largest {most:.3g}")
+    sizes = (squares / rows.clamp(min=1)).sqrt()
+    for name, size, most in zip([*(f"layer {layer}" for layer in layers), "last state"], sizes, largest, strict=True):
+        print(f"{name:<13} root mean square {size:.3g}, largest {most:.3g}")
     return wrong, read
 
 
 def _by_layer(sample: Sample, num_layers: int) -> list[Tensor]:
-    """Give the states of each aux layer and the last ones [T, H], in float32, but for last ones that were not kept."""
+    """Return the states of each aux layer and the last ones [T, H], in float32, without last ones that are not kept."""
     assert sample.aux_hidden_states is not None
     assert sample.last_hidden_state is not None
     aux = decode(sample.aux_hidden_states, sample.aux_scale, torch.float32).unflatten(-1, (num_layers, -1))
@@ -160,36 +151,43 @@ def _by_layer(sample: Sample, num_layers: int) -> list[Tensor]:
     return [*aux.unbind(1), last[last.abs().amax(-1) > 0] if last.isfinite().all() else last]
 
 
-def _print_sample(config: Config, store: HiddenStateStore) -> None:
-    """Print a sample as text, what the verifier wrote marked; where its tokenizer is not at hand, say so."""
-    wanted = config.inspect.sample
-    if wanted is not None and wanted not in store.ids:
-        raise ValueError(f"inspect.sample: {store.folder} holds no sample {wanted!r}: without it the first is shown")
-    sample = store[store.ids.index(wanted) if wanted is not None else 0]
-    revision = store.manifest.get("verifier_revision")
-    path = config.verifier.path if config.verifier.path != RECORDED else store.manifest["verifier_path"]
+def _print_sample(verifier: VerifierConfig, name: str | None, store: HiddenStateStore) -> None:
+    """Print a sample as text, what the verifier wrote marked; or that its tokenizer is not at hand."""
+    if name is not None and name not in store.ids:
+        raise ValueError(f"inspect.sample: {store.folder} holds no sample {name!r}: without it the first is shown")
+    sample = store[store.ids.index(name) if name is not None else 0]
+    if verifier.path == RECORDED:
+        path, revision = store.manifest["verifier_path"], store.manifest.get("verifier_revision")
+        verifier = VerifierConfig(path, revision, chat_template_kwargs=verifier.chat_template_kwargs)
     try:
-        named = config.verifier if path == config.verifier.path else VerifierConfig(path, revision)
-        tokenizer = load_tokenizer(replace(named, chat_template_kwargs=config.verifier.chat_template_kwargs))
+        tokenizer, changes = _tokenizer(verifier, store.manifest["settings"]["verifier"])
     except ValueError as error:
         print(f"\nsample {printable(sample.id)} is not decoded: {error}")
         return
-    own, recorded = tokenizer_identity(tokenizer), store.manifest["settings"]["verifier"]
-    if changes := differences({name: recorded[name] for name in own}, own):
-        print(f"the tokenizer of {path} is another than the store's ({'; '.join(changes)})")
-    tokens = sample.input_ids.tolist() if wanted is not None else sample.input_ids[:_SHOWN_TOKENS].tolist()
+    if changes:
+        print(f"the tokenizer of {verifier.path} is another than the store's ({'; '.join(changes)})")
+    shown = slice(None if name is not None else _SHOWN_TOKENS)
+    tokens = sample.input_ids[shown].tolist()
     rest = len(sample.input_ids) - len(tokens)
     print(f"\nsample {printable(sample.id)}, {len(sample.input_ids)} tokens\n")
-    text = marked_text(tokenizer, Sequence(tokens, _runs(sample.loss_mask[: len(tokens)])), terminal_mark())
+    text = marked_text(tokenizer, Sequence(tokens, _runs(sample.loss_mask[shown])), terminal_mark())
     print(text + (f" ... and {rest} tokens (inspect.sample={sample.id} shows all)" if rest else ""))
 
 
+def _tokenizer(verifier: VerifierConfig, recorded: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Load a verifier's tokenizer, and tell how it differs from the recorded one."""
+    with suppress(ValueError):  # the file alone, if that is the recorded one: AutoTokenizer takes seconds to import
+        tokenizer = load_tokenizer(verifier, PreTrainedTokenizerFast)
+        own = tokenizer_identity(tokenizer)
+        if own.items() <= recorded.items():
+            return tokenizer, []
+    tokenizer = load_tokenizer(verifier)
+    own = tokenizer_identity(tokenizer)
+    return tokenizer, differences({name: recorded[name] for name in own}, own)
+
+
 def _runs(loss_mask: Tensor) -> list[tuple[int, int]]:
-    """Give the spans [start, end) in which a mask is 1."""
-    runs, start = [], 0
-    for produced, run in itertools.groupby(loss_mask.tolist()):
-        end = start + len(list(run))
-        if produced:
-            runs.append((start, end))
-        start = end
-    return runs
+    """Return the spans [start, end) in which a mask is 1."""
+    edge = loss_mask.new_zeros(1)
+    borders = torch.cat([edge, loss_mask, edge]).int().diff().nonzero().squeeze(1).tolist()
+    return list(zip(borders[::2], borders[1::2], strict=True))

@@ -7,7 +7,7 @@ import keyword
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -27,6 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ...conf.runtime.artifact import digest
 from ...conf.schema import Device, VerifierConfig
 from ..embedded.verifier import CHECKPOINT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes seconds to import, and a tokenizer is read without it
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
 
@@ -124,9 +126,9 @@ def verifier_architectures(config: VerifierConfig) -> list[str]:
     return list(load_whole_config(config).architectures or [])
 
 
-def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
-    """Load the verifier's tokenizer, which must carry a chat template."""
-    tokenizer: PreTrainedTokenizerBase = from_checkpoint(config, AutoTokenizer)
+def load_tokenizer(config: VerifierConfig, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
+    """Load the verifier's tokenizer, which must carry a chat template, by a class of transformers."""
+    tokenizer: PreTrainedTokenizerBase = from_checkpoint(config, kind)
     tokenizer.chat_template = _chat_template(config, tokenizer.chat_template)
     return tokenizer
 
