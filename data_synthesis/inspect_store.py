@@ -29,10 +29,9 @@ _SHOWN_TOKENS = 400
 
 
 def inspect_store(config: Config) -> None:
-    """Print what the store inspect.store, or the run's, holds; exit code 1 where something is wrong with it.
+    """Print what the store inspect.store, or the run's, holds; exit with code 1 if states are not finite.
 
-    Raises:
-        ValueError: it is no store, or a file is missing, truncated or altered (named).
+    Raises ValueError if it is no store, or a file (named) is missing, truncated or altered.
     """
     options = config.inspect
     folder = Path(options.store) if options.store else config.hidden_states_folder

@@ -42,11 +42,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     """Record those of this writer's shards that are missing into the store of `config`.
 
     Writers are tasks of a job array (`dump.writer`), and in each of them the ranks of its launcher, unless these hold
-    one verifier together: then the first writes.
-
-    Args:
-        settings: of the store.
-        plan: the store of tokens, which has the same shards.
+    one verifier together: then the first writes. The plan is the store of tokens, which has the same shards.
     """
     options, folder, place = config.dump, config.hidden_states_folder, find_place(os.environ)
     together = config.verifier.tensor_parallel

@@ -33,8 +33,7 @@ class Engine(Protocol):
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
 
-        Args:
-            stop: asked before every batch, when all samples of those before have been taken.
+        `stop` is called before every batch, when all samples of those before have been taken.
         """
         ...
 
@@ -78,18 +77,16 @@ def read_documents(
     max_padding: float = 0.5,
     stop: Callable[[], bool] = never,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each document's number, aux [T, A*H] and last hidden states [T, H], longest documents first.
+    """Yield the number, aux [T, A*H] and last hidden states [T, H] of documents (token ids [T]), longest first.
 
     Documents of similar length share a forward pass, padded on the right: causal attention keeps the padding out of
     every state that is returned.
 
     Args:
-        documents: token ids [T] of each.
         batch_tokens: tokens of one forward, padding included; a longer document is read alone.
         unlike: gets another of `_unlike_logits` before each forward's documents; None: refused here, at the end.
         check: make sure that `lm_head` times the last state is the model's logits, with one wait for all.
         max_padding: share of the longest's length that may be padding.
-        stop: asked before every forward.
     """
     found: list[Tensor] = [] if unlike is None else unlike
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
@@ -113,11 +110,7 @@ def read_documents(
 def _read_with_images(
     verifier: Verifier, images: ImageReader, sample: Sample, unlike: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return aux [T, A*H] and last hidden states [T, H] of a sample, and append to `unlike`.
-
-    Raises:
-        ValueError: an image can no longer be read, or is not the one that the tokens were made with.
-    """
+    """Return aux [T, A*H] and last hidden states [T, H] of a sample, and append to `unlike`."""
     try:
         digests = sample.image_record.digests if sample.image_record else None
         inputs = images.model_inputs(sample.input_ids, images.read(sample.images), digests)

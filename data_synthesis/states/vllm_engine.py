@@ -46,14 +46,7 @@ _SAME_SIGNAL_S = 1.0  # Slurm tells every process of a step: vLLM may end by a s
 
 
 class VllmEngine:
-    """The verifier in vLLM.
-
-    Args:
-        aux_layers: fledge's ids, ascending.
-
-    Raises:
-        ValueError: vLLM does not start; quotes its last errors.
-    """
+    """The verifier in vLLM; a ValueError says that it does not start or has ended, with its last errors."""
 
     def __init__(self, config: Config, aux_layers: list[int]) -> None:
         text = load_config(config.verifier)
@@ -191,14 +184,9 @@ class VllmEngine:
 
 
 def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
-    """Return the options of vLLM's LLM.
+    """Return the options of vLLM's LLM for a text configuration and vLLM's ids of the states to record.
 
-    Args:
-        text: the verifier's text configuration.
-        ids: vLLM's, of the states to record.
-
-    Raises:
-        ValueError: `dump.vllm_options` has one of those that fledge sets.
+    Raises ValueError if `dump.vllm_options` has one of those that fledge sets.
     """
     options = config.dump.vllm_options
     extraction = {

@@ -15,13 +15,7 @@ from .store import COUNTS_FILE, VOCABULARY_FILE, HiddenStateStore, load_sidecar,
 
 
 def write_vocabulary(folder: Path, counts: Tensor, size: int | None, always: list[int]) -> None:
-    """Write the draft vocabulary of `draft.vocab_size`, if it is not there; changing that option makes only it anew.
-
-    Args:
-        counts: how often the verifier produced each of its tokens.
-        size: tokens of the draft vocabulary; None: all.
-        always: ids that are inside whatever their count.
-    """
+    """Write the draft vocabulary as `build_vocabulary` chooses it, if it is not there."""
     vocabulary, path, found = build_vocabulary(counts, size, always), folder / VOCABULARY_FILE, dict[str, Tensor]()
     with suppress(ValueError):
         found = _load(path)
@@ -36,9 +30,7 @@ def choose_vocabulary(
 ) -> VocabularyMap:
     """Return the draft vocabulary: of one store that of its dump, of several that of their counts, added by weight.
 
-    Args:
-        size, vocab_size: tokens of the draft vocabulary and of the verifier's.
-        always: ids that are inside whatever their count.
+    `size` and `vocab_size` are those of the draft vocabulary and of the verifier's; ids in `always` are inside.
     """
     counts = [_token_counts(store, vocab_size) for store in stores]
     if len(stores) > 1:

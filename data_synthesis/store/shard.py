@@ -89,10 +89,9 @@ class Shard:
 
     @classmethod
     def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Shard:
-        """Lay samples end to end, all with states or all without.
+        """Lay samples end to end, all with states or all without, in buffers of a shard that is written, if any.
 
-        Args:
-            buffers: of a shard that is written; fresh memory costs as much as writing it does.
+        Fresh memory costs as much as writing it does.
         """
         tensors = {
             "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
@@ -106,11 +105,7 @@ class Shard:
         return cls([sample.id for sample in samples], tensors, records, buffers or {})
 
     def encode(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> dict[str, Tensor]:
-        """Return the states of a sample as they are stored, by name, on their device; with them the `bounds` of values.
-
-        Args:
-            aux, last: [T, A*H] and [T, H].
-        """
+        """Return aux [T, A*H] and last states [T, H] as they are stored, by name, and the `bounds` of their values."""
         if form.only_counted:
             start, end = self.tensors["sample_offsets"][number : number + 2].tolist()
             rows = target_positions(self.tensors["loss_mask"][start:end]).nonzero().squeeze(1)
@@ -208,8 +203,7 @@ def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
 def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = None) -> dict[str, Any]:
     """Write a shard durably and return its entry for the manifest.
 
-    Args:
-        scratch: folder of the same file system for the unfinished file; None: `folder`.
+    `scratch`, of the same file system, takes the unfinished file.
     """
     path = folder / (part_name(number) if shard.is_part else shard_name(number))
     temporary = (scratch or folder) / f".{path.name}.tmp"
@@ -227,11 +221,7 @@ def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = 
 
 
 def shard_entry(path: Path) -> dict[str, Any]:
-    """Read the entry of a shard for the manifest from its header.
-
-    Raises:
-        ValueError: it is no whole shard.
-    """
+    """Read the entry of a shard for the manifest from its header; raise ValueError if it is no whole shard."""
     header = _header(path)
     try:
         tensors = json.loads(header[8:])

@@ -34,9 +34,7 @@ class StateFormat:
     def bytes_per_token(self, num_layers: int, hidden_size: int, target_share: float) -> float:
         """Return the bytes that the states of a token take, scales included.
 
-        Args:
-            num_layers: aux layers, A.
-            target_share: of all positions, those whose last state is kept if `only_counted`.
+        `target_share` is that of positions whose last state is kept if `only_counted`.
         """
         state = hidden_size * self.dtype.itemsize + (4 if self.dtype == FLOAT8 else 0)
         return state * (num_layers + (target_share if self.only_counted else 1.0))

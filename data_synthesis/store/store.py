@@ -48,11 +48,7 @@ def sidecar_checksums(folder: Path) -> dict[str, str]:
 
 
 def load_sidecar(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Read a file next to the shards.
-
-    Raises:
-        ValueError: it is missing, or was altered.
-    """
+    """Read a file next to the shards; raise ValueError if it is missing or was altered."""
     path = folder / name
     try:
         found = _file_checksum(path)
@@ -101,13 +97,9 @@ def _file_checksum(path: Path) -> str:
 class HiddenStateStore:
     """A complete store, read by sample; shards are mapped when they are first used, and samples are views of them.
 
-    A forked process reads the same mappings, a pickled store maps for itself.
-
-    Args:
-        with_states: false gives samples without states, whether the shards hold them or not.
-
-    Raises:
-        ValueError: it is missing, incomplete or lacks states, or a file is missing, truncated or altered (named).
+    A forked process reads the same mappings, a pickled store maps for itself. Without `with_states`, samples have no
+    states, whether the shards hold them or not. Raises ValueError if it is missing, incomplete or lacks states, or if
+    a file (named) is missing, truncated or altered.
     """
 
     def __init__(self, folder: Path, with_states: bool = True) -> None:

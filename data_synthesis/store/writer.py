@@ -17,11 +17,8 @@ from .shard import Shard, part_name, shard_name, write_shard
 class BackgroundWriter:
     """Writes shards in the order they are put; one is written and one waits. A context: at its end all are written.
 
-    Args:
-        scratch: folder of the same file system, for unfinished files.
-
-    Raises:
-        ValueError: by `put` or at the end, a shard cannot be written; whatever else the thread met likewise.
+    `scratch`, of the same file system, takes unfinished files. What the thread met is raised by `put` or at the end,
+    as ValueError if a shard cannot be written.
     """
 
     def __init__(self, folder: Path, scratch: Path) -> None:

@@ -73,10 +73,9 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Mes
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str | None = None) -> str:
-    """Return an answer without special tokens and reasoning; its reasoning if it was cut within it.
+    """Return an answer, by its text if its tokens are not known, without special tokens and reasoning.
 
-    Args:
-        text: of the answer, if its tokens are not known.
+    If it was cut within its reasoning, that is returned.
     """
     content, reasoning = split_answer(tokenizer, tokens, text if tokens is None else None)
     return (reasoning or "") if content is None else content
@@ -95,11 +94,8 @@ def template_turns(
     verifier read (the generation prompt opens the reasoning, the rendering leaves it out), or no end of turn follows
     (the next message writes it), the template's `{% generation %}` marks decide: the prompt is what precedes the mark.
 
-    Args:
-        finish_reasons: of the answers; one that was cut ("length") has no end-of-turn token.
-
-    Raises:
-        NoExactSpanError: what the verifier wrote cannot be told; names the answer and where the tokens part.
+    An answer that was cut (the finish reason "length") has no end-of-turn token. If what the verifier wrote cannot be
+    told, NoExactSpanError names the answer and where the tokens part.
     """
     turns: list[Turn] = []
     for place, message in enumerate(messages):

@@ -63,8 +63,7 @@ class Images:
             tokens     u  <image>  v | A <eot>        u  [  p  p  ]  v | A <eot>
             answers                   [3,   5)                          [6,   8)
 
-        Raises:
-            NoExactSpanError: its tokens are not those of these images, or an answer holds some of an image.
+        Raises NoExactSpanError if its tokens are not those of these images, or an answer holds some of an image.
         """
         spans = self.find(sequence.token_ids, number)
         if spans is None:
@@ -123,9 +122,7 @@ class ImageTokenizer:
 class ImageReader:
     """Reads images as one verifier does, whose processor is loaded at the first.
 
-    Args:
-        max_images: of a conversation.
-        local: fetch images from hosts of this machine's network too (data.local_images).
+    A conversation may have `max_images`; `local` fetches from hosts of this machine's network too (data.local_images).
     """
 
     def __init__(self, config: VerifierConfig, max_images: int = 5, local: bool = False) -> None:
@@ -138,8 +135,7 @@ class ImageReader:
     def read(self, addresses: abc.Sequence[str], text: str | None = None) -> Images:
         """Load images and let the processor make of them what the verifier reads.
 
-        Args:
-            text: the rendered conversation that they are in, which is made sure to become the processor's own tokens.
+        `text` is the rendered conversation that they are in; it must become the processor's own tokens.
 
         Raises:
             UnreadableImagesError: the verifier takes no images or fewer, or one is missing or broken.
@@ -187,11 +183,7 @@ class ImageReader:
     ) -> dict[str, Tensor]:
         """Return what the model takes besides the tokens [T] of a sequence (a batch of one): pixels and their like.
 
-        Args:
-            digests: of the images that the tokens were made with, if they are known.
-
-        Raises:
-            UnreadableImagesError: an image is not the one that the tokens were made with.
+        Raises UnreadableImagesError if an image is not the one that the tokens were made with, by its digest if known.
         """
         token_ids = input_ids.tolist()
         exchanged = digests is not None and list(digests) != list(images.digests)

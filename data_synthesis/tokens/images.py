@@ -48,9 +48,8 @@ def _template_content(content: Any) -> Any:
 def load_image(address: str, local: bool = False) -> Image.Image:
     """Load an image as vLLM does: upright, and over white if it is transparent.
 
-    Args:
-        address: `http:`, `https:`, `data:` or `file:` URL, or a path, which is relative to the working directory.
-        local: from hosts of this machine's network too.
+    The address is a `http:`, `https:`, `data:` or `file:` URL, or a path relative to the working directory; `local`
+    takes hosts of this machine's network too.
     """
     content = read_address(address, local)
     try:
@@ -66,11 +65,7 @@ def load_image(address: str, local: bool = False) -> Image.Image:
 
 
 def load_images(addresses: abc.Sequence[str], local: bool = False) -> list[Image.Image]:
-    """Load the images of a conversation by `load_image`.
-
-    Raises:
-        UnreadableImagesError: names the first that is missing or broken.
-    """
+    """Load the images of a conversation; UnreadableImagesError names the first that is missing or broken."""
     images = []
     for number, address in enumerate(addresses, 1):
         try:

@@ -59,9 +59,7 @@ def split_answer(
 ) -> tuple[str | None, str | None]:
     """Return an answer's text and its reasoning; no text if it was cut within its reasoning.
 
-    Args:
-        tokens: None if only the text is known.
-        text: of the answer, if it is known, without special tokens.
+    Of tokens and text (without special tokens) one may be unknown.
     """
     marks = _marks(tokenizer, str(tokenizer.get_chat_template()))
     if tokens is None:

@@ -47,10 +47,8 @@ class SequenceReader:
         Raises:
             UnreadableImagesError: its images cannot be read.
             UnknownTokenError: the verifier has no embedding of one of its tokens.
-            NoExactSpanError: it has no recorded tokens, and the template does not tell what the verifier wrote; or its
-                tokens are not those that the processor writes for its images.
-            ValueError: its recorded tokens are malformed, the template as a whole gives no exact spans, or a verifier
-                that takes images has no processor.
+            NoExactSpanError: neither recorded tokens nor the template tell what the verifier wrote and where images are
+            ValueError: its recorded tokens are malformed, no conversation has exact spans, or the processor is missing.
         """
         recorded = self._recorded(record) if has_recorded_tokens(record) else None
         messages, images = record["messages"], None

@@ -84,9 +84,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
     """Make or complete a store of tokens; a killed start goes on after the last shard that was noted.
 
     Shards that were not noted yet are written again, with the same bytes. A signal keeps what the open shard has.
-
-    Raises:
-        ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
+    Raises ValueError if a conversation is malformed, none can be used, or they were changed since they were finished.
     """
     manifest = target.manifest
     if target.complete and is_intact(target.folder, manifest["shards"]):
