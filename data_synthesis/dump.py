@@ -20,19 +20,9 @@ from ..conf.schema import Config, DumpEngine, HiddenStates
 from ..models.verifier.model import check_identity, special_token_ids
 from .states.record import write_states
 from .store.draft_vocabulary import write_vocabulary
-from .store.shard import CURE, shard_entry, shard_name
-from .store.store import (
-    COUNTS_FILE,
-    TOKENS_FOLDER,
-    HiddenStateStore,
-    is_intact,
-    left_out,
-    load_sidecar,
-    save_tensors,
-    sidecar_checksums,
-    totals,
-    write_index,
-)
+from .store.index import COUNTS_FILE, TOKENS_FOLDER, is_intact, left_out, sidecar_checksums, totals
+from .store.mapped_shard import CURE, shard_entry, shard_name
+from .store.store import HiddenStateStore, load_sidecar, save_tensors, write_index
 from .tokens.tokenise import write_tokens
 from .verifier_check import check_verifier
 

@@ -25,7 +25,8 @@ from ...conf.schema import Config, DumpEngine, LastStates
 from ...models.verifier.model import Verifier
 from ..heldout import conversation_id
 from ..store.host_copies import Tensors, on_host
-from ..store.shard import Sample, Shard, open_part, part_name, shard_name
+from ..store.mapped_shard import part_name, shard_name
+from ..store.shard import Sample, Shard, open_part
 from ..store.state_format import TOKEN_BYTES, StateFormat
 from ..store.store import HiddenStateStore
 from ..store.writer import BackgroundWriter

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...models.head.vocabulary import VocabularyMap, build_vocabulary, coverage
-from .store import COUNTS_FILE, VOCABULARY_FILE, HiddenStateStore, load_sidecar, save_tensors
+from .index import COUNTS_FILE, VOCABULARY_FILE
+from .store import HiddenStateStore, load_sidecar, save_tensors
 
 
 def write_vocabulary(folder: Path, counts: Tensor, size: int | None, always: list[int]) -> None:

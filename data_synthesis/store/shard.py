@@ -23,34 +23,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...conf.runtime.artifact import commit, sync
 from .host_copies import to_device
+from .mapped_shard import (
+    ABOUT,
+    LAST_STATES,
+    STATES,
+    ImageRecord,
+    MappedShard,
+    checksum,
+    offsets_of,
+    part_name,
+    rows_of,
+    shard_entry,
+    shard_name,
+)
 from .state_format import FLOAT8, StateFormat, decode, target_positions
-
-TOKENS = ("input_ids", "loss_mask")
-AUX_STATES, LAST_STATES = ("aux_hidden_states", "aux_scale"), ("last_hidden_state", "last_scale")
-STATES = (*AUX_STATES, *LAST_STATES)
-_ABOUT = "fledge"  # the one key of the file's metadata
-CURE = "delete the file and run `fledge dump` again"
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """Where the images of a sample are: the first of a conversation, by its place in the file."""
-
-    file: str  # in the folder of conversations
-    offset: int  # of its line, in bytes
-    digests: list[str]  # of the pixels of each
 
 
 @dataclass
@@ -123,7 +118,7 @@ class Shard:
             if name.endswith("_offsets"):
                 tensors[name] = _offsets(tensor.diff()[numbers])
             else:
-                rows = torch.cat([torch.arange(*_rows(self.tensors, name, number)) for number in numbers])
+                rows = torch.cat([torch.arange(*rows_of(self.tensors, name, number)) for number in numbers])
                 tensors[name] = tensor.view(torch.uint8)[rows].view(FLOAT8) if tensor.dtype == FLOAT8 else tensor[rows]
         records = {new: self.image_records[old] for new, old in enumerate(numbers) if old in self.image_records}
         return Shard([self.ids[number] for number in numbers], tensors, records, {}, self.made_with, True)
@@ -136,7 +131,7 @@ class Shard:
             states = part.tensors[name]
             states = states.view(FLOAT8) if states.dtype == torch.uint8 else states
             for place, number in enumerate(taken):
-                theirs = states[slice(*_rows(part.tensors, name, place))]
+                theirs = states[slice(*rows_of(part.tensors, name, place))]
                 self._room(name, number, theirs, "last_offsets" in part.tensors)[:] = theirs
         return taken
 
@@ -152,42 +147,17 @@ class Shard:
             masks = self.tensors["loss_mask"].split(self.tensors["sample_offsets"].diff().tolist())
             self.tensors["last_offsets"] = _offsets(torch.stack([target_positions(mask).sum() for mask in masks]))
         if name not in self.tensors:
-            rows, width = int(self.tensors[_offsets_of(self.tensors, name)][-1]), like.shape[-1]
+            rows, width = int(self.tensors[offsets_of(self.tensors, name)][-1]), like.shape[-1]
             buffer = self.buffers.get(name)
             if buffer is None or len(buffer) < rows * width or buffer.dtype != like.dtype:
                 size = rows * width + rows * width // 16  # the next shard may be larger
                 buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype)
             self.tensors[name] = buffer[: rows * width].view(rows, width)
-        return self.tensors[name][slice(*_rows(self.tensors, name, number))]
-
-
-def _offsets_of(tensors: dict[str, Tensor], name: str) -> str:
-    return "last_offsets" if name in LAST_STATES and "last_offsets" in tensors else "sample_offsets"
-
-
-def _rows(tensors: dict[str, Tensor], name: str, number: int) -> list[int]:
-    """Return the first row of a sample in a tensor, and the first after it."""
-    rows: list[int] = tensors[_offsets_of(tensors, name)][number : number + 2].tolist()
-    return rows
+        return self.tensors[name][slice(*rows_of(self.tensors, name, number))]
 
 
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # By the bounds, NaN or infinite if a value is: isfinite() of all would take thirty times as long on the CPU.
-    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def part_name(number: int) -> str:
-    """Return the file name of what an interrupted writer had of a shard."""
-    return f"part-{number:05d}.safetensors"
 
 
 def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
@@ -212,115 +182,13 @@ def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = 
         "image_records": {number: vars(record) for number, record in shard.image_records.items()},
         "counted_tokens": int(shard.tensors["loss_mask"].sum()),
         "made_with": shard.made_with,
-        "checksums": {name: _checksum(tensor) for name, tensor in shard.tensors.items()},
+        "checksums": {name: checksum(_bytes(tensor)) for name, tensor in shard.tensors.items()},
     }
-    save_file(shard.tensors, temporary, {_ABOUT: json.dumps(about)})
+    save_file(shard.tensors, temporary, {ABOUT: json.dumps(about)})
     sync(temporary)
     commit(temporary, path)
     return shard_entry(path)
 
 
-def shard_entry(path: Path) -> dict[str, Any]:
-    """Read the entry of a shard for the manifest from its header; raise ValueError if it is no whole shard."""
-    header = _header(path)
-    try:
-        tensors = json.loads(header[8:])
-        about = json.loads(tensors.pop("__metadata__")[_ABOUT])
-        end = max(tensor["data_offsets"][1] for tensor in tensors.values())
-        entry = {
-            "file": path.name,
-            "samples": tensors["sample_offsets"]["shape"][0] - 1,
-            "tokens": tensors["input_ids"]["shape"][0],
-            "counted_tokens": about["counted_tokens"],
-            "made_with": about["made_with"],
-            "bytes": len(header) + end,
-            "checksum": xxhash.xxh3_128_hexdigest(header),
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a shard of hidden states ({error}): {CURE}") from None
-    check_size(path, entry)
-    return entry
-
-
-def _checksum(tensor: Tensor) -> str:
-    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def _header(path: Path) -> bytes:
-    """Read a safetensors header: its length, 8 bytes, and its JSON."""
-    try:
-        with open(path, "rb") as file:
-            size = file.read(8)
-            length = int.from_bytes(size, "little")
-            header = size + file.read(min(length, 1 << 28))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: run `fledge dump` again") from None
-    if len(header) != 8 + length:
-        raise ValueError(f"{path} is cut off or not a safetensors file: {CURE}")
-    return header
-
-
-def check_size(path: Path, entry: dict[str, Any]) -> None:
-    """Refuse a shard that is missing or has not the size of its entry."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run `fledge dump` again")
-    if (size := path.stat().st_size) != entry["bytes"]:
-        raise ValueError(f"{path} has {size} bytes and should have {entry['bytes']}: {CURE}")
-
-
-class MappedShard:
-    """One file of a store, mapped; its header is compared with the manifest.
-
-    Attributes:
-        tensors: views of the file, read as they are used; float8 as bytes, which every operation takes.
-    """
-
-    def __init__(self, path: Path, entry: dict[str, Any]) -> None:
-        self._path = path
-        check_size(path, entry)
-        if xxhash.xxh3_128_hexdigest(_header(path)) != entry["checksum"]:
-            raise self._altered("the header")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()[_ABOUT])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}): {CURE}") from None
-        self.tensors = {name: t.view(torch.uint8) if t.dtype == FLOAT8 else t for name, t in tensors.items()}
-        self._checksums = about["checksums"]
-        self.image_records = {int(number): ImageRecord(**record) for number, record in about["image_records"].items()}
-
-    @property
-    def ids(self) -> list[str]:
-        """Read the ids of its samples, of which a store has its own list."""
-        return list(json.loads(json.loads(_header(self._path)[8:])["__metadata__"][_ABOUT])["sample_ids"])
-
-    def verify(self) -> None:
-        """Compare the checksum of every tensor."""
-        for name, tensor in self.tensors.items():
-            if _checksum(tensor) != self._checksums[name]:
-                raise self._altered(name)
-
-    def _altered(self, what: str) -> ValueError:
-        return ValueError(f"{self._path}: {what} does not have its checksum, the file was altered: {CURE}")
-
-    def not_finite(self) -> list[int]:
-        """Return the samples whose states are not finite, without decoding: a float8 state's scale tells it."""
-        found: set[int] = set()
-        for name, scale in (AUX_STATES, LAST_STATES):
-            values, borders = self.tensors.get(scale, self.tensors[name]), self.tensors[_offsets_of(self.tensors, name)]
-            found |= {n for n, (a, b) in enumerate(pairwise(borders.tolist())) if not _is_finite(values[a:b])}
-        return sorted(found)
-
-    def states(self, number: int, place: slice) -> dict[str, Any]:
-        """Return the states of a sample; last states that are not kept are zeros."""
-        stored = {name: self.tensors[name] for name in STATES if name in self.tensors}
-        if "last_offsets" not in self.tensors:
-            return {name: states[place] for name, states in stored.items()}
-        found: dict[str, Any] = {name: stored[name][place] for name in AUX_STATES if name in stored}
-        is_target = target_positions(self.tensors["loss_mask"][place])
-        for name in (name for name in LAST_STATES if name in stored):
-            found[name] = stored[name].new_zeros(len(is_target), stored[name].shape[1])
-            found[name][is_target] = stored[name][slice(*_rows(self.tensors, name, number))]
-        return found
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

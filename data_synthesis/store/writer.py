@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...conf.runtime.signals import Stopped, deferred
-from .shard import Shard, part_name, shard_name, write_shard
+from .mapped_shard import part_name, shard_name
+from .shard import Shard, write_shard
 
 
 class BackgroundWriter:

@@ -26,8 +26,10 @@ from ...conf.runtime.signals import deferred, end_with_parent
 from ...conf.schema import Config
 from ..conversations import FILE, ConversationIndex, ConversationRef
 from ..heldout import is_heldout, sequence_id
-from ..store.shard import TOKENS, ImageRecord, MappedShard, Sample, Shard, write_shard
-from ..store.store import COUNTS_FILE, is_intact, left_out, save_tensors, sidecar_checksums, totals, write_index
+from ..store.index import COUNTS_FILE, is_intact, left_out, sidecar_checksums, totals
+from ..store.mapped_shard import TOKENS, ImageRecord, MappedShard
+from ..store.shard import Sample, Shard, write_shard
+from ..store.store import save_tensors, write_index
 from .chat_template import NoExactSpanError, Sequence
 from .images import UnreadableImagesError
 from .sequences import SequenceReader, UnknownTokenError, answers_within, leading_answers, num_whole_answers

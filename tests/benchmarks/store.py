@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from benchmark_options import parse_options
 from fledge.conf.runtime.artifact import Artifact
+from fledge.data_synthesis.store.index import sidecar_checksums
 from fledge.data_synthesis.store.shard import Sample, Shard, shard_entry
 from fledge.data_synthesis.store.state_format import StateFormat
-from fledge.data_synthesis.store.store import HiddenStateStore, sidecar_checksums, write_index
+from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.data_synthesis.store.writer import BackgroundWriter
 from fledge.train.data.packing import pack
 from fledge.train.data.training_data import Batches

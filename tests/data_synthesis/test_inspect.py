@@ -14,8 +14,9 @@ from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, 
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.inspect_store import inspect_store
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
+from fledge.data_synthesis.store.index import StoreIndex, sidecar_checksums
 from fledge.data_synthesis.store.shard import Shard, write_shard
-from fledge.data_synthesis.store.store import HiddenStateStore, sidecar_checksums, write_index
+from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.models.verifier.model import load_tokenizer
 
 
@@ -125,8 +126,8 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
     monkeypatch.setattr("fledge.data_synthesis.inspect_store._SCANNED", 1)
     assert inspected(config, capsys)["finite"].startswith("0 samples are not, of those with 5 tokens")
     read = []
-    getitem = HiddenStateStore.__getitem__
-    monkeypatch.setattr(HiddenStateStore, "__getitem__", lambda self, n: (read.append(n), getitem(self, n))[1])
+    place = StoreIndex.place
+    monkeypatch.setattr(StoreIndex, "place", lambda self, n: (read.append(n), place(self, n))[1])
     with pytest.raises(SystemExit):
         inspected(config, capsys, verify=True)
     out = capsys.readouterr().out

@@ -18,8 +18,9 @@ from fledge.conf.runtime.artifact import artifact, read_manifest
 from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig, validate
 from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.heldout import is_heldout
+from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
-from fledge.data_synthesis.store.store import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums, write_index
+from fledge.data_synthesis.store.store import write_index
 from fledge.models.formats.plain import checkpoint_steps
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary

@@ -19,7 +19,8 @@ from commands import popen, script_result
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import Place, find_place, first_host, own_gpus
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis.store.store import sidecar_checksums, write_index
+from fledge.data_synthesis.store.index import sidecar_checksums
+from fledge.data_synthesis.store.store import write_index
 from fledge.models.formats.plain import checkpoint_steps
 from fledge.models.verifier.model import _placement
 from fledge.train.metrics.tracking import read_metrics

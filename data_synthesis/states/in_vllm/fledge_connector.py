@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
 
-
 # The event of a copy that is complete when it returns: nothing is left to wait for.
 _DONE = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
 
