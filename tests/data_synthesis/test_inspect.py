@@ -12,10 +12,12 @@ from commands import run_command
 from fledge.conf.cli import overrides_of
 from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.inspect_store import inspect_store
+from fledge.data_synthesis.inspect_store import _decoded, inspect_store
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
 from fledge.data_synthesis.store.index import StoreIndex, sidecar_checksums
-from fledge.data_synthesis.store.shard import Shard, write_shard
+from fledge.data_synthesis.store.mapped_shard import MappedShard
+from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
+from fledge.data_synthesis.store.state_format import FLOAT8, decode
 from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.models.verifier.model import load_tokenizer
 
@@ -163,6 +165,25 @@ def test_a_store_of_tokens_has_no_states_to_show(config, capsys):
     facts = inspected(config, capsys, store=str(config.hidden_states_folder / "tokens"), verify=True)
     assert facts["states"] == "none: tokens for online training"
     assert facts["checksums"] == "all right"
+
+
+def test_a_store_is_shown_without_torch_which_takes_longer_to_import_than_all_else(config):
+    script = (
+        "import sys; from fledge.conf.cli import main; main(['inspect', sys.argv[1]]); print('torch' in sys.modules)"
+    )
+    done = run_command([sys.executable, "-c", script, "inspect", str(config.hidden_states_folder)])
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "False"), done.stderr
+    assert "⟦" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FLOAT8])
+def test_states_are_decoded_without_torch_as_with_it(tmp_path, dtype):
+    values = torch.randn(32, 32) if dtype is not FLOAT8 else torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    states, scale = values.to(dtype).reshape(8, -1), torch.rand(8, 4) if dtype is FLOAT8 else None
+    sample = Sample("a", torch.arange(8), torch.ones(8), states, states, scale, scale)
+    shard = MappedShard(tmp_path / "shard-00000.safetensors", write_shard(tmp_path, 0, Shard.of([sample])))
+    decoded = torch.from_numpy(_decoded(shard, "aux_hidden_states", "aux_scale", 0))
+    torch.testing.assert_close(decoded, decode(states, scale, torch.float32), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_folder_and_the_flag_are_written_as_other_commands_write_them():
