@@ -62,11 +62,11 @@ def dump(config: Config) -> None:
     elif found := _store_with_states(folder, of_tokens):
         with artifact(folder, "hidden_states", found, wait=True) as target:
             print(f"hidden states: {target.folder} is complete, and holds the states too")
-            _write_vocabulary(config, target, always)
+            _write_vocabulary(config, target, always, folder)
     else:
         with artifact(folder, "hidden_states", tokens_only, config.overwrite, wait=True) as target:
             write_tokens(config, target)
-            _write_vocabulary(config, target, always)
+            _write_vocabulary(config, target, always, folder)
             _print_counts(config, target)
 
 
@@ -90,7 +90,7 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
     with artifact(folder, "hidden_states", settings, config.overwrite, wait=True) as target:
         if target.complete and is_intact(folder, target.manifest["shards"]):
             print(f"hidden states: {folder} is complete")
-            _write_vocabulary(config, target, always)
+            _write_vocabulary(config, target, always, folder)
             return
         target.save(complete=False, verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
     with artifact(folder / TOKENS_FOLDER, "hidden_states", of_tokens, overwrite=True, wait=True) as tokens:
@@ -126,14 +126,14 @@ def _complete(config: Config, target: Artifact, plan: HiddenStateStore, always: 
     write_index(folder, shards)
     counts = {**plan.manifest["counts"], **totals(shards), "samples_with_images": sum(map(bool, plan.num_images))}
     about = {"counts": counts, "image_positions": "embedding of the placeholder token"}
+    _write_vocabulary(config, plan, always, folder)
     target.finish(shards=shards, files=sidecar_checksums(folder), **about)
-    _write_vocabulary(config, target, always)
     _print_counts(config, target)
 
 
-def _write_vocabulary(config: Config, target: Artifact, always: list[int]) -> None:
-    counts = load_sidecar(target.folder, target.manifest, COUNTS_FILE)["token_counts"]
-    write_vocabulary(target.folder, counts, config.draft.vocab_size, always)
+def _write_vocabulary(config: Config, counted: Artifact | HiddenStateStore, always: list[int], folder: Path) -> None:
+    counts = load_sidecar(counted.folder, counted.manifest, COUNTS_FILE)["token_counts"]
+    write_vocabulary(folder, counts, config.draft.vocab_size, always)
 
 
 def _print_counts(config: Config, target: Artifact) -> None:

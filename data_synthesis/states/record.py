@@ -32,9 +32,10 @@ from ..store.store import HiddenStateStore
 from ..store.writer import BackgroundWriter
 from ..tokens.image_tokens import ImageReader
 from ..tokens.images import conversation_images
-from .transformers_engine import Engine, TransformersEngine, check_first, refuse_unlike
+from .transformers_engine import TransformersEngine, check_first, refuse_unlike
 from .vllm_engine import VllmEngine, check_readable
 
+Engine = TransformersEngine | VllmEngine
 _ESTIMATES = 2  # the first warms up
 _NAMED = 8  # samples with states that are not finite; the rest are counted
 

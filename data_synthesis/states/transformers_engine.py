@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,32 +24,23 @@ def never() -> bool:
     return False
 
 
-class Engine(Protocol):
-    """Whatever runs the verifier over samples."""
-
-    unlike: list[Tensor]  # whether each batch read gives other logits than training will (bool [], on its device)
-
-    def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
-
-        `stop` is called before every batch, when all samples of those before have been taken.
-        """
-        ...
-
-    def close(self) -> None:
-        """End what was started for it."""
-        ...
-
-
 class TransformersEngine:
-    """The verifier in this process; `images` reads those of samples."""
+    """The verifier in this process; `images` reads those of samples.
+
+    Attributes:
+        unlike: whether each batch read gives other logits than training will (bool [], on its device).
+    """
 
     def __init__(self, verifier: Verifier, batch_tokens: int, images: ImageReader | None = None) -> None:
         self._verifier, self._batch_tokens, self._images = verifier, batch_tokens, images
         self.unlike: list[Tensor] = []
 
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Read samples of similar length together, and each that has images alone."""
+        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
+
+        Samples of similar length are read together, and each that has images alone. `stop` is called before every
+        batch, when all samples of those before have been taken.
+        """
         numbers = [number for number, sample in enumerate(samples) if not sample.images]
         documents = [samples[number].input_ids for number in numbers]
         unlike = self.unlike = []

@@ -90,7 +90,7 @@ class VllmEngine:
             raise ValueError(f"dump.vllm_python must be the Python of an environment with vLLM, {problem}") from None
 
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield what `Engine.read` does, as vLLM gets it done."""
+        """Yield what TransformersEngine.read does, as vLLM gets it done."""
         waiting, flying, tokens, checks = deque(range(len(samples))), dict[int, int](), 0, _CHECKS
         while (waiting or flying) and not stop():
             while waiting and tokens + len(samples[waiting[0]].input_ids) <= self._max_tokens:
