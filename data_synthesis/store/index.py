@@ -52,7 +52,7 @@ def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def left_out(counts: dict[str, int], max_length: int) -> str:
-    """Say what of the conversations is not in the store, and why."""
+    """Return what of the conversations is not in the store, and why."""
     unknown, images = counts.get("unknown_tokens"), counts["images"]
     others = f", {unknown} conversations with tokens that the verifier has no embedding of" if unknown else ""
     others += f", {images} conversations whose images cannot be read" if images else ""

@@ -76,7 +76,7 @@ class HiddenStateStore(StoreIndex):
         return replace(sample, **_states(tensors, number, mask)) if self.with_states else sample
 
 
-def _states(tensors: dict[str, Tensor], number: int, loss_mask: Tensor) -> dict[str, Tensor]:
+def _states(tensors: dict[str, Tensor], number: int, loss_mask: Tensor) -> dict[str, Any]:
     """Return the states of a shard's sample; last states that are not kept are zeros."""
     names = [name for name in STATES if name in tensors]
     found = {name: tensors[name][slice(*rows_of(tensors, name, number))] for name in names}

@@ -166,7 +166,7 @@ def _open_samples(folder: Path, part: dict[str, Any]) -> list[Sample]:
     lengths = shard.tensors["sample_offsets"].diff().tolist()
     tokens = zip(*(shard.tensors[name].split(lengths) for name in TOKENS), strict=True)
     of_each = zip(shard.ids, tokens, map(shard.image_records.get, range(len(lengths))), strict=True)
-    return [Sample(name, *tensors, image_record=record) for name, tensors, record in of_each]
+    return [Sample(name, ids, loss_mask, image_record=record) for name, (ids, loss_mask), record in of_each]
 
 
 @contextmanager
