@@ -7,7 +7,8 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from ...conf.schema import Config, DumpEngine, LastStates
 from ...models.verifier.model import Verifier
 from ..heldout import conversation_id
 from ..store.host_copies import Tensors, on_host
-from ..store.shard import Sample, Shard, open_part, part_name, shard_name
+from ..store.mapped_shard import part_name, shard_name
+from ..store.shard import Sample, Shard, open_part
 from ..store.state_format import TOKEN_BYTES, StateFormat
 from ..store.store import HiddenStateStore
 from ..store.writer import BackgroundWriter
 from ..tokens.image_tokens import ImageReader
 from ..tokens.images import conversation_images
-from .transformers_engine import Engine, TransformersEngine, check_first, refuse_unlike
+from .transformers_engine import TransformersEngine, check_first, refuse_unlike
 from .vllm_engine import VllmEngine, check_readable
 
+Engine = TransformersEngine | VllmEngine
 _ESTIMATES = 2  # the first warms up
 _NAMED = 8  # samples with states that are not finite; the rest are counted
 
@@ -41,11 +44,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     """Record those of this writer's shards that are missing into the store of `config`.
 
     Writers are tasks of a job array (`dump.writer`), and in each of them the ranks of its launcher, unless these hold
-    one verifier together: then the first writes.
-
-    Args:
-        settings: of the store.
-        plan: the store of tokens, which has the same shards.
+    one verifier together: then the first writes. The plan is the store of tokens, which has the same shards.
     """
     options, folder, place = config.dump, config.hidden_states_folder, read_rank_info(os.environ)
     together = config.verifier.tensor_parallel
@@ -54,21 +53,22 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
     if missing:
         _announce_size(settings, plan, missing, folder)
     mine = [number for number in missing if number % num_writers == writer]
-    if not mine:  # of ranks together, all find so: nobody else writes these
+    if not mine:  # ranks together all find so, and nobody else writes these
         return
-    stop = _Stop(together)
-    if together and place.rank:
-        with _engine(config, settings, place, plan) as engine, stop.heard():
-            _read_along(config, plan, mine, engine, digest(settings), stop)
-    else:
-        with _scratch(folder, writer) as scratch, _engine(config, settings, place, plan) as engine, stop.heard():
-            _record(config, settings, plan, mine, engine, scratch, stop)
+    stop, writes = _Stop(together), not (together and place.rank)
+    scratch = _scratch(folder, writer) if writes else nullcontext(folder)
+    with scratch as unfinished, _engine(config, settings, place, plan) as engine, stop.heard():
+        recorder = _Recorder(config, settings, plan, mine, engine, stop)
+        if writes:
+            recorder.record(unfinished)
+        else:
+            recorder.read_along()
 
 
 class _Stop:
     """Whether to stop before a batch: ranks that hold one verifier together all hear a signal at the same one.
 
-    Alone, a signal ends the dump where it stands, once the shards it has are written.
+    If a rank is alone, a signal ends the dump where it stands, once the shards it has are written.
     """
 
     def __init__(self, together: bool) -> None:
@@ -96,71 +96,123 @@ class _Stop:
         return self.stopped
 
 
-def _read_along(
-    config: Config, plan: HiddenStateStore, mine: list[int], engine: Engine, made_with: str, stop: _Stop
-) -> None:
-    """Take a rank's part in what the first rank records."""
-    readings = _readings(config, plan, mine)
-    for batch in islice(readings, _ESTIMATES):
-        deque(engine.read(batch), maxlen=0)
-    for number, samples in zip(mine, readings, strict=True):
-        part = open_part(config.hidden_states_folder, number, made_with)
-        done = set(part.ids) if part else set()
-        deque(engine.read([sample for sample in samples if sample.id not in done], stop), maxlen=0)
-        if stop.stopped:
-            break
+@dataclass
+class _Recorder:
+    """Lets the verifier read the samples of this writer's shards, and records what it sees inside."""
 
+    config: Config
+    settings: dict[str, Any]
+    plan: HiddenStateStore
+    shards: list[int]  # this writer's, of those that are missing
+    engine: Engine
+    stop: _Stop
+    not_finite: list[str] = field(default_factory=list)  # samples
 
-def _readings(config: Config, plan: HiddenStateStore, shards: list[int]) -> Iterator[list[Sample]]:
-    """Give what a writer lets the verifier read: a batch `_ESTIMATES` times, which tells the time, then its shards."""
-    batch: list[Sample] = []
-    for sample in _samples(config, plan, shards[0]):
-        if batch and sum(len(other.input_ids) for other in [*batch, sample]) > config.dump.batch_tokens:
-            break
-        batch.append(sample)
-    yield from [batch] * _ESTIMATES
-    for number in shards:
-        yield _samples(config, plan, number)
+    def __post_init__(self) -> None:
+        self.folder, self.made_with = self.config.hidden_states_folder, digest(self.settings)
+        self.form, self.batch_tokens = state_format(self.settings), self.config.dump.batch_tokens
 
-
-def _record(
-    config: Config,
-    settings: dict[str, Any],
-    plan: HiddenStateStore,
-    mine: list[int],
-    engine: Engine,
-    scratch: Path,
-    stop: _Stop,
-) -> None:
-    """Record shards."""
-    readings = _readings(config, plan, mine)
-    num_tokens = sum(plan.entries[number]["tokens"] for number in mine)
-    _estimate_time(engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-    progress, suspects = Progress("dump", num_tokens, "token"), list[str]()
-    made_with, form = digest(settings), state_format(settings)
-    with BackgroundWriter(config.hidden_states_folder, scratch) as out:
-        for number, samples in zip(mine, readings, strict=True):
-            shard = Shard.of(samples, out.spare_buffers())
-            shard.made_with = made_with
-            with _kept(number, shard, out) as recorded:
-                if part := open_part(config.hidden_states_folder, number, made_with):
-                    recorded += shard.take(part)
-                    progress.update(len(part.tensors["input_ids"]))
-                    done = f"{len(recorded)} of {len(samples)} samples are already recorded"
-                    print(f"dump: resuming shard-{number:05d}: {done}", flush=True)
-                _record_shard(
-                    samples, shard, recorded, engine, form, config.dump.batch_tokens, stop, progress, suspects
-                )
-            if stop.stopped:
+    def read_along(self) -> None:
+        """Take a rank's part in what the first rank records."""
+        readings = self._readings()
+        for batch in islice(readings, _ESTIMATES):
+            deque(self.engine.read(batch), maxlen=0)
+        for number, samples in zip(self.shards, readings, strict=True):
+            part = open_part(self.folder, number, self.made_with)
+            done = set(part.ids) if part else set()
+            deque(self.engine.read([sample for sample in samples if sample.id not in done], self.stop), maxlen=0)
+            if self.stop.stopped:
                 break
-    progress.close()
-    if suspects:
-        print(f"dump: {len(suspects)} samples have states that are not finite; training skips the steps that meet them")
+
+    def record(self, scratch: Path) -> None:
+        """Record the shards; `scratch` takes unfinished files."""
+        readings = self._readings()
+        num_tokens = sum(self.plan.entries[number]["tokens"] for number in self.shards)
+        _estimate_time(self.engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
+        progress = Progress("dump", num_tokens, "token")
+        with BackgroundWriter(self.folder, scratch) as out:
+            for number, samples in zip(self.shards, readings, strict=True):
+                shard = Shard.of(samples, out.spare_buffers())
+                shard.made_with = self.made_with
+                with _saved(number, shard, out) as recorded:
+                    if part := open_part(self.folder, number, self.made_with):
+                        recorded += shard.take(part)
+                        progress.update(len(part.tensors["input_ids"]))
+                        done = f"{len(recorded)} of {len(samples)} samples are already recorded"
+                        print(f"dump: resuming shard-{number:05d}: {done}", flush=True)
+                    self._record_shard(samples, shard, recorded, progress)
+                if self.stop.stopped:
+                    break
+        progress.close()
+        if self.not_finite:
+            count = f"{len(self.not_finite)} samples have states that are not finite"
+            print(f"dump: {count}; training skips the steps that meet them")
+
+    def _readings(self) -> Iterator[list[Sample]]:
+        """Yield what the verifier reads: a batch `_ESTIMATES` times, which tells the time, then the shards."""
+        batch: list[Sample] = []
+        for sample in self._samples(self.shards[0]):
+            if batch and sum(len(other.input_ids) for other in [*batch, sample]) > self.batch_tokens:
+                break
+            batch.append(sample)
+        yield from [batch] * _ESTIMATES
+        yield from map(self._samples, self.shards)
+
+    def _samples(self, shard: int) -> list[Sample]:
+        """Return the samples of a shard, with the addresses of their images, which stand in their conversations."""
+        self.plan.map_shard(shard).verify()
+        samples = [self.plan[index] for index in self.plan.shard_samples(shard)]
+        for sample in samples:
+            if images := sample.image_record:
+                path = self.config.conversations_folder / images.file
+                record = read_line(path, images.offset)
+                if record.get("id") != conversation_id(sample.id):
+                    raise ValueError(
+                        f"{path} was changed since it was tokenised, {sample.id} is not where it was: run "
+                        "`fledge synthesize` again, and dump with overwrite=true"
+                    )
+                sample.images = tuple(conversation_images(record["messages"])[: len(images.digests)])
+        return samples
+
+    def _record_shard(self, samples: list[Sample], shard: Shard, recorded: list[int], progress: Progress) -> None:
+        """Record the samples of a shard that are left, and add their numbers to `recorded` by whole batches.
+
+        What is left is then read in the batches in which it would have been, and has the same states to the bit.
+        """
+        begun, there = len(recorded), set(recorded)
+        left = [number for number in range(len(samples)) if number not in there]
+        computed, ends = list[int](), [0]  # in the order of reading; how many there were at the end of each batch
+        num_placed = 0  # of them; states of a GPU arrive later than they are computed
+
+        def note_whole_batches() -> None:
+            recorded[begun:] = computed[: max(end for end in ends if end <= num_placed)]
+
+        def next_batch() -> bool:
+            ends.append(len(computed))
+            note_whole_batches()
+            return self.stop()
+
+        def encoded() -> Iterator[tuple[int, Tensors]]:
+            for place, aux, last in self.engine.read([samples[number] for number in left], next_batch):
+                computed.append(left[place])
+                states = shard.encode(left[place], aux, last, self.form)
+                yield left[place], states | {"unlike": self.engine.unlike[-1][None]}
+
+        for number, states in on_host(encoded(), self.batch_tokens):
+            refuse_unlike([states["unlike"]])
+            if not shard.set_states(number, states, self.form):
+                self.not_finite.append(samples[number].id)
+                if len(self.not_finite) <= _NAMED:
+                    print(f"dump: {samples[number].id} has states that are not finite as {self.form.dtype}", flush=True)
+            num_placed += 1
+            note_whole_batches()
+            progress.update(len(samples[number].input_ids))
+        recorded[begun:] = computed
 
 
 @contextmanager
-def _kept(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int]]:
-    """Write a shard, or of one that is interrupted those samples that the body says are recorded."""
+def _saved(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int]]:
+    """Write a shard, or of one that is interrupted the samples whose numbers the body has put into what is yielded."""
     recorded: list[int] = []
     try:
         yield recorded
@@ -169,79 +221,14 @@ def _kept(number: int, shard: Shard, out: BackgroundWriter) -> Iterator[list[int
             if len(recorded) == len(shard.ids):
                 out.put(number, shard)
             elif recorded:
-                print(
-                    f"dump: {len(recorded)} of {len(shard.ids)} samples of {shard_name(number)} are recorded, and kept "
-                    f"in {part_name(number)}",
-                    flush=True,
-                )
+                done = f"{len(recorded)} of {len(shard.ids)} samples of {shard_name(number)}"
+                print(f"dump: {done} are recorded, and kept in {part_name(number)}", flush=True)
                 out.put(number, shard.part(recorded))
 
 
-def _record_shard(
-    samples: list[Sample],
-    shard: Shard,
-    recorded: list[int],
-    engine: Engine,
-    form: StateFormat,
-    batch_tokens: int,
-    stop: _Stop,
-    progress: Progress,
-    suspects: list[str],
-) -> None:
-    """Record the samples of a shard that are left, and add their numbers to `recorded` by whole batches.
-
-    What is left is then read in the batches in which it would have been, and has the same states to the bit.
-    """
-    begun, there = len(recorded), set(recorded)
-    left = [number for number in range(len(samples)) if number not in there]
-    computed, ends = list[int](), [0]  # in the order of reading; how many there were at the end of each batch
-    num_placed = 0  # of them; states of a GPU arrive later than they are computed
-
-    def note_whole_batches() -> None:
-        recorded[begun:] = computed[: max(end for end in ends if end <= num_placed)]
-
-    def next_batch() -> bool:
-        ends.append(len(computed))
-        note_whole_batches()
-        return stop()
-
-    def encoded() -> Iterator[tuple[int, Tensors]]:
-        for place, aux, last in engine.read([samples[number] for number in left], next_batch):
-            computed.append(left[place])
-            yield left[place], shard.encode(left[place], aux, last, form) | {"unlike": engine.unlike[-1][None]}
-
-    for number, states in on_host(encoded(), batch_tokens):
-        refuse_unlike([states["unlike"]])
-        if not shard.set_states(number, states, form):
-            suspects.append(samples[number].id)
-            if len(suspects) <= _NAMED:
-                print(f"dump: {suspects[-1]} has states that are not finite as {form.dtype}", flush=True)
-        num_placed += 1
-        note_whole_batches()
-        progress.update(len(samples[number].input_ids))
-    recorded[begun:] = computed
-
-
 def state_format(settings: dict[str, Any]) -> StateFormat:
-    """Give the format that the settings of a store name."""
+    """Return the format that the settings of a store name."""
     return StateFormat(getattr(torch, settings["state_dtype"]), settings["last_states"] == LastStates.counted.value)
-
-
-def _samples(config: Config, plan: HiddenStateStore, shard: int) -> list[Sample]:
-    """Give the samples of a shard, with the addresses of their images, which stand in their conversations."""
-    plan.map_shard(shard).verify()
-    samples = [plan[index] for index in plan.shard_samples(shard)]
-    for sample in samples:
-        if found := sample.image_record:
-            path = config.conversations_folder / found.file
-            record = read_line(path, found.offset)
-            if record.get("id") != conversation_id(sample.id):
-                raise ValueError(
-                    f"{path} was changed since it was tokenised, {sample.id} is not where it was: run "
-                    "`fledge synthesize` again, and dump with overwrite=true"
-                )
-            sample.images = tuple(conversation_images(record["messages"])[: len(found.digests)])
-    return samples
 
 
 def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: list[int], folder: Path) -> None:
@@ -263,7 +250,7 @@ def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: li
 
 @contextmanager
 def _engine(config: Config, settings: dict[str, Any], place: RankInfo, plan: HiddenStateStore) -> Iterator[Engine]:
-    """Give what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
+    """Start what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
     engine: Engine
     if config.dump.engine is DumpEngine.vllm:
         check_readable(config, plan.ids, plan.lengths, plan.num_images)
@@ -307,7 +294,7 @@ def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int
 
 @contextmanager
 def _scratch(folder: Path, writer: int) -> Iterator[Path]:
-    """Give this writer's folder of unfinished files, alone; what a kill has left in it is deleted."""
+    """Yield this writer's folder of unfinished files, alone; what a kill has left in it is deleted."""
     scratch = folder / f"writer-{writer:05d}"
     scratch.mkdir(exist_ok=True)
     cure = "wait for it, or give this one another number (dump.writer, of dump.num_writers)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,37 +20,15 @@ _CHECKED_TOKENS = 512  # of the first sample: the model's own hidden states and 
 
 
 def never() -> bool:
-    """Say that nothing is to be stopped."""
+    """Return that nothing is to be stopped."""
     return False
 
 
-class Engine(Protocol):
-    """Whatever runs the verifier over samples.
+class TransformersEngine:
+    """The verifier in this process; `images` reads those of samples.
 
     Attributes:
         unlike: whether each batch read gives other logits than training will (bool [], on its device).
-    """
-
-    unlike: list[Tensor]
-
-    def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
-
-        Args:
-            stop: asked before every batch, when all samples of those before have been taken.
-        """
-        ...
-
-    def close(self) -> None:
-        """End what was started for it."""
-        ...
-
-
-class TransformersEngine:
-    """The verifier in this process.
-
-    Args:
-        images: reads those of samples; None: no sample has any.
     """
 
     def __init__(self, verifier: Verifier, batch_tokens: int, images: ImageReader | None = None) -> None:
@@ -59,19 +36,22 @@ class TransformersEngine:
         self.unlike: list[Tensor] = []
 
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Read samples of similar length together, and each that has images alone."""
+        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] (final norm applied), in any order.
+
+        Samples of similar length are read together, and each that has images alone. `stop` is called before every
+        batch, when all samples of those before have been taken.
+        """
         numbers = [number for number, sample in enumerate(samples) if not sample.images]
         documents = [samples[number].input_ids for number in numbers]
         unlike = self.unlike = []
         read = read_documents(self._verifier, documents, self._batch_tokens, unlike, max_padding=0.125, stop=stop)
         for place, aux, last in read:
             yield numbers[place], aux, last
-        for number, sample in enumerate(samples):
-            if sample.images:
-                if stop():
-                    break
-                assert self._images is not None
-                yield number, *read_with_images(self._verifier, self._images, sample, unlike)
+        for number in (number for number, sample in enumerate(samples) if sample.images):
+            if stop():
+                break
+            assert self._images is not None
+            yield number, *_read_with_images(self._verifier, self._images, samples[number], unlike)
         refuse_unlike(unlike)
 
     def close(self) -> None:
@@ -87,18 +67,16 @@ def read_documents(
     max_padding: float = 0.5,
     stop: Callable[[], bool] = never,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each document's number, aux [T, A*H] and last hidden states [T, H], longest documents first.
+    """Yield the number, aux [T, A*H] and last hidden states [T, H] of documents (token ids [T]), longest first.
 
     Documents of similar length share a forward pass, padded on the right: causal attention keeps the padding out of
-    every state that is given.
+    every state that is returned.
 
     Args:
-        documents: token ids [T] of each.
         batch_tokens: tokens of one forward, padding included; a longer document is read alone.
-        unlike: is given another of `_unlike_logits` before each forward's documents; None: refused here, at the end.
+        unlike: gets another of `_unlike_logits` before each forward's documents; None: refused here, at the end.
         check: make sure that `lm_head` times the last state is the model's logits, with one wait for all.
-        max_padding: share of the longest's length that may be padding beside it.
-        stop: asked before every forward.
+        max_padding: share of the longest's length that may be padding.
     """
     found: list[Tensor] = [] if unlike is None else unlike
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
@@ -119,21 +97,13 @@ def read_documents(
         refuse_unlike(found)
 
 
-def read_with_images(
+def _read_with_images(
     verifier: Verifier, images: ImageReader, sample: Sample, unlike: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Give aux [T, A*H] and last hidden states [T, H] of a sample whose images the verifier reads with it.
-
-    Args:
-        unlike: is given another of `_unlike_logits`.
-
-    Raises:
-        ValueError: an image can no longer be read, or is not the one that the tokens were made with.
-    """
+    """Return aux [T, A*H] and last hidden states [T, H] of a sample, and append to `unlike`."""
     try:
-        record = sample.image_record
-        read = images.read(sample.images)
-        inputs = images.model_inputs(sample.input_ids, read, record.digests if record else None)
+        digests = sample.image_record.digests if sample.image_record else None
+        inputs = images.model_inputs(sample.input_ids, images.read(sample.images), digests)
     except UnreadableImagesError as error:
         raise ValueError(
             f"sample {sample.id}: {error}; give the images back as they were and run `fledge dump` again"
@@ -145,20 +115,17 @@ def read_with_images(
 
 
 def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, form: StateFormat) -> None:
-    """Check before a dump that what it will store is what training takes it for.
+    """Check on a sample's tokens (int32 [T]) that what a dump will store is what training takes it for.
 
     The states are the model's own, and its logits are the checkpoint's lm_head times the state as it is stored.
-
-    Args:
-        input_ids: int32 [T] of one sample.
     """
     tokens = input_ids[:_CHECKED_TOKENS].long()[None].to(verifier.device)
     check_capture(verifier, tokens)
     output = verifier.forward(tokens, logits_to_keep=1, use_cache=False)
     state = output.last_hidden_state[0, -1:].cpu()
     transform, lm_head = logit_transform(verifier.model.config.get_text_config()), VerifierWeights(config).lm_head()
-    own = state.float(), decode(*form.encode(state, 1), torch.float32)  # as it is, and as it is stored
-    exact, logits = (transform.apply_(given @ lm_head.float().T) for given in own)
+    both = state.float(), decode(*form.encode(state, 1), torch.float32)  # as it is, and as it is stored
+    exact, logits = (transform.apply_(last @ lm_head.float().T) for last in both)
     expected = output.logits[0].float().cpu()
     compared = exact if form.dtype == FLOAT8 else logits
     error = float((compared - expected).abs().amax() / expected.abs().amax())
@@ -176,8 +143,7 @@ def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, f
 def _unlike_logits(verifier: Verifier, last: Tensor, logits: Tensor) -> Tensor:
     """Return whether lm_head on the recorded state gives other logits than the model (bool [], on the state's device).
 
-    Training builds its targets so. It is the model's own module that is asked: its matrix may be quantised, or spread
-    over ranks.
+    Training builds its targets so. The model's own module multiplies: its matrix may be quantised or spread over ranks.
     """
     head = verifier.model.get_output_embeddings()
     again = logit_transform(verifier.model.config.get_text_config()).apply_(head(last).to(logits.device).float())
@@ -188,7 +154,7 @@ def _unlike_logits(verifier: Verifier, last: Tensor, logits: Tensor) -> Tensor:
 
 
 def refuse_unlike(unlike: list[Tensor]) -> None:
-    """Refuse the verifier if one of `_unlike_logits` says so."""
+    """Raise ValueError if one of `_unlike_logits` is true."""
     if unlike and torch.stack(unlike).any():
         raise ValueError(
             "the verifier's logits are not lm_head times its final normed state, nor that scaled or capped as "

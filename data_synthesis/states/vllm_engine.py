@@ -1,6 +1,6 @@
 """vLLM as the engine of a dump: its extraction of hidden states, in processes of the environment that has vLLM.
 
-The worker (in_vllm/worker.py) gets token ids and answers with the path of a file, in memory where there is room, that
+The worker (in_vllm/worker.py) gets token ids and answers with the path of a file, in memory if there is room, that
 holds the states of these tokens; it is read here and deleted at once. What is in flight is bounded.
 
 | fledge                  | vLLM                                                                     |
@@ -18,13 +18,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
@@ -39,18 +39,6 @@ from ..store.shard import Sample
 from .transformers_engine import never
 
 _WORKER = Path(__file__).parent / "in_vllm" / "worker.py"
-_OURS = (
-    "model",
-    "revision",
-    "tokenizer_revision",
-    "dtype",
-    "speculative_config",
-    "kv_transfer_config",
-    "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "logprobs_mode",
-    "disable_log_stats",
-)
 _BATCHES = 4  # of vLLM's, in flight at most
 _CHECKS = 4  # samples of every reading whose last state must give vLLM's own probabilities
 _MEMORY = Path("/dev/shm")
@@ -58,20 +46,13 @@ _SAME_SIGNAL_S = 1.0  # Slurm tells every process of a step: vLLM may end by a s
 
 
 class VllmEngine:
-    """The verifier in vLLM.
-
-    Args:
-        aux_layers: fledge's ids, ascending.
-
-    Raises:
-        ValueError: vLLM does not start, with what it said last.
-    """
+    """The verifier in vLLM; a ValueError says that it does not start or has ended, with its last errors."""
 
     def __init__(self, config: Config, aux_layers: list[int]) -> None:
-        text, weights = load_config(config.verifier), VerifierWeights(config.verifier)
+        text = load_config(config.verifier)
         self._dtype = getattr(torch, config.verifier.dtype.value)
-        self._norm, self._lm_head = load_final_norm(config.verifier), weights.lm_head().to(self._dtype)
-        self._transform = logit_transform(text)
+        self._norm, self._transform = load_final_norm(config.verifier), logit_transform(text)
+        self._lm_head = VerifierWeights(config.verifier).lm_head().to(self._dtype)
         self._ids = sorted({*(layer + 1 for layer in aux_layers), text.num_hidden_layers})  # vLLM takes each once
         self._aux = [self._ids.index(layer + 1) for layer in aux_layers]
         self._hidden_size = text.hidden_size
@@ -83,8 +64,8 @@ class VllmEngine:
         place = read_rank_info(os.environ)
         self._log = config.run_folder / f"vllm-{config.dump.writer * place.world + place.rank:05d}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        bytes_in_flight = self._max_tokens * len(self._ids) * text.hidden_size * self._dtype.itemsize
-        self._folder = _exchange_folder(config.hidden_states_folder, bytes_in_flight)
+        in_flight = self._max_tokens * len(self._ids) * text.hidden_size * self._dtype.itemsize
+        self._folder = _exchange_folder(config.hidden_states_folder, in_flight)
         try:
             self._process = self._start()
             self._send(options)
@@ -95,28 +76,21 @@ class VllmEngine:
             raise
         print(f"vLLM {version} reads for the dump", flush=True)
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> Popen[str]:
         command = [self._python, str(_WORKER), str(os.getpid()), str(self._folder)]
         environment = worker_environment(os.environ, torch.cuda.device_count())
         try:
+            # A new session: a terminal's interrupt goes to this process, which ends the other.
             with open(self._log, "w") as log:
-                return subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    env=environment,
-                    start_new_session=True,  # a terminal's interrupt goes to this process, which ends the other
+                return Popen(
+                    command, stdin=PIPE, stdout=PIPE, stderr=log, text=True, env=environment, start_new_session=True
                 )
         except OSError as error:
-            raise ValueError(
-                f"dump.vllm_python must be the Python of an environment with vLLM, got "
-                f"{self._python} ({error.strerror})"
-            ) from None
+            problem = f"got {self._python} ({error.strerror})"
+            raise ValueError(f"dump.vllm_python must be the Python of an environment with vLLM, {problem}") from None
 
     def read(self, samples: Sequence[Sample], stop: Callable[[], bool] = never) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield each sample's number, aux [T, A*H] and last hidden states [T, H] as vLLM gets them done."""
+        """Yield what TransformersEngine.read does, as vLLM gets it done."""
         waiting, flying, tokens, checks = deque(range(len(samples))), dict[int, int](), 0, _CHECKS
         while (waiting or flying) and not stop():
             while waiting and tokens + len(samples[waiting[0]].input_ids) <= self._max_tokens:
@@ -145,13 +119,10 @@ class VllmEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _convert(self, sample: Sample, states: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn vLLM's states [T, ids, H] of a sample into aux and last hidden states."""
+        """Return vLLM's states [T, ids, H] of a sample as aux and last hidden states."""
         expected = (len(sample.input_ids), len(self._ids), self._hidden_size)
-        if (
-            states.shape != expected
-            or states.dtype != self._dtype
-            or not torch.equal(token_ids, sample.input_ids.long())
-        ):
+        as_expected = states.shape == expected and states.dtype == self._dtype
+        if not as_expected or not torch.equal(token_ids, sample.input_ids.long()):
             raise ValueError(
                 f"dump.engine=vllm gave states of {tuple(states.shape)}, {states.dtype}, for {sample.id}, where its "
                 f"tokens have {expected}, {self._dtype}: set dump.engine=transformers, or install another vLLM"
@@ -187,20 +158,18 @@ class VllmEngine:
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            print(json.dumps(request), file=self._process.stdin, flush=True)
         except BrokenPipeError:
             raise self._death() from None
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
+        if not (line := self._process.stdout.readline()):
             raise self._death()
         answer: dict[str, Any] = json.loads(line)
         if "refused" in answer:
             raise ValueError(
-                f"dump.vllm_python must be the Python of an environment with vLLM (0.32 is known to work), got "
+                "dump.vllm_python must be the Python of an environment with vLLM (0.32 is known to work), got "
                 f"{self._python}: {answer['refused']}"
             )
         return answer
@@ -215,48 +184,43 @@ class VllmEngine:
 
 
 def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
-    """Give the options of vLLM's LLM.
+    """Return the options of vLLM's LLM for a text configuration and vLLM's ids of the states to record.
 
-    Args:
-        text: the verifier's text configuration.
-        ids: vLLM's, of the states to record.
-
-    Raises:
-        ValueError: `dump.vllm_options` has one of those that fledge sets.
+    Raises ValueError if `dump.vllm_options` has one of those that fledge sets.
     """
-    given = config.dump.vllm_options
-    if ours := [name for name in _OURS if name in given]:
-        raise ValueError(
-            f"dump.vllm_options must leave {', '.join(ours)} to fledge, which sets them by the verifier and for the "
-            "extraction of hidden states"
-        )
-    positions = getattr(text, "max_position_embeddings", None) or config.dump.max_length + 1
-    max_model_len = given.get("max_model_len", min(config.dump.max_length + 1, positions))
-    return {
-        "max_model_len": max_model_len,
-        "max_num_batched_tokens": max(config.dump.batch_tokens, max_model_len),
-        "language_model_only": True,
-        **given,
+    options = config.dump.vllm_options
+    extraction = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": ids}},
+    }
+    fixed = {
         "model": verifier_location(config.verifier),
         "revision": config.verifier.revision,
         "tokenizer_revision": config.verifier.revision,
         "dtype": config.verifier.dtype.value,
+        "speculative_config": extraction,
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
-        "speculative_config": {
-            "method": "extract_hidden_states",
-            "num_speculative_tokens": 1,
-            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": ids}},
-        },
     }
+    if taken := [name for name in (*fixed, "kv_transfer_config") if name in options]:  # the worker sets the last
+        raise ValueError(
+            f"dump.vllm_options must leave {', '.join(taken)} to fledge, which sets them by the verifier and for the "
+            "extraction of hidden states"
+        )
+    positions = getattr(text, "max_position_embeddings", None) or config.dump.max_length + 1
+    max_model_len = options.get("max_model_len", min(config.dump.max_length + 1, positions))
+    max_tokens = max(config.dump.batch_tokens, max_model_len)
+    sizes = {"max_model_len": max_model_len, "max_num_batched_tokens": max_tokens, "language_model_only": True}
+    return {**sizes, **options, **fixed}
 
 
 def check_readable(config: Config, ids: Sequence[str], lengths: Sequence[int], num_images: Sequence[int]) -> None:
     """Refuse samples that vLLM cannot read for a dump, before it starts: with images, or too long.
 
-    Where the longest sequence of a batch has no room for another token, vLLM records the states of none of them.
+    If the longest sequence of a batch has no room for another token, vLLM records the states of none of them.
     """
     max_model_len = llm_options(config, load_config(config.verifier), [])["max_model_len"]
     for name, length, images in zip(ids, lengths, num_images, strict=True):
@@ -273,7 +237,7 @@ def check_readable(config: Config, ids: Sequence[str], lengths: Sequence[int], n
 
 
 def worker_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:
-    """Give the environment of this rank's worker: its own GPUs, and nothing of the ranks, which are not vLLM's."""
+    """Return the environment of this rank's worker: its own GPUs, and nothing of the ranks, which are not vLLM's."""
     place = read_rank_info(environment)
     own = {name: value for name, value in environment.items() if name not in (*place.environment(), "LOCAL_SIZE")}
     if place.world > 1 and num_gpus:
@@ -283,18 +247,16 @@ def worker_environment(environment: Mapping[str, str], num_gpus: int) -> dict[st
 
 
 def last_words(log: str) -> str:
-    """Give the lines of a log that say why a program ended: the last errors, or else the last lines."""
-    lines = [
-        re.sub(r"^(\([^)]*\) )*((ERROR|WARNING|INFO) \S+ \S+ \[[^\]]*\] )?", "", line) for line in log.splitlines()
-    ]
-    lines = [line.strip() for line in lines if line.strip()]
+    """Return the lines of a log that say why a program ended: the last errors, or else the last lines."""
+    prefix = re.compile(r"^(\([^)]*\) )*((ERROR|WARNING|INFO) \S+ \S+ \[[^\]]*\] )?")
+    lines = [line for line in (prefix.sub("", line).strip() for line in log.splitlines()) if line]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return " / ".join(list(dict.fromkeys(errors or lines or ["nothing"]))[-3:])
 
 
-def _exchange_folder(beside: Path, num_bytes: int) -> Path:
-    """Make the folder of vLLM's files: in memory where it has room for several times as much, or beside the store."""
+def _exchange_folder(store: Path, num_bytes: int) -> Path:
+    """Make the folder of vLLM's files: in memory if that has room for several times as much, or next to the store."""
     in_memory = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 * num_bytes
     if not in_memory:
-        beside.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="fledge-vllm-", dir=_MEMORY if in_memory else beside))
+        store.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="fledge-vllm-", dir=_MEMORY if in_memory else store))

@@ -23,10 +23,8 @@ def on_host(computed: Iterable[tuple[int, Tensors]], num_rows: int) -> Iterator[
     From a GPU they are copied to pinned memory (which `to` takes if it does not block). There is one wait for
     `num_rows` rows or more, and only once as many again are queued behind them: the GPU never runs out of work.
     """
-    arriving: list[tuple[int, Tensors]] = []
-    queued: list[tuple[int, Tensors]] = []
-    arrived = device = None
-    rows = 0
+    arriving, queued = list[tuple[int, Tensors]](), list[tuple[int, Tensors]]()
+    arrived, device, rows = None, None, 0
     for number, tensors in computed:
         copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
         device = next(iter(tensors.values())).device

@@ -7,51 +7,45 @@
 | `sample_offsets`    | [S+1]    | int64                                                                       |
 | `aux_hidden_states` | [N, A*H] | the verifier's, layers ascending                                            |
 | `last_hidden_state` | [N, H]   | what the verifier's lm_head multiplies (final norm applied)                 |
-| `aux_scale`         | [N, A]   | float32, where states are float8 (state_format.py)                          |
+| `aux_scale`         | [N, A]   | float32, if states are float8 (state_format.py)                             |
 | `last_scale`        | [N, 1]   | float32, likewise                                                           |
-| `last_offsets`      | [S+1]    | int64, where the last states of target positions alone are kept: N is theirs |
+| `last_offsets`      | [S+1]    | int64, if the last states of target positions alone are kept: N is theirs    |
 
 A shard for online training has the first three only. `part-00003.safetensors` has the same form, and holds what a
 writer had of shard 3 when it was interrupted.
 
 The file's metadata hold, as one JSON object (of several, the order would be left to chance), the ids of its samples
 (`sample_ids`), where the conversations of those with images stand (`image_records`), and a checksum of every tensor
-(`checksums`, XXH3-128). The store's manifest has a checksum of each shard's header, which thereby covers the
-whole file.
+(`checksums`, XXH3-128). The store's manifest has a checksum of each shard's header, which so covers the whole file.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...conf.runtime.artifact import commit, sync
 from .host_copies import to_device
+from .mapped_shard import (
+    ABOUT,
+    LAST_STATES,
+    STATES,
+    ImageRecord,
+    MappedShard,
+    checksum,
+    offsets_of,
+    part_name,
+    rows_of,
+    shard_entry,
+    shard_name,
+)
 from .state_format import FLOAT8, StateFormat, decode, target_positions
-
-TOKENS = ("input_ids", "loss_mask")
-AUX_STATES, LAST_STATES = ("aux_hidden_states", "aux_scale"), ("last_hidden_state", "last_scale")
-STATES = (*AUX_STATES, *LAST_STATES)
-_ABOUT = "fledge"  # the one key of the file's metadata
-CURE = "delete the file and run `fledge dump` again"
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """Where the images of a sample are: the first of a conversation, by its place in the file."""
-
-    file: str  # in the folder of conversations
-    offset: int  # of its line, in bytes
-    digests: list[str]  # of the pixels of each
 
 
 @dataclass
@@ -66,10 +60,10 @@ class Sample:
     aux_scale: Tensor | None = None  # float32 [T, A], of float8
     last_scale: Tensor | None = None  # float32 [T, 1]
     image_record: ImageRecord | None = None
-    images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it, once they are wanted
+    images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it; a dump fills them in
 
     def decoded(self) -> Sample:
-        """Give the sample with float8 states as bfloat16, which holds each of their values; others as they are."""
+        """Return the sample with float8 states as bfloat16, which holds each of their values; others as they are."""
         if self.aux_scale is None or self.aux_hidden_states is None or self.last_hidden_state is None:
             return self
         aux = decode(self.aux_hidden_states, self.aux_scale, torch.bfloat16)
@@ -90,40 +84,32 @@ class Shard:
 
     @classmethod
     def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Shard:
-        """Lay samples end to end, all with states or all without.
+        """Lay samples end to end, all with states or all without, in buffers of a shard that is written, if any.
 
-        Args:
-            buffers: of a shard that is written; fresh memory costs as much as writing it does.
+        Fresh memory costs as much as writing it does.
         """
-        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
         tensors = {
             "input_ids": torch.cat([sample.input_ids for sample in samples]).to(torch.int32),
             "loss_mask": torch.cat([sample.loss_mask for sample in samples]).to(torch.uint8),
-            "sample_offsets": _offsets(lengths),
+            "sample_offsets": _offsets(torch.tensor([len(sample.input_ids) for sample in samples])),
         }
         for name in STATES:
-            states = [state for sample in samples if (state := getattr(sample, name)) is not None]
-            assert len(states) in (0, len(samples))
-            if states:
-                tensors[name] = torch.cat(states)
+            if getattr(samples[0], name) is not None:
+                tensors[name] = torch.cat([getattr(sample, name) for sample in samples])
         records = {number: sample.image_record for number, sample in enumerate(samples) if sample.image_record}
         return cls([sample.id for sample in samples], tensors, records, buffers or {})
 
     def encode(self, number: int, aux: Tensor, last: Tensor, form: StateFormat) -> dict[str, Tensor]:
-        """Return the states of a sample as they are stored, by name, on their device; with them the `bounds` of values.
-
-        Args:
-            aux, last: [T, A*H] and [T, H].
-        """
+        """Return aux [T, A*H] and last states [T, H] as they are stored, by name, and the `bounds` of their values."""
         if form.only_counted:
             start, end = self.tensors["sample_offsets"][number : number + 2].tolist()
-            kept = target_positions(self.tensors["loss_mask"][start:end]).nonzero().squeeze(1)
-            last = last.index_select(0, to_device(kept, last.device))
+            rows = target_positions(self.tensors["loss_mask"][start:end]).nonzero().squeeze(1)
+            last = last.index_select(0, to_device(rows, last.device))
         encoded = form.encode(aux, aux.shape[-1] // last.shape[-1]), form.encode(last, 1)
-        told = [states if scale is None else scale for states, scale in encoded]
-        bounds = torch.stack([bound for values in told if values.numel() for bound in torch.aminmax(values)])
-        found = zip((*STATES, "bounds"), (*encoded[0], *encoded[1], bounds), strict=True)
-        return {name: value for name, value in found if value is not None}
+        bounding = [states if scale is None else scale for states, scale in encoded]
+        bounds = torch.stack([bound for values in bounding if values.numel() for bound in torch.aminmax(values)])
+        named = zip((*STATES, "bounds"), (*encoded[0], *encoded[1], bounds), strict=True)
+        return {name: value for name, value in named if value is not None}
 
     def part(self, numbers: list[int]) -> Shard:
         """Copy samples that have their states, to go on with after an interruption."""
@@ -132,83 +118,50 @@ class Shard:
             if name.endswith("_offsets"):
                 tensors[name] = _offsets(tensor.diff()[numbers])
             else:
-                rows = torch.cat([torch.arange(*_rows(self.tensors, name, number)) for number in numbers])
+                rows = torch.cat([torch.arange(*rows_of(self.tensors, name, number)) for number in numbers])
                 tensors[name] = tensor.view(torch.uint8)[rows].view(FLOAT8) if tensor.dtype == FLOAT8 else tensor[rows]
         records = {new: self.image_records[old] for new, old in enumerate(numbers) if old in self.image_records}
         return Shard([self.ids[number] for number in numbers], tensors, records, {}, self.made_with, True)
 
     def take(self, part: MappedShard) -> list[int]:
-        """Put the states of a part in their places, and give the numbers of its samples."""
+        """Put the states of a part in their places, and return the numbers of its samples."""
         numbers = {name: number for number, name in enumerate(self.ids)}
         taken = [numbers[name] for name in part.ids]
         for name in (name for name in STATES if name in part.tensors):
             states = part.tensors[name]
             states = states.view(FLOAT8) if states.dtype == torch.uint8 else states
             for place, number in enumerate(taken):
-                theirs = states[slice(*_rows(part.tensors, name, place))]
+                theirs = states[slice(*rows_of(part.tensors, name, place))]
                 self._room(name, number, theirs, "last_offsets" in part.tensors)[:] = theirs
         return taken
 
     def set_states(self, number: int, encoded: dict[str, Tensor], form: StateFormat) -> bool:
-        """Put what `encode` gave, on the host, in its place, and say whether it is finite."""
+        """Put what `encode` returned, on the host, in its place, and return whether it is finite."""
         for name in (name for name in STATES if name in encoded):
             self._room(name, number, encoded[name], form.only_counted)[:] = encoded[name]
         return bool(encoded["bounds"].isfinite().all())
 
     def _room(self, name: str, number: int, like: Tensor, only_counted: bool) -> Tensor:
-        """Give the place of a sample's states; the first call makes those of all samples."""
+        """Return the place of a sample's states; the first call makes those of all samples."""
         if only_counted and name in LAST_STATES and "last_offsets" not in self.tensors:
-            self.tensors["last_offsets"] = self._last_offsets()
+            masks = self.tensors["loss_mask"].split(self.tensors["sample_offsets"].diff().tolist())
+            self.tensors["last_offsets"] = _offsets(torch.stack([target_positions(mask).sum() for mask in masks]))
         if name not in self.tensors:
-            rows = int(self.tensors[_offsets_of(self.tensors, name)][-1])
-            self.tensors[name] = self._memory(name, rows, like)
-        return self.tensors[name][slice(*_rows(self.tensors, name, number))]
-
-    def _memory(self, key: str, rows: int, like: Tensor) -> Tensor:
-        """Give room for a tensor of `rows`, in the buffer of its name where that is large enough."""
-        size = rows * like.shape[-1]
-        buffer = self.buffers.get(key)
-        if buffer is None or len(buffer) < size or buffer.dtype != like.dtype:
-            buffer = self.buffers[key] = torch.empty(size + size // 16, dtype=like.dtype)  # the next may be larger
-        return buffer[:size].view(rows, like.shape[-1])
-
-    def _last_offsets(self) -> Tensor:
-        lengths = self.tensors["sample_offsets"].diff().tolist()
-        return _offsets(torch.stack([target_positions(m).sum() for m in self.tensors["loss_mask"].split(lengths)]))
-
-
-def _offsets_of(tensors: dict[str, Tensor], name: str) -> str:
-    """Name the offsets of the samples in a tensor."""
-    return "last_offsets" if name in LAST_STATES and "last_offsets" in tensors else "sample_offsets"
-
-
-def _rows(tensors: dict[str, Tensor], name: str, number: int) -> list[int]:
-    """Give the first row of a sample in a tensor, and the first after it."""
-    rows: list[int] = tensors[_offsets_of(tensors, name)][number : number + 2].tolist()
-    return rows
+            rows, width = int(self.tensors[offsets_of(self.tensors, name)][-1]), like.shape[-1]
+            buffer = self.buffers.get(name)
+            if buffer is None or len(buffer) < rows * width or buffer.dtype != like.dtype:
+                size = rows * width + rows * width // 16  # the next shard may be larger
+                buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype)
+            self.tensors[name] = buffer[: rows * width].view(rows, width)
+        return self.tensors[name][slice(*rows_of(self.tensors, name, number))]
 
 
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Say so by the bounds, NaN or infinite where a value is; isfinite() would take thirty times as long on the CPU."""
-    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
-
-
-def shard_name(number: int) -> str:
-    """Give the file name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def part_name(number: int) -> str:
-    """Give the file name of what an interrupted writer had of a shard."""
-    return f"part-{number:05d}.safetensors"
-
-
 def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
-    """Open what an interrupted writer has left of a shard, if it has."""
+    """Read what an interrupted writer has left of a shard with these settings, if it has."""
     path = folder / part_name(number)
     if not path.is_file() or (entry := shard_entry(path))["made_with"] != made_with:
         return None
@@ -218,10 +171,9 @@ def open_part(folder: Path, number: int, made_with: str) -> MappedShard | None:
 
 
 def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = None) -> dict[str, Any]:
-    """Write a shard durably and give its entry for the manifest.
+    """Write a shard durably and return its entry for the manifest.
 
-    Args:
-        scratch: folder of the same file system for the unfinished file; None: `folder`.
+    `scratch`, of the same file system, takes the unfinished file.
     """
     path = folder / (part_name(number) if shard.is_part else shard_name(number))
     temporary = (scratch or folder) / f".{path.name}.tmp"
@@ -230,122 +182,13 @@ def write_shard(folder: Path, number: int, shard: Shard, scratch: Path | None = 
         "image_records": {number: vars(record) for number, record in shard.image_records.items()},
         "counted_tokens": int(shard.tensors["loss_mask"].sum()),
         "made_with": shard.made_with,
-        "checksums": {name: _checksum(tensor) for name, tensor in shard.tensors.items()},
+        "checksums": {name: checksum(_bytes(tensor)) for name, tensor in shard.tensors.items()},
     }
-    save_file(shard.tensors, temporary, {_ABOUT: json.dumps(about)})
+    save_file(shard.tensors, temporary, {ABOUT: json.dumps(about)})
     sync(temporary)
     commit(temporary, path)
     return shard_entry(path)
 
 
-def shard_entry(path: Path) -> dict[str, Any]:
-    """Read the entry of a shard for the manifest from its header.
-
-    Raises:
-        ValueError: it is no whole shard.
-    """
-    header = _header(path)
-    try:
-        tensors = json.loads(header[8:])
-        about = json.loads(tensors.pop("__metadata__")[_ABOUT])
-        end = max(tensor["data_offsets"][1] for tensor in tensors.values())
-        entry = {
-            "file": path.name,
-            "samples": tensors["sample_offsets"]["shape"][0] - 1,
-            "tokens": tensors["input_ids"]["shape"][0],
-            "counted_tokens": about["counted_tokens"],
-            "made_with": about["made_with"],
-            "bytes": len(header) + end,
-            "checksum": xxhash.xxh3_128_hexdigest(header),
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a shard of hidden states ({error}): {CURE}") from None
-    check_size(path, entry)
-    return entry
-
-
-def _checksum(tensor: Tensor) -> str:
-    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def _header(path: Path) -> bytes:
-    """Read a safetensors header: its length, 8 bytes, and its JSON."""
-    try:
-        with open(path, "rb") as file:
-            size = file.read(8)
-            length = int.from_bytes(size, "little")
-            header = size + file.read(min(length, 1 << 28))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: run `fledge dump` again") from None
-    if len(header) != 8 + length:
-        raise ValueError(f"{path} is cut off or not a safetensors file: {CURE}")
-    return header
-
-
-def check_size(path: Path, entry: dict[str, Any]) -> None:
-    """Refuse a shard that is missing or has not the size of its entry."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run `fledge dump` again")
-    if (size := path.stat().st_size) != entry["bytes"]:
-        raise ValueError(f"{path} has {size} bytes and should have {entry['bytes']}: {CURE}")
-
-
-class MappedShard:
-    """One file of a store, mapped; its header is compared with the manifest.
-
-    Attributes:
-        tensors: views of the file, nothing of which is read before it is used; float8 as bytes, which every operation
-            takes.
-    """
-
-    def __init__(self, path: Path, entry: dict[str, Any]) -> None:
-        self._path = path
-        check_size(path, entry)
-        if xxhash.xxh3_128_hexdigest(_header(path)) != entry["checksum"]:
-            raise self._altered("the header")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()[_ABOUT])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}): {CURE}") from None
-        self.tensors = {name: t.view(torch.uint8) if t.dtype == FLOAT8 else t for name, t in tensors.items()}
-        self._checksums = about["checksums"]
-        self.image_records = {int(number): ImageRecord(**record) for number, record in about["image_records"].items()}
-
-    @property
-    def ids(self) -> list[str]:
-        """Read the ids of its samples, of which a store has its own list."""
-        return list(json.loads(json.loads(_header(self._path)[8:])["__metadata__"][_ABOUT])["sample_ids"])
-
-    def verify(self) -> None:
-        """Compare the checksum of every tensor."""
-        for name, tensor in self.tensors.items():
-            if _checksum(tensor) != self._checksums[name]:
-                raise self._altered(name)
-
-    def _altered(self, what: str) -> ValueError:
-        return ValueError(f"{self._path}: {what} does not have its checksum, the file was altered: {CURE}")
-
-    def not_finite(self) -> list[int]:
-        """Give the samples whose states are not finite, without decoding: a float8 state's scale tells it."""
-        found: set[int] = set()
-        for name, scale, offsets in ((*AUX_STATES, "sample_offsets"), (*LAST_STATES, "last_offsets")):
-            told = self.tensors[scale if scale in self.tensors else name]
-            borders = self.tensors[offsets if offsets in self.tensors else "sample_offsets"].tolist()
-            found |= {n for n, (a, b) in enumerate(pairwise(borders)) if not _is_finite(told[a:b])}
-        return sorted(found)
-
-    def states(self, number: int, place: slice) -> dict[str, Any]:
-        """Give the states of a sample; last states that are not kept are zeros."""
-        found: dict[str, Any] = {name: self.tensors[name][place] for name in AUX_STATES if name in self.tensors}
-        stored = {name: self.tensors[name] for name in LAST_STATES if name in self.tensors}
-        if "last_offsets" not in self.tensors:
-            return found | {name: states[place] for name, states in stored.items()}
-        start, end = (int(offset) for offset in self.tensors["last_offsets"][number : number + 2])
-        kept = target_positions(self.tensors["loss_mask"][place])
-        for name, states in stored.items():
-            found[name] = states.new_zeros(len(kept), states.shape[1])
-            found[name][kept] = states[start:end]
-        return found
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

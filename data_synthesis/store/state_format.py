@@ -1,7 +1,7 @@
 """How hidden states are stored: their number format, and the positions whose last state is kept.
 
 float8: every token and layer has a scale s, a power of two, and the stored values times s are the states. So decoding
-is exact in every format, and a value is off by at most 2^-4 of itself, down to 2^-13 of the largest beside it.
+is exact in every format, and a value is off by at most 2^-4 of itself, down to 2^-13 of the largest next to it.
 
 `counted`: training asks for the verifier's distribution at the positions of an answer but its last (train/loss/rows.py:
 an answer at positions s ... e has the targets s ... e-1). With the prompt `u v` and the answer `A B <eot>`:
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-TOKEN_BYTES = 5  # of a token beside its states: its id and its place in the mask
+TOKEN_BYTES = 5  # of a token besides its states: its id and its place in the mask
 _LARGEST = 448.0  # of float8_e4m3fn
 
 
@@ -32,22 +32,20 @@ class StateFormat:
     only_counted: bool = False  # last states: of target positions alone
 
     def bytes_per_token(self, num_layers: int, hidden_size: int, target_share: float) -> float:
-        """Give the bytes that the states of a token take, scales included.
+        """Return the bytes that the states of a token take, scales included.
 
-        Args:
-            num_layers: aux layers, A.
-            target_share: of all positions, those whose last state is kept where `only_counted`.
+        `target_share` is that of positions whose last state is kept if `only_counted`.
         """
         state = hidden_size * self.dtype.itemsize + (4 if self.dtype == FLOAT8 else 0)
         return state * (num_layers + (target_share if self.only_counted else 1.0))
 
     def encode(self, states: Tensor, num_layers: int) -> tuple[Tensor, Tensor | None]:
-        """Give states [T, A*H] in this format, and the scales [T, A] of float8."""
+        """Return states [T, A*H] in this format, and the scales [T, A] of float8."""
         return encode_float8(states, num_layers) if self.dtype == FLOAT8 else (states.to(self.dtype), None)
 
 
 def encode_float8(states: Tensor, num_layers: int) -> tuple[Tensor, Tensor]:
-    """Give states [T, A*H] as float8_e4m3fn, and their scales, float32 [T, A]: NaN where a state is not finite."""
+    """Return states [T, A*H] as float8_e4m3fn, and their scales, float32 [T, A]: NaN if a state is not finite."""
     by_layer = states.float().unflatten(-1, (num_layers, -1))
     largest = by_layer.abs().amax(-1)
     mantissa, exponent = torch.frexp(largest / _LARGEST)  # 1/2 <= mantissa < 1: the least power of two not below
@@ -57,7 +55,7 @@ def encode_float8(states: Tensor, num_layers: int) -> tuple[Tensor, Tensor]:
 
 
 def decode(states: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Give stored states [T, A*H] in a number format, on their device."""
+    """Return stored states [T, A*H] in a number format, on their device."""
     if scale is None:
         return states.to(dtype)
     by_layer = states.view(FLOAT8).to(dtype).unflatten(-1, (scale.shape[-1], -1))
@@ -65,6 +63,6 @@ def decode(states: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def target_positions(loss_mask: Tensor) -> Tensor:
-    """Say of every position of a sample whether its last state can be a target (bool [T])."""
+    """Return of every position of a sample whether its last state can be a target (bool [T])."""
     produced = loss_mask.bool()
     return produced & torch.cat([produced[1:], produced.new_zeros(1)])

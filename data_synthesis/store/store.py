@@ -1,38 +1,30 @@
-"""The hidden-state store: a folder of a few large shards (shard.py), read by sample.
+"""The hidden-state store: a folder of a few large shards (shard.py) and their index (index.py), read by sample.
 
 A store for online training has shards without states, and `"states": false` in the settings of its manifest.
-
-What is needed to find a sample is in one file (`index.safetensors`): a store of thousands of shards opens at once. A
-shard's header is compared with the manifest when it is first used, the rest of it by `HiddenStateStore.verify`.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...conf.runtime.artifact import commit, read_manifest, sync
-from .shard import CURE, TOKENS, MappedShard, Sample, check_size
-
-VOCABULARY_FILE, COUNTS_FILE, INDEX_FILE = "vocab_map.safetensors", "token_counts.safetensors", "index.safetensors"
-TOKENS_FOLDER = "tokens"  # in a store with states: the store without, from which it is made
+from ...conf.runtime.artifact import commit, sync
+from .index import INDEX_FILE, StoreIndex, check_sidecar
+from .mapped_shard import AUX_STATES, LAST_STATES, STATES, TOKENS, MappedShard, offsets_of, rows_of
+from .shard import Sample
+from .state_format import target_positions
 
 
 def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Write what finds a sample in the shards of a store."""
-    ids: list[str] = []
-    lengths: list[Tensor] = []
-    num_images: list[int] = []
+    ids, lengths, num_images = list[str](), list[Tensor](), list[int]()
     for entry in entries:
         shard = MappedShard(folder / entry["file"], entry)
         ids += shard.ids
@@ -40,30 +32,13 @@ def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
         found = shard.image_records
         num_images += [len(found[number].digests) if number in found else 0 for number in range(entry["samples"])]
     names = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
-    path = folder / INDEX_FILE
     images = torch.tensor(num_images, dtype=torch.int32)
-    save_tensors({"lengths": torch.cat(lengths), "num_images": images, "sample_ids": names}, path)
+    save_tensors({"lengths": torch.cat(lengths), "num_images": images, "sample_ids": names}, folder / INDEX_FILE)
 
 
-def checksums_beside(folder: Path) -> dict[str, str]:
-    """Give the checksums that the manifest has of the files beside the shards."""
-    return {name: _file_checksum(folder / name) for name in (INDEX_FILE, COUNTS_FILE) if (folder / name).is_file()}
-
-
-def load_beside(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Read a file beside the shards.
-
-    Raises:
-        ValueError: it is missing, or was altered.
-    """
-    path = folder / name
-    try:
-        found = _file_checksum(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}): {CURE}") from None
-    if found != manifest["files"].get(name):
-        raise ValueError(f"{path} does not have the checksum of the manifest, it was altered: {CURE}")
-    return load_file(path)
+def load_sidecar(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Read a file next to the shards; raise ValueError if it is missing or was altered."""
+    return load_file(check_sidecar(folder, manifest, name))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -74,88 +49,46 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     commit(temporary, path)
 
 
-def _file_checksum(path: Path) -> str:
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+class HiddenStateStore(StoreIndex):
+    """A complete store, read by sample; samples are views of its shards.
 
-
-class HiddenStateStore:
-    """A complete store, read by sample; shards are mapped when they are first used, and samples are views of them.
-
-    Another process can be given one: a fork reads the same mappings, a pickled one maps for itself.
-
-    Args:
-        with_states: false gives samples without states, whether the shards hold them or not.
-
-    Raises:
-        ValueError: the store is missing or incomplete, has no states and is asked for them, or a file is missing,
-            truncated or altered (named).
+    Without `with_states`, samples have no states, whether the shards hold them or not.
     """
 
-    def __init__(self, folder: Path, with_states: bool = True) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder, "hidden_states")
-        self.with_states = with_states
-        if with_states and not self.manifest["settings"].get("states", True):
-            raise ValueError(
-                f"{folder} holds tokens without hidden states: train with train.hidden_states=online, or run "
-                "`fledge dump` with train.hidden_states=offline into another folder (dump.folder)"
-            )
-        self.entries: list[dict[str, Any]] = self.manifest["shards"]
-        self._shards: list[MappedShard | None] = [None] * len(self.entries)
-        for entry in self.entries:
-            check_size(folder / entry["file"], entry)
-        index = load_beside(folder, self.manifest, INDEX_FILE)
-        lengths = index["lengths"].numpy()
-        self.ids: list[str] = json.loads(index["sample_ids"].numpy().tobytes())
-        self.lengths: list[int] = lengths.tolist()
-        self.num_images: list[int] = index["num_images"].tolist()
-        counts = [entry["samples"] for entry in self.entries]
-        self._first_samples = list(itertools.accumulate(counts, initial=0))  # of each shard, and the end
-        ends = np.cumsum(lengths, dtype=np.int64)
-        firsts = np.concatenate([[0], ends])[self._first_samples[:-1]]
-        self._starts = ends - lengths - np.repeat(firsts, counts)  # first token of each sample, in its shard
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": [None] * len(self._shards)}
-
-    def verify(self, share: int = 0, shares: int = 1) -> None:
-        """Read every shard (or this share of them, among several readers) and compare all checksums."""
-        load_beside(self.folder, self.manifest, COUNTS_FILE)
-        for number in range(share, len(self._shards), shares):
-            self.map_shard(number).verify()
-
     def not_finite(self, number: int) -> list[str]:
-        """Read the states of a shard; give the ids of the samples in which some are not finite."""
-        return [self.ids[self._first_samples[number] + sample] for sample in self.map_shard(number).not_finite()]
-
-    def map_shard(self, number: int) -> MappedShard:
-        """Give a shard, mapped."""
-        shard = self._shards[number]
-        if shard is None:
-            entry = self.entries[number]
-            shard = self._shards[number] = MappedShard(self.folder / entry["file"], entry)
-        return shard
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _place(self, index: int) -> tuple[MappedShard, int, slice]:
-        """Give the shard of a sample, its number there and its tokens."""
-        number = bisect.bisect_right(self._first_samples, index) - 1
-        start = int(self._starts[index])
-        return self.map_shard(number), index - self._first_samples[number], slice(start, start + self.lengths[index])
+        """Return the ids of the samples of a shard with states that are not finite: a float8 state's scale tells it."""
+        tensors, found = self.map_shard(number).tensors, set[int]()
+        for name, scale in (AUX_STATES, LAST_STATES):
+            values, borders = tensors.get(scale, tensors[name]), tensors[offsets_of(tensors, name)]
+            found |= {n for n, (a, b) in enumerate(pairwise(borders.tolist())) if not _is_finite(values[a:b])}
+        return [self.ids[self.shard_samples(number)[sample]] for sample in sorted(found)]
 
     def loss_mask(self, index: int) -> Tensor:
-        """Give the loss mask of a sample (uint8 [T])."""
-        shard, _, place = self._place(index)
+        """Return the loss mask of a sample (uint8 [T])."""
+        shard, _, place = self.place(index)
         return shard.tensors["loss_mask"][place]
 
     def __getitem__(self, index: int) -> Sample:
-        shard, number, place = self._place(index)
-        ids, mask = (shard.tensors[name][place] for name in TOKENS)
+        shard, number, place = self.place(index)
+        tensors = shard.tensors
+        ids, mask = (tensors[name][place] for name in TOKENS)
         sample = Sample(self.ids[index], ids, mask, image_record=shard.image_records.get(number))
-        return replace(sample, **shard.states(number, place)) if self.with_states else sample
+        return replace(sample, **_states(tensors, number, mask)) if self.with_states else sample
 
-    def shard_samples(self, number: int) -> range:
-        """Give the samples of a shard."""
-        return range(self._first_samples[number], self._first_samples[number + 1])
+
+def _states(tensors: dict[str, Tensor], number: int, loss_mask: Tensor) -> dict[str, Any]:
+    """Return the states of a shard's sample; last states that are not kept are zeros."""
+    names = [name for name in STATES if name in tensors]
+    found = {name: tensors[name][slice(*rows_of(tensors, name, number))] for name in names}
+    if "last_offsets" in tensors:
+        is_target = target_positions(loss_mask)
+        for name in found.keys() & LAST_STATES:
+            rows = found[name]
+            found[name] = rows.new_zeros(len(is_target), rows.shape[1])
+            found[name][is_target] = rows
+    return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # By the bounds, NaN or infinite if a value is: isfinite() of all would take thirty times as long on the CPU.
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))

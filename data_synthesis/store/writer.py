@@ -11,18 +11,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...conf.runtime.signals import Stopped, deferred
-from .shard import Shard, part_name, shard_name, write_shard
+from .mapped_shard import part_name, shard_name
+from .shard import Shard, write_shard
 
 
 class BackgroundWriter:
     """Writes shards in the order they are put; one is written and one waits. A context: at its end all are written.
 
-    Args:
-        folder: of the store.
-        scratch: of the same file system, for unfinished files.
-
-    Raises:
-        ValueError: by `put` or at the end, a shard cannot be written; whatever else the thread met likewise.
+    `scratch`, of the same file system, takes unfinished files. What the thread met is raised by `put` or at the end,
+    as ValueError if a shard cannot be written.
     """
 
     def __init__(self, folder: Path, scratch: Path) -> None:
@@ -44,7 +41,7 @@ class BackgroundWriter:
             raise self._error
 
     def spare_buffers(self) -> dict[str, Tensor]:
-        """Give the buffers of a shard that is written, if there are any."""
+        """Return the buffers of a shard that is written, if there are any."""
         return {} if self._spare.empty() else self._spare.get()
 
     def put(self, number: int, shard: Shard) -> None:
@@ -54,18 +51,19 @@ class BackgroundWriter:
         self._waiting.put((number, shard))
 
     def _run(self) -> None:
-        while (given := self._waiting.get()) is not None:
+        while (item := self._waiting.get()) is not None:
+            number, shard = item
             if self._error is None:  # else nothing more is written, and nobody is kept waiting
                 try:
-                    write_shard(self._folder, *given, self._scratch)
-                    if not given[1].is_part:  # what an interrupted start had of it is done with
-                        (self._folder / part_name(given[0])).unlink(missing_ok=True)
-                        self._spare.put(given[1].buffers)
+                    write_shard(self._folder, number, shard, self._scratch)
+                    if not shard.is_part:  # what an interrupted start had of it is done with
+                        (self._folder / part_name(number)).unlink(missing_ok=True)
+                        self._spare.put(shard.buffers)
                 except (OSError, SafetensorError) as error:
                     self._error = ValueError(
-                        f"{self._folder / shard_name(given[0])} cannot be written ({error}): see to room and rights "
+                        f"{self._folder / shard_name(number)} cannot be written ({error}): see to room and rights "
                         "there, or set dump.folder to another disk; the same command goes on after the shards written"
                     )
                 except BaseException as error:  # raised where the shards come from, which would wait for ever
                     self._error = error
-            del given
+            del item, shard  # while the next one is waited for, its memory is free

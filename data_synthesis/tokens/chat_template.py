@@ -44,14 +44,14 @@ class Sequence:
     images: tuple[PlacedImage, ...] = ()  # in their order: the first of the conversation
 
     def as_json(self) -> dict[str, Any]:
-        """Give the form that records of conversations have."""
+        """Return the form that records of conversations have."""
         return {"token_ids": self.token_ids, "answers": [list(span) for span in self.answers]}
 
 
 def join_turns(turns: Iterable[Turn]) -> list[Sequence]:
-    """Lay the turns of a conversation into as few sequences as are exact.
+    """Return the turns of a conversation in as few sequences as are exact.
 
-    A sequence grows while the verifier read, before an answer, precisely the tokens so far and more. Where it read
+    A sequence grows while the verifier read, before an answer, precisely the tokens so far and more. If it read
     something else (a template that rewrites earlier turns, an answer that is tokenised otherwise when it is read back),
     a new one starts. With the turns `u | A <eot>` and `u A <eot> v | B <eot>`:
 
@@ -68,18 +68,17 @@ def join_turns(turns: Iterable[Turn]) -> list[Sequence]:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[int]:
-    """Give the tokens the verifier reads before it answers `messages`; its earlier reasoning it does not read."""
+    """Return the tokens the verifier reads before it answers `messages`; its earlier reasoning it does not read."""
     return list(apply_template(tokenizer, _without_reasoning(messages), add_generation_prompt=True, tokenize=True))
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str | None = None) -> str:
-    """Give what an answer says without special tokens and reasoning; its reasoning where it was cut within it.
+    """Return an answer, by its text if its tokens are not known, without special tokens and reasoning.
 
-    Args:
-        text: of the answer, where its tokens are not known.
+    If it was cut within its reasoning, that is returned.
     """
-    said, reasoning = split_answer(tokenizer, tokens, text if tokens is None else None)
-    return (reasoning or "") if said is None else said
+    content, reasoning = split_answer(tokenizer, tokens, text if tokens is None else None)
+    return (reasoning or "") if content is None else content
 
 
 def template_turns(
@@ -88,19 +87,15 @@ def template_turns(
     end_token_ids: abc.Collection[int],
     finish_reasons: abc.Sequence[str] = (),
 ) -> list[Turn]:
-    """Give the turns of a conversation whose tokens were not recorded.
+    """Return the turns of a conversation whose tokens were not recorded.
 
     An answer is what the rendering that ends with it adds to what the verifier read before it, up to its end-of-turn
-    token; what a template writes after that is not the verifier's. Where the rendering does not begin with what the
+    token; what a template writes after that is not the verifier's. If the rendering does not begin with what the
     verifier read (the generation prompt opens the reasoning, the rendering leaves it out), or no end of turn follows
-    (the next message writes it), the template's `{% generation %}` marks decide, and the prompt is what stands before
-    the mark.
+    (the next message writes it), the template's `{% generation %}` marks decide: the prompt is what precedes the mark.
 
-    Args:
-        finish_reasons: of the answers; one that was cut ("length") has no end-of-turn token.
-
-    Raises:
-        NoExactSpanError: what the verifier wrote cannot be told; names the answer and where the tokens part.
+    An answer that was cut (the finish reason "length") has no end-of-turn token. If what the verifier wrote cannot be
+    told, NoExactSpanError names the answer and where the tokens part.
     """
     turns: list[Turn] = []
     for place, message in enumerate(messages):
@@ -122,25 +117,28 @@ def _turn(
     end_token_ids: abc.Collection[int],
     cut: bool,
 ) -> Turn:
-    said = (message.get("reasoning_content") or "") + message["content"]
-    if not set(end_token_ids).isdisjoint(tokenizer.encode(said, add_special_tokens=False)):
+    written = (message.get("reasoning_content") or "") + message["content"]
+    if not set(end_token_ids).isdisjoint(tokenizer.encode(written, add_special_tokens=False)):
         raise NoExactSpanError("it holds the end-of-turn marker as text, which becomes a token")
     if cut and not message["content"]:
         raise NoExactSpanError("it was cut within its reasoning, which the template closes")
-    prompt = prompt_tokens(tokenizer, history)
-    answered = [*_without_reasoning(history), message]
+    prompt, answered = prompt_tokens(tokenizer, history), [*_without_reasoning(history), message]
     tokens = list(apply_template(tokenizer, answered, tokenize=True))
-    if tokens[: len(prompt)] != prompt:
-        problem = _parting(tokenizer, prompt, tokens)
-    else:
-        lost = _left_out(message, _rendered_answer(tokenizer, history, answered, end_token_ids))
-        if lost:
+    if tokens[: len(prompt)] == prompt:
+        # Compared as text, which no tokenizer has normalised.
+        text, before = render_text(tokenizer, answered), render_text(tokenizer, answered[:-1], True)
+        text = text[_num_common(before, text) :]
+        for marker in tokenizer.convert_ids_to_tokens(list(end_token_ids)):
+            text = text.partition(marker)[0]
+        if lost := _left_out(message, text):
             raise NoExactSpanError(f"the chat template leaves out or changes {lost[:40]!r}")
         answer = tokens[len(prompt) :]
         end = _first_end(answer, end_token_ids)
         if end < len(answer):
             return Turn(prompt, answer[: end if cut else end + 1])
         problem = f"the template writes none of the end-of-turn tokens {sorted(end_token_ids)} after it"
+    else:
+        problem = _parting(tokenizer, prompt, tokens)
     if _MARKS.search(tokenizer.get_chat_template()):
         return _marked_turn(tokenizer, answered, end_token_ids, cut)
     raise NoExactSpanError(problem)
@@ -149,14 +147,13 @@ def _turn(
 def _marked_turn(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], end_token_ids: abc.Collection[int], cut: bool
 ) -> Turn:
-    """Give the turn that the last mark of a conversation's rendering holds, with the end-of-turn token behind it.
+    """Return the turn that the last mark of a conversation's rendering holds, with the end-of-turn token behind it.
 
-    Where the next message writes that token (GLM), the conversation is rendered with one.
+    If the next message writes that token (GLM), the conversation is rendered with one.
     """
     text, marks = _marked_text(tokenizer, messages)
     first, last = (marks or [(0, 0)])[-1]
-    lost = _left_out(messages[-1], text[first:last])
-    if lost:
+    if lost := _left_out(messages[-1], text[first:last]):
         raise NoExactSpanError(f"the chat template's generation marks do not hold {lost[:40]!r}")
     if last == len(text):
         with suppress(NoExactSpanError):  # nothing may follow here
@@ -175,36 +172,19 @@ def _marked_turn(
 
 
 def _marked_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation; give its text, and where in it the template marks what the verifier wrote."""
+    """Render a conversation; return its text, and where in it the template marks what the verifier wrote."""
     render: Any = render_jinja_template  # it is annotated as giving a text
-    template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    options = {"chat_template": tokenizer.get_chat_template(), **tokenizer.special_tokens_map}
     with refusals():
-        (text,), (marks,) = render(
-            [fit_content(tokenizer, messages)], chat_template=template, return_assistant_tokens_mask=True, **tokens
-        )
+        (text,), (marks,) = render([fit_content(tokenizer, messages)], return_assistant_tokens_mask=True, **options)
     return text, marks
 
 
-def _rendered_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    history: abc.Sequence[Message],
-    answered: list[Message],
-    end_token_ids: abc.Collection[int],
-) -> str:
-    """Give what the rendering adds to the prompt, up to the end of turn: as text, which no tokenizer has normalised."""
-    prompt = render_text(tokenizer, _without_reasoning(history), add_generation_prompt=True)
-    text = render_text(tokenizer, answered)
-    text = text[_num_common(prompt, text) :]
-    for marker in tokenizer.convert_ids_to_tokens(list(end_token_ids)):
-        text = text.partition(marker)[0]
-    return text
-
-
 def _left_out(message: Message, text: str) -> str | None:
-    """Give what the verifier said and a text does not hold, reasoning first; space around either does not matter."""
+    """Return what the verifier wrote and a text does not hold, reasoning first; space around either does not matter."""
     place = 0
-    for said in (message.get("reasoning_content"), message["content"]):
-        part = (said or "").strip()
+    for written in (message.get("reasoning_content"), message["content"]):
+        part = (written or "").strip()
         place = text.find(part, place)
         if place < 0:
             return part
@@ -217,13 +197,12 @@ def _first_end(tokens: list[int], end_token_ids: abc.Collection[int]) -> int:
 
 
 def _num_common(one: abc.Sequence[Any], other: abc.Sequence[Any]) -> int:
-    """Give how many items two texts or lists begin with alike."""
+    """Return how many items two texts or lists begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _parting(tokenizer: PreTrainedTokenizerBase, read: list[int], rendered: list[int]) -> str:
-    """Say where what the verifier read and what a rendering makes of it part."""
     common = _num_common(read, rendered)
     near = slice(max(0, common - 2), common + 4)
     was, became = (str(tokenizer.decode(tokens[near])) for tokens in (read, rendered))
@@ -252,10 +231,10 @@ def _without_reasoning(messages: abc.Sequence[Message]) -> list[Message]:
 
 
 def check_messages(messages: Any) -> str | None:
-    """Say what is wrong with a finished conversation's messages, or None.
+    """Return what is wrong with a finished conversation's messages, or None.
 
     Required: an optional system message, then user and assistant in turn, ending with an answer; no empty one. A user's
-    content may be content parts; an answer may have `reasoning_content` beside, or instead where it was cut in it.
+    content may be content parts; an answer may have `reasoning_content` too, or alone if it was cut in it.
     """
     if not isinstance(messages, list) or not messages:
         return "messages must be a list that is not empty"
@@ -266,10 +245,8 @@ def check_messages(messages: Any) -> str | None:
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         shown = ", ".join(map(str, roles[:6])) + (", ..." if len(roles) > 6 else "")
         return f"roles must be user and assistant in turn, ending with the assistant's, got {shown}"
-    for number, message in enumerate(messages, 1):
-        if problem := _content_problem(message):
-            return f"message {number} ({message['role']}) {problem}"
-    return None
+    problems = ((number, message["role"], _content_problem(message)) for number, message in enumerate(messages, 1))
+    return next((f"message {number} ({role}) {problem}" for number, role, problem in problems if problem), None)
 
 
 def _content_problem(message: Message) -> str | None:
@@ -286,10 +263,10 @@ def _content_problem(message: Message) -> str | None:
 def _is_part(part: Any) -> bool:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return False
-    return isinstance(part.get("text"), str) if part["type"] == "text" else True
+    return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
 def has_images(messages: Iterable[Message]) -> bool:
-    """Say whether a message has content parts other than text."""
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    """Return whether a message has content parts other than text."""
+    contents = (message["content"] for message in messages if isinstance(message["content"], list))
     return any(part["type"] != "text" for content in contents for part in content)

@@ -1,4 +1,4 @@
-"""Images as the verifier reads them: placeholder tokens in its text, pixels beside it.
+"""Images as the verifier reads them: placeholder tokens in its text, pixels next to it.
 
 What the processor writes for an image stands in `input_ids`, so that the draft head is fed the embedding of these
 tokens at image positions, as vLLM feeds it; the verifier itself reads the pixels there.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from ...conf.schema import VerifierConfig
 from ...models.verifier.model import PER_TOKEN, load_whole_config, takes_images
@@ -43,7 +43,7 @@ class Images:
         return first + "".join(made + other for made, other in zip(self.texts, others, strict=False))
 
     def find(self, token_ids: list[int], number: int) -> list[tuple[int, int]] | None:
-        """Find the first `number` images in tokens, as spans [start, end); None: other images, or not just these."""
+        """Return the spans [start, end) of the first `number` images; None: other images, or not just these."""
         spans: list[tuple[int, int]] = []
         place = 0
         for tokens in self.tokens[:number]:
@@ -56,15 +56,14 @@ class Images:
         return spans if sum(token in self.marks for token in token_ids) == inside else None
 
     def place(self, sequence: Sequence, number: int) -> Sequence:
-        """Give a sequence with its images, the first `number`, placeholders expanded where they were not.
+        """Return a sequence with its images, the first `number`; placeholders that were not expanded are.
 
         With one image of the tokens `[ p p ]`:
 
             tokens     u  <image>  v | A <eot>        u  [  p  p  ]  v | A <eot>
             answers                   [3,   5)                          [6,   8)
 
-        Raises:
-            NoExactSpanError: its tokens are not those of these images, or an answer holds some of an image.
+        Raises NoExactSpanError if its tokens are not those of these images, or an answer holds some of an image.
         """
         spans = self.find(sequence.token_ids, number)
         if spans is None:
@@ -81,22 +80,22 @@ class Images:
         places = [place for place, token in enumerate(sequence.token_ids) if token == self.placeholder_id]
         if len(places) != number or any({tokens[0], tokens[-1]} - self.marks for tokens in self.tokens[:number]):
             return sequence
-        token_ids: list[int] = []
-        for start, place, tokens in zip([-1, *places], places, self.tokens, strict=False):
-            token_ids += sequence.token_ids[start + 1 : place] + tokens
-        token_ids += sequence.token_ids[places[-1] + 1 :] if places else sequence.token_ids
-        grown = [len(tokens) - 1 for tokens in self.tokens]
-
-        def moved(border: int) -> int:
-            return border + sum(grow for place, grow in zip(places, grown, strict=False) if place < border)
-
-        return Sequence(token_ids, [(moved(start), moved(end)) for start, end in sequence.answers])
+        made = dict(zip(places, self.tokens, strict=False))
+        pieces = [made.get(place, [token]) for place, token in enumerate(sequence.token_ids)]
+        borders = list(itertools.accumulate(map(len, pieces), initial=0))  # where each token begins now, and the end
+        token_ids = list(itertools.chain.from_iterable(pieces))
+        return Sequence(token_ids, [(borders[start], borders[end]) for start, end in sequence.answers])
 
 
-def _index(tokens: list[int], wanted: list[int], start: int) -> int:
-    """Give where a run of tokens begins, from `start` on; -1: nowhere."""
-    places = range(start, len(tokens) - len(wanted) + 1)
-    return next((i for i in places if tokens[i] == wanted[0] and tokens[i : i + len(wanted)] == wanted), -1)
+def _index(tokens: list[int], run: list[int], start: int) -> int:
+    """Return where a run of tokens begins, from `start` on; -1: nowhere."""
+    places = range(start, len(tokens) - len(run) + 1)
+    return next((i for i in places if tokens[i] == run[0] and tokens[i : i + len(run)] == run), -1)
+
+
+def _check_placeholders(text: str, placeholder: str, number: int) -> None:
+    if (found := text.count(placeholder)) != number:
+        raise NoExactSpanError(f"it is rendered with {found} of {placeholder} for {number} images")
 
 
 class ImageTokenizer:
@@ -116,69 +115,45 @@ class ImageTokenizer:
         """Render messages, which must write a placeholder for each of their images, as text or in tokens."""
         text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         parts = itertools.chain(*(m["content"] for m in messages if isinstance(m["content"], list)))
-        wanted = sum(part["type"] == "image" for part in parts)
-        found = text.count(self._images.placeholder)
-        if found != wanted:
-            raise NoExactSpanError(f"it is rendered with {found} of {self._images.placeholder} for {wanted} images")
+        _check_placeholders(text, self._images.placeholder, sum(part["type"] == "image" for part in parts))
         return self.encode(text) if tokenize else text
 
 
 class ImageReader:
     """Reads images as one verifier does, whose processor is loaded at the first.
 
-    Args:
-        max_images: of a conversation.
-        local: fetch images from hosts of this machine's network too (data.local_images).
+    A conversation may have `max_images`; `local` fetches from hosts of this machine's network too (data.local_images).
     """
 
     def __init__(self, config: VerifierConfig, max_images: int = 5, local: bool = False) -> None:
         self._config, self._max_images, self._local = config, max_images, local
 
     @cached_property
-    def _processor(self) -> ProcessorMixin | None:
+    def _processor(self) -> Any:
         return load_processor(self._config) if takes_images(load_whole_config(self._config)) else None
 
     def read(self, addresses: abc.Sequence[str], text: str | None = None) -> Images:
         """Load images and let the processor make of them what the verifier reads.
 
-        Args:
-            text: the rendered conversation that they are in, which is made sure to become the processor's own tokens.
+        `text` is the rendered conversation that they are in; it must become the processor's own tokens.
 
         Raises:
             UnreadableImagesError: the verifier takes no images or fewer, or one is missing or broken.
             ValueError: the verifier's processor is missing, or does not tell what it writes for an image.
         """
-        processor: Any = self._processor
+        processor = self._processor
         if processor is None:
             raise UnreadableImagesError("it has images, which the verifier does not take")
         if len(addresses) > self._max_images:
             raise UnreadableImagesError(f"it has {len(addresses)} images, more than dump.max_images={self._max_images}")
-        if text is None:
-            text = processor.image_token * len(addresses)
-        if text.count(processor.image_token) != len(addresses):
-            found = text.count(processor.image_token)
-            raise NoExactSpanError(
-                f"it is rendered with {found} of {processor.image_token} for {len(addresses)} images"
-            )
+        text = processor.image_token * len(addresses) if text is None else text
+        _check_placeholders(text, processor.image_token, len(addresses))
         loaded = load_images(addresses, self._local)
+        options = {"add_special_tokens": False, "return_tensors": "pt", "return_text_replacement_offsets": True}
         try:
-            made = dict(
-                processor(
-                    text=[text],
-                    images=loaded,
-                    add_special_tokens=False,
-                    return_tensors="pt",
-                    return_text_replacement_offsets=True,
-                )
-            )
+            made = dict(processor(text=[text], images=loaded, **options))
         except ValueError as error:
             raise UnreadableImagesError(f"the processor refuses its images: {error}") from None
-        digests = tuple(xxhash.xxh3_64_hexdigest(image.tobytes()) for image in loaded)
-        return self._images(tuple(addresses), digests, text, made)
-
-    def _images(self, addresses: tuple[str, ...], digests: tuple[str, ...], text: str, made: dict[str, Any]) -> Images:
-        processor: Any = self._processor
-        tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         (written,) = made.pop("text_replacement_offsets", None) or ((),)
         texts = [str(piece["replacement"]) for piece in written]
         if len(texts) != len(addresses):
@@ -186,39 +161,34 @@ class ImageReader:
                 f"verifier.path {self._config.path!r}: its {type(processor).__name__} does not tell what it writes "
                 "for an image, so conversations with images cannot be dumped"
             )
+        tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         tokens = [tokenizer.encode(piece.strip(), add_special_tokens=False) for piece in texts]
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         images = Images(
-            addresses,
-            digests,
-            processor.image_token,
-            processor.image_token_id,
-            texts,
-            tokens,
-            frozenset(token for run in tokens for token in run if token in special),
-            {name: value for name, value in made.items() if name not in ("input_ids", "attention_mask")},
+            addresses=tuple(addresses),
+            digests=tuple(xxhash.xxh3_64_hexdigest(image.tobytes()) for image in loaded),
+            placeholder=processor.image_token,
+            placeholder_id=processor.image_token_id,
+            texts=texts,
+            tokens=tokens,
+            marks=frozenset(itertools.chain(*tokens)) & special,
+            model_inputs={name: made[name] for name in made if name not in ("input_ids", "attention_mask")},
         )
-        expected = made["input_ids"][0].tolist()
-        if tokenizer.encode(images.expand_text(text), add_special_tokens=False) != expected:
+        if tokenizer.encode(images.expand_text(text), add_special_tokens=False) != made["input_ids"][0].tolist():
             raise NoExactSpanError("its processor writes other tokens than those of its text and images")
         return images
 
     def model_inputs(
         self, input_ids: Tensor, images: Images, digests: abc.Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Give what the model takes besides a sequence's tokens [T] (a batch of one): pixels, and what goes with them.
+        """Return what the model takes besides the tokens [T] of a sequence (a batch of one): pixels and their like.
 
-        Args:
-            digests: of the images that the tokens were made with, where they are known.
-
-        Raises:
-            UnreadableImagesError: an image is not the one that the tokens were made with.
+        Raises UnreadableImagesError if an image is not the one that the tokens were made with, by its digest if known.
         """
         token_ids = input_ids.tolist()
         exchanged = digests is not None and list(digests) != list(images.digests)
         if exchanged or images.find(token_ids, len(images.addresses)) is None:
             raise UnreadableImagesError("its images are not those that its tokens were made with")
-        inputs, processor = images.model_inputs, self._processor
-        assert processor is not None
-        kinds = {name: processor.create_mm_token_type_ids([token_ids]) for name in PER_TOKEN if name in inputs}
-        return {**inputs, **{name: torch.tensor(value) for name, value in kinds.items()}}
+        names = [name for name in PER_TOKEN if name in images.model_inputs]
+        kinds = {name: torch.tensor(self._processor.create_mm_token_type_ids([token_ids])) for name in names}
+        return images.model_inputs | kinds

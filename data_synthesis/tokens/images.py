@@ -20,22 +20,18 @@ class UnreadableImagesError(NoExactSpanError):
 
 
 def conversation_images(messages: abc.Iterable[Message]) -> list[str]:
-    """Give the addresses of a conversation's images, in their order."""
+    """Return the addresses of a conversation's images, in their order."""
     return [address for message in messages for address in images_of(message["content"])]
 
 
-def images_before_answers(messages: abc.Iterable[Message]) -> list[int]:
-    """Give how many images the verifier had been shown at each of its answers."""
-    shown, counts = 0, []
-    for message in messages:
-        shown += len(images_of(message["content"]))
-        if message["role"] == "assistant":
-            counts.append(shown)
-    return counts
+def images_before_answers(messages: abc.Sequence[Message]) -> list[int]:
+    """Return how many images the verifier had been shown at each of its answers."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return [len(conversation_images(messages[:place])) for place in answers]
 
 
 def template_messages(messages: abc.Iterable[Message]) -> list[Message]:
-    """Give messages as chat templates of models that take images want them: `{"type": "image"}` for each."""
+    """Return messages as chat templates of models that take images want them: `{"type": "image"}` for each."""
     return [message | {"content": _template_content(message["content"])} for message in messages]
 
 
@@ -50,11 +46,10 @@ def _template_content(content: Any) -> Any:
 
 
 def load_image(address: str, local: bool = False) -> Image.Image:
-    """Load an image as vLLM does: upright, and over white where it is transparent.
+    """Load an image as vLLM does: upright, and over white if it is transparent.
 
-    Args:
-        address: `http:`, `https:`, `data:` or `file:` URL, or a path, which is relative to the working directory.
-        local: from hosts of this machine's network too.
+    The address is a `http:`, `https:`, `data:` or `file:` URL, or a path relative to the working directory; `local`
+    takes hosts of this machine's network too.
     """
     content = read_address(address, local)
     try:
@@ -70,22 +65,14 @@ def load_image(address: str, local: bool = False) -> Image.Image:
 
 
 def load_images(addresses: abc.Sequence[str], local: bool = False) -> list[Image.Image]:
-    """Load the images of a conversation.
-
-    Args:
-        local: from hosts of this machine's network too.
-
-    Raises:
-        UnreadableImagesError: names the first that is missing or broken.
-    """
+    """Load the images of a conversation; UnreadableImagesError names the first that is missing or broken."""
     images = []
     for number, address in enumerate(addresses, 1):
         try:
             images.append(load_image(address, local))
         except Exception as error:  # what is broken breaks decoders in all their ways
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())
-            reason = reason.replace(repr(address), "it").replace(address, "it")
+            reason = " ".join(f"{kind}{error}".split()).replace(repr(address), "it").replace(address, "it")
             shown = address[:_SHOWN] + "..." * (len(address) > _SHOWN)
             raise UnreadableImagesError(f"image {number} ({shown}) cannot be read: {reason[:200]}") from None
     return images

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-Message = dict[str, Any]  # role and content: a text, or OpenAI content parts; an answer's reasoning_content beside
+Message = dict[str, Any]  # role and content: a text, or OpenAI content parts; an answer's reasoning_content too
 
 
 class NoExactSpanError(ValueError):
@@ -22,29 +22,19 @@ class NoExactSpanError(ValueError):
 def render_text(
     tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], add_generation_prompt: bool = False
 ) -> str:
-    """Write a conversation as the chat template does."""
-    return str(apply_template(tokenizer, messages, add_generation_prompt))
+    """Return a conversation as the chat template writes it."""
+    return str(apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt, tokenize=False))
 
 
-def apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: abc.Sequence[Message],
-    add_generation_prompt: bool = False,
-    tokenize: bool = False,
-) -> Any:
-    """Write a conversation, as text or as tokens."""
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message], **options: Any) -> Any:
+    """Return a conversation as text or, with `tokenize`, as tokens."""
     with refusals():
-        return tokenizer.apply_chat_template(
-            fit_content(tokenizer, messages),
-            tokenize=tokenize,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
-        )
+        return tokenizer.apply_chat_template(fit_content(tokenizer, messages), return_dict=False, **options)
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Raise NoExactSpanError where the chat template refuses a conversation, or content parts in place of a text."""
+    """Raise NoExactSpanError if the chat template refuses a conversation, or content parts in place of a text."""
     try:
         yield
     except (TemplateError, TypeError) as error:
@@ -52,10 +42,10 @@ def refusals() -> Iterator[None]:
 
 
 def fit_content(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Message]) -> list[Message]:
-    """Give messages with their contents in the form that the chat template takes.
+    """Return messages with their contents in the form that the chat template takes.
 
-    Parts that are all text become a text where it takes a text (joined by line breaks, as vLLM joins them), and a text
-    becomes a part where it takes parts alone.
+    Parts that are all text become a text if it takes a text (joined by line breaks, as vLLM joins them), and a text
+    becomes a part if it takes parts alone.
     """
     template, tokens = str(tokenizer.get_chat_template()), tokenizer.special_tokens_map
     named = tuple((name, token) for name, token in tokens.items() if isinstance(token, str))
@@ -71,14 +61,13 @@ def _fitted(content: Any, form: str) -> Any:
 
 @lru_cache(maxsize=64)
 def _content_form(template: str, tokens: tuple[tuple[str, str], ...], role: str) -> str:
-    """Find out by rendering in which form a template takes a role's content: text, parts, or either."""
-    one, other = "FirstPart", "OtherPart"
+    """Return the form in which a template takes a role's content, found by rendering: text, parts, or either."""
+    one, other, user = "FirstPart", "OtherPart", {"role": "user", "content": "a"}
     render: Any = render_jinja_template
-    before = [{"role": "user", "content": "a"}] if role == "assistant" else []
-    after = [{"role": "user", "content": "a"}] if role == "system" else []
 
     def written(content: Any) -> str | None:
-        conversation = [*before, {"role": role, "content": content}, *after]
+        message = {"role": role, "content": content}
+        conversation = {"assistant": [user, message], "system": [message, user]}.get(role, [message])
         try:
             return str(render([conversation], chat_template=template, **dict(tokens))[0][0])
         except (TemplateError, TypeError):

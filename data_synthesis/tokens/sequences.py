@@ -9,18 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ...conf.schema import VerifierConfig
 from ...models.verifier.model import load_config, load_end_token_ids, load_tokenizer
-from .chat_template import (
-    Message,
-    NoExactSpanError,
-    Sequence,
-    check_template,
-    has_images,
-    join_turns,
-    render_text,
-    template_turns,
-)
+from .chat_template import NoExactSpanError, Sequence, check_template, has_images, join_turns, template_turns
 from .image_tokens import ImageReader, ImageTokenizer
 from .images import conversation_images, images_before_answers, template_messages
+from .rendering import Message, render_text
 
 
 class UnknownTokenError(NoExactSpanError):
@@ -28,11 +20,7 @@ class UnknownTokenError(NoExactSpanError):
 
 
 def check_known(tokenizer: PreTrainedTokenizerBase, token_ids: abc.Sequence[int], vocab_size: int) -> None:
-    """Refuse tokens that a verifier cannot read: its tokenizer may add some beyond the rows of its embedding.
-
-    Raises:
-        UnknownTokenError: names the first of them.
-    """
+    """Raise UnknownTokenError for tokens that a verifier cannot read: a tokenizer may add some beyond its embedding."""
     beyond = next((token for token in token_ids if token >= vocab_size), None)
     if beyond is not None:
         token = tokenizer.convert_ids_to_tokens(beyond)
@@ -42,12 +30,7 @@ def check_known(tokenizer: PreTrainedTokenizerBase, token_ids: abc.Sequence[int]
 
 
 class SequenceReader:
-    """Gives conversations in the tokens of one verifier.
-
-    Args:
-        max_images: of a conversation.
-        local_images: fetch images from hosts of this machine's network too.
-    """
+    """Gives conversations in the tokens of one verifier; images as ImageReader reads them."""
 
     def __init__(self, config: VerifierConfig, max_images: int = 5, local_images: bool = False) -> None:
         self.tokenizer = load_tokenizer(config)
@@ -57,17 +40,15 @@ class SequenceReader:
         self._template_checked = False
 
     def read(self, record: dict[str, Any]) -> list[Sequence]:
-        """Give a conversation's sequences, every answer in exactly one of them, in order.
+        """Return a conversation's sequences, every answer in exactly one of them, in order.
 
-        Where it has images, what the processor writes for each stands among the tokens.
+        If it has images, what the processor writes for each stands among the tokens.
 
         Raises:
             UnreadableImagesError: its images cannot be read.
             UnknownTokenError: the verifier has no embedding of one of its tokens.
-            NoExactSpanError: it has no recorded tokens, and the template does not tell what the verifier wrote; or its
-                tokens are not those that the processor writes for its images.
-            ValueError: its recorded tokens are malformed, the template as a whole gives no exact spans, or a verifier
-                that takes images has no processor.
+            NoExactSpanError: neither recorded tokens nor the template tell what the verifier wrote and where images are
+            ValueError: its recorded tokens are malformed, no conversation has exact spans, or the processor is missing.
         """
         recorded = self._recorded(record) if has_recorded_tokens(record) else None
         messages, images = record["messages"], None
@@ -82,13 +63,11 @@ class SequenceReader:
         if images is None:
             return sequences
         shown = iter(images_before_answers(record["messages"]))
-        counts = [[next(shown) for _ in sequence.answers][-1] for sequence in sequences]
-        return [images.place(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
+        return [images.place(sequence, [next(shown) for _ in sequence.answers][-1]) for sequence in sequences]
 
     def _recorded(self, record: dict[str, Any]) -> list[Sequence]:
         num_answers = sum(message["role"] == "assistant" for message in record["messages"])
-        problem = sequences_problem(record["sequences"], num_answers, max(self._vocab_size, len(self.tokenizer)))
-        if problem:
+        if problem := sequences_problem(record["sequences"], num_answers, max(self._vocab_size, len(self.tokenizer))):
             raise ValueError(f"conversation {record['id']}: {problem}; delete its line and run the stage again")
         return [Sequence(s["token_ids"], [(start, end) for start, end in s["answers"]]) for s in record["sequences"]]
 
@@ -100,12 +79,12 @@ class SequenceReader:
 
 
 def has_recorded_tokens(record: dict[str, Any]) -> bool:
-    """Say whether a conversation's tokens came from the backend that answered it."""
+    """Return whether a conversation's tokens came from the backend that answered it."""
     return record.get("sequences") is not None
 
 
 def sequences_problem(sequences: Any, num_answers: int, vocab_size: int) -> str | None:
-    """Say what is wrong with the recorded sequences of a conversation, or None."""
+    """Return what is wrong with the recorded sequences of a conversation, or None."""
     found = 0
     for sequence in sequences if isinstance(sequences, list) else [None]:
         if not isinstance(sequence, dict) or not {"token_ids", "answers"} <= sequence.keys():
@@ -127,23 +106,23 @@ def _is_span(span: Any) -> bool:
 
 
 def num_whole_answers(finish_reasons: abc.Sequence[str]) -> int:
-    """Give how many answers there are before the first that was cut at its limit."""
+    """Return how many answers there are before the first that was cut at its limit."""
     return next((n for n, reason in enumerate(finish_reasons) if reason == "length"), len(finish_reasons))
 
 
 def leading_answers(sequences: abc.Iterable[Sequence], number: int) -> list[Sequence]:
-    """Give the sequences up to the end of the n-th answer of their conversation; one without answers is dropped."""
-    kept: list[Sequence] = []
+    """Return the sequences up to the end of the n-th answer of their conversation; one without answers is dropped."""
+    leading: list[Sequence] = []
     for sequence in sequences:
         spans = sequence.answers[:number]
         number -= len(spans)
         if spans:
             end = spans[-1][1]
             images = tuple(image for image in sequence.images if image.span[1] <= end)
-            kept.append(Sequence(sequence.token_ids[:end], spans, images))
-    return kept
+            leading.append(Sequence(sequence.token_ids[:end], spans, images))
+    return leading
 
 
 def answers_within(sequence: Sequence, max_length: int) -> list[Sequence]:
-    """Give a sequence up to the end of its last answer that ends within so many tokens; none without one."""
+    """Return a sequence up to the end of its last answer that ends within so many tokens; none without one."""
     return leading_answers([sequence], sum(end <= max_length for _, end in sequence.answers))

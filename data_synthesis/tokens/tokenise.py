@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...conf.runtime.artifact import Artifact, read_manifest
 from ...conf.runtime.progress import Progress
@@ -27,16 +26,20 @@ from ...conf.runtime.signals import deferred, end_with_parent
 from ...conf.schema import Config
 from ..conversations import FILE, ConversationIndex, ConversationRef
 from ..heldout import is_heldout, sequence_id
-from ..store.shard import TOKENS, ImageRecord, MappedShard, Sample, Shard, write_shard
-from ..store.store import COUNTS_FILE, INDEX_FILE, checksums_beside, save_tensors, write_index
+from ..store.index import COUNTS_FILE, is_intact, left_out, sidecar_checksums, totals
+from ..store.mapped_shard import TOKENS, ImageRecord, MappedShard
+from ..store.shard import Sample, Shard, write_shard
+from ..store.store import save_tensors, write_index
 from .chat_template import NoExactSpanError, Sequence
 from .images import UnreadableImagesError
 from .sequences import SequenceReader, UnknownTokenError, answers_within, leading_answers, num_whole_answers
 
-COUNTS = (
-    *("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template"),
-    *("unknown_tokens", "images"),
-)
+_REASONS: dict[type[Exception], str] = {  # why a conversation is left out, the first that an error is of
+    UnreadableImagesError: "images",
+    UnknownTokenError: "unknown_tokens",
+    NoExactSpanError: "template",
+}
+_COUNTS = ("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", *reversed(_REASONS.values()))
 _NOTE_EVERY_S = 5.0  # the manifest lists all shards, so noting each would write it ever longer
 _WORTH_PROCESSES = 5000  # conversations without tokens; fewer are tokenised here
 _CHUNK = 32  # conversations that a process is given at a time
@@ -44,40 +47,36 @@ _CHUNK = 32  # conversations that a process is given at a time
 
 @dataclass
 class Tokenised:
-    """What a conversation gives: sequences by their numbers, and what was left out of it and why."""
+    """The training sequences of a conversation by their numbers, and what was left out of it and why."""
 
     sequences: dict[int, Sequence] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)  # of COUNTS
+    counts: Counter[str] = field(default_factory=Counter)  # of _COUNTS
     problem: str = ""
 
 
 class Tokeniser:
-    """Gives the training sequences of conversations by their places."""
+    """Reads and tokenises conversations."""
 
     def __init__(self, config: Config) -> None:
         self._folder, self._options = config.conversations_folder, config.dump
         self._reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
 
     def __call__(self, place: ConversationRef) -> Tokenised:
-        """Read and tokenise a conversation."""
         record = place.read(self._folder)
         try:
             sequences = self._reader.read(record)
-        except UnreadableImagesError as error:
-            return Tokenised(counts=Counter(images=1), problem=str(error))
-        except UnknownTokenError as error:
-            return Tokenised(counts=Counter(unknown_tokens=1), problem=str(error))
         except NoExactSpanError as error:
-            return Tokenised(counts=Counter(template=1), problem=str(error))
+            reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
+            return Tokenised(counts=Counter({reason: 1}), problem=str(error))
         reasons = record["finish_reasons"]
         whole = len(reasons) if self._options.keep_truncated else num_whole_answers(reasons)
         found = dict(enumerate(leading_answers(sequences, whole)))
-        fitting = {n: kept for n, s in found.items() for kept in answers_within(s, self._options.max_length)}
+        fitting = {n: cut for n, s in found.items() for cut in answers_within(s, self._options.max_length)}
         counts = Counter(
             truncated_answers=len(reasons) - whole,
             truncated=int(not found),
             too_long=len(found) - len(fitting),
-            cut_answers=sum(len(found[n].answers) - len(kept.answers) for n, kept in fitting.items()),
+            cut_answers=sum(len(found[n].answers) - len(cut.answers) for n, cut in fitting.items()),
             conversations=int(bool(fitting)),
         )
         return Tokenised(fitting, counts)
@@ -87,12 +86,10 @@ def write_tokens(config: Config, target: Artifact) -> None:
     """Make or complete a store of tokens; a killed start goes on after the last shard that was noted.
 
     Shards that were not noted yet are written again, with the same bytes. A signal keeps what the open shard has.
-
-    Raises:
-        ValueError: a conversation is malformed, none can be used, or they were changed after they were finished.
+    Raises ValueError if a conversation is malformed, none can be used, or they were changed since they were finished.
     """
     manifest = target.manifest
-    if target.complete and all_there(target.folder, manifest["shards"]):
+    if target.complete and is_intact(target.folder, manifest["shards"]):
         return
     begun = [manifest["part"]["entry"]] if "part" in manifest else []
     files = [target.folder / entry["file"] for entry in [*manifest.get("shards", []), *begun]]
@@ -102,12 +99,12 @@ def write_tokens(config: Config, target: Artifact) -> None:
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
     progress = Progress("conversations", total, "conversation")
-    catalogue = ConversationIndex.of(source, progress.update)
+    index = ConversationIndex.of(source, progress.update)
     progress.close()
-    if read_manifest(source, "conversations")["content"] != catalogue.content:
+    if read_manifest(source, "conversations")["content"] != index.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
     target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
-    _write_shards(config, target, catalogue)
+    _write_shards(config, target, index)
     counts, shards = manifest["counts"], manifest["shards"]
     if not shards:
         raise ValueError(f"no conversation in {source} can be used: {left_out(counts, config.dump.max_length)}")
@@ -115,22 +112,22 @@ def write_tokens(config: Config, target: Artifact) -> None:
         part.unlink()
     write_index(target.folder, shards)
     _write_token_counts(target)
-    target.finish(counts={**counts, **totals(shards)}, files=checksums_beside(target.folder))
+    target.finish(counts={**counts, **totals(shards)}, files=sidecar_checksums(target.folder))
 
 
-def _write_shards(config: Config, target: Artifact, catalogue: ConversationIndex) -> None:
-    manifest = target.manifest
+def _write_shards(config: Config, target: Artifact, index: ConversationIndex) -> None:
+    manifest, folder = target.manifest, target.folder
     entries: list[dict[str, Any]] = list(manifest.get("shards", []))
-    taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(COUNTS, 0) | manifest.get("counts", {}))
+    taken, counts = manifest.get("taken", 0), Counter(dict.fromkeys(_COUNTS, 0) | manifest.get("counts", {}))
     samples, closed, noted_at = list[Sample](), {"taken": taken, "counts": counts.copy()}, time.monotonic()
     if part := manifest.pop("part", None):
-        samples, taken, counts = _open_samples(target.folder, part), part["taken"], Counter(part["counts"])
+        samples, taken, counts = _open_samples(folder, part), part["taken"], Counter(part["counts"])
     size = sum(len(sample.input_ids) for sample in samples)
-    progress = Progress("tokens", len(catalogue.places), "conversation", done=taken)
+    progress = Progress("tokens", len(index.places), "conversation", done=taken)
 
     def close_shard() -> None:
         nonlocal noted_at, closed
-        entries.append(write_shard(target.folder, len(entries), Shard.of(samples)))
+        entries.append(write_shard(folder, len(entries), Shard.of(samples)))
         samples.clear()
         closed = {"taken": taken, "counts": counts.copy()}
         if time.monotonic() - noted_at >= _NOTE_EVERY_S:
@@ -138,8 +135,8 @@ def _write_shards(config: Config, target: Artifact, catalogue: ConversationIndex
             noted_at = time.monotonic()
 
     waits = "it ends after the conversation being tokenised"
-    with deferred(waits) as signals, _tokenised(config, catalogue, taken) as results:
-        for place, result in zip(catalogue.places[taken:], results, strict=True):
+    with deferred(waits) as signals, _tokenised(config, index, taken) as results:
+        for place, result in zip(index.places[taken:], results, strict=True):
             if result.problem and not any(counts[reason] for reason in result.counts):  # the first of its kind
                 print(f"dump: {place.id} is left out: {result.problem}")
             counts.update(result.counts)
@@ -151,9 +148,10 @@ def _write_shards(config: Config, target: Artifact, catalogue: ConversationIndex
                 close_shard()
                 size = 0
             if signals.received:
-                target.save(
-                    shards=entries, **closed, **_keep_samples(target.folder, len(entries), samples, taken, counts)
-                )
+                if samples:  # the next start goes on with them
+                    entry = write_shard(folder, len(entries), replace(Shard.of(samples), is_part=True))
+                    closed["part"] = {"entry": entry, "taken": taken, "counts": counts}
+                target.save(shards=entries, **closed)
                 signals.stop()
     progress.close()
     if samples:
@@ -161,36 +159,22 @@ def _write_shards(config: Config, target: Artifact, catalogue: ConversationIndex
     target.save(shards=entries, taken=taken, counts=counts)
 
 
-def _keep_samples(
-    folder: Path, number: int, samples: list[Sample], taken: int, counts: Counter[str]
-) -> dict[str, dict[str, Any]]:
-    """Keep what an open shard has, and give what the manifest is to say of it."""
-    if not samples:
-        return {}
-    shard = Shard.of(samples)
-    shard.is_part = True
-    return {"part": {"entry": write_shard(folder, number, shard), "taken": taken, "counts": counts}}
-
-
 def _open_samples(folder: Path, part: dict[str, Any]) -> list[Sample]:
-    """Give what an interrupted start has kept of a shard."""
+    """Return what an interrupted start has kept of a shard."""
     shard = MappedShard(folder / part["entry"]["file"], part["entry"])
     shard.verify()
     lengths = shard.tensors["sample_offsets"].diff().tolist()
-    of_each = zip(shard.ids, *(shard.tensors[name].split(lengths) for name in TOKENS), strict=True)
-    return [
-        Sample(name, input_ids, loss_mask, image_record=shard.image_records.get(number))
-        for number, (name, input_ids, loss_mask) in enumerate(of_each)
-    ]
+    tokens = zip(*(shard.tensors[name].split(lengths) for name in TOKENS), strict=True)
+    of_each = zip(shard.ids, tokens, map(shard.image_records.get, range(len(lengths))), strict=True)
+    return [Sample(name, ids, loss_mask, image_record=record) for name, (ids, loss_mask), record in of_each]
 
 
 @contextmanager
-def _tokenised(config: Config, catalogue: ConversationIndex, first: int) -> Iterator[Iterator[Tokenised]]:
-    """Give the conversations from the `first` on in tokens, in order, made by processes where that is worth it."""
-    tokeniser, places = Tokeniser(config), catalogue.places[first:]
-    workers = config.dump.token_workers
+def _tokenised(config: Config, index: ConversationIndex, first: int) -> Iterator[Iterator[Tokenised]]:
+    """Return the conversations from the `first` on in tokens, in order, made by processes if that is worth it."""
+    tokeniser, places, workers = Tokeniser(config), index.places[first:], config.dump.token_workers
     if workers is None:
-        to_tokenise = len(catalogue.places) - catalogue.num_recorded
+        to_tokenise = len(index.places) - index.num_recorded
         workers = len(os.sched_getaffinity(0)) if to_tokenise > _WORTH_PROCESSES else 0
     if not workers:
         yield map(tokeniser, places)
@@ -204,7 +188,7 @@ def _tokenised(config: Config, catalogue: ConversationIndex, first: int) -> Iter
 
 
 def _in_order(pool: ProcessPoolExecutor, places: list[ConversationRef], workers: int) -> Iterator[Tokenised]:
-    """Give conversations to processes, a few parts ahead of what is taken."""
+    """Pass conversations to processes, a few parts ahead of what is taken."""
     running: deque[Future[list[Tokenised]]] = deque()
     try:
         for start in range(0, len(places), _CHUNK):
@@ -244,41 +228,13 @@ def _sample(place: ConversationRef, number: int, sequence: Sequence) -> Sample:
     return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
 
 
-def all_there(folder: Path, shards: list[dict[str, Any]]) -> bool:
-    """Say whether a complete store has lost none of its files."""
-    return all((folder / name).is_file() for name in (INDEX_FILE, COUNTS_FILE, *(entry["file"] for entry in shards)))
-
-
 def _write_token_counts(target: Artifact) -> None:
     """Count the tokens the verifier produced in the training split: what the draft vocabulary is chosen by."""
     settings = target.manifest["settings"]
     counts = torch.zeros(settings["verifier"]["vocab_size"], dtype=torch.int64)
     for entry in target.manifest["shards"]:
         shard = MappedShard(target.folder / entry["file"], entry)
-        counts += torch.bincount(_trained_on(shard, settings["heldout_share"]), minlength=len(counts))
+        trained = torch.tensor([not is_heldout(name, settings["heldout_share"]) for name in shard.ids])
+        trained = trained.repeat_interleave(shard.tensors["sample_offsets"].diff()) & shard.tensors["loss_mask"].bool()
+        counts += torch.bincount(shard.tensors["input_ids"][trained], minlength=len(counts))
     save_tensors({"token_counts": counts}, target.folder / COUNTS_FILE)
-
-
-def _trained_on(shard: MappedShard, heldout_share: float) -> Tensor:
-    """Give the tokens of a shard that the verifier produced in conversations that are not held out."""
-    trained = torch.tensor([not is_heldout(name, heldout_share) for name in shard.ids])
-    trained = trained.repeat_interleave(shard.tensors["sample_offsets"].diff())
-    return shard.tensors["input_ids"][trained & shard.tensors["loss_mask"].bool()]
-
-
-def totals(shards: list[dict[str, Any]]) -> dict[str, int]:
-    """Add up what the entries of shards say."""
-    return {name: sum(entry[name] for entry in shards) for name in ("samples", "tokens", "counted_tokens", "bytes")}
-
-
-def left_out(counts: dict[str, int], max_length: int) -> str:
-    """Say what of the conversations is not in the store, and why."""
-    unknown, images = counts.get("unknown_tokens"), counts["images"]
-    others = f", {unknown} conversations with tokens that the verifier has no embedding of" if unknown else ""
-    others += f", {images} conversations whose images cannot be read" if images else ""
-    return (
-        f"{counts['truncated_answers']} truncated answers, {counts['truncated']} conversations without any other, "
-        f"{counts['too_long']} sequences of which no answer ends within dump.max_length={max_length}, "
-        f"{counts.get('cut_answers', 0)} answers beyond it of others, "
-        f"{counts['template']} conversations without an exact loss mask{others}"
-    )

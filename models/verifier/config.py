@@ -7,26 +7,19 @@ import keyword
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ...conf.runtime.artifact import digest
 from ...conf.schema import Device, VerifierConfig
 from ..embedded.verifier import CHECKPOINT
+
+if TYPE_CHECKING:  # torch and transformers' Auto classes take seconds to import, and a tokenizer may do without them
+    import torch
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
 
@@ -38,6 +31,8 @@ def verifier_location(config: VerifierConfig) -> str:
 
 def torch_device(device: Device) -> torch.device:
     """Resolve `auto` to the current GPU or the CPU."""
+    import torch
+
     if device is Device.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is Device.cuda and not torch.cuda.is_available():
@@ -84,24 +79,26 @@ def from_checkpoint(verifier: VerifierConfig, kind: Any, **more: Any) -> Any:
 
 def load_whole_config(config: VerifierConfig) -> Any:
     """Load the checkpoint's configuration, that of its text decoder and of its other parts."""
-    return from_checkpoint(config, AutoConfig)
+    return from_checkpoint(config, transformers.AutoConfig)
 
 
 def auto_class(whole: Any) -> Any:
     """Give the class of transformers that loads a checkpoint: one that takes images where the checkpoint's own does."""
-    return AutoModelForImageTextToText if takes_images(whole) else AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText if takes_images(whole) else transformers.AutoModelForCausalLM
 
 
-def empty_model(whole: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def empty_model(whole: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build the model of a configuration, with shapes and without memory.
 
     Raises:
         ValueError: transformers has none, or lacks a package for it.
     """
+    import torch
+
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(whole).from_config(
-                deepcopy(whole), dtype=dtype, trust_remote_code=False
+                deepcopy(whole), dtype=dtype or torch.bfloat16, trust_remote_code=False
             )
     except (ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -111,6 +108,8 @@ def empty_model(whole: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMo
 
 def takes_images(whole: Any) -> bool:
     """Say of a checkpoint's whole configuration whether its own class reads images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(whole.model_type) in (whole.architectures or [])
 
 
@@ -124,9 +123,9 @@ def verifier_architectures(config: VerifierConfig) -> list[str]:
     return list(load_whole_config(config).architectures or [])
 
 
-def load_tokenizer(config: VerifierConfig) -> PreTrainedTokenizerBase:
-    """Load the verifier's tokenizer, which must carry a chat template."""
-    tokenizer: PreTrainedTokenizerBase = from_checkpoint(config, AutoTokenizer)
+def load_tokenizer(config: VerifierConfig, kind: Any = None) -> PreTrainedTokenizerBase:
+    """Load the verifier's tokenizer, which must carry a chat template, by AutoTokenizer or another class."""
+    tokenizer: PreTrainedTokenizerBase = from_checkpoint(config, kind or transformers.AutoTokenizer)
     tokenizer.chat_template = _chat_template(config, tokenizer.chat_template)
     return tokenizer
 
@@ -188,9 +187,9 @@ def load_end_token_ids(config: VerifierConfig, tokenizer: PreTrainedTokenizerBas
     """Give the `end_token_ids` of a verifier without loading its weights."""
     location, revision = verifier_location(config), config.revision or "main"
     try:
-        generation = GenerationConfig.from_pretrained(location, revision=revision)
+        generation = transformers.GenerationConfig.from_pretrained(location, revision=revision)
     except OSError:  # a verifier without a generation_config.json
-        generation = GenerationConfig.from_pretrained(location, "config.json", revision=revision)
+        generation = transformers.GenerationConfig.from_pretrained(location, "config.json", revision=revision)
     return end_token_ids(generation, tokenizer)
 
 

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from benchmark_options import parse_options
 from fledge.conf.runtime.artifact import Artifact
+from fledge.data_synthesis.store.index import sidecar_checksums
 from fledge.data_synthesis.store.shard import Sample, Shard, shard_entry
 from fledge.data_synthesis.store.state_format import StateFormat
-from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
+from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.data_synthesis.store.writer import BackgroundWriter
 from fledge.train.data.packing import pack
 from fledge.train.data.training_data import Batches
@@ -103,7 +104,7 @@ def finish(folder: Path) -> HiddenStateStore:
     entries = [shard_entry(path) for path in sorted(folder.glob("shard-*"))]
     manifest = {"kind": "hidden_states", "settings": {"heldout_share": 0.0}}
     write_index(folder, entries)
-    Artifact(folder, manifest).finish(shards=entries, files=checksums_beside(folder))
+    Artifact(folder, manifest).finish(shards=entries, files=sidecar_checksums(folder))
     return HiddenStateStore(folder)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,10 +199,10 @@ def test_an_interruption_keeps_whole_batches_whose_states_have_arrived(monkeypat
 
     monkeypatch.setattr(states, "on_host", arriving)
     recorded: list[int] = []
+    form = StateFormat(torch.float32)
+    recorder = SimpleNamespace(engine=Engine(), form=form, batch_tokens=8, stop=bool, not_finite=[])
     with pytest.raises(KeyboardInterrupt):
-        states._record_shard(
-            samples, Shard.of(samples), recorded, Engine(), StateFormat(torch.float32), 8, bool, Progress("", 1, ""), []
-        )
+        states._Recorder._record_shard(recorder, samples, Shard.of(samples), recorded, Progress("", 1, ""))
     assert recorded == list(range(kept))
 
 
@@ -222,7 +223,7 @@ def test_a_signal_while_a_shard_waits_for_the_writer_loses_none(monkeypatch, tmp
         with answered("x"), BackgroundWriter(tmp_path, tmp_path) as out:
             for number in range(9):
                 shard = Shard.of([Sample(name, torch.arange(4), torch.ones(4)) for name in "ab"])
-                with states._kept(number, shard, out) as kept:
+                with states._saved(number, shard, out) as kept:
                     kept += recorded
 
     with pytest.raises(Stopped):

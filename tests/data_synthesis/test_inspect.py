@@ -12,10 +12,13 @@ from commands import run_command
 from fledge.conf.cli import overrides_of
 from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
-from fledge.data_synthesis.inspect_store import inspect_store
+from fledge.data_synthesis.inspect_store import _decoded, inspect_store
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
-from fledge.data_synthesis.store.shard import Shard, write_shard
-from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
+from fledge.data_synthesis.store.index import StoreIndex, sidecar_checksums
+from fledge.data_synthesis.store.mapped_shard import MappedShard
+from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
+from fledge.data_synthesis.store.state_format import FLOAT8, decode
+from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.models.verifier.model import load_tokenizer
 
 
@@ -116,7 +119,7 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
     entry = write_shard(folder, 0, Shard.of(samples))
     manifest = json.loads((folder / "manifest.json").read_text())
     write_index(folder, [entry])
-    manifest |= {"shards": [entry], "files": checksums_beside(folder)}
+    manifest |= {"shards": [entry], "files": sidecar_checksums(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit) as stopped:
         inspected(config, capsys)
@@ -125,8 +128,8 @@ def test_states_that_are_not_finite_are_found_and_named(config, capsys, dtype, t
     monkeypatch.setattr("fledge.data_synthesis.inspect_store._SCANNED", 1)
     assert inspected(config, capsys)["finite"].startswith("0 samples are not, of those with 5 tokens")
     read = []
-    getitem = HiddenStateStore.__getitem__
-    monkeypatch.setattr(HiddenStateStore, "__getitem__", lambda self, n: (read.append(n), getitem(self, n))[1])
+    place = StoreIndex.place
+    monkeypatch.setattr(StoreIndex, "place", lambda self, n: (read.append(n), place(self, n))[1])
     with pytest.raises(SystemExit):
         inspected(config, capsys, verify=True)
     out = capsys.readouterr().out
@@ -162,6 +165,25 @@ def test_a_store_of_tokens_has_no_states_to_show(config, capsys):
     facts = inspected(config, capsys, store=str(config.hidden_states_folder / "tokens"), verify=True)
     assert facts["states"] == "none: tokens for online training"
     assert facts["checksums"] == "all right"
+
+
+def test_a_store_is_shown_without_torch_which_takes_longer_to_import_than_all_else(config):
+    script = (
+        "import sys; from fledge.conf.cli import main; main(['inspect', sys.argv[1]]); print('torch' in sys.modules)"
+    )
+    done = run_command([sys.executable, "-c", script, "inspect", str(config.hidden_states_folder)])
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "False"), done.stderr
+    assert "⟦" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FLOAT8])
+def test_states_are_decoded_without_torch_as_with_it(tmp_path, dtype):
+    values = torch.randn(32, 32) if dtype is not FLOAT8 else torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    states, scale = values.to(dtype).reshape(8, -1), torch.rand(8, 4) if dtype is FLOAT8 else None
+    sample = Sample("a", torch.arange(8), torch.ones(8), states, states, scale, scale)
+    shard = MappedShard(tmp_path / "shard-00000.safetensors", write_shard(tmp_path, 0, Shard.of([sample])))
+    decoded = torch.from_numpy(_decoded(shard, "aux_hidden_states", "aux_scale", 0))
+    torch.testing.assert_close(decoded, decode(states, scale, torch.float32), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_folder_and_the_flag_are_written_as_other_commands_write_them():

@@ -18,8 +18,9 @@ from fledge.conf.runtime.artifact import artifact, read_manifest
 from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig, validate
 from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.heldout import is_heldout
+from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
-from fledge.data_synthesis.store.store import COUNTS_FILE, VOCABULARY_FILE, checksums_beside, write_index
+from fledge.data_synthesis.store.store import write_index
 from fledge.models.formats.plain import checkpoint_steps
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
@@ -118,7 +119,7 @@ def write_store(
         shards = [write_shard(folder, number, Shard.of(part)) for number, part in enumerate(parts)]
         save_file({"token_counts": counts}, folder / COUNTS_FILE)
         write_index(folder, shards)
-        target.finish(shards=shards, files=checksums_beside(folder))
+        target.finish(shards=shards, files=sidecar_checksums(folder))
     return folder
 
 

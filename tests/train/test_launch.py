@@ -19,7 +19,8 @@ from commands import popen, script_result
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import RankInfo, first_host, own_gpus, read_rank_info
 from fledge.conf.schema import VerifierConfig
-from fledge.data_synthesis.store.store import checksums_beside, write_index
+from fledge.data_synthesis.store.index import sidecar_checksums
+from fledge.data_synthesis.store.store import write_index
 from fledge.models.formats.plain import checkpoint_steps
 from fledge.models.verifier.model import _placement
 from fledge.train.metrics.tracking import read_metrics
@@ -254,7 +255,7 @@ def older_store(store: Path, folder: Path) -> Path:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / manifest["shards"].pop()["file"]).unlink()
     write_index(folder, manifest["shards"])
-    changes = {"digest": "0123456789abcdef", "files": checksums_beside(folder)}
+    changes = {"digest": "0123456789abcdef", "files": sidecar_checksums(folder)}
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
     return folder
 

@@ -1,4 +1,4 @@
-"""Where there is no GPU: the connector by which vLLM writes hidden states to files, without streams and pinned memory.
+"""Without a GPU: the connector by which vLLM writes hidden states to files, without streams and pinned memory.
 
 Loaded by vLLM (`kv_connector_module_path`). Nothing but the copy out of vLLM's cache differs from its own connector.
 """
@@ -8,21 +8,14 @@ from __future__ import annotations
 import fcntl
 import os
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
 
-
-class _Done:
-    """The event of a copy that is complete when it returns."""
-
-    def synchronize(self) -> None:
-        """Nothing is left to wait for."""
-
-    def query(self) -> bool:
-        """Say whether it is complete."""
-        return True
+# The event of a copy that is complete when it returns: nothing is left to wait for.
+_DONE = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
 
 
 class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
@@ -42,7 +35,6 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
         if lock is None:
             lock = os.open(f"{pending.filename}.lock", os.O_CREAT | os.O_WRONLY, 0o644)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        done = _Done()
-        future = self._executor.submit(self._write_tensors, tensors, done, pending.filename, lock)
-        self._req_copy_events[pending.req_id], self._req_futures[pending.req_id] = done, future
+        future = self._executor.submit(self._write_tensors, tensors, _DONE, pending.filename, lock)
+        self._req_copy_events[pending.req_id], self._req_futures[pending.req_id] = _DONE, future
         future.add_done_callback(partial(self._on_write_done, pending.req_id))

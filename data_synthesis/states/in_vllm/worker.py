@@ -68,7 +68,7 @@ def _guard(worker: int, parent: int, *folders: str) -> NoReturn:
 
 
 def _end(worker: int) -> None:
-    """End the worker and what vLLM has started for it: it is asked, and after a while all are killed."""
+    """End the worker, and after a while kill what is left of all that vLLM has started for it."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended
         os.kill(worker, signal.SIGTERM)
         until = time.monotonic() + _GRACE_S
@@ -79,15 +79,12 @@ def _end(worker: int) -> None:
 
 
 def _work(folder: str, answers: IO[str]) -> None:
-    """Answer requests until there are no more."""
-
     def answer(**fields: Any) -> None:
         answers.write(json.dumps(fields) + "\n")
 
     requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests,), daemon=True).start()
-    options = requests.get()
-    if options is None:
+    if (options := requests.get()) is None:
         return
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # an engine in this process would not write the last states
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -107,8 +104,7 @@ def _work(folder: str, answers: IO[str]) -> None:
     params = vllm.SamplingParams(temperature=0.0, max_tokens=1, logprobs=_NUM_LOGPROBS, detokenize=False)
     while True:
         while not requests.empty() or not engine.has_unfinished_requests():
-            request = requests.get()
-            if request is None:
+            if (request := requests.get()) is None:
                 return
             engine.add_request(str(request["request"]), {"prompt_token_ids": request["token_ids"]}, params)
         for output in engine.step():
@@ -129,7 +125,7 @@ def _receive(requests: queue.SimpleQueue[dict[str, Any] | None]) -> None:
 
 
 def _complete(options: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Give the options with the connector that writes the states, and what the CPU needs where there is no GPU."""
+    """Return the options with the connector that writes the states, and what the CPU needs without a GPU."""
     from vllm.platforms import current_platform
 
     connector: dict[str, Any] = {"kv_connector": "ExampleHiddenStatesConnector"}

@@ -141,7 +141,7 @@ def conversation(said: str) -> list[dict[str, str]]:
 
 
 def test_special_tokens_of_which_nothing_is_known_are_named_once(capsys, monkeypatch):
-    monkeypatch.setattr(module, "_told", set())
+    monkeypatch.setattr(module, "_warned", set())
     told = tokenizer(PLAIN, ("<|hm|>", "<|so|>", "<|new|>"))
     assert split(told, "<|hm|>Easy.<|so|>Blue</s>") == ("Easy.Blue", None)
     (line,) = capsys.readouterr().err.splitlines()
@@ -155,7 +155,7 @@ def test_special_tokens_of_which_nothing_is_known_are_named_once(capsys, monkeyp
 
 
 def test_a_server_that_hides_marks_and_tokens_is_named_once(capsys, monkeypatch):
-    monkeypatch.setattr(module, "_told", set())
+    monkeypatch.setattr(module, "_warned", set())
     told = tokenizer(PLAIN, ("[THINK]", "[/THINK]"))
     for _ in range(2):
         assert split_answer(told, None, "ThinkingBlue") == ("ThinkingBlue", None)

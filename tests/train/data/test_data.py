@@ -19,15 +19,10 @@ from builders import write_store
 from fledge.conf.runtime.artifact import artifact, digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
 from fledge.data_synthesis.heldout import conversation_id, is_heldout, sequence_id
+from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
 from fledge.data_synthesis.store.shard import Shard, write_shard
 from fledge.data_synthesis.store.state_format import decode, encode_float8
-from fledge.data_synthesis.store.store import (
-    COUNTS_FILE,
-    VOCABULARY_FILE,
-    HiddenStateStore,
-    checksums_beside,
-    write_index,
-)
+from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.model import load_config, special_token_ids
@@ -358,7 +353,7 @@ def test_stores_of_several_formats_are_mixed_without_a_change_of_any_state(finis
             entries = [write_shard(folder, 0, Shard.of(part))]
             write_index(folder, entries)
             shutil.copy(like / COUNTS_FILE, folder)
-            target.finish(shards=entries, files=checksums_beside(folder))
+            target.finish(shards=entries, files=sidecar_checksums(folder))
         stores.append(HiddenStateStore(folder))
     lengths = [length for each in stores for length in each.lengths]
     mixed = Batches(stores, lengths, 3)[[0, 2, 1, 3]].to(torch.device("cpu"), torch.float32, 3)
