@@ -24,6 +24,7 @@ from ..conf.schema import Config, DumpEngine, HiddenStates
 from ..models.head.vocabulary import build_vocabulary, coverage
 from ..models.verifier.model import check_identity, special_token_ids
 from .states.record import write_states
+from .states.verifier_check import check_verifier
 from .store.shard import CURE, shard_entry, shard_name
 from .store.store import (
     COUNTS_FILE,
@@ -36,7 +37,6 @@ from .store.store import (
     write_index,
 )
 from .tokens.tokenise import all_there, left_out, totals, write_tokens
-from .verifier_check import check_verifier
 
 # Settings that only a store with states has.
 _OF_STATES = ("engine", "vllm_options", "verifier_dtype", "aux_layers", "state_dtype", "last_states")
@@ -52,7 +52,7 @@ def dump(config: Config) -> None:
         str(config.conversations_folder),
         "synthesize under another name",
     )
-    head, always = check_verifier(config), special_token_ids(config.verifier)
+    head, always = check_verifier(config.verifier, config.draft), special_token_ids(config.verifier)
     of_tokens = {
         "verifier": source["settings"]["verifier"],
         "conversations": source["digest"],

@@ -18,7 +18,7 @@ from ..conf.runtime.progress import Progress
 from ..conf.schema import Config, VerifierConfig
 from ..models.verifier.model import load_tokenizer, tokenizer_identity
 from .heldout import is_heldout
-from .preview import marked_text, printable, terminal_mark
+from .show import marked_text, printable, terminal_mark
 from .store.shard import Sample, shard_name
 from .store.state_format import decode
 from .store.store import TOKENS_FOLDER, HiddenStateStore

@@ -20,7 +20,7 @@ from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, mad
 from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import StopSignals, deferred
 from ..conf.schema import Config, HiddenStates
-from ..data_synthesis.verifier_check import check_verifier
+from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
@@ -60,7 +60,7 @@ def _train(config: Config, ranks: Ranks) -> None:
     micro_batches(config)  # refused before anything is read
     require_gpu("train.triton", config.train.triton, ranks.device)
     initial_head = trained_head(config) if config.train.init_from else None
-    shape = initial_head.config if initial_head else check_verifier(config)
+    shape = initial_head.config if initial_head else check_verifier(config.verifier, config.draft)
     if ranks.rank == 0 and not initial_head:
         print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ from typing import Any
 from ...conf.runtime.journal import Journal, read_journal
 from ...conf.runtime.progress import Progress
 from ..conversations import SYNC_EVERY_S, open_conversations, read_conversations
-from ..preview import printable
+from ..show import printable
 from .conversation import Conversation, Failure
 
 FILE = "failures.jsonl"
@@ -20,12 +20,7 @@ _SHOWN, _SHOWN_CHARS = 3, 240
 
 
 class AnswerLog:
-    """Writes what becomes of each prompt, so that a start after a kill knows it.
-
-    Args:
-        folder: of the conversations.
-        max_attempts: starts in which a prompt that fails is tried.
-    """
+    """Writes what becomes of each prompt next to the conversations, so that a start after a kill knows it."""
 
     def __init__(self, folder: Path, max_attempts: int) -> None:
         self._journal = open_conversations(folder)
@@ -56,7 +51,7 @@ class AnswerLog:
 
     @property
     def to_try_again(self) -> list[Failure]:
-        """The failures of conversations that the next start tries again."""
+        """Return the failures of conversations that the next start tries again."""
         return [failure for prompt_id, failure in self.failures.items() if not self._given_up(prompt_id)]
 
     def add(self, conversations: list[Conversation], temperature: float) -> None:
@@ -82,9 +77,9 @@ class AnswerLog:
         seconds = time.monotonic() - self._began
         if seconds > self._reported_at + _REPORT_EVERY_S:
             self._reported_at = seconds
+            rate = f"{self._num_tokens / seconds:,.0f} tokens/s, {self.num_failed} failed"
             flying = f"{self.in_flight} in flight, " if self.in_flight is not None else ""
-            text = f"{flying}{self._num_tokens / seconds:,.0f} tokens/s, {self.num_failed} failed"
-            self.progress.set_postfix_str(text, refresh=False)
+            self.progress.set_postfix_str(flying + rate, refresh=False)
         self.progress.update(conversations)
 
     def close(self) -> None:

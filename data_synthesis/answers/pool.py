@@ -60,11 +60,6 @@ class Pool:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def close(self) -> None:
-        """Begin no new conversation."""
-        self.closed = True
-        self.wake()
-
 
 class Slot:
     """A conversation's slot of an endpoint, held from turn to turn so that the server's prefix cache serves it."""
@@ -78,9 +73,9 @@ class Slot:
         if not self._endpoint.up or self._endpoint.paused:
             self.release()
         if not self._held:
-            found = await self._pool.take(self._endpoint, self._avoided)
-            assert found is not None
-            self._endpoint, self._held = found, True
+            endpoint = await self._pool.take(self._endpoint, self._avoided)
+            assert endpoint is not None
+            self._endpoint, self._held = endpoint, True
         return self._endpoint
 
     def release(self, failed: bool = False) -> None:

@@ -46,22 +46,16 @@ def hash64(text: str) -> int:
 
 
 class Questions:
-    """Texts that must not be trained on.
-
-    A text is like one of them if both say the same, or have a run of 13 words in common.
-    """
+    """Texts that must not be trained on: one is like them that says the same, or has a run of 13 words in common."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         plain = {canonical(text) for text in texts}
         self._whole = frozenset(plain)
         self._words = [_words(text) for text in sorted(plain)]
-        self._windows: dict[str, list[tuple[int, int]]] = defaultdict(list)  # where it stands: question, word
+        self._windows: dict[str, list[tuple[int, int]]] = defaultdict(list)  # where each stands: question, word
         for question, words in enumerate(self._words):
             for at in range(len(words) - _WINDOW + 1 if len(words) >= RUN else 0):
                 self._windows[" ".join(words[at : at + _WINDOW])].append((question, at))
-
-    def __len__(self) -> int:
-        return len(self._whole)
 
     def like(self, text: str) -> bool:
         """Return whether a text is like one of the questions."""
@@ -82,7 +76,7 @@ def _words(text: str) -> list[str]:
 
 
 def _common_run(words: list[str], at: int, others: list[str], there: int) -> int:
-    """Return the length of the run of equal words around one place of two texts."""
+    """Return the length of the run of equal words around a position in each of two texts."""
     before, after = 0, 0
     while min(at, there) > before and words[at - before - 1] == others[there - before - 1]:
         before += 1

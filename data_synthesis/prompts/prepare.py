@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...conf.runtime.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest
+from ...conf.runtime.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest, sync
 from ...conf.runtime.journal import json_line
 from ...conf.runtime.progress import Progress
 from ...conf.schema import Config, DataConfig, MalformedRows, SourceConfig
@@ -77,8 +75,9 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     if not data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
     manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
-    settings = manifest["settings"] if manifest.get("complete") else None
-    if settings is None or prompt_settings(data, settings) != settings:
+    made = manifest["settings"] if manifest.get("complete") else None
+    settings = prompt_settings(data, made)
+    if made and settings != made:
         settings = prompt_settings(data)
     with artifact(folder, "prompts", settings, config.overwrite, wait=True) as target:
         path = target.folder / FILE
@@ -88,7 +87,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
             target.save(complete=False)
             try:
                 _prepare(data, target)
-            except ValueError:  # nothing is left of data that are refused, so that they may be corrected
+            except ValueError:  # nothing stays of data that are refused, so that they may be corrected
                 for file in (path, target.folder / MANIFEST):
                     file.unlink(missing_ok=True)
                 raise
@@ -108,46 +107,42 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
         raise ValueError(
             f"data.sources: two are called {twice!r}, and their prompts' ids would clash: set the name of one"
         )
-    made_sources, made_exclude = ((made or {}).get(kind, {}) for kind in ("sources", "exclude"))
-    options = asdict(data)
-    for unrelated in ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"])):
-        del options[unrelated]
-    sources, exclude = {}, {}
+    made = made or {"sources": {}, "exclude": {}}
+    unrelated = ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"]))
+    options = {name: value for name, value in asdict(data).items() if name not in unrelated}
+    sources = {}
     for number, (name, source) in enumerate(zip(names, data.sources, strict=True)):
-        content = made_sources.get(name, {}).get("content")
-        if source.path == EMBEDDED:
-            content = digest([row for _, row in read_rows(source, data.seed)])
-        elif not (content and is_gone(source.path)):
-            files = local_files(source)
-            content = _content(files) if files else None
+        content = _content(source.path, [source], made["sources"].get(name, {}).get("content"))
         hub = {"path": source.path, "subset": source.subset, "revision": source.revision}
         draw = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
         sources[name] = {**draw, **({"content": content} if content else hub)}
-    for path in data.exclude:
-        exclude[path] = made_exclude.get(path)
-        if not (exclude[path] and is_gone(path)):
-            here = is_local(path)
-            exclude[path] = _content([f for split in _splits(path) for f in local_files(split)]) if here else "hub"
+    exclude = {path: _content(path, _splits(path), made["exclude"].get(path)) or "hub" for path in data.exclude}
     return {**options, "malformed_rows": data.malformed_rows.value, "sources": sources, "exclude": exclude}
 
 
-def _content(files: list[Path]) -> str:
-    return digest([file_digest(file) for file in files])
+def _content(path: str, sources: Iterable[SourceConfig], made: str | None) -> str | None:
+    """Return the digest of what stands at a path: that of before if it is gone, None for what is on the hub."""
+    if made and is_gone(path):
+        return made
+    if path == EMBEDDED:
+        return digest([row for source in sources for _, row in read_rows(source)])
+    files = [file for source in sources for file in local_files(source)] if is_local(path) else []
+    return digest([file_digest(file) for file in files]) if files else None
 
 
-def _splits(entry: str) -> list[SourceConfig]:
-    """Return all splits of an entry of data.exclude: a path, a hub id, or `id:subset` with a configuration."""
+def _splits(entry: str) -> Iterator[SourceConfig]:
+    """Yield all splits of an entry of data.exclude: a path, a hub id, or `id:subset` with a configuration."""
     path, _, subset = entry.rpartition(":")
     if not path or is_gone(entry) or is_local(entry):
         path, subset = entry, ""
-    return [SourceConfig(path=path, subset=subset or None, split=s) for s in split_names(path, subset or None)]
+    for split in split_names(path, subset or None):
+        yield SourceConfig(path=path, subset=subset or None, split=split)
 
 
 def _prepare(data: DataConfig, target: Artifact) -> None:
     questions, shares = _load_questions(data.exclude), _shares(data)
     names = [source_name(source) for source in data.sources]
-    counts: dict[str, Counter[str]] = {}
-    unread: dict[str, list[str]] = {}
+    counts, unread = dict[str, Counter[str]](), dict[str, list[str]]()
     progress = Progress("prompts", None, "row")
     with TemporaryFile(dir=target.folder) as file:
         candidates = _Candidates(file, data.seed)
@@ -285,8 +280,7 @@ class _Candidates:
     """
 
     def __init__(self, file: IO[bytes], seed: int) -> None:
-        self._file, self._seed = file, seed
-        self._end = 0  # of the file, in bytes
+        self._file, self._seed, self._end = file, seed, 0  # end of the file, in bytes
         self._found = array("Q")  # candidates of the present source, one _CANDIDATE each
         self.taken = np.empty(0, _CANDIDATE)  # of the sources before
 
@@ -331,20 +325,14 @@ class _Candidates:
     def write(self, path: Path) -> str:
         """Write the lines of those taken to a file, in the order of answering; return its SHA-256."""
         temporary = path.with_name(f".{path.name}.tmp")
-        state = hashlib.sha256()
         with open(temporary, "wb") as file:
-            for candidate in self.taken[np.argsort(self.taken["key"])]:
-                line = self._line(candidate)
-                state.update(line)
-                file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            file.writelines(map(self._line, self.taken[np.argsort(self.taken["key"])]))
+        sync(temporary)
         commit(temporary, path)
-        return state.hexdigest()
+        return file_digest(path)
 
 
 def _first_equal(values: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return for each value the index of the first that equals it."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    found: NDArray[np.int64] = first[inverse]
-    return found
+    return np.asarray(first[inverse], np.int64)

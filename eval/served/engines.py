@@ -68,7 +68,7 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
         ValueError: it serves something else, or without a draft head, or drafts otherwise.
     """
     positions = load_config(config.verifier).max_position_embeddings
-    find_model(endpoint, await endpoint.models(), config.synthesize.model, config.verifier, positions)
+    await find_model(endpoint, config.synthesize.model, config.verifier, positions)
     root = endpoint.url.rstrip("/").removesuffix("/v1")
     metrics = await _look(endpoint, f"{root}/metrics")
     if isinstance(metrics, str) and is_vllms(metrics):
