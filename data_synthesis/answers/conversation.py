@@ -56,17 +56,13 @@ class Conversation:
     @property
     def question(self) -> list[Message] | None:
         """Return the messages the verifier answers next (earlier reasoning left out, as chats do); None: no further."""
-        if self.ended_by or self._truncated or len(self.answers) == len(self.prompt.turns):
+        truncated = bool(self.answers) and self.answers[-1].finish_reason == "length"  # no question follows on that
+        if self.ended_by or truncated or len(self.answers) == len(self.prompt.turns):
             return None
         return [
             *({key: message[key] for key in ("role", "content")} for message in self.messages),
             {"role": "user", "content": self.prompt.turns[len(self.answers)]},
         ]
-
-    @property
-    def _truncated(self) -> bool:
-        """Whether the last answer was cut: no question follows on it."""
-        return bool(self.answers) and self.answers[-1].finish_reason == "length"
 
     def add(self, answer: Answer) -> None:
         """Take the answer to `question`; an empty one ends the conversation before that turn."""

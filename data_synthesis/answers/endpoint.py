@@ -1,4 +1,4 @@
-"""One OpenAI-compatible server: how many requests it gets at once, its requests, and what its errors mean."""
+"""OpenAI-compatible servers of one verifier: which of them takes the next request, and what their errors mean."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import email.utils
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,7 @@ class RequestError(Exception):
 class Endpoint:
     """One server: its connections, its window, and whether it is in service.
 
-    Args:
-        by_proxy: use the proxy that the environment names, if it does.
+    With `by_proxy` it is reached by the proxy that the environment names, if it does.
     """
 
     def __init__(self, url: str, options: SynthesizeConfig, by_proxy: bool = True) -> None:
@@ -131,7 +131,7 @@ class Endpoint:
         return self.window.size - self.in_flight if self.up and not self.paused else 0
 
     async def ask(self, body: dict[str, Any]) -> Answer:
-        """Return a chat completion or raise RequestError; several errors in a row put the endpoint out of service."""
+        """Return a chat completion, or raise RequestError; several in a row put the endpoint out of service."""
         started = time.monotonic()
         try:
             answer = read_answer(await self.send("POST", "/chat/completions", {"model": self.model, **body}))
@@ -153,8 +153,7 @@ class Endpoint:
     async def models(self) -> list[dict[str, Any]]:
         """Return what the server says it serves; nothing if it does not tell, or has no such list (404, 405).
 
-        Raises:
-            RequestError: no server answers, or it refuses our key.
+        Raises RequestError if no server answers, or it refuses our key.
         """
         try:
             reply = await self.send("GET", "/models")
@@ -167,10 +166,9 @@ class Endpoint:
         return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
     async def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Send a request and return what comes back, JSON decoded, anything else as text; or raise RequestError.
+        """Send a request to a path below the base URL, or a whole URL; return the reply's JSON, or its text.
 
-        Args:
-            path: below the base URL, or a whole URL.
+        Raises RequestError if there is nothing usable.
         """
         self._session = self._session or self._connect()
         url = path if "://" in path else self.url.rstrip("/") + path
@@ -272,3 +270,76 @@ def _retry_after(value: str) -> float:
         except ValueError:
             return 0.0
     return min(max(0.0, seconds), _MOST_PAUSE_S)
+
+
+class Pool:
+    """The endpoints, and who waits for one: conversations that go on come before new ones.
+
+    At most `concurrency` conversations run for each endpoint; some are between two tries, without a slot.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        self.endpoints: list[Endpoint] = []
+        self.conversations = 0  # that have begun and not ended
+        self.closed = False  # to new conversations
+        self._concurrency = concurrency
+        self._waiting = deque[asyncio.Future[None]]()
+
+    async def begin(self) -> Slot | None:
+        """Wait for a slot for a new conversation; None once closed."""
+        endpoint = await self.take()
+        return Slot(self, endpoint) if endpoint else None
+
+    async def take(self, preferred: Endpoint | None = None, avoided: Endpoint | None = None) -> Endpoint | None:
+        """Wait for a free slot of an endpoint; None for a new conversation once closed to those.
+
+        One that goes on gets its `preferred` endpoint if it has a slot, and the `avoided` one if no other has.
+        """
+        while preferred or not self.closed:
+            free = [endpoint for endpoint in self.endpoints if endpoint.free > 0]
+            if free and (preferred or self.conversations < self._concurrency * len(self.endpoints)):
+                best = max(free, key=lambda e: (e is not avoided, e is preferred, e.free))
+                best.in_flight += 1
+                return best
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            (self._waiting.appendleft if preferred else self._waiting.append)(waiter)
+            await waiter
+        return None
+
+    def wake(self) -> None:
+        """Let as many look again as there are slots, or everyone once closed."""
+        slots = len(self._waiting) if self.closed else sum(max(0, endpoint.free) for endpoint in self.endpoints)
+        for waiter in [self._waiting.popleft() for _ in range(min(slots, len(self._waiting)))]:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class Slot:
+    """A conversation's slot of an endpoint, held from turn to turn so that the server's prefix cache serves it."""
+
+    def __init__(self, pool: Pool, endpoint: Endpoint) -> None:
+        self._pool, self._endpoint, self._held = pool, endpoint, True
+        self._avoided: Endpoint | None = None
+        pool.conversations += 1
+
+    async def endpoint(self) -> Endpoint:
+        """Return the endpoint to ask next: the same while it is up."""
+        if not self._endpoint.up or self._endpoint.paused:
+            self.release()
+        if not self._held:
+            endpoint = await self._pool.take(self._endpoint, self._avoided)
+            assert endpoint is not None
+            self._endpoint, self._held = endpoint, True
+        return self._endpoint
+
+    def release(self, failed: bool = False) -> None:
+        """Give the slot back; if the endpoint has `failed`, another is tried next if there is one."""
+        if self._held:
+            self._held, self._avoided = False, self._endpoint if failed else None
+            self._endpoint.in_flight -= 1
+        self._pool.wake()
+
+    def end(self) -> None:
+        """Give the slot back: the conversation has ended."""
+        self._pool.conversations -= 1
+        self.release()

@@ -21,8 +21,7 @@ from ..prompts.rows import Prompt
 from ..tokens.chat_template import Message, fit_content
 from .answer_log import AnswerLog
 from .conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
-from .endpoint import Endpoint, RequestError
-from .pool import Pool, Slot
+from .endpoint import Endpoint, Pool, RequestError, Slot
 from .verify_endpoint import EndpointVerifier, request_body
 
 _TICK_S = 0.1
@@ -44,19 +43,13 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], log: AnswerLog)
     first = next(unanswered, None)
     if first is None:
         return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # connections are open files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
     grace = f"{config.synthesize.grace_s:.0f} s (synthesize.grace_s)"
     with deferred(lambda: f"{log.in_flight or 0} conversations in flight have {grace}") as signals:
         asyncio.run(_Regeneration(config, log, signals).run(itertools.chain([first], unanswered)))
-
-
-def _allow_open_files(connections: int) -> None:
-    """Raise the limit of open files to what the connections need, as far as it may be raised."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 256 + connections
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 class _Regeneration:
@@ -147,7 +140,6 @@ class _Regeneration:
     def _add(self, endpoints: list[Endpoint]) -> None:
         self._pool.endpoints += endpoints
         self._servers += [self._tasks.create_task(self._keep_open(endpoint)) for endpoint in endpoints]
-        _allow_open_files(self._pool.max_conversations)
 
     async def _keep_open(self, endpoint: Endpoint) -> None:
         """Open an endpoint, and again whenever it is out of service; at the start another model there is an error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,18 +27,12 @@ from .sources import EMBEDDED, READ, is_gone, is_local, local_files, read_rows, 
 FILE = "prompts.jsonl"
 _EXAM_FIELDS = ("question", "article")  # of evaluation questions alone: GSM8K, CNN/DailyMail
 _SHOWN = 12  # columns
-# Of a prompt: the hash of its id and the seed, the hash of what it asks, where its line begins, and how often the
-# second was put behind its id.
-_CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line", "renamed")])
-REFUSALS = (  # why a row is not taken
-    "malformed",
-    "too_few_turns",
-    "too_many_turns",
-    "too_short",
-    "too_long",
-    "evaluation",  # like a question of data.exclude
-    "duplicate",
-    "over_limit",  # good, but data.limit or the source's own takes others
+# Of a prompt: the hash of its id and the seed, the hash of what it asks, and where its line begins.
+_CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line")])
+# Why a row is not taken: "evaluation" is like a question of data.exclude, instead of "over_limit" others were taken.
+REFUSALS = (
+    *("malformed", "too_few_turns", "too_many_turns", "too_short", "too_long"),
+    *("evaluation", "duplicate", "over_limit"),
 )
 
 
@@ -195,20 +190,15 @@ def _load_questions(exclude: list[str]) -> Questions:
         before = len(texts)
         for source in _splits(path):
             for number, (place, row) in enumerate(read_rows(source, whole=True)):
+                if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):  # in no prompt's form
+                    row = next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
                 try:
-                    texts += map(text_of, prompt_of(_asking(row), "", number).turns)
+                    texts += map(text_of, prompt_of(row, "", number).turns)
                 except ValueError as error:
                     raise ValueError(f"data.exclude: {place} {error}") from None
         if len(texts) == before:
             raise ValueError(f"data.exclude: {path} holds no question")
     return Questions(texts)
-
-
-def _asking(row: Any) -> Any:
-    """Return an evaluation question that no prompt looks like as a prompt; other rows as they are."""
-    if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):
-        return next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
-    return row
 
 
 def _read_source(
@@ -274,35 +264,34 @@ def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | No
 
 
 class _Candidates:
-    """Prompts that are good by themselves: their lines in a file, 32 bytes of each in memory.
+    """Prompts that are good by themselves: their lines in a file, 24 bytes of each in memory.
 
     Of rows with one id that ask different things the later ones get `-` and the hash of what they ask behind it.
     """
 
     def __init__(self, file: IO[bytes], seed: int) -> None:
-        self._file, self._seed, self._end = file, seed, 0  # end of the file, in bytes
-        self._found = array("Q")  # candidates of the present source, one _CANDIDATE each
+        self._file, self._seed = file, seed
+        self._new = array("Q")  # candidates of the present source, one _CANDIDATE each
         self.taken = np.empty(0, _CANDIDATE)  # of the sources before
 
     def __len__(self) -> int:
         """Return the number of candidates of the present source."""
-        return len(self._found) * self._found.itemsize // _CANDIDATE.itemsize
+        return len(self._new) * self._new.itemsize // _CANDIDATE.itemsize
 
     def add(self, prompt_id: str, text: int, line: bytes) -> None:
         """Add a prompt of the present source."""
-        self._found.extend((self._key(prompt_id), text, self._end, 0))
-        self._end += self._file.write(line)
+        self._new.extend((self._key(prompt_id), text, self._append(line)))
 
     def take(self, share: int | None, deduplicate: bool) -> Counter[str]:
         """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
         before = len(self.taken)
-        rows = np.concatenate([self.taken, np.frombuffer(self._found, _CANDIDATE)])
-        self._found = array("Q")
+        rows = np.concatenate([self.taken, np.frombuffer(self._new, _CANDIDATE)])
+        self._new = array("Q")
         while len(later := np.flatnonzero(rows["text"] != rows["text"][_first_equal(rows["key"])])):
-            for number in later.tolist():
-                rows["renamed"][number] += 1
-                rows["key"][number] = self._key(json.loads(self._line(rows[number]))["id"])
-        self._file.seek(self._end)
+            for row in (rows[number] for number in later):  # views: what is assigned stays
+                prompt = json.loads(self._line(row))
+                prompt["id"] += f"-{int(row['text']):016x}"
+                row["key"], row["line"] = self._key(prompt["id"]), self._append(json_line(prompt))
         is_first = _first_equal(rows["text" if deduplicate else "key"]) == np.arange(len(rows))
         own = rows[before:][is_first[before:]]
         taken = own[np.argsort(own["key"])][:share]
@@ -313,14 +302,14 @@ class _Candidates:
         """Return what a prompt is ordered by."""
         return hash64(f"{self._seed}/{prompt_id}")
 
+    def _append(self, line: bytes) -> int:
+        start = self._file.seek(0, os.SEEK_END)
+        self._file.write(line)
+        return start
+
     def _line(self, candidate: np.void) -> bytes:
         self._file.seek(int(candidate["line"]))
-        line = self._file.readline()
-        if not candidate["renamed"]:
-            return line
-        row = json.loads(line)
-        row["id"] += f"-{int(candidate['text']):016x}" * int(candidate["renamed"])
-        return json_line(row)
+        return self._file.readline()
 
     def write(self, path: Path) -> str:
         """Write the lines of those taken to a file, in the order of answering; return its SHA-256."""
