@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conf.runtime.journal import Journal, read_journal, read_journal_lines, read_line
+from ..conf.runtime.journal import read_journal, read_journal_lines, read_line
 from .tokens.chat_template import check_messages
 
 FILE = "conversations.jsonl"
-SYNC_EVERY_S = 5.0
 
 
-def open_conversations(folder: Path) -> Journal:
-    """Open the conversations of a folder for appending."""
-    return Journal(folder / FILE, _check, SYNC_EVERY_S)
-
-
-def _check(record: dict[str, Any]) -> str | None:
+def check_record(record: dict[str, Any]) -> str | None:
+    """Return what is wrong with a conversation, or None."""
     if not isinstance(record.get("finish_reasons"), list) or not isinstance(record.get("usage"), dict):
         return "finish_reasons must be a list and usage an object"
     return check_messages(record.get("messages"))
@@ -57,16 +52,13 @@ def add_digests(digests: Iterable[str]) -> str:
 
 
 def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[str, Any]]:
-    """Read finished conversations, of all parts if a job array made them.
-
-    Args:
-        unfinished: more may still be written.
+    """Read the conversations of all parts; of a folder that is `unfinished`, those that are there.
 
     Raises:
         ValueError: a line is malformed, named by file and number, or a file is missing.
     """
     for file in _existing_files(folder, unfinished):
-        yield from read_journal(file, _check, unfinished)
+        yield from read_journal(file, check_record, unfinished)
 
 
 class ConversationRef(NamedTuple):
@@ -97,7 +89,7 @@ class ConversationIndex:
         num_recorded = 0
         for file in _existing_files(folder):
             name = str(file.relative_to(folder))
-            for offset, line, record in read_journal_lines(file, _check):
+            for offset, line, record in read_journal_lines(file, check_record):
                 places.append(ConversationRef(record["id"], name, offset))
                 digests.append(hashlib.sha256(line).digest())
                 num_recorded += record.get("sequences") is not None

@@ -55,8 +55,18 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
         for temperature, batch in _batches(everything, options, config.data.heldout_share):
             if signals.received:
                 return
-            if any(log.wants(prompt.id) for prompt in batch):
-                _answer_batch(verifier, batch, temperature, options, log, deadline)
+            if not any(log.wants(prompt.id) for prompt in batch):
+                continue
+            conversations = [Conversation(prompt) for prompt in batch]
+            converse(verifier, conversations, temperature, options, deadline)
+            if deadline.over:
+                return  # what is there may be half an answer
+            new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
+            log.add([conversation for conversation in new if conversation.answers], temperature)
+            for conversation in new:
+                if not conversation.answers:
+                    assert conversation.ended_by is not None
+                    log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
 def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> Iterator[tuple[float, list[Prompt]]]:
@@ -66,26 +76,6 @@ def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> 
         split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
         for start in range(0, len(split), options.batch_size):
             yield temperature, split[start : start + options.batch_size]
-
-
-def _answer_batch(
-    verifier: Verifier,
-    prompts: list[Prompt],
-    temperature: float,
-    options: SynthesizeConfig,
-    log: AnswerLog,
-    deadline: _Deadline,
-) -> None:
-    conversations = [Conversation(prompt) for prompt in prompts]
-    converse(verifier, conversations, temperature, options, deadline)
-    if deadline.over:
-        return  # what is there may be half an answer
-    new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
-    log.add([conversation for conversation in new if conversation.answers], temperature)
-    for conversation in new:
-        if not conversation.answers:
-            assert conversation.ended_by is not None
-            log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
 class _Deadline:
@@ -114,8 +104,8 @@ def converse(
 ) -> None:
     """Answer conversations turn by turn, all of them at once; each ends at the last turn that fits the context."""
     while True:
-        contexts: dict[int, list[int]] = {}
-        for number, conversation in enumerate(conversations):
+        open_conversations, contexts = list[Conversation](), list[list[int]]()
+        for conversation in conversations:
             if (question := conversation.question) is None:
                 continue
             try:
@@ -127,16 +117,17 @@ def converse(
                 conversation.ended_by = Failure("the chat template refuses it", str(error))
             else:
                 if len(context) + options.max_tokens <= _positions(verifier):
-                    contexts[number] = context
+                    open_conversations.append(conversation)
+                    contexts.append(context)
                 else:
                     conversation.ended_by = CONTEXT_FULL
-        if not contexts:
+        if not open_conversations:
             return
-        answered = [conversations[number] for number in contexts]
-        turns = max(len(conversation.answers) for conversation in answered)
-        seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in answered]]), 16) % 2**63
-        answers = generate(verifier, list(contexts.values()), options, temperature, seed, deadline)
-        for conversation, context, (tokens, ended) in zip(answered, contexts.values(), answers, strict=True):
+        turns = max(len(conversation.answers) for conversation in open_conversations)
+        ids = [conversation.prompt.id for conversation in open_conversations]
+        seed = int(digest([options.seed, turns, ids]), 16) % 2**63
+        answers = generate(verifier, contexts, options, temperature, seed, deadline)
+        for conversation, context, (tokens, ended) in zip(open_conversations, contexts, answers, strict=True):
             text, reasoning = split_answer(verifier.tokenizer, tokens)
             reason = "stop" if ended else "length"
             conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))

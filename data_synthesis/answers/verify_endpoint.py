@@ -37,14 +37,15 @@ class EndpointVerifier:
             RequestError: it does not answer.
             ValueError: it serves another model, or renders the chat template to other tokens.
         """
-        max_tokens = self._options.max_tokens
+        options = self._options
         try:
             ours = prompt_tokens(self.tokenizer, _PROBE)  # anew each time: a template may write the date
-            await self._patiently(partial(find_model, endpoint, self._options.model, self._verifier, self._positions))
-            if len(ours) + max_tokens > endpoint.max_context:
+            await self._patiently(partial(find_model, endpoint, options.model, self._verifier, self._positions))
+            if len(ours) + options.max_tokens > endpoint.max_context:
+                room = f"no room for a prompt in the {endpoint.max_context} tokens of {endpoint.url}"
                 raise ValueError(
-                    f"synthesize.max_tokens={max_tokens} leaves no room for a prompt in the {endpoint.max_context} "
-                    f"tokens of {endpoint.url}: lower it, or start the server with a longer context"
+                    f"synthesize.max_tokens={options.max_tokens} leaves {room}: lower it, or start the server with a "
+                    "longer context"
                 )
             answer = await self._probe(endpoint)
         except RequestError as trouble:
@@ -116,9 +117,7 @@ def request_body(
 async def find_model(endpoint: Endpoint, name: str | None, verifier: VerifierConfig, positions: int) -> None:
     """Set an endpoint's name for the verifier, and its context; a server that lists none will refuse a wrong name.
 
-    Args:
-        name: `synthesize.model`.
-        positions: tokens that the verifier can read.
+    `name` is synthesize.model, `positions` the tokens that the verifier can read.
 
     Raises:
         RequestError: it does not answer.

@@ -22,23 +22,18 @@ _INSIDE = "is in this machine's network; set data.local_images=true to allow tha
 def check_foreign(address: str, files: bool = False, hosts: bool = False) -> None:
     """Raise ValueError, to be put after the row's place, if an address by its words leads to this machine's network.
 
-    Args:
-        files, hosts: allow those of this machine or its network.
+    `files` and `hosts` allow those of this machine and its network.
     """
     scheme = scheme_of(address)
     if not files and scheme in ("", "file"):
-        raise ValueError(
-            f"refers to the local file {address[:80]!r}; data from the hub may not, unless data.local_images=true"
-        )
+        what = f"refers to the local file {address[:80]!r}"
+        raise ValueError(f"{what}; data from the hub may not, unless data.local_images=true")
     if not hosts and scheme.startswith("http") and _is_inside(urlsplit(address).hostname or ""):
         raise ValueError(f"refers to {address[:80]!r}: its host {_INSIDE}")
 
 
 def read_address(address: str, local: bool = False) -> bytes:
-    """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL.
-
-    Args:
-        local: fetch from hosts of this machine's network too.
+    """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL; `local` hosts only if allowed.
 
     Raises:
         ValueError: it is too large, takes too long, or is in this machine's network.

@@ -38,17 +38,12 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """The prompts of a run, on disk.
-
-    Attributes:
-        digest: of what they say and their order, whatever settings made them.
-        counts: rows read, rows taken and rows refused by reason, in all and of each source.
-    """
+    """The prompts of a run, on disk."""
 
     folder: Path
     count: int
-    digest: str
-    counts: dict[str, Any]
+    digest: str  # of what they say and their order, whatever settings made them
+    counts: dict[str, Any]  # rows read, rows taken and rows refused by reason, in all and of each source
 
     def read(self, shard: int = 0, num_shards: int = 1) -> Iterator[Prompt]:
         """Read prompts shard, shard + num_shards, ..., one at a time."""
@@ -93,15 +88,12 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
 def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return all that determines the prompts; of what is on this machine the content, not the place.
 
-    Args:
-        made: settings of prompts that are complete: a file that is gone counts as what it was then.
+    Of prompts that are complete, `made` are the settings: a file that is gone counts as what it was then.
     """
     names = [source_name(source) for source in data.sources]
     if len(set(names)) < len(names):
-        twice = max(names, key=names.count)
-        raise ValueError(
-            f"data.sources: two are called {twice!r}, and their prompts' ids would clash: set the name of one"
-        )
+        twice = f"data.sources: two are called {max(names, key=names.count)!r}"
+        raise ValueError(f"{twice}, and their prompts' ids would clash: set the name of one")
     made = made or {"sources": {}, "exclude": {}}
     unrelated = ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"]))
     options = {name: value for name, value in asdict(data).items() if name not in unrelated}
@@ -135,20 +127,22 @@ def _splits(entry: str) -> Iterator[SourceConfig]:
 
 
 def _prepare(data: DataConfig, target: Artifact) -> None:
-    questions, shares = _load_questions(data.exclude), _shares(data)
-    names = [source_name(source) for source in data.sources]
+    shares = dict(zip(map(source_name, data.sources), _shares(data), strict=True))
     counts, unread = dict[str, Counter[str]](), dict[str, list[str]]()
-    progress = Progress("prompts", None, "row")
     with TemporaryFile(dir=target.folder) as file:
-        candidates = _Candidates(file, data.seed)
-        for name, source, share in zip(names, data.sources, shares, strict=True):
-            counts[name], unread[name] = _read_source(source, share, data, questions, candidates, progress)
-        progress.close()
-        summary = _summary(counts)
+        selection = _Selection(data, file)
+        for source, (name, share) in zip(data.sources, shares.items(), strict=True):
+            counts[name], unread[name] = selection.read(source, share)
+        selection.progress.close()
+        keys = ("rows", "taken", *REFUSALS)
+        of_sources = {name: {key: count[key] for key in keys} for name, count in counts.items()}
+        summary = {**{key: sum(count[key] for count in counts.values()) for key in keys}, "sources": of_sources}
+        reasons = ", ".join(f"{summary[reason]} {reason}" for reason in REFUSALS if summary[reason])
+        refused = f"of {summary['rows']} rows {reasons or 'none'} left out"
         if not summary["taken"]:
-            raise ValueError(f"data.sources yield no prompt: {_refused(summary)}")
-        content = candidates.write(target.folder / FILE)
-    for name, share in zip(names, shares, strict=True):
+            raise ValueError(f"data.sources yield no prompt: {refused}")
+        content = selection.write(target.folder / FILE)
+    for name, share in shares.items():
         if columns := unread[name]:
             more = f" and {len(columns) - _SHOWN} more" * (len(columns) > _SHOWN)
             print(f"prompts: {name} has columns that are not read: {', '.join(columns[:_SHOWN])}{more}")
@@ -156,18 +150,7 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
             print(f"prompts: {name} gives {counts[name]['taken']} of the {share} asked of it")
     target.finish(counts=summary, content=content, not_read=unread)
     taken = ", ".join(f"{name} {count['taken']}" for name, count in counts.items())
-    print(f"prompts: {summary['taken']} in {target.folder} ({taken}); {_refused(summary)}")
-
-
-def _summary(counts: dict[str, Counter[str]]) -> dict[str, Any]:
-    keys = ("rows", "taken", *REFUSALS)
-    total = {key: sum(count[key] for count in counts.values()) for key in keys}
-    return {**total, "sources": {name: {key: count[key] for key in keys} for name, count in counts.items()}}
-
-
-def _refused(summary: dict[str, Any]) -> str:
-    reasons = ", ".join(f"{summary[reason]} {reason}" for reason in REFUSALS if summary[reason])
-    return f"of {summary['rows']} rows {reasons or 'none'} left out"
+    print(f"prompts: {summary['taken']} in {target.folder} ({taken}); {refused}")
 
 
 def _shares(data: DataConfig) -> list[int | None]:
@@ -201,106 +184,88 @@ def _load_questions(exclude: list[str]) -> Questions:
     return Questions(texts)
 
 
-def _read_source(
-    source: SourceConfig,
-    share: int | None,
-    data: DataConfig,
-    questions: Questions,
-    candidates: _Candidates,
-    progress: Progress,
-) -> tuple[Counter[str], list[str]]:
-    """Read a source into the candidates and take its share.
+class _Selection:
+    """Prompts that are good by themselves, of one source after the other, and those of them that are taken.
 
-    A stream is read until it has given its share; so what it says twice is refused here already.
-
-    Returns:
-        Counts of its rows and of what they are refused for, and the columns that are not read.
-    """
-    counts = Counter[str]()
-    early = source.streaming and share is not None
-    seen = set(candidates.taken["text"].tolist()) if early else set()
-    name, fields = source_name(source), set[str]()
-    local = data.local_images or source.path == EMBEDDED or is_local(source.path)
-    for place, row in read_rows(source, data.seed):
-        if early and len(candidates) == share:
-            break
-        number = None if source.streaming else counts["rows"]
-        counts["rows"] += 1
-        progress.update()
-        fields.update(row if isinstance(row, dict) else ())
-        try:
-            prompt, line = read_prompt(row, name, number, local, data.local_images)
-        except ValueError as error:
-            if data.malformed_rows is MalformedRows.stop:
-                cure = "correct it, or leave such rows out with data.malformed_rows=skip"
-                raise ValueError(f"{place} {error}; {cure}") from None
-            counts["malformed"] += 1
-            continue
-        text = fingerprint(prompt)
-        reason = _refusal(prompt, data, questions) or ("duplicate" if data.deduplicate and text in seen else None)
-        if reason:
-            counts[reason] += 1
-            continue
-        if early:
-            seen.add(text)
-        candidates.add(prompt.id, text, line)
-    if not counts["rows"] and share != 0:
-        raise ValueError(f"data.sources: {source.path} holds no row")
-    return counts + candidates.take(share, data.deduplicate), sorted(fields - READ if source.path != EMBEDDED else ())
-
-
-def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | None:
-    texts = [text_of(turn) for turn in prompt.turns]
-    chars = sum(map(len, texts))
-    if len(texts) < data.min_turns:
-        return "too_few_turns"
-    if data.max_turns is not None and len(texts) > data.max_turns:
-        return "too_many_turns"
-    if chars < data.min_chars:
-        return "too_short"
-    if data.max_chars is not None and chars > data.max_chars:
-        return "too_long"
-    return "evaluation" if any(map(questions.like, texts)) else None
-
-
-class _Candidates:
-    """Prompts that are good by themselves: their lines in a file, 24 bytes of each in memory.
-
-    Of rows with one id that ask different things the later ones get `-` and the hash of what they ask behind it.
+    Their lines are in a file, 24 bytes of each in memory. Of rows with one id that ask different things the later ones
+    get `-` and the hash of what they ask behind it.
     """
 
-    def __init__(self, file: IO[bytes], seed: int) -> None:
-        self._file, self._seed = file, seed
-        self._new = array("Q")  # candidates of the present source, one _CANDIDATE each
-        self.taken = np.empty(0, _CANDIDATE)  # of the sources before
+    def __init__(self, data: DataConfig, file: IO[bytes]) -> None:
+        self._data, self._file, self._questions = data, file, _load_questions(data.exclude)
+        self._new = array("Q")  # candidates of the present source, the fields of a _CANDIDATE each
+        self._taken = np.empty(0, _CANDIDATE)  # of the sources before
+        self.progress = Progress("prompts", None, "row")
 
-    def __len__(self) -> int:
-        """Return the number of candidates of the present source."""
-        return len(self._new) * self._new.itemsize // _CANDIDATE.itemsize
+    def read(self, source: SourceConfig, share: int | None) -> tuple[Counter[str], list[str]]:
+        """Read a source and take its share; return counts of its rows, and the columns that are not read.
 
-    def add(self, prompt_id: str, text: int, line: bytes) -> None:
-        """Add a prompt of the present source."""
-        self._new.extend((self._key(prompt_id), text, self._append(line)))
+        A stream is read until it has given its share; so what it says twice is refused here already.
+        """
+        data, counts = self._data, Counter[str]()
+        early = source.streaming and share is not None
+        seen = set(self._taken["text"].tolist()) if early else set()
+        name, fields = source_name(source), set[str]()
+        local = data.local_images or source.path == EMBEDDED or is_local(source.path)
+        for place, row in read_rows(source, data.seed):
+            if early and len(self._new) // len(_CANDIDATE) == share:
+                break
+            number = None if source.streaming else counts["rows"]
+            counts["rows"] += 1
+            self.progress.update()
+            fields.update(row if isinstance(row, dict) else ())
+            try:
+                prompt, line = read_prompt(row, name, number, local, data.local_images)
+            except ValueError as error:
+                if data.malformed_rows is MalformedRows.stop:
+                    cure = "correct it, or leave such rows out with data.malformed_rows=skip"
+                    raise ValueError(f"{place} {error}; {cure}") from None
+                counts["malformed"] += 1
+                continue
+            text = fingerprint(prompt)
+            reason = self._refusal(prompt) or ("duplicate" if data.deduplicate and text in seen else None)
+            if reason:
+                counts[reason] += 1
+                continue
+            if early:
+                seen.add(text)
+            self._new.extend((self._key(prompt.id), text, self._append(line)))
+        if not counts["rows"] and share != 0:
+            raise ValueError(f"data.sources: {source.path} holds no row")
+        return counts + self._take(share), sorted(fields - READ if source.path != EMBEDDED else ())
 
-    def take(self, share: int | None, deduplicate: bool) -> Counter[str]:
+    def _refusal(self, prompt: Prompt) -> str | None:
+        data, texts = self._data, [text_of(turn) for turn in prompt.turns]
+        chars = sum(map(len, texts))
+        if len(texts) < data.min_turns:
+            return "too_few_turns"
+        if data.max_turns is not None and len(texts) > data.max_turns:
+            return "too_many_turns"
+        if chars < data.min_chars:
+            return "too_short"
+        if data.max_chars is not None and chars > data.max_chars:
+            return "too_long"
+        return "evaluation" if any(map(self._questions.like, texts)) else None
+
+    def _take(self, share: int | None) -> Counter[str]:
         """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
-        before = len(self.taken)
-        rows = np.concatenate([self.taken, np.frombuffer(self._new, _CANDIDATE)])
+        before = len(self._taken)
+        rows = np.concatenate([self._taken, np.frombuffer(self._new, _CANDIDATE)])
         self._new = array("Q")
         while len(later := np.flatnonzero(rows["text"] != rows["text"][_first_equal(rows["key"])])):
             for row in (rows[number] for number in later):  # views: what is assigned stays
                 prompt = json.loads(self._line(row))
                 prompt["id"] += f"-{int(row['text']):016x}"
                 row["key"], row["line"] = self._key(prompt["id"]), self._append(json_line(prompt))
-        is_first = _first_equal(rows["text" if deduplicate else "key"]) == np.arange(len(rows))
+        is_first = _first_equal(rows["text" if self._data.deduplicate else "key"]) == np.arange(len(rows))
         own = rows[before:][is_first[before:]]
         taken = own[np.argsort(own["key"])][:share]
-        self.taken = np.concatenate([self.taken, taken])
+        self._taken = np.concatenate([self._taken, taken])
         return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=len(rows) - before - len(own))
 
     def _key(self, prompt_id: str) -> int:
         """Return what a prompt is ordered by."""
-        return hash64(f"{self._seed}/{prompt_id}")
+        return hash64(f"{self._data.seed}/{prompt_id}")
 
     def _append(self, line: bytes) -> int:
         start = self._file.seek(0, os.SEEK_END)
@@ -315,7 +280,7 @@ class _Candidates:
         """Write the lines of those taken to a file, in the order of answering; return its SHA-256."""
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "wb") as file:
-            file.writelines(map(self._line, self.taken[np.argsort(self.taken["key"])]))
+            file.writelines(map(self._line, self._taken[np.argsort(self._taken["key"])]))
         sync(temporary)
         commit(temporary, path)
         return file_digest(path)

@@ -72,9 +72,7 @@ def images_of(content: Content) -> list[str]:
 def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: bool = False) -> tuple[Prompt, bytes]:
     """Read a row as `prompt_of` does, all of it or none; return the prompt and its line.
 
-    Args:
-        local: the row is this machine's own, and its images may be files here.
-        hosts: its images may be at hosts of this machine's network.
+    Images may be files here if the row is this machine's own (`local`), and at its network's hosts with `hosts`.
 
     Raises:
         ValueError: what is wrong with the row, or not read of it, to be put after its place.
@@ -95,9 +93,7 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: b
 def check_beside(row: dict[str, Any], texts: list[str], read: Collection[str] = ()) -> None:
     """Raise ValueError, to be put after the row's place, if its question rests on more than what the user says.
 
-    Args:
-        texts: all that are read of it; a column that repeats some of them brings nothing.
-        read: columns that are read.
+    A column brings nothing if it is `read`, or repeats some of the row's `texts`.
     """
     for place in (row, *_user_messages(row)):
         for name in sorted(BESIDE.keys() & place.keys() - set(read)):
@@ -132,8 +128,7 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
 
     Args:
         row: an object, or the ValueError that says why there is none.
-        source: first part of the id.
-        number: the id of a row that has none, from 0; None where rows come in no fixed order: a hash of what it says.
+        number: the id of a row that has none; None if rows come in no fixed order: a hash of what it says.
 
     Raises:
         ValueError: what is wrong with the row, to be put after its place: "is no object", "has no user turn".
@@ -176,14 +171,15 @@ def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
             system = _system(content)
         elif role == "system":
             raise ValueError(f"has a system message at message {number}: it may only be the first")
+        elif role != expected and not turns:
+            raise ValueError("starts with the assistant: the first message must be the user's")
         elif role != expected:
-            if not turns:
-                raise ValueError("starts with the assistant: the first message must be the user's")
             raise ValueError(f"has roles out of order: message {number} is the {role}'s, as is the one before")
+        elif role == "user":
+            turns.append(content_of(content, f"message {number}"))
+            expected = "assistant"
         else:
-            if role == "user":
-                turns.append(content_of(content, f"message {number}"))
-            expected = "assistant" if role == "user" else "user"
+            expected = "user"
     if not turns:
         raise ValueError("has no user turn")
     return turns, system

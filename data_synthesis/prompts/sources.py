@@ -36,10 +36,8 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
     """Read the rows of a source one after the other; memory holds few of them.
 
     A row that cannot be decoded comes as the ValueError that says why, so that a caller may leave it out. With
-    `streaming` rows come in the order of datasets' own shuffle by `seed`.
-
-    Args:
-        whole: give all columns of a table, not those alone that a prompt is read from.
+    `streaming` rows come in the order of datasets' own shuffle by `seed`. Of a table come the columns that a prompt is
+    read from, or the `whole`.
 
     Raises:
         ValueError: the source does not exist, cannot be reached, or has no such split.
@@ -190,11 +188,7 @@ def _placed(path: str, rows: Iterable[Any], columns: Iterable[str] = ()) -> Iter
         yield f"{path} row {number}", {**empty, **row} if empty and isinstance(row, dict) else row
 
 
-def _json_rows(path: Path, _whole: bool) -> Iterator[Row]:
-    return _placed(str(path), _json_values(path))
-
-
-def _json_lines(path: Path, _whole: bool) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -241,4 +235,8 @@ def _json_values(path: Path) -> Iterator[Any]:
             yield value
 
 
-_READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}
+_READERS = {
+    ".json": lambda path, _: _placed(str(path), _json_values(path)),
+    ".jsonl": lambda path, _: _json_lines(path),
+    ".parquet": _parquet_rows,
+}

@@ -23,10 +23,8 @@ from ..tokens.chat_template import NoExactSpanError, prompt_tokens
 def check_verifier(verifier: VerifierConfig, draft: DraftConfig, for_states: bool = True) -> DraftHeadConfig:
     """Check that a head can be derived, layers and matrices are found and tokens have embeddings; return the head.
 
-    Cheap: of the weights it reads names and headers.
-
-    Args:
-        for_states: a draft vocabulary is made now; answers need none, and one that does not fit costs a warning.
+    Cheap: of the weights it reads names and headers. A draft vocabulary that does not fit costs a warning if it is not
+    needed now, `for_states`.
 
     Raises:
         ValueError: names the option, and what to do.
