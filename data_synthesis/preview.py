@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from ..conf.runtime.artifact import differences, read_manifest
-from ..conf.schema import Config, DumpConfig, VerifierConfig
+from ..conf.schema import Config, DumpConfig
 from ..models.verifier.model import tokenizer_identity
 from .conversations import read_conversations
 from .heldout import is_heldout
@@ -25,12 +23,16 @@ def preview(config: Config) -> None:
     settings = read_manifest(folder, "conversations", unfinished=True)["settings"]
     record = find_conversation(folder, config.preview.id)
     reader = SequenceReader(config.verifier, config.dump.max_images, config.data.local_images)
-    _check_tokenizer(folder, settings["verifier"], config.verifier, reader.tokenizer)
-    unreadable, sequences = "", []
+    own = tokenizer_identity(reader.tokenizer)
+    if changes := differences({name: settings["verifier"][name] for name in own}, own):
+        raise ValueError(
+            f"{folder} was made with another tokenizer or chat template than that of "
+            f"verifier.path={config.verifier.path} ({'; '.join(changes)}): set the verifier it was made with"
+        )
     try:
-        sequences = reader.read(record)
+        sequences, unreadable = reader.read(record), ""
     except UnreadableImagesError as error:
-        unreadable = str(error)
+        sequences, unreadable = [], str(error)
     for name, value in _facts(record, is_heldout(record["id"], settings["heldout_share"])).items():
         print(f"{name:<12} {printable(value)}")
     if unreadable:
@@ -57,17 +59,6 @@ def find_conversation(folder: Path, name: str | None) -> dict[str, Any]:
     if name is None:
         raise ValueError(f"{folder} holds no conversation yet: wait until `fledge synthesize` has written one")
     raise ValueError(f"preview.id: {folder} holds no conversation {name!r}: without preview.id the first is shown")
-
-
-def _check_tokenizer(
-    folder: Path, recorded: dict[str, Any], config: VerifierConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    own = tokenizer_identity(tokenizer)
-    if changes := differences({name: recorded[name] for name in own}, own):
-        raise ValueError(
-            f"{folder} was made with another tokenizer or chat template than that of verifier.path={config.path} "
-            f"({'; '.join(changes)}): set the verifier it was made with"
-        )
 
 
 def _facts(record: dict[str, Any], heldout: bool) -> dict[str, str]:

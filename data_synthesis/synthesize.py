@@ -35,7 +35,7 @@ def synthesize(config: Config) -> None:
         pass  # the folder is this run's now, and so are the parts in it
     _answer(config, prompts, part_folder(folder, shard, num_shards), {**settings, "shard": [shard, num_shards]})
     with artifact(folder, "conversations", whole, wait=True) as target:
-        _join_parts(target, config)
+        _join_parts(target, num_shards, config.verifier.path)
 
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
@@ -96,9 +96,8 @@ def _finish(target: Artifact, log: AnswerLog, num_prompts: int) -> None:
     print(f"conversations: {made['conversations']} in {target.folder}")
 
 
-def _join_parts(target: Artifact, config: Config) -> None:
+def _join_parts(target: Artifact, num_shards: int, verifier_path: str) -> None:
     """Complete the whole when every part is."""
-    num_shards = config.synthesize.num_shards
     parts = []
     for shard in range(num_shards):
         with suppress(ValueError):  # not made yet, or not to its end
@@ -109,7 +108,7 @@ def _join_parts(target: Artifact, config: Config) -> None:
     content = add_digests(part["content"] for part in parts)
     if target.complete and target.manifest["content"] == content:
         return
-    target.save(complete=False, verifier_path=config.verifier.path, prompts=parts[0]["prompts"])
+    target.save(complete=False, verifier_path=verifier_path, prompts=parts[0]["prompts"])
     counts, sources, reasons = Counter[str](), Counter[str](), Counter[str]()
     for part in parts:
         reasons.update(part["counts"].pop("failed_because"))

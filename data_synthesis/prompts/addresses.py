@@ -33,7 +33,7 @@ def check_foreign(address: str, files: bool = False, hosts: bool = False) -> Non
 
 
 def read_address(address: str, local: bool = False) -> bytes:
-    """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL; `local` hosts only if allowed.
+    """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL; `local` allows this network's hosts.
 
     Raises:
         ValueError: it is too large, takes too long, or is in this machine's network.
