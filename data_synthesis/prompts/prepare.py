@@ -208,7 +208,7 @@ class _Selection:
         name, fields = source_name(source), set[str]()
         local = data.local_images or source.path == EMBEDDED or is_local(source.path)
         for place, row in read_rows(source, data.seed):
-            if early and len(self._new) // len(_CANDIDATE) == share:
+            if early and len(self._new) * self._new.itemsize // _CANDIDATE.itemsize == share:
                 break
             number = None if source.streaming else counts["rows"]
             counts["rows"] += 1
