@@ -8,27 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conf.runtime.journal import Journal, read_journal, read_journal_lines, read_line
+from ..conf.runtime.journal import read_journal, read_journal_lines, read_line
 from .tokens.chat_template import check_messages
 
 FILE = "conversations.jsonl"
-SYNC_EVERY_S = 5.0
 
 
-def open_conversations(folder: Path) -> Journal:
-    """Open the conversations of a folder for appending."""
-    return Journal(folder / FILE, _check, SYNC_EVERY_S)
-
-
-def _check(record: dict[str, Any]) -> str | None:
+def check_record(record: dict[str, Any]) -> str | None:
+    """Return what is wrong with a conversation, or None."""
     if not isinstance(record.get("finish_reasons"), list) or not isinstance(record.get("usage"), dict):
         return "finish_reasons must be a list and usage an object"
     return check_messages(record.get("messages"))
 
 
+def part_folder(folder: Path, shard: int, num_shards: int) -> Path:
+    """Return the folder in which one task of a job array writes."""
+    return folder / f"part-{shard:05d}-of-{num_shards:05d}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [part / FILE for part in sorted(folder.glob("part-*-of-*")) or [folder]]
+
+
+def _existing_files(folder: Path, unfinished: bool = False) -> Iterator[Path]:
+    for file in _files(folder):
+        if file.is_file():
+            yield file
+        elif not unfinished:
+            raise ValueError(f"{file} is missing: run `fledge synthesize` again")
+
+
 def content_digest(folder: Path) -> str:
     """Hash what a folder's conversations say, whatever the order of lines (that of completion); "" without any."""
-    files = [part / FILE for part in _parts(folder)]
+    files = _files(folder)
     if not all(file.is_file() for file in files):
         return ""
     return add_digests(hashlib.sha256(line).hexdigest() for path in files for line in open(path, "rb"))
@@ -40,19 +52,13 @@ def add_digests(digests: Iterable[str]) -> str:
 
 
 def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[str, Any]]:
-    """Read finished conversations, of all parts if a job array made them.
-
-    Args:
-        unfinished: more may still be written.
+    """Read the conversations of all parts; of a folder that is `unfinished`, those that are there.
 
     Raises:
         ValueError: a line is malformed, named by file and number, or a file is missing.
     """
-    for path in (part / FILE for part in _parts(folder)):
-        if path.is_file():
-            yield from read_journal(path, _check, unfinished)
-        elif not unfinished:
-            raise ValueError(f"{path} is missing: run `fledge synthesize` again")
+    for file in _existing_files(folder, unfinished):
+        yield from read_journal(file, check_record, unfinished)
 
 
 class ConversationRef(NamedTuple):
@@ -63,13 +69,13 @@ class ConversationRef(NamedTuple):
     offset: int  # of its line, in bytes
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Read it."""
+        """Read the conversation."""
         return read_line(folder / self.file, self.offset)
 
 
 @dataclass
 class ConversationIndex:
-    """All conversations of a folder: their places take little memory."""
+    """All conversations of a folder, by the places of their lines, which take little memory."""
 
     places: list[ConversationRef]  # ordered by id: the order of lines is that of completion
     content: str  # the `content_digest`
@@ -77,30 +83,15 @@ class ConversationIndex:
 
     @classmethod
     def of(cls, folder: Path, progress: Callable[[], object]) -> ConversationIndex:
-        """Read and check every line once.
-
-        Raises:
-            ValueError: a line is malformed, named by file and number, or a file is missing.
-        """
+        """Read and check every line once; raises as `read_conversations` does."""
         places: list[ConversationRef] = []
         digests: list[bytes] = []
         num_recorded = 0
-        for path in (part / FILE for part in _parts(folder)):
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: run `fledge synthesize` again")
-            name = str(path.relative_to(folder))
-            for offset, line, record in read_journal_lines(path, _check):
+        for file in _existing_files(folder):
+            name = str(file.relative_to(folder))
+            for offset, line, record in read_journal_lines(file, check_record):
                 places.append(ConversationRef(record["id"], name, offset))
                 digests.append(hashlib.sha256(line).digest())
                 num_recorded += record.get("sequences") is not None
                 progress()
         return cls(sorted(places), add_digests(digest.hex() for digest in digests), num_recorded)
-
-
-def part_folder(folder: Path, shard: int, num_shards: int) -> Path:
-    """Return the folder in which one task of a job array writes."""
-    return folder / f"part-{shard:05d}-of-{num_shards:05d}"
-
-
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*-of-*")) or [folder]

@@ -19,12 +19,12 @@ from ..conf.runtime.rank_info import read_rank_info
 from ..conf.schema import Config, DumpEngine, HiddenStates
 from ..models.verifier.model import check_identity, special_token_ids
 from .states.record import write_states
+from .states.verifier_check import check_verifier
 from .store.draft_vocabulary import write_vocabulary
 from .store.index import COUNTS_FILE, TOKENS_FOLDER, is_intact, left_out, sidecar_checksums, totals
 from .store.mapped_shard import CURE, shard_entry, shard_name
 from .store.store import HiddenStateStore, load_sidecar, save_tensors, write_index
 from .tokens.tokenise import write_tokens
-from .verifier_check import check_verifier
 
 # Settings that only a store with states has.
 _OF_STATES = ("engine", "vllm_options", "verifier_dtype", "aux_layers", "state_dtype", "last_states")
@@ -36,7 +36,7 @@ def dump(config: Config) -> None:
     source, folder = read_manifest(config.conversations_folder, "conversations"), config.hidden_states_folder
     verifier, cure = source["settings"]["verifier"], "synthesize under another name"
     check_identity(verifier, config.verifier, str(config.conversations_folder), cure)
-    head, always = check_verifier(config), special_token_ids(config.verifier)
+    head, always = check_verifier(config.verifier, config.draft), special_token_ids(config.verifier)
     options = config.dump
     of_tokens = {
         "verifier": verifier,

@@ -12,28 +12,27 @@ _LIKE_A_FURTHER_ONE = re.compile(rf"{_MARK}\d+-*\Z")
 
 
 def escaped(name: str) -> str:
-    """Give an id that is that of no further sequence: "x##3" becomes "x##3-", and "x##3-" in turn "x##3--"."""
+    """Return an id that is that of no further sequence: "x##3" becomes "x##3-", and "x##3-" in turn "x##3--"."""
     return f"{name}-" if _LIKE_A_FURTHER_ONE.search(name) else name
 
 
 def sequence_id(conversation_id: str, number: int) -> str:
-    """Give the id of a conversation's n-th training sequence (from 0): the first has the conversation's own."""
+    """Return the id of a conversation's n-th training sequence (from 0): the first has the conversation's own."""
     return f"{conversation_id}{_MARK}{number + 1}" if number else conversation_id
 
 
 def conversation_id(sequence: str) -> str:
-    """Give the id of the conversation that a sequence is of."""
+    """Return the id of the conversation that a sequence is of."""
     head, mark, number = sequence.rpartition(_MARK)
     return head if mark and number.isdecimal() else sequence
 
 
 def is_heldout(sample_id: str, share: float) -> bool:
-    """Say whether a sample belongs to the held-out split: by its conversation's id, so by nothing that can change."""
+    """Return whether a sample is held out: by its conversation's id, so by nothing that can change."""
     key = conversation_id(sample_id).encode()
-    fraction = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
-    return fraction < share
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < share
 
 
 def heldout_order(sample_id: str) -> tuple[str, str]:
-    """Give the key by which held-out samples are ordered: where only some are used, everyone takes the same."""
+    """Return the key by which held-out samples are ordered: if only some are used, everyone takes the same."""
     return digest(conversation_id(sample_id)), sample_id

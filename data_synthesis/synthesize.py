@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from .answers.local import answer_here
 from .answers.remote import answer_by_servers
 from .conversations import add_digests, content_digest, part_folder
 from .prompts.prepare import PreparedPrompts, prepare_prompts
-from .verifier_check import check_verifier
+from .states.verifier_check import check_verifier
 
 
 def synthesize(config: Config) -> None:
     """Answer the prompts of `data` with the verifier and write runs/<name>/conversations/."""
-    check_verifier(config, for_states=False)
+    check_verifier(config.verifier, config.draft, for_states=False)
     prompts = prepare_prompts(config)
     settings = _settings(config, prompts)
     folder, shard, num_shards = config.conversations_folder, config.synthesize.shard, config.synthesize.num_shards
@@ -34,7 +35,7 @@ def synthesize(config: Config) -> None:
         pass  # the folder is this run's now, and so are the parts in it
     _answer(config, prompts, part_folder(folder, shard, num_shards), {**settings, "shard": [shard, num_shards]})
     with artifact(folder, "conversations", whole, wait=True) as target:
-        _join_parts(target, config)
+        _join_parts(target, num_shards, config.verifier.path)
 
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
 
 
 def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: dict[str, Any]) -> None:
-    """Answer one shard of the prompts; exits with a code that asks for another start where something is left."""
+    """Answer one shard of the prompts; exits with a code that asks for another start if something is left."""
     options = config.synthesize
     with artifact(folder, "conversations", settings, config.overwrite) as target:
         if target.complete and target.manifest["content"] == content_digest(folder):
@@ -95,32 +96,23 @@ def _finish(target: Artifact, log: AnswerLog, num_prompts: int) -> None:
     print(f"conversations: {made['conversations']} in {target.folder}")
 
 
-def _join_parts(target: Artifact, config: Config) -> None:
+def _join_parts(target: Artifact, num_shards: int, verifier_path: str) -> None:
     """Complete the whole when every part is."""
-    num_shards = config.synthesize.num_shards
     parts = []
     for shard in range(num_shards):
-        try:
+        with suppress(ValueError):  # not made yet, or not to its end
             parts.append(read_manifest(part_folder(target.folder, shard, num_shards), "conversations"))
-        except ValueError:  # not made yet, or not to its end
-            continue
     if len(parts) < num_shards:
         print(f"conversations: {len(parts)} of {num_shards} shards are complete")
         return
     content = add_digests(part["content"] for part in parts)
     if target.complete and target.manifest["content"] == content:
         return
-    target.save(complete=False, verifier_path=config.verifier.path, prompts=parts[0]["prompts"])
-    counts: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    target.save(complete=False, verifier_path=verifier_path, prompts=parts[0]["prompts"])
+    counts, sources, reasons = Counter[str](), Counter[str](), Counter[str]()
     for part in parts:
         reasons.update(part["counts"].pop("failed_because"))
         counts.update(part["counts"])
         sources.update(part["sources"])
-    target.finish(
-        counts={**counts, "failed_because": reasons},
-        sources=sources,
-        content=content,
-    )
+    target.finish(counts={**counts, "failed_because": reasons}, sources=sources, content=content)
     print(f"conversations: all {num_shards} shards are complete, {counts['conversations']} in {target.folder}")

@@ -16,7 +16,7 @@ from ..conf.runtime.journal import json_line
 from ..conf.schema import EvaluateConfig, SourceConfig
 from ..data_synthesis.conversations import read_conversations
 from ..data_synthesis.heldout import heldout_order, is_heldout
-from ..data_synthesis.prompts.addresses import check_foreign
+from ..data_synthesis.prompts.addresses import check_foreign, scheme_of
 from ..data_synthesis.prompts.rows import SYSTEM_FIELDS, Content, are_text_parts, check_beside, content_of, text_of
 from ..data_synthesis.prompts.sources import EMBEDDED, read_rows
 from ..data_synthesis.tokens.chat_template import Message, has_images
@@ -87,7 +87,7 @@ def questions_identity(questions: list[Question]) -> str:
     """Return a digest of the questions and of the content of their images that are on this machine."""
     rows = []
     for question in questions:
-        images = [address if _is_url(address) else file_digest(Path(address)) for address in question.images]
+        images = [address if scheme_of(address) else file_digest(Path(address)) for address in question.images]
         row = [question.id, question.category, question.turns, question.answers]
         rows.append([*row, images] if images else row)
     return digest(rows)
@@ -171,7 +171,7 @@ def _question(row: Any, path: str, number: int, local_images: bool) -> Question:
     category = row.get("category", form.category)
     if not isinstance(category, str) or category == HELDOUT:
         raise ValueError(f"has category {category!r}: a text is required, and not {HELDOUT}")
-    check_beside(row, map(text_of, turns), read=("images",))
+    check_beside(row, [text_of(turn) for turn in turns], read=("images",))
     if system := next((name for name in SYSTEM_FIELDS if str(row.get(name, "")).strip()), None):
         raise ValueError(f"has a system message (in {system!r}), which is not asked: write it into the first turn")
     name = next((row[name] for name in _IDS if name in row), number)
@@ -190,15 +190,11 @@ def _images(value: Any, path: str, local: bool) -> tuple[str, ...]:
     for address in [] if local or Path(path).exists() else value:
         check_foreign(address)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    addresses = [address if _is_url(address) else str(folder / address) for address in value]
-    gone = [address for address in addresses if not _is_url(address) and not Path(address).is_file()]
+    addresses = [address if scheme_of(address) else str(folder / address) for address in value]
+    gone = [address for address in addresses if not scheme_of(address) and not Path(address).is_file()]
     if gone:
         raise ValueError(f"has images of which {gone[0]} is not there: paths are relative to the file of the questions")
     return tuple(addresses)
-
-
-def _is_url(address: str) -> bool:
-    return address.startswith(("http://", "https://", "data:", "file:"))
 
 
 def load_heldout(folder: Path, settings: dict[str, Any], limit: int) -> list[Question]:

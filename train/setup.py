@@ -19,7 +19,7 @@ from torch import Tensor
 from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
 from ..conf.runtime.signals import deferred
 from ..conf.schema import Config, HiddenStates
-from ..data_synthesis.verifier_check import check_verifier
+from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps, load_head
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
@@ -58,7 +58,7 @@ def _train(config: Config, ranks: Ranks) -> None:
     micro_batches(options.packs_per_step)  # refused before anything is read
     require_gpu("train.triton", options.triton, ranks.device)
     initial_head = _initial_head(config, options.init_from) if options.init_from else None
-    shape = initial_head.config if initial_head else check_verifier(config)
+    shape = initial_head.config if initial_head else check_verifier(config.verifier, config.draft)
     if ranks.rank == 0 and not initial_head:
         print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
     with ExitStack() as stack:

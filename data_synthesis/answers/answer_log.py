@@ -10,37 +10,32 @@ from typing import Any
 
 from ...conf.runtime.journal import Journal, read_journal
 from ...conf.runtime.progress import Progress
-from ..conversations import SYNC_EVERY_S, open_conversations, read_conversations
-from ..preview import printable
+from ..conversations import FILE as CONVERSATIONS
+from ..conversations import check_record, read_conversations
+from ..show import printable
 from .conversation import Conversation, Failure
 
 FILE = "failures.jsonl"
-_REPORT_EVERY_S = 0.2
+_SYNC_EVERY_S = 5.0
 _SHOWN, _SHOWN_CHARS = 3, 240
 
 
 class AnswerLog:
-    """Writes what becomes of each prompt, so that a start after a kill knows it.
-
-    Args:
-        folder: of the conversations.
-        max_attempts: starts in which a prompt that fails is tried.
-    """
+    """Writes what becomes of each prompt next to the conversations, so that a start after a kill knows it."""
 
     def __init__(self, folder: Path, max_attempts: int) -> None:
-        self._journal = open_conversations(folder)
-        self._failure_journal = Journal(folder / FILE, sync_every_s=SYNC_EVERY_S)
+        self._journal = Journal(folder / CONVERSATIONS, check_record, _SYNC_EVERY_S)
+        self._failure_journal = Journal(folder / FILE, sync_every_s=_SYNC_EVERY_S)
         self._max_attempts = max_attempts
         self.failures: dict[str, Failure] = {}
         for record in read_journal(folder / FILE):
-            self._count(record["id"], Failure(record["reason"], record["detail"], final=record["final"]))
-        for answered in self._journal.done & self.failures.keys():
-            del self.failures[answered]
+            if record["id"] not in self._journal.done:
+                self._count(record["id"], Failure(record["reason"], record["detail"], final=record["final"]))
         self.num_done = len(self._journal.done)  # conversations that earlier starts have made
         self.progress: Progress | None = None  # to report to
         self.in_flight: int | None = None  # conversations, for the progress line
         self.num_failed = self._num_tokens = 0  # in this start
-        self._began, self._reported_at = time.monotonic(), 0.0
+        self._began = time.monotonic()
 
     def _count(self, prompt_id: str, failure: Failure) -> None:
         earlier = self.failures[prompt_id].attempts if prompt_id in self.failures else 0
@@ -56,7 +51,7 @@ class AnswerLog:
 
     @property
     def to_try_again(self) -> list[Failure]:
-        """The failures of conversations that the next start tries again."""
+        """Return the failures of conversations that the next start tries again."""
         return [failure for prompt_id, failure in self.failures.items() if not self._given_up(prompt_id)]
 
     def add(self, conversations: list[Conversation], temperature: float) -> None:
@@ -77,15 +72,11 @@ class AnswerLog:
         self._report(0)
 
     def _report(self, conversations: int) -> None:
-        if self.progress is None:
-            return
-        seconds = time.monotonic() - self._began
-        if seconds > self._reported_at + _REPORT_EVERY_S:
-            self._reported_at = seconds
+        if self.progress is not None:
+            rate = f"{self._num_tokens / (time.monotonic() - self._began):,.0f} tokens/s, {self.num_failed} failed"
             flying = f"{self.in_flight} in flight, " if self.in_flight is not None else ""
-            text = f"{flying}{self._num_tokens / seconds:,.0f} tokens/s, {self.num_failed} failed"
-            self.progress.set_postfix_str(text, refresh=False)
-        self.progress.update(conversations)
+            self.progress.set_postfix_str(flying + rate, refresh=False)
+            self.progress.update(conversations)
 
     def close(self) -> None:
         """Make everything durable."""
@@ -96,22 +87,14 @@ class AnswerLog:
 
 
 def summarise(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Read the conversations of a folder once and print what they are like, a few of them in full.
-
-    Returns:
-        Counts of all, and how many conversations each source has.
-    """
+    """Print what the conversations of a folder are like; return counts of all, and of conversations by source."""
     counts = Counter(conversations=0, answers=0, truncated=0, cut_short=0, completion_tokens=0)
-    sources: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()  # tokens the verifier produced in a conversation
+    sources, lengths = Counter[str](), Counter[int]()  # lengths: tokens the verifier produced in a conversation
     examples: list[dict[str, Any]] = []
     for record in read_conversations(folder):
-        tokens = record["usage"]["completion_tokens"]
-        counts["conversations"] += 1
-        counts["answers"] += len(record["finish_reasons"])
-        counts["truncated"] += "length" in record["finish_reasons"]
+        tokens, reasons = record["usage"]["completion_tokens"], record["finish_reasons"]
+        counts.update(conversations=1, answers=len(reasons), truncated="length" in reasons, completion_tokens=tokens)
         counts["cut_short"] += record.get("unanswered_turns", 0) > 0
-        counts["completion_tokens"] += tokens
         sources[record["source"]] += 1
         lengths[tokens] += 1
         examples += [record] if len(examples) < _SHOWN else []

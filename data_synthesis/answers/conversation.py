@@ -21,7 +21,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     reasoning: str | None = None
-    turn: Turn | None = None  # the tokens, if whoever ran the verifier tells them
+    turn: Turn | None = None  # the tokens, if whoever ran the verifier gives them
 
     def split_reasoning(self, tokenizer: PreTrainedTokenizerBase) -> Answer:
         """Return it with its reasoning out of its text, if whoever answered left it in."""
@@ -51,33 +51,25 @@ class Conversation:
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
         self.answers: list[Answer] = []
-        self.ended_by: Failure | None = None  # before its last turn
+        self.ended_by: Failure | None = None  # if set, the turns that follow stay unanswered
 
     @property
     def question(self) -> list[Message] | None:
         """Return the messages the verifier answers next (earlier reasoning left out, as chats do); None: no further."""
-        if self.ended_by or self._truncated or len(self.answers) == len(self.prompt.turns):
+        truncated = bool(self.answers) and self.answers[-1].finish_reason == "length"  # no question follows on that
+        if self.ended_by or truncated or len(self.answers) == len(self.prompt.turns):
             return None
         return [
             *({key: message[key] for key in ("role", "content")} for message in self.messages),
             {"role": "user", "content": self.prompt.turns[len(self.answers)]},
         ]
 
-    @property
-    def _truncated(self) -> bool:
-        """Whether the last answer was cut: the verifier would not have been asked on from it."""
-        return bool(self.answers) and self.answers[-1].finish_reason == "length"
-
     def add(self, answer: Answer) -> None:
         """Take the answer to `question`; an empty one ends the conversation before that turn."""
         if answer.text or (answer.reasoning and answer.finish_reason == "length"):
             self.answers.append(answer)
         else:
-            self.end(EMPTY_ANSWER)
-
-    def end(self, failure: Failure) -> None:
-        """Leave the turns that follow unanswered."""
-        self.ended_by = failure
+            self.ended_by = EMPTY_ANSWER
 
     @property
     def messages(self) -> list[Message]:
@@ -86,10 +78,8 @@ class Conversation:
         messages: list[Message] = [{"role": "system", "content": prompt.system}] if prompt.system else []
         for turn, answer in zip(prompt.turns, self.answers, strict=False):
             reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-            messages += [
-                {"role": "user", "content": turn},
-                {"role": "assistant", **reasoning, "content": answer.text},
-            ]
+            messages.append({"role": "user", "content": turn})
+            messages.append({"role": "assistant", **reasoning, "content": answer.text})
         return messages
 
     def record(self, temperature: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
     """Answer the prompts that have no conversation yet.
 
     Batches are the same at every start, and one that a kill left half-written is answered anew as a whole, so that a
-    resumed run says what an uninterrupted one would have said. A signal stops before the next batch, and the one at
+    resumed run says what an uninterrupted one would say. A signal stops before the next batch, and the one at
     work when `synthesize.grace_s` is over.
     """
     options = config.synthesize
@@ -51,43 +51,31 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
             f"got {options.max_tokens}"
         )
     with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
+        deadline = _Deadline(signals, options.grace_s)
         for temperature, batch in _batches(everything, options, config.data.heldout_share):
             if signals.received:
                 return
-            if any(log.wants(prompt.id) for prompt in batch):
-                _answer_batch(verifier, batch, temperature, options, log, signals)
+            if not any(log.wants(prompt.id) for prompt in batch):
+                continue
+            conversations = [Conversation(prompt) for prompt in batch]
+            converse(verifier, conversations, temperature, options, deadline)
+            if deadline.over:
+                return  # what is there may be half an answer
+            new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
+            log.add([conversation for conversation in new if conversation.answers], temperature)
+            for conversation in new:
+                if not conversation.answers:
+                    assert conversation.ended_by is not None
+                    log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
-def _batches(
-    prompts: list[Prompt], options: SynthesizeConfig, heldout_share: float
-) -> Iterator[tuple[float, list[Prompt]]]:
-    """Return conversations of similar length together, with their temperature: held-out ones are greedy."""
+def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> Iterator[tuple[float, list[Prompt]]]:
+    """Return conversations of similar length together, with their temperature: the held-out share is greedy."""
     for heldout, temperature in ((True, 0.0), (False, options.temperature)):
-        split = [prompt for prompt in prompts if is_heldout(prompt.id, heldout_share) == heldout]
+        split = [prompt for prompt in prompts if is_heldout(prompt.id, share) == heldout]
         split.sort(key=lambda prompt: (len(prompt.turns), sum(map(len, prompt.turns)), prompt.id))
         for start in range(0, len(split), options.batch_size):
             yield temperature, split[start : start + options.batch_size]
-
-
-def _answer_batch(
-    verifier: Verifier,
-    prompts: list[Prompt],
-    temperature: float,
-    options: SynthesizeConfig,
-    log: AnswerLog,
-    signals: StopSignals,
-) -> None:
-    conversations = [Conversation(prompt) for prompt in prompts]
-    deadline = _Deadline(signals, options.grace_s)
-    converse(verifier, conversations, temperature, options, deadline)
-    if deadline.over:
-        return  # what is there may be half an answer
-    new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
-    log.add([conversation for conversation in new if conversation.answers], temperature)
-    for conversation in new:
-        if not conversation.answers:
-            assert conversation.ended_by is not None
-            log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
 class _Deadline:
@@ -116,36 +104,36 @@ def converse(
 ) -> None:
     """Answer conversations turn by turn, all of them at once; each ends at the last turn that fits the context."""
     while True:
-        contexts: dict[int, list[int]] = {}
-        for number, conversation in enumerate(conversations):
+        open_conversations, contexts = list[Conversation](), list[list[int]]()
+        for conversation in conversations:
             if (question := conversation.question) is None:
                 continue
             try:
                 context = prompt_tokens(verifier.tokenizer, question)
                 check_known(verifier.tokenizer, context, verifier.model.config.get_text_config().vocab_size)
             except UnknownTokenError as error:
-                conversation.end(Failure("the verifier has no embedding of a token", str(error)))
+                conversation.ended_by = Failure("the verifier has no embedding of a token", str(error))
             except NoExactSpanError as error:
-                conversation.end(Failure("the chat template refuses it", str(error)))
+                conversation.ended_by = Failure("the chat template refuses it", str(error))
             else:
                 if len(context) + options.max_tokens <= _positions(verifier):
-                    contexts[number] = context
+                    open_conversations.append(conversation)
+                    contexts.append(context)
                 else:
-                    conversation.end(CONTEXT_FULL)
-        if not contexts:
+                    conversation.ended_by = CONTEXT_FULL
+        if not open_conversations:
             return
-        answered = [conversations[number] for number in contexts]
-        turns = max(len(conversation.answers) for conversation in answered)
-        seed = int(digest([options.seed, turns, [conversation.prompt.id for conversation in answered]]), 16) % 2**63
-        answers = generate(verifier, list(contexts.values()), options, temperature, seed, deadline)
-        for conversation, context, (tokens, ended) in zip(answered, contexts.values(), answers, strict=True):
+        turns = max(len(conversation.answers) for conversation in open_conversations)
+        ids = [conversation.prompt.id for conversation in open_conversations]
+        seed = int(digest([options.seed, turns, ids]), 16) % 2**63
+        answers = generate(verifier, contexts, options, temperature, seed, deadline)
+        for conversation, context, (tokens, ended) in zip(open_conversations, contexts, answers, strict=True):
             text, reasoning = split_answer(verifier.tokenizer, tokens)
             reason = "stop" if ended else "length"
             conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
 
 
 def _positions(verifier: Verifier) -> int:
-    """Return the tokens of the verifier's context."""
     return int(verifier.model.config.get_text_config().max_position_embeddings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import random
@@ -11,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from ..prompts.rows import Prompt
 from ..tokens.chat_template import Message, fit_content
 from .answer_log import AnswerLog
 from .conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
-from .endpoint import Endpoint, RequestError
-from .pool import Pool, Slot
+from .endpoint import Endpoint, Pool, RequestError, Slot
 from .verify_endpoint import EndpointVerifier, request_body
 
 _TICK_S = 0.1
@@ -44,28 +43,13 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], log: AnswerLog)
     first = next(unanswered, None)
     if first is None:
         return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # connections are open files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
     grace = f"{config.synthesize.grace_s:.0f} s (synthesize.grace_s)"
     with deferred(lambda: f"{log.in_flight or 0} conversations in flight have {grace}") as signals:
         asyncio.run(_Regeneration(config, log, signals).run(itertools.chain([first], unanswered)))
-
-
-def _addresses(folder: str | None) -> list[str]:
-    """Return the addresses that healthy servers have written."""
-    found = []
-    for file in sorted(Path(folder).glob("*.healthy")) if folder else ():
-        with contextlib.suppress(FileNotFoundError):  # it has just ended
-            found.append(file.read_text().strip())
-    return [url for url in found if url]
-
-
-def _allow_open_files(connections: int) -> None:
-    """Raise the limit of open files to what the connections need, as far as it may be raised."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 256 + connections
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 class _Regeneration:
@@ -77,8 +61,9 @@ class _Regeneration:
         self._log, self._signals = log, signals
         self._endpoint_verifier = EndpointVerifier(config.verifier, config.synthesize)
         self._pool = Pool(config.synthesize.concurrency)
-        self._probes: list[asyncio.Task[None]] = []  # one a server
-        self._opened = self._answered = False
+        self._servers: list[asyncio.Task[None]] = []  # one task each
+        self._opened = asyncio.Event()  # every server known at the start was tried, and answering begins
+        self._answered = False
 
     async def run(self, prompts: Iterable[Prompt]) -> None:
         """Answer the prompts; an error ends all at once."""
@@ -86,7 +71,7 @@ class _Regeneration:
             async with asyncio.TaskGroup() as self._tasks:
                 work = self._tasks.create_task(self._answer_all(prompts))
                 await self._watch(work)
-                for task in (work, *self._probes):
+                for task in (work, *self._servers):
                     task.cancel()
         except BaseExceptionGroup as group:
             error: BaseException = group
@@ -106,13 +91,13 @@ class _Regeneration:
             now = time.monotonic()
             if self._signals.received:
                 stopped_at = stopped_at or now
-                self._pool.close()
-                if not self._opened or now - stopped_at >= self._options.grace_s:
+                self._pool.closed = True
+                if not self._opened.is_set() or now - stopped_at >= self._options.grace_s:
                     return
-            if self._opened and now - looked > _LOOK_S:
+            if self._opened.is_set() and now - looked > _LOOK_S:
                 looked = now
-                self._keep_open(self._add_new_servers())
-            if not self._opened or any(endpoint.up for endpoint in self._pool.endpoints):
+                self._add(self._new_servers())
+            if not self._opened.is_set() or any(endpoint.up for endpoint in self._pool.endpoints):
                 last_up = now
             elif not work.done() and now - last_up > self._options.server_wait_s:
                 print(
@@ -125,7 +110,17 @@ class _Regeneration:
 
     async def _answer_all(self, prompts: Iterable[Prompt]) -> None:
         """Start a conversation whenever an endpoint has a free slot, and wait for all of them."""
-        await self._open_endpoints()
+        self._add([Endpoint(url, self._options) for url in self._options.endpoints])
+        self._add(self._new_servers())
+        endpoints = list(self._pool.endpoints)
+        await asyncio.gather(*(endpoint.tried.wait() for endpoint in endpoints))
+        if not self._options.servers and not any(endpoint.up for endpoint in endpoints):  # of those some may still come
+            why = "; ".join(f"{endpoint.url}: {endpoint.trouble}" for endpoint in endpoints)
+            raise ValueError(
+                f"synthesize.endpoints: no server answers ({why}): "
+                "start one that serves the verifier, or give none to run it in this process"
+            )
+        self._opened.set()
         async with asyncio.TaskGroup() as conversations:
             for prompt in prompts:
                 slot = await self._pool.begin()
@@ -134,98 +129,69 @@ class _Regeneration:
                 conversations.create_task(self._converse(prompt, slot))
                 self._log.in_flight = self._pool.conversations
 
-    def _add_new_servers(self) -> list[Endpoint]:
-        """Return the endpoints of servers that have written their addresses since; they are asked by no proxy."""
-        known = {endpoint.url for endpoint in self._pool.endpoints}
-        urls = [url for url in _addresses(self._options.servers) if url not in known]
-        new = [Endpoint(url, self._options, by_proxy=False) for url in urls]
-        self._pool.endpoints += new
-        _allow_open_files(self._pool.max_conversations)
-        return new
+    def _new_servers(self) -> list[Endpoint]:
+        """Return those of the servers that have written their addresses since; they are asked by no proxy."""
+        known, urls = {"", *(endpoint.url for endpoint in self._pool.endpoints)}, []
+        for file in sorted(Path(self._options.servers).glob("*.healthy")) if self._options.servers else ():
+            with suppress(FileNotFoundError):  # it has just ended
+                urls.append(file.read_text().strip())
+        return [Endpoint(url, self._options, by_proxy=False) for url in urls if url not in known]
 
-    async def _open_endpoints(self) -> None:
-        """Take into service the endpoints that answer, and go on looking for the others.
+    def _add(self, endpoints: list[Endpoint]) -> None:
+        self._pool.endpoints += endpoints
+        self._servers += [self._tasks.create_task(self._keep_open(endpoint)) for endpoint in endpoints]
 
-        Raises:
-            ValueError: none answers, or one is not the verifier's.
-        """
-        self._pool.endpoints += [Endpoint(url, self._options) for url in self._options.endpoints]
-        self._add_new_servers()
-        endpoints = list(self._pool.endpoints)
-        found = await asyncio.gather(*map(self._endpoint_verifier.open, endpoints), return_exceptions=True)
-        for trouble in found:
-            if trouble is not None and not isinstance(trouble, RequestError):
-                raise trouble
-        if all(found) and not self._options.servers:  # some may still come
-            why = "; ".join(f"{endpoint.url}: {trouble}" for endpoint, trouble in zip(endpoints, found, strict=True))
-            raise ValueError(
-                f"synthesize.endpoints: no server answers ({why}): "
-                "start one that serves the verifier, or give none to run it in this process"
-            )
-        self._keep_open(endpoints)
-        self._opened = True
-
-    def _keep_open(self, endpoints: list[Endpoint]) -> None:
-        self._probes += [self._tasks.create_task(self._probe(endpoint)) for endpoint in endpoints]
-
-    async def _probe(self, endpoint: Endpoint) -> None:
-        """Probe an endpoint whenever it is out of service, until it answers again."""
+    async def _keep_open(self, endpoint: Endpoint) -> None:
+        """Open an endpoint, and again whenever it is out of service; at the start another model there is an error."""
+        pause_s = 0.0
         while True:
-            await endpoint.lost.wait()
-            pause_s = _FIRST_PAUSE_S
-            while not endpoint.up:
-                try:
-                    await self._endpoint_verifier.open(endpoint)
-                except (RequestError, ValueError) as trouble:  # ValueError: what answers there now is not the verifier
-                    if pause_s == _FIRST_PAUSE_S:
-                        print(f"synthesize: {endpoint.url} is left out until it answers: {trouble}", file=sys.stderr)
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _MOST_PAUSE_S)
-            if pause_s > _FIRST_PAUSE_S:
+            try:
+                await self._endpoint_verifier.open(endpoint)
+            except (RequestError, ValueError) as trouble:  # ValueError: what answers there is not the verifier
+                if isinstance(trouble, ValueError) and not self._opened.is_set():
+                    raise
+                endpoint.trouble = trouble
+                endpoint.tried.set()
+                await self._opened.wait()
+                if not pause_s:
+                    print(f"synthesize: {endpoint.url} is left out until it answers: {trouble}", file=sys.stderr)
+                pause_s = min(2 * pause_s, _MOST_PAUSE_S) or _FIRST_PAUSE_S
+                await asyncio.sleep(pause_s)
+                continue
+            endpoint.tried.set()
+            if pause_s:
                 print(f"synthesize: {endpoint.url} answers again", file=sys.stderr)
+            pause_s = 0.0
             self._pool.wake()
+            await endpoint.lost.wait()
 
     async def _converse(self, prompt: Prompt, slot: Slot) -> None:
         """Answer one prompt, turn by turn, and write what becomes of it."""
-        conversation = Conversation(prompt)
+        conversation, passing = Conversation(prompt), False
         greedy = self._options.temperature == 0 or is_heldout(prompt.id, self._heldout_share)
         try:
             while (question := conversation.question) is not None:
-                answer = await self._answer(slot, question, greedy)
-                if answer is None:
-                    conversation.end(CONTEXT_FULL)
-                else:
-                    conversation.add(answer)
+                conversation.add(await self._answer(slot, question, greedy))
         except RequestError as trouble:
-            of_request = trouble.lasting and not trouble.refuses_us  # another start would fail as this one
-            failed = Failure(trouble.reason, trouble.detail, final=of_request)
-            if not trouble.lasting:
-                self._fail(prompt, failed)  # another start may do better
-                return
-            conversation.end(failed)
+            passing = not trouble.lasting  # another start may do better
+            refused = Failure(trouble.reason, trouble.detail, final=trouble.final)
+            conversation.ended_by = CONTEXT_FULL if trouble.context_full else refused
         finally:
             slot.end()
             self._log.in_flight = self._pool.conversations
-        if conversation.answers:
+        if conversation.answers and not passing:
             self._log.add([conversation], 0.0 if greedy else self._options.temperature)
             return
         failure = conversation.ended_by
         assert failure is not None
-        self._fail(prompt, replace(failure, final=True) if greedy and failure is EMPTY_ANSWER else failure)
-
-    def _fail(self, prompt: Prompt, failure: Failure) -> None:
-        self._log.fail(prompt.id, failure)
+        self._log.fail(prompt.id, replace(failure, final=True) if greedy and failure is EMPTY_ANSWER else failure)
         if not self._answered and self._log.num_failed >= _HOPELESS:
             raise ValueError(
                 f"the first {_HOPELESS} conversations all failed, the last with {failure.reason} ({failure.detail})"
             )
 
-    async def _answer(self, slot: Slot, question: list[Message], greedy: bool) -> Answer | None:
-        """Ask until there is an answer, here or elsewhere; None if the context has no room for one.
-
-        Raises:
-            RequestError: tried often enough, or no use trying.
-        """
+    async def _answer(self, slot: Slot, question: list[Message], greedy: bool) -> Answer:
+        """Ask until there is an answer, here or elsewhere; raise RequestError if tried often enough, or in vain."""
         tries, pause_s, tokenizer = 0, _FIRST_PAUSE_S, self._endpoint_verifier.tokenizer
         messages = fit_content(tokenizer, question)  # engines do not all join text parts alike
         while True:
@@ -233,11 +199,9 @@ class _Regeneration:
             try:
                 answer = await endpoint.ask(request_body(endpoint, self._options, self._verifier, messages, greedy))
             except RequestError as trouble:
-                if trouble.context_full:
-                    return None
                 tries += not trouble.pushed_back
                 late = trouble.pushed_back and time.monotonic() - endpoint.answered_at > self._options.server_wait_s
-                if (trouble.lasting and not trouble.refuses_us) or late or tries > self._options.retries:
+                if trouble.context_full or trouble.final or late or tries > self._options.retries:
                     raise
                 slot.release(failed=True)
             else:

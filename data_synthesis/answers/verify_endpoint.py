@@ -40,12 +40,12 @@ class EndpointVerifier:
         options = self._options
         try:
             ours = prompt_tokens(self.tokenizer, _PROBE)  # anew each time: a template may write the date
-            find_model(endpoint, await self._patiently(endpoint.models), options.model, self._verifier, self._positions)
+            await self._patiently(partial(find_model, endpoint, options.model, self._verifier, self._positions))
             if len(ours) + options.max_tokens > endpoint.max_context:
+                room = f"no room for a prompt in the {endpoint.max_context} tokens of {endpoint.url}"
                 raise ValueError(
-                    f"synthesize.max_tokens={options.max_tokens} leaves no room for a prompt in the "
-                    f"{endpoint.max_context} tokens of {endpoint.url}: lower it, or start the server with a longer "
-                    "context"
+                    f"synthesize.max_tokens={options.max_tokens} leaves {room}: lower it, or start the server with a "
+                    "longer context"
                 )
             answer = await self._probe(endpoint)
         except RequestError as trouble:
@@ -64,24 +64,21 @@ class EndpointVerifier:
         endpoint.revive()
 
     async def _probe(self, endpoint: Endpoint) -> Answer:
-        """Send small requests of each kind that will be sent, and find out which extra fields the server takes."""
-        endpoint.extras = _EXTRAS
+        """Send small requests of each kind that will be sent, with the extra fields that the server takes."""
+        if answer := await self._ask_with(endpoint, _EXTRAS):
+            return answer
+        taken = {name: value for name, value in _EXTRAS.items() if await self._ask_with(endpoint, {name: value})}
+        endpoint.extras = taken
+        return await self._ask_each_kind(endpoint)
+
+    async def _ask_with(self, endpoint: Endpoint, extras: dict[str, Any]) -> Answer | None:
+        endpoint.extras = extras
         try:
             return await self._ask_each_kind(endpoint)
         except RequestError as trouble:
-            if not trouble.lasting or trouble.refuses_us:
+            if not trouble.final:
                 raise
-        taken = {}
-        for name, value in _EXTRAS.items():
-            endpoint.extras = {name: value}
-            try:
-                await self._ask_each_kind(endpoint)
-                taken[name] = value
-            except RequestError as trouble:
-                if not trouble.lasting:
-                    raise
-        endpoint.extras = taken
-        return await self._ask_each_kind(endpoint)
+            return None
 
     async def _ask_each_kind(self, endpoint: Endpoint) -> Answer:
         for greedy in (True, self._options.temperature == 0):
@@ -117,20 +114,16 @@ def request_body(
     }
 
 
-def find_model(
-    endpoint: Endpoint, served: list[dict[str, Any]], name: str | None, verifier: VerifierConfig, positions: int
-) -> None:
-    """Set an endpoint's name for the verifier, and its context; one that lists none will refuse a wrong name.
+async def find_model(endpoint: Endpoint, name: str | None, verifier: VerifierConfig, positions: int) -> None:
+    """Set an endpoint's name for the verifier, and its context; a server that lists none will refuse a wrong name.
 
-    Args:
-        served: what it says it serves.
-        name: that `synthesize.model` gives the verifier.
-        positions: tokens that the verifier can read.
+    `name` is synthesize.model, `positions` the tokens that the verifier can read.
 
     Raises:
+        RequestError: it does not answer.
         ValueError: it serves something else.
     """
-    required = name or verifier.path
+    served, required = await endpoint.models(), name or verifier.path
     matching = [model for model in served if required in (model.get("id"), model.get("root"))]
     if served and not matching:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What stands at an address that data name, within bounds: data of others choose no file or host of this network."""
+"""Reads what stands at an address in data, within bounds: data of others choose no file or host of this network."""
 
 from __future__ import annotations
 
@@ -20,34 +20,26 @@ _INSIDE = "is in this machine's network; set data.local_images=true to allow tha
 
 
 def check_foreign(address: str, files: bool = False, hosts: bool = False) -> None:
-    """Refuse an address in data that leads to this machine or its network, as far as its words tell.
+    """Raise ValueError, to be put after the row's place, if an address by its words leads to this machine's network.
 
-    Args:
-        files, hosts: those may be here.
-
-    Raises:
-        ValueError: it does, to be put after where it stands.
+    `files` and `hosts` allow those of this machine and its network.
     """
-    scheme = _scheme(address)
+    scheme = scheme_of(address)
     if not files and scheme in ("", "file"):
-        raise ValueError(
-            f"refers to the local file {address[:80]!r}; data from the hub may not, unless data.local_images=true"
-        )
+        what = f"refers to the local file {address[:80]!r}"
+        raise ValueError(f"{what}; data from the hub may not, unless data.local_images=true")
     if not hosts and scheme.startswith("http") and _is_inside(urlsplit(address).hostname or ""):
         raise ValueError(f"refers to {address[:80]!r}: its host {_INSIDE}")
 
 
 def read_address(address: str, local: bool = False) -> bytes:
-    """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL.
-
-    Args:
-        local: fetch from hosts of this machine's network too.
+    """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL; `local` allows this network's hosts.
 
     Raises:
         ValueError: it is too large, takes too long, or is in this machine's network.
         OSError, aiohttp.ClientError: it cannot be had.
     """
-    scheme = _scheme(address)
+    scheme = scheme_of(address)
     if scheme.startswith("http"):
         return asyncio.run(_fetch(address, local))
     if scheme == "file":
@@ -58,10 +50,10 @@ def read_address(address: str, local: bool = False) -> bytes:
     return content
 
 
-def _scheme(address: str) -> str:
+def scheme_of(address: str) -> str:
     """Return the scheme of a URL in small letters; of a path none."""
-    found = re.match("(https?|data)(?=:)|file(?=://)", address, re.IGNORECASE)
-    return found[0].lower() if found else ""
+    match = re.match("(https?|data)(?=:)|file(?=://)", address, re.IGNORECASE)
+    return match[0].lower() if match else ""
 
 
 def _check_size(content: bytes | bytearray) -> None:
@@ -89,9 +81,11 @@ async def _fetch(url: str, local: bool) -> bytes:
 
 def _proxies() -> set[tuple[Any, ...]]:
     """Return the addresses and ports of the proxies that the environment names."""
-    named = [urlsplit(getproxies().get(scheme, "")) for scheme in ("http", "https")]
-    places = [(proxy.hostname, proxy.port or {"https": 443}.get(proxy.scheme, 80)) for proxy in named if proxy.hostname]
-    return {info[4][:2] for place in places for info in socket.getaddrinfo(*place)}
+    proxies = [urlsplit(getproxies().get(scheme, "")) for scheme in ("http", "https")]
+    ports = [
+        (proxy.hostname, proxy.port or {"https": 443}.get(proxy.scheme, 80)) for proxy in proxies if proxy.hostname
+    ]
+    return {info[4][:2] for host, port in ports for info in socket.getaddrinfo(host, port)}
 
 
 async def _ask_outside(request: aiohttp.ClientRequest, ask: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -103,9 +97,9 @@ async def _ask_outside(request: aiohttp.ClientRequest, ask: aiohttp.ClientHandle
 
 def _open_outside(proxies: set[tuple[Any, ...]], info: tuple[Any, ...]) -> socket.socket:
     """Make the socket of a connection, of redirected ones too: the place where the host's true address is known."""
-    family, kind, protocol, _, place = info
-    if place[:2] not in proxies and _is_inside(str(place[0])):
-        raise ValueError(f"its host {place[0]} {_INSIDE}")
+    family, kind, protocol, _, address = info
+    if address[:2] not in proxies and _is_inside(str(address[0])):
+        raise ValueError(f"its host {address[0]} {_INSIDE}")
     return socket.socket(family, kind, protocol)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .rows import Prompt, images_of, text_of
 
 RUN = 13  # words; GPT-3's measure of contamination (arXiv:2005.14165, appendix C)
 
-_WINDOW = 8  # words that are looked up
+_WINDOW = 8  # words that are looked up first, as few texts have any such window
 _STRIDE = RUN - _WINDOW + 1  # between look-ups: every run of RUN words holds a whole window at a multiple of it
 _MARKS = str.maketrans(dict.fromkeys(".,;:!?\"'()[]{}`“”‘’«»–—、。「」", " "))
 _UNSPACED = (  # Thai and Lao, Burmese, Khmer; kana; Chinese characters
@@ -46,22 +45,13 @@ def hash64(text: str) -> int:
 
 
 class Questions:
-    """Texts that must not be trained on.
-
-    A text is like one of them if both say the same, or have a run of 13 words in common.
-    """
+    """Texts that must not be trained on: one is like them that says the same, or has a run of 13 words in common."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        plain = {canonical(text) for text in texts}
-        self._whole = frozenset(plain)
-        self._words = [_words(text) for text in sorted(plain)]
-        self._windows: dict[str, list[tuple[int, int]]] = defaultdict(list)  # where it stands: question, word
-        for question, words in enumerate(self._words):
-            for at in range(len(words) - _WINDOW + 1 if len(words) >= RUN else 0):
-                self._windows[" ".join(words[at : at + _WINDOW])].append((question, at))
-
-    def __len__(self) -> int:
-        return len(self._whole)
+        self._whole = frozenset(map(canonical, texts))
+        long = [words for words in map(_words, self._whole) if len(words) >= RUN]
+        self._windows = {window for words in long for window in _runs(words, _WINDOW)}
+        self._runs = {run for words in long for run in _runs(words, RUN)}
 
     def like(self, text: str) -> bool:
         """Return whether a text is like one of the questions."""
@@ -69,11 +59,8 @@ class Questions:
         if plain in self._whole:
             return True
         words = _words(plain)
-        return any(
-            _common_run(words, at, self._words[question], there) >= RUN
-            for at in range(0, len(words) - _WINDOW + 1, _STRIDE)
-            for question, there in self._windows.get(" ".join(words[at : at + _WINDOW]), ())
-        )
+        maybe = not self._windows.isdisjoint(_runs(words, _WINDOW, _STRIDE))
+        return maybe and not self._runs.isdisjoint(_runs(words, RUN))
 
 
 def _words(text: str) -> list[str]:
@@ -81,11 +68,5 @@ def _words(text: str) -> list[str]:
     return (_WORD if text.isascii() else _WORD_OR_CHARACTER).findall(text)
 
 
-def _common_run(words: list[str], at: int, others: list[str], there: int) -> int:
-    """Return the length of the run of equal words around one place of two texts."""
-    before, after = 0, 0
-    while min(at, there) > before and words[at - before - 1] == others[there - before - 1]:
-        before += 1
-    while max(at - len(words), there - len(others)) + after < 0 and words[at + after] == others[there + after]:
-        after += 1
-    return before + after
+def _runs(words: list[str], size: int, stride: int = 1) -> Iterator[str]:
+    return (" ".join(words[at : at + size]) for at in range(0, len(words) - size + 1, stride))

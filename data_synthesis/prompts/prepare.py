@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...conf.runtime.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest
+from ...conf.runtime.artifact import MANIFEST, Artifact, artifact, commit, digest, file_digest, read_manifest, sync
 from ...conf.runtime.journal import json_line
 from ...conf.runtime.progress import Progress
 from ...conf.schema import Config, DataConfig, MalformedRows, SourceConfig
@@ -28,34 +27,23 @@ from .sources import EMBEDDED, READ, is_gone, is_local, local_files, read_rows, 
 FILE = "prompts.jsonl"
 _EXAM_FIELDS = ("question", "article")  # of evaluation questions alone: GSM8K, CNN/DailyMail
 _SHOWN = 12  # columns
-# Of a prompt: the hash of its id and the seed, the hash of what it asks, where its line begins, and how often the
-# second was put behind its id.
-_CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line", "renamed")])
-REFUSALS = (  # why a row is not taken
-    "malformed",
-    "too_few_turns",
-    "too_many_turns",
-    "too_short",
-    "too_long",
-    "evaluation",  # like a question of data.exclude
-    "duplicate",
-    "over_limit",  # good, but data.limit or the source's own takes others
+# Of a prompt: the hash of its id and the seed, the hash of what it asks, and where its line begins.
+_CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line")])
+# Why a row is not taken: "evaluation" is like a question of data.exclude, instead of "over_limit" others were taken.
+REFUSALS = (
+    *("malformed", "too_few_turns", "too_many_turns", "too_short", "too_long"),
+    *("evaluation", "duplicate", "over_limit"),
 )
 
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """The prompts of a run, on disk.
-
-    Attributes:
-        digest: of what they say and their order, whatever settings made them.
-        counts: rows read, rows taken and rows refused by reason, in all and of each source.
-    """
+    """The prompts of a run, on disk."""
 
     folder: Path
     count: int
-    digest: str
-    counts: dict[str, Any]
+    digest: str  # of what they say and their order, whatever settings made them
+    counts: dict[str, Any]  # rows read, rows taken and rows refused by reason, in all and of each source
 
     def read(self, shard: int = 0, num_shards: int = 1) -> Iterator[Prompt]:
         """Read prompts shard, shard + num_shards, ..., one at a time."""
@@ -77,8 +65,9 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     if not data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
     manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
-    settings = manifest["settings"] if manifest.get("complete") else None
-    if settings is None or prompt_settings(data, settings) != settings:
+    made = manifest["settings"] if manifest.get("complete") else None
+    settings = prompt_settings(data, made)
+    if made and settings != made:
         settings = prompt_settings(data)
     with artifact(folder, "prompts", settings, config.overwrite, wait=True) as target:
         path = target.folder / FILE
@@ -88,7 +77,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
             target.save(complete=False)
             try:
                 _prepare(data, target)
-            except ValueError:  # nothing is left of data that are refused, so that they may be corrected
+            except ValueError:  # nothing stays of data that are refused, so that they may be corrected
                 for file in (path, target.folder / MANIFEST):
                     file.unlink(missing_ok=True)
                 raise
@@ -99,66 +88,61 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
 def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return all that determines the prompts; of what is on this machine the content, not the place.
 
-    Args:
-        made: settings of prompts that are complete: a file that is gone counts as what it was then.
+    Of prompts that are complete, `made` are the settings: a file that is gone counts as what it was then.
     """
     names = [source_name(source) for source in data.sources]
     if len(set(names)) < len(names):
-        twice = max(names, key=names.count)
-        raise ValueError(
-            f"data.sources: two are called {twice!r}, and their prompts' ids would clash: set the name of one"
-        )
-    made_sources, made_exclude = ((made or {}).get(kind, {}) for kind in ("sources", "exclude"))
-    options = asdict(data)
-    for unrelated in ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"])):
-        del options[unrelated]
-    sources, exclude = {}, {}
+        twice = f"data.sources: two are called {max(names, key=names.count)!r}"
+        raise ValueError(f"{twice}, and their prompts' ids would clash: set the name of one")
+    made = made or {"sources": {}, "exclude": {}}
+    unrelated = ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"]))
+    options = {name: value for name, value in asdict(data).items() if name not in unrelated}
+    sources = {}
     for number, (name, source) in enumerate(zip(names, data.sources, strict=True)):
-        content = made_sources.get(name, {}).get("content")
-        if source.path == EMBEDDED:
-            content = digest([row for _, row in read_rows(source, data.seed)])
-        elif not (content and is_gone(source.path)):
-            files = local_files(source)
-            content = _content(files) if files else None
+        content = _content(source.path, [source], made["sources"].get(name, {}).get("content"))
         hub = {"path": source.path, "subset": source.subset, "revision": source.revision}
         draw = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
         sources[name] = {**draw, **({"content": content} if content else hub)}
-    for path in data.exclude:
-        exclude[path] = made_exclude.get(path)
-        if not (exclude[path] and is_gone(path)):
-            here = is_local(path)
-            exclude[path] = _content([f for split in _splits(path) for f in local_files(split)]) if here else "hub"
+    exclude = {path: _content(path, _splits(path), made["exclude"].get(path)) or "hub" for path in data.exclude}
     return {**options, "malformed_rows": data.malformed_rows.value, "sources": sources, "exclude": exclude}
 
 
-def _content(files: list[Path]) -> str:
-    return digest([file_digest(file) for file in files])
+def _content(path: str, sources: Iterable[SourceConfig], made: str | None) -> str | None:
+    """Return the digest of what stands at a path: that of before if it is gone, None for what is on the hub."""
+    if made and is_gone(path):
+        return made
+    if path == EMBEDDED:
+        return digest([row for source in sources for _, row in read_rows(source)])
+    files = [file for source in sources for file in local_files(source)] if is_local(path) else []
+    return digest([file_digest(file) for file in files]) if files else None
 
 
-def _splits(entry: str) -> list[SourceConfig]:
-    """Return all splits of an entry of data.exclude: a path, a hub id, or `id:subset` with a configuration."""
+def _splits(entry: str) -> Iterator[SourceConfig]:
+    """Yield all splits of an entry of data.exclude: a path, a hub id, or `id:subset` with a configuration."""
     path, _, subset = entry.rpartition(":")
     if not path or is_gone(entry) or is_local(entry):
         path, subset = entry, ""
-    return [SourceConfig(path=path, subset=subset or None, split=s) for s in split_names(path, subset or None)]
+    for split in split_names(path, subset or None):
+        yield SourceConfig(path=path, subset=subset or None, split=split)
 
 
 def _prepare(data: DataConfig, target: Artifact) -> None:
-    questions, shares = _load_questions(data.exclude), _shares(data)
-    names = [source_name(source) for source in data.sources]
-    counts: dict[str, Counter[str]] = {}
-    unread: dict[str, list[str]] = {}
-    progress = Progress("prompts", None, "row")
+    shares = dict(zip(map(source_name, data.sources), _shares(data), strict=True))
+    counts, unread = dict[str, Counter[str]](), dict[str, list[str]]()
     with TemporaryFile(dir=target.folder) as file:
-        candidates = _Candidates(file, data.seed)
-        for name, source, share in zip(names, data.sources, shares, strict=True):
-            counts[name], unread[name] = _read_source(source, share, data, questions, candidates, progress)
-        progress.close()
-        summary = _summary(counts)
+        selection = _Selection(data, file)
+        for source, (name, share) in zip(data.sources, shares.items(), strict=True):
+            counts[name], unread[name] = selection.read(source, share)
+        selection.progress.close()
+        keys = ("rows", "taken", *REFUSALS)
+        of_sources = {name: {key: count[key] for key in keys} for name, count in counts.items()}
+        summary = {**{key: sum(count[key] for count in counts.values()) for key in keys}, "sources": of_sources}
+        reasons = ", ".join(f"{summary[reason]} {reason}" for reason in REFUSALS if summary[reason])
+        refused = f"of {summary['rows']} rows {reasons or 'none'} left out"
         if not summary["taken"]:
-            raise ValueError(f"data.sources yield no prompt: {_refused(summary)}")
-        content = candidates.write(target.folder / FILE)
-    for name, share in zip(names, shares, strict=True):
+            raise ValueError(f"data.sources yield no prompt: {refused}")
+        content = selection.write(target.folder / FILE)
+    for name, share in shares.items():
         if columns := unread[name]:
             more = f" and {len(columns) - _SHOWN} more" * (len(columns) > _SHOWN)
             print(f"prompts: {name} has columns that are not read: {', '.join(columns[:_SHOWN])}{more}")
@@ -166,18 +150,7 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
             print(f"prompts: {name} gives {counts[name]['taken']} of the {share} asked of it")
     target.finish(counts=summary, content=content, not_read=unread)
     taken = ", ".join(f"{name} {count['taken']}" for name, count in counts.items())
-    print(f"prompts: {summary['taken']} in {target.folder} ({taken}); {_refused(summary)}")
-
-
-def _summary(counts: dict[str, Counter[str]]) -> dict[str, Any]:
-    keys = ("rows", "taken", *REFUSALS)
-    total = {key: sum(count[key] for count in counts.values()) for key in keys}
-    return {**total, "sources": {name: {key: count[key] for key in keys} for name, count in counts.items()}}
-
-
-def _refused(summary: dict[str, Any]) -> str:
-    reasons = ", ".join(f"{summary[reason]} {reason}" for reason in REFUSALS if summary[reason])
-    return f"of {summary['rows']} rows {reasons or 'none'} left out"
+    print(f"prompts: {summary['taken']} in {target.folder} ({taken}); {refused}")
 
 
 def _shares(data: DataConfig) -> list[int | None]:
@@ -200,8 +173,10 @@ def _load_questions(exclude: list[str]) -> Questions:
         before = len(texts)
         for source in _splits(path):
             for number, (place, row) in enumerate(read_rows(source, whole=True)):
+                if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):  # in no prompt's form
+                    row = next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
                 try:
-                    texts += map(text_of, prompt_of(_asking(row), "", number).turns)
+                    texts += map(text_of, prompt_of(row, "", number).turns)
                 except ValueError as error:
                     raise ValueError(f"data.exclude: {place} {error}") from None
         if len(texts) == before:
@@ -209,142 +184,109 @@ def _load_questions(exclude: list[str]) -> Questions:
     return Questions(texts)
 
 
-def _asking(row: Any) -> Any:
-    """Return an evaluation question that no prompt looks like as a prompt; other rows as they are."""
-    if isinstance(row, dict) and all(row.get(name) is None for name in FIELDS):
-        return next(({"prompt": row[name]} for name in _EXAM_FIELDS if row.get(name) is not None), row)
-    return row
+class _Selection:
+    """Prompts that are good by themselves, of one source after the other, and those of them that are taken.
 
-
-def _read_source(
-    source: SourceConfig,
-    share: int | None,
-    data: DataConfig,
-    questions: Questions,
-    candidates: _Candidates,
-    progress: Progress,
-) -> tuple[Counter[str], list[str]]:
-    """Read a source into the candidates and take its share.
-
-    A stream is read until it has given its share; so what it says twice is refused here already.
-
-    Returns:
-        Counts of its rows and of what they are refused for, and the columns that are not read.
-    """
-    counts = Counter[str]()
-    early = source.streaming and share is not None
-    seen = set(candidates.taken["text"].tolist()) if early else set()
-    name, fields = source_name(source), set[str]()
-    local = data.local_images or source.path == EMBEDDED or is_local(source.path)
-    for place, row in read_rows(source, data.seed):
-        if early and len(candidates) == share:
-            break
-        number = None if source.streaming else counts["rows"]
-        counts["rows"] += 1
-        progress.update()
-        fields.update(row if isinstance(row, dict) else ())
-        try:
-            prompt, line = read_prompt(row, name, number, local, data.local_images)
-        except ValueError as error:
-            if data.malformed_rows is MalformedRows.stop:
-                cure = "correct it, or leave such rows out with data.malformed_rows=skip"
-                raise ValueError(f"{place} {error}; {cure}") from None
-            counts["malformed"] += 1
-            continue
-        text = fingerprint(prompt)
-        reason = _refusal(prompt, data, questions) or ("duplicate" if data.deduplicate and text in seen else None)
-        if reason:
-            counts[reason] += 1
-            continue
-        if early:
-            seen.add(text)
-        candidates.add(prompt.id, text, line)
-    if not counts["rows"] and share != 0:
-        raise ValueError(f"data.sources: {source.path} holds no row")
-    return counts + candidates.take(share, data.deduplicate), sorted(fields - READ if source.path != EMBEDDED else ())
-
-
-def _refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | None:
-    texts = [text_of(turn) for turn in prompt.turns]
-    chars = sum(map(len, texts))
-    if len(texts) < data.min_turns:
-        return "too_few_turns"
-    if data.max_turns is not None and len(texts) > data.max_turns:
-        return "too_many_turns"
-    if chars < data.min_chars:
-        return "too_short"
-    if data.max_chars is not None and chars > data.max_chars:
-        return "too_long"
-    return "evaluation" if any(map(questions.like, texts)) else None
-
-
-class _Candidates:
-    """Prompts that are good by themselves: their lines in a file, 32 bytes of each in memory.
-
-    Of rows with one id that ask different things the later ones get `-` and the hash of what they ask behind it.
+    Their lines are in a file, 24 bytes of each in memory. Of rows with one id that ask different things the later ones
+    get `-` and the hash of what they ask behind it.
     """
 
-    def __init__(self, file: IO[bytes], seed: int) -> None:
-        self._file, self._seed = file, seed
-        self._end = 0  # of the file, in bytes
-        self._found = array("Q")  # candidates of the present source, one _CANDIDATE each
-        self.taken = np.empty(0, _CANDIDATE)  # of the sources before
+    def __init__(self, data: DataConfig, file: IO[bytes]) -> None:
+        self._data, self._file, self._questions = data, file, _load_questions(data.exclude)
+        self._new = array("Q")  # candidates of the present source, the fields of a _CANDIDATE each
+        self._taken = np.empty(0, _CANDIDATE)  # of the sources before
+        self.progress = Progress("prompts", None, "row")
 
-    def __len__(self) -> int:
-        """Return the number of candidates of the present source."""
-        return len(self._found) * self._found.itemsize // _CANDIDATE.itemsize
+    def read(self, source: SourceConfig, share: int | None) -> tuple[Counter[str], list[str]]:
+        """Read a source and take its share; return counts of its rows, and the columns that are not read.
 
-    def add(self, prompt_id: str, text: int, line: bytes) -> None:
-        """Add a prompt of the present source."""
-        self._found.extend((self._key(prompt_id), text, self._end, 0))
-        self._end += self._file.write(line)
+        A stream is read until it has given its share; so what it says twice is refused here already.
+        """
+        data, counts = self._data, Counter[str]()
+        early = source.streaming and share is not None
+        seen = set(self._taken["text"].tolist()) if early else set()
+        name, fields = source_name(source), set[str]()
+        local = data.local_images or source.path == EMBEDDED or is_local(source.path)
+        for place, row in read_rows(source, data.seed):
+            if early and len(self._new) * self._new.itemsize // _CANDIDATE.itemsize == share:
+                break
+            number = None if source.streaming else counts["rows"]
+            counts["rows"] += 1
+            self.progress.update()
+            fields.update(row if isinstance(row, dict) else ())
+            try:
+                prompt, line = read_prompt(row, name, number, local, data.local_images)
+            except ValueError as error:
+                if data.malformed_rows is MalformedRows.stop:
+                    cure = "correct it, or leave such rows out with data.malformed_rows=skip"
+                    raise ValueError(f"{place} {error}; {cure}") from None
+                counts["malformed"] += 1
+                continue
+            text = fingerprint(prompt)
+            reason = self._refusal(prompt) or ("duplicate" if data.deduplicate and text in seen else None)
+            if reason:
+                counts[reason] += 1
+                continue
+            if early:
+                seen.add(text)
+            self._new.extend((self._key(prompt.id), text, self._append(line)))
+        if not counts["rows"] and share != 0:
+            raise ValueError(f"data.sources: {source.path} holds no row")
+        return counts + self._take(share), sorted(fields - READ if source.path != EMBEDDED else ())
 
-    def take(self, share: int | None, deduplicate: bool) -> Counter[str]:
+    def _refusal(self, prompt: Prompt) -> str | None:
+        data, texts = self._data, [text_of(turn) for turn in prompt.turns]
+        chars = sum(map(len, texts))
+        if len(texts) < data.min_turns:
+            return "too_few_turns"
+        if data.max_turns is not None and len(texts) > data.max_turns:
+            return "too_many_turns"
+        if chars < data.min_chars:
+            return "too_short"
+        if data.max_chars is not None and chars > data.max_chars:
+            return "too_long"
+        return "evaluation" if any(map(self._questions.like, texts)) else None
+
+    def _take(self, share: int | None) -> Counter[str]:
         """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
-        before = len(self.taken)
-        rows = np.concatenate([self.taken, np.frombuffer(self._found, _CANDIDATE)])
-        self._found = array("Q")
+        before = len(self._taken)
+        rows = np.concatenate([self._taken, np.frombuffer(self._new, _CANDIDATE)])
+        self._new = array("Q")
         while len(later := np.flatnonzero(rows["text"] != rows["text"][_first_equal(rows["key"])])):
-            for number in later.tolist():
-                rows["renamed"][number] += 1
-                rows["key"][number] = self._key(json.loads(self._line(rows[number]))["id"])
-        self._file.seek(self._end)
-        is_first = _first_equal(rows["text" if deduplicate else "key"]) == np.arange(len(rows))
+            for row in (rows[number] for number in later):  # views: what is assigned stays
+                prompt = json.loads(self._line(row))
+                prompt["id"] += f"-{int(row['text']):016x}"
+                row["key"], row["line"] = self._key(prompt["id"]), self._append(json_line(prompt))
+        is_first = _first_equal(rows["text" if self._data.deduplicate else "key"]) == np.arange(len(rows))
         own = rows[before:][is_first[before:]]
         taken = own[np.argsort(own["key"])][:share]
-        self.taken = np.concatenate([self.taken, taken])
+        self._taken = np.concatenate([self._taken, taken])
         return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=len(rows) - before - len(own))
 
     def _key(self, prompt_id: str) -> int:
         """Return what a prompt is ordered by."""
-        return hash64(f"{self._seed}/{prompt_id}")
+        return hash64(f"{self._data.seed}/{prompt_id}")
+
+    def _append(self, line: bytes) -> int:
+        start = self._file.seek(0, os.SEEK_END)
+        self._file.write(line)
+        return start
 
     def _line(self, candidate: np.void) -> bytes:
         self._file.seek(int(candidate["line"]))
-        line = self._file.readline()
-        if not candidate["renamed"]:
-            return line
-        row = json.loads(line)
-        row["id"] += f"-{int(candidate['text']):016x}" * int(candidate["renamed"])
-        return json_line(row)
+        return self._file.readline()
 
     def write(self, path: Path) -> str:
         """Write the lines of those taken to a file, in the order of answering; return its SHA-256."""
         temporary = path.with_name(f".{path.name}.tmp")
-        state = hashlib.sha256()
         with open(temporary, "wb") as file:
-            for candidate in self.taken[np.argsort(self.taken["key"])]:
-                line = self._line(candidate)
-                state.update(line)
-                file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            file.writelines(map(self._line, self._taken[np.argsort(self._taken["key"])]))
+        sync(temporary)
         commit(temporary, path)
-        return state.hexdigest()
+        return file_digest(path)
 
 
 def _first_equal(values: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return for each value the index of the first that equals it."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    found: NDArray[np.int64] = first[inverse]
-    return found
+    return np.asarray(first[inverse], np.int64)

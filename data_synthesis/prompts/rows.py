@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -30,13 +30,12 @@ BESIDE = {
 }
 
 _ROLES = {
-    "user": "user",
-    "human": "user",
+    **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     "system": "system",
 }
 
-# What stands in a text for an image beside it: as other tools write it, in lines before or after what is asked.
+# What stands in a text for an image next to it: as other tools write it, in lines before or after the question.
 _PLACEHOLDER = re.compile(
     r"\A\s*<(image|video|audio)>(?:\s*<\1>)*\s*?$(?!.*</\1>)|^[^\S\n]*(?:<(image|video|audio)>\s*)+\Z",
     re.DOTALL | re.MULTILINE,
@@ -71,11 +70,9 @@ def images_of(content: Content) -> list[str]:
 
 
 def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: bool = False) -> tuple[Prompt, bytes]:
-    """Read a row as `prompt_of` does, all of it or none; give the prompt and its line.
+    """Read a row as `prompt_of` does, all of it or none; return the prompt and its line.
 
-    Args:
-        local: the row is this machine's own, and its images may be files here.
-        hosts: its images may be at hosts of this machine's network.
+    Images may be files here if the row is this machine's own (`local`), and at its network's hosts with `hosts`.
 
     Raises:
         ValueError: what is wrong with the row, or not read of it, to be put after its place.
@@ -93,17 +90,11 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: b
         raise ValueError(f"is not valid UTF-8: {error}") from None
 
 
-def check_beside(row: dict[str, Any], said: Iterable[str], read: Collection[str] = ()) -> None:
-    """Refuse a row whose question rests on something that stands beside what the user says.
+def check_beside(row: dict[str, Any], texts: list[str], read: Collection[str] = ()) -> None:
+    """Raise ValueError, to be put after the row's place, if its question rests on more than what the user says.
 
-    Args:
-        said: all texts that are read of it; a column that repeats some of them brings nothing.
-        read: columns that are read.
-
-    Raises:
-        ValueError: what it has, to be put after the row's place.
+    A column brings nothing if it is `read`, or repeats some of the row's `texts`.
     """
-    texts = list(said)
     for place in (row, *_user_messages(row)):
         for name in sorted(BESIDE.keys() & place.keys() - set(read)):
             value = place[name]
@@ -118,8 +109,8 @@ def check_beside(row: dict[str, Any], said: Iterable[str], read: Collection[str]
 
 
 def _user_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    found = next((row[name] for name in FIELDS if row.get(name) is not None), None)
-    messages = [message for message in found if isinstance(message, dict)] if isinstance(found, list) else []
+    messages = next((row[name] for name in FIELDS if row.get(name) is not None), None)
+    messages = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
     return [message for message in messages if _ROLES.get(str(_either(message, "role", "from"))) != "assistant"]
 
 
@@ -136,9 +127,8 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
     The source's own answers are not looked at, so an empty one does not matter; nor does an answer at the end.
 
     Args:
-        row: an object, or the ValueError that tells why there is none.
-        source: first part of the id.
-        number: the id of a row that has none, from 0; None where rows come in no fixed order: a hash of what it says.
+        row: an object, or the ValueError that says why there is none.
+        number: the id of a row that has none; None if rows come in no fixed order: a hash of what it says.
 
     Raises:
         ValueError: what is wrong with the row, to be put after its place: "is no object", "has no user turn".
@@ -149,9 +139,8 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
         raise ValueError(f"must be an object, got {type(row).__name__}")
     field = next((name for name in FIELDS if row.get(name) is not None), None)
     if field is None:
-        raise ValueError(
-            f"has the fields {', '.join(map(str, row)) or '(none)'}; one of {', '.join(FIELDS)} is required"
-        )
+        names = ", ".join(map(str, row)) or "(none)"
+        raise ValueError(f"has the fields {names}; one of {', '.join(FIELDS)} is required")
     value = row[field]
     if field == "prompt" and isinstance(value, str):
         value = [value]
@@ -161,8 +150,8 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
         turns, system = [content_of(turn, f"turn {n}") for n, turn in enumerate(value, 1)], None
     else:
         turns, system = _user_side(value)
-    systems = [said for said in (system, *(_system(row.get(name)) for name in SYSTEM_FIELDS)) if said]
-    if len({said.strip() for said in systems}) > 1:
+    systems = list(filter(None, (system, *(_system(row.get(name)) for name in SYSTEM_FIELDS))))
+    if len(set(map(str.strip, systems))) > 1:
         raise ValueError("has system messages that differ, in its messages or fields: leave one")
     system = systems[0] if systems else None
     original = next((row[name] for name in ID_FIELDS if row.get(name) is not None), number)
@@ -182,14 +171,15 @@ def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:
             system = _system(content)
         elif role == "system":
             raise ValueError(f"has a system message at message {number}: it may only be the first")
+        elif role != expected and not turns:
+            raise ValueError("starts with the assistant: the first message must be the user's")
         elif role != expected:
-            if not turns:
-                raise ValueError("starts with the assistant: the first message must be the user's")
             raise ValueError(f"has roles out of order: message {number} is the {role}'s, as is the one before")
+        elif role == "user":
+            turns.append(content_of(content, f"message {number}"))
+            expected = "assistant"
         else:
-            if role == "user":
-                turns.append(content_of(content, f"message {number}"))
-            expected = "assistant" if role == "user" else "user"
+            expected = "user"
     if not turns:
         raise ValueError("has no user turn")
     return turns, system
@@ -219,7 +209,7 @@ def _system(content: Any) -> str | None:
 
 
 def content_of(content: Any, place: str) -> Content:
-    """Check what a user says, and give it as it is, but for the empty fields that Parquet adds to parts."""
+    """Check what a user says, and return it without the empty fields that Parquet adds to parts."""
     if content is None:
         raise ValueError(f"{place} has no content")
     if isinstance(content, list):

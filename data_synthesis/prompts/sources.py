@@ -33,13 +33,11 @@ def source_name(source: SourceConfig) -> str:
 
 
 def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Iterator[Row]:
-    """Read the rows of a source one after the other; none is kept.
+    """Read the rows of a source one after the other; memory holds few of them.
 
     A row that cannot be decoded comes as the ValueError that says why, so that a caller may leave it out. With
-    `streaming` rows come in the order of datasets' own shuffle by `seed`.
-
-    Args:
-        whole: give all columns of a table, not those alone that a prompt is read from.
+    `streaming` rows come in the order of datasets' own shuffle by `seed`. Of a table come the columns that a prompt is
+    read from, or the `whole`.
 
     Raises:
         ValueError: the source does not exist, cannot be reached, or has no such split.
@@ -56,7 +54,10 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
             f"data.sources {source.path}: streaming must be false for files here: they are read row by row anyway"
         )
     for file in files:
-        yield from _READERS[file.suffix](file, whole)
+        try:
+            yield from _READERS[file.suffix](file, whole)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not valid UTF-8: {error}") from None
 
 
 def split_names(path: str, subset: str | None = None) -> list[str]:
@@ -73,13 +74,13 @@ def is_local(path: str) -> bool:
     """Return whether a path is on this machine; what looks like a file and is not there, and Arrow, are refused."""
     if is_gone(path):
         raise ValueError(f"{path} does not exist")
-    there = Path(path)
-    if there.suffix in _ARROW or any(next(there.rglob(f"*{suffix}"), None) for suffix in _ARROW):
+    place = Path(path)
+    if place.suffix in _ARROW or any(next(place.rglob(f"*{suffix}"), None) for suffix in _ARROW):
         raise ValueError(
             f"{path} holds Arrow files, as save_to_disk of datasets writes them, which are not read: load it with "
             "datasets.load_from_disk and write it with to_parquet or to_json"
         )
-    return there.exists()
+    return place.exists()
 
 
 def is_gone(path: str) -> bool:
@@ -98,28 +99,25 @@ def local_files(source: SourceConfig) -> list[Path]:
         option = "revision" if source.revision else "subset"
         raise ValueError(f"data.sources {path}: {option} must be null for what is on this machine, which has none")
     files = [path] if path.is_file() else _split_files(source)
-    kinds = {file.suffix for file in files}
-    if not kinds <= set(SUFFIXES) or len(kinds) > 1:
-        raise ValueError(
-            f"{path} must be of {', '.join(SUFFIXES)}, one kind in a folder, got {', '.join(sorted(kinds))}"
-        )
+    kinds = sorted({file.suffix for file in files})
+    if len(kinds) > 1 or not set(kinds) <= set(SUFFIXES):
+        raise ValueError(f"{path} must be of {', '.join(SUFFIXES)}, one kind in a folder, got {', '.join(kinds)}")
     return files
 
 
 def _split_files(source: SourceConfig) -> list[Path]:
-    """Let `datasets` tell which files of a folder are of a split, by its README.md or by their names."""
+    """Return the files of a folder that are of a split, by its README.md or their names, as `datasets` reads these."""
     from datasets import load_dataset_builder
 
     with _reading(source.path):
-        found = load_dataset_builder(source.path, source.subset).config.data_files or {}
-    splits = {str(name): [Path(file) for file in files] for name, files in found.items()}
+        data_files = load_dataset_builder(source.path, source.subset).config.data_files or {}
+    splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
     if source.split not in splits:
         raise ValueError(f"{source.path} has no split {source.split!r}; it has {', '.join(splits) or 'none'}")
     folder = Path(source.path).resolve()
     if not (folder / "README.md").is_file():
-        there = {file for file in folder.rglob("*") if file.suffix in SUFFIXES}
-        left = sorted(there - {file.resolve() for files in splits.values() for file in files})
-        if left:
+        all_files = {file for file in folder.rglob("*") if file.suffix in SUFFIXES}
+        if left := sorted(all_files - {file.resolve() for files in splits.values() for file in files}):
             raise ValueError(
                 f"{left[0]} is of none of the splits that the names of the files tell ({', '.join(splits)}): "
                 "put it into another folder, or give the files as sources of their own"
@@ -152,8 +150,8 @@ def dataset_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> It
         if source.streaming:
             rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS))
         else:
-            rows = (row for table in dataset.with_format("arrow").iter(_BATCH_ROWS) for row in _table_rows(table))
-        yield from _placed(source.path, _with_columns(rows, names))
+            rows = _rows_of(dataset.with_format("arrow").iter(_BATCH_ROWS))
+        yield from _placed(source.path, rows, names)
 
 
 def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
@@ -163,8 +161,7 @@ def _parquet_rows(path: Path, whole: bool) -> Iterator[Row]:
     with _reading(str(path)), ParquetFile(path, pre_buffer=False) as file:
         names = file.schema_arrow.names
         tables = file.iter_batches(_BATCH_ROWS, columns=None if whole else _needed(names) or None)
-        rows = (row for table in tables for row in _table_rows(table))
-        yield from _placed(str(path), _with_columns(rows, names))
+        yield from _placed(str(path), _rows_of(tables), names)
 
 
 def _needed(columns: list[str]) -> list[str]:
@@ -173,36 +170,25 @@ def _needed(columns: list[str]) -> list[str]:
     return known if set(known) & set(FIELDS) else []
 
 
-def _with_columns(rows: Iterable[Any], names: list[str]) -> Iterator[Any]:
-    """Return rows with all their columns, None in those that are not read."""
-    empty = dict.fromkeys(names)
-    return ({**empty, **row} if isinstance(row, dict) else row for row in rows)
+def _rows_of(tables: Iterable[Any]) -> Iterator[Any]:
+    for table in tables:
+        try:
+            yield from table.to_pylist()
+        except UnicodeDecodeError as error:
+            if len(table) == 1:
+                yield ValueError(f"is not valid UTF-8: {error}")
+            else:
+                yield from _rows_of(table.slice(number, 1) for number in range(len(table)))
 
 
-def _table_rows(table: Any) -> Iterator[Any]:
-    try:
-        yield from table.to_pylist()
-    except UnicodeDecodeError as error:
-        if len(table) == 1:
-            yield ValueError(f"is not valid UTF-8: {error}")
-        else:
-            for number in range(len(table)):
-                yield from _table_rows(table.slice(number, 1))
-
-
-def _placed(path: str, rows: Iterable[Any]) -> Iterator[Row]:
+def _placed(path: str, rows: Iterable[Any], columns: Iterable[str] = ()) -> Iterator[Row]:
+    """Yield rows with where they stand; those of a table with all its columns, None in those that are not read."""
+    empty = dict.fromkeys(columns)
     for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", row
+        yield f"{path} row {number}", {**empty, **row} if empty and isinstance(row, dict) else row
 
 
-def _json_rows(path: Path, _whole: bool) -> Iterator[Row]:
-    try:
-        yield from _placed(str(path), _json_values(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8: {error}") from None
-
-
-def _json_lines(path: Path, _whole: bool) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -212,10 +198,9 @@ def _json_lines(path: Path, _whole: bool) -> Iterator[Row]:
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except UnicodeDecodeError as error:
-        return ValueError(f"is not valid UTF-8: {error}")
     except ValueError as error:
-        return ValueError(f"is malformed JSON: {error}")
+        kind = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else "malformed JSON"
+        return ValueError(f"is {kind}: {error}")
     except RecursionError:
         return ValueError("is nested too deeply")
 
@@ -250,4 +235,8 @@ def _json_values(path: Path) -> Iterator[Any]:
             yield value
 
 
-_READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}
+_READERS = {
+    ".json": lambda path, _: _placed(str(path), _json_values(path)),
+    ".jsonl": lambda path, _: _json_lines(path),
+    ".parquet": _parquet_rows,
+}

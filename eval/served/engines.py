@@ -70,7 +70,7 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
     """
     verifier, options, url = config.verifier, config.evaluate, endpoint.url
     positions = load_config(verifier).max_position_embeddings
-    find_model(endpoint, await endpoint.models(), config.synthesize.model, verifier, positions)
+    await find_model(endpoint, config.synthesize.model, verifier, positions)
     metrics = await _look(endpoint, "/metrics")
     engine: ServingEngine
     if isinstance(metrics, str) and is_vllms(metrics):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ...conf.schema import Config, VerifierConfig
-from ...data_synthesis.verifier_check import check_verifier
+from ...data_synthesis.states.verifier_check import check_verifier
 from ...models.head.config import DraftHeadConfig, num_active_experts, num_experts, size_of
 from ...models.verifier.model import empty_model, load_whole_config
 from ...models.verifier.quantised import quantisation
@@ -73,7 +73,7 @@ def planned_head(config: Config) -> DraftHeadConfig:
     whole, source = _load_config(config.plan.verifier_config, config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     if source == config.verifier.path and any(Path(source).glob("*.safetensors")):
-        check_verifier(config)
+        check_verifier(config.verifier, config.draft)
     return head
 
 

@@ -11,7 +11,7 @@ import transformers
 from builders import SMALL_DECODER, composed
 from commands import run_command
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, VerifierConfig
-from fledge.data_synthesis.verifier_check import check_verifier
+from fledge.data_synthesis.states.verifier_check import check_verifier
 from fledge.models.head.config import DraftHeadConfig, describe_sizes
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.verifier import model as verifier_module
@@ -57,6 +57,10 @@ def save(folder, family, **changes):
 def options(folder, *more) -> Config:
     own = (f"runs_dir={folder.parent / 'runs'}", "verifier.dtype=float32", "verifier.device=cpu", "draft.vocab_size=64")
     return composed("name=x", f"verifier.path={folder}", "data=embedded", *own, *more)
+
+
+def checked(config) -> DraftHeadConfig:
+    return check_verifier(config.verifier, config.draft)
 
 
 def derived(config, **draft) -> DraftHeadConfig:
@@ -183,7 +187,7 @@ def test_matrices_by_any_name_are_found_through_the_model(tmp_path, name):
     weights = VerifierWeights(config.verifier)
     assert torch.equal(weights.embedding(), model.get_input_embeddings().weight)
     assert torch.equal(weights.lm_head(), model.get_output_embeddings().weight)
-    assert check_verifier(config).hidden_size == 64
+    assert checked(config).hidden_size == 64
     states = Verifier.load(config.verifier, [7]).forward(torch.arange(1, 20)[None], use_cache=False)
     assert torch.equal(load_final_norm(config.verifier)(states.aux_hidden_states), states.last_hidden_state)
 
@@ -248,10 +252,10 @@ def test_a_verifier_that_no_head_can_be_trained_for_is_refused_in_a_sentence_bef
     folder = tmp_path / "v"
     save(folder, "Llama")
     config = options(folder, "plan.conversations=10", "cluster=slurm_gpu", "submit.dry_run=true")
-    check_verifier(config)
+    checked(config)
     change, said = BROKEN[name]
     change(folder)
-    for command in (check_verifier, plan, submit):
+    for command in (checked, plan, submit):
         with pytest.raises(ValueError, match=said) as error:
             command(config)
         assert len(str(error.value)) < 700
@@ -271,7 +275,7 @@ def test_synthesize_says_it_in_a_sentence_and_writes_nothing(tmp_path):
 
 def test_the_embedded_verifier_is_refused_for_a_head_that_it_cannot_have(tmp_path):
     config = composed("experiment=demo", "name=x", f"runs_dir={tmp_path}", "draft.num_attention_heads=5")
-    for command in (check_verifier, plan, submit):
+    for command in (checked, plan, submit):
         with pytest.raises(ValueError, match=r"draft\.num_attention_heads must divide"):
             command(config)
 
@@ -332,7 +336,7 @@ def test_the_model_and_the_processor_are_loaded_without_code_of_the_repository_t
     save(folder, "Llama")
     of_code("AutoModelForCausalLM")(folder)
     config_of(model_type="llama", auto_map={"AutoModelForCausalLM": "own.Own", "AutoProcessor": "own.Own"})(folder)
-    assert check_verifier(options(folder))  # transformers has this class itself
+    assert checked(options(folder))  # transformers has this class itself
     assert Verifier.load(options(folder).verifier, [1])
     with pytest.raises(ValueError, match="fledge runs no such code"):
         load_processor(options(folder).verifier)
