@@ -1,13 +1,12 @@
 """The loss of all K steps in one pass over chunks of rows, with its gradients (docs/fused_loss.md derives it).
 
 A loss (train/loss/losses.py) gives the value of a row and the coefficients of its gradient. A row weighs gamma^k / N_k,
-what is subtracted for R_k weighs c / N_k. All of a row's steps are at hand, so its gradient is exact: -sum_i W_i d log
-alpha_i with W_i = sum_{k >= i} c_k R_k / N_k, what is still to be gained by accepting at step i.
+what is subtracted for R_k weighs c / N_k, with the gradient -sum_i W_i d log alpha_i, W_i = sum_{k >= i} c_k R_k / N_k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,14 +23,13 @@ from .rows import UsefulRows
 SUMS = ("loss", "kl", "counted", "agreement", "prefix_agreement", "overlap", "entropy", "outside_draft_vocab")
 
 Index = slice | Tensor
+# (z, P, rows of P, m, entropies of p, greedy draft ids) -> KL, alpha, hits, and z overwritten by q - p; `Chunk.compare`
+KLRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
 class Targets:
-    """What has to be known of the verifier's distributions at the n targets before the pass.
-
-    Of a full draft vocabulary nothing: the pass finds `top` and `log_normaliser` by itself, and every target is inside.
-    """
+    """What the pass has to know of the verifier's distributions at the n targets; finds by itself with all tokens."""
 
     inside: Tensor  # bool [n], whether the greedy token is in the draft vocabulary
     top: Tensor | None = None  # int64 [n], its draft id (any if it is not inside)
@@ -55,18 +53,15 @@ class LossJob:
     gammas: Tensor  # [K], gamma^k
     num_counted: Tensor  # [K], N_k
     blend: Tensor  # [K], b of train/loss/losses.py
-    kernel: bool = False  # compare and differentiate rows in one Triton kernel; KL only, at most float32
+    kl_rows: KLRows | None = None  # does `Chunk.compare` for KL, on logits in the weights' type
 
 
 def fused_loss(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss and, per step, the sums over counted rows that metrics are made of.
+    """Return the loss, nats, and [K, 8], at least float32: the sums over counted rows, in the columns of `SUMS`.
 
     Args:
         states: per step [n_k, H], of the rows that go so far.
         weight: [Vd, H], of the draft's lm_head.
-
-    Returns:
-        A scalar, nats, and [K, 8] with the columns of `SUMS`, at least float32.
     """
     return cast("tuple[Tensor, Tensor]", _FusedLoss.apply(job, weight, *states))
 
@@ -111,12 +106,8 @@ class _FusedLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def draft_tokens(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) at each step.
-
-    Args:
-        states, weight: as `fused_loss`'s.
-    """
-    assert not job.kernel, "logits in the weights' type would make other tokens equally likely"
+    """Return the most likely draft ids (int64 [n_k]) and alpha (at least float32 [n_k]) per step; see `fused_loss`."""
+    assert not job.kl_rows, "logits in the weights' type would make other tokens equally likely"
     tokens = [torch.empty(len(state), dtype=torch.int64, device=state.device) for state in states]
     overlaps = [torch.empty(len(state), dtype=wide_dtype(weight.dtype), device=state.device) for state in states]
     for chunk, logits in chunks(job, weight):
@@ -160,12 +151,9 @@ BLOCK_BYTES = 512 << 10  # of logits a thread works on at once; as much of P and
 def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.device, trained_width: int = 0) -> int:
     """Return how many rows of all K steps fit the memory budget: `CHUNK_BYTES`, or as much as the gradient of lm_head.
 
-    Every chunk reads and writes that gradient, so chunks that are small next to it would do little else.
-
-    A row has K rows of logits; one of the teacher's window, whose first K-1 rows come on top; one of scratch, which a
-    gather of the window may need as well; all Vd wide, and of 4 bytes. In 16-bit training the K rows of gradients are
-    rounded for the products, 2 bytes each. K = 7, Vd = 32,000, bf16: (4 * 10 + 2 * 7) * 32,000 = 1.7 MB a row, 620 rows
-    in 1 GiB.
+    Every chunk reads and writes that gradient, so chunks that are small next to it would do little else. A row has K
+    rows of logits, one of the window, whose first K-1 come on top, and two of scratch, all Vd wide; in 16-bit training
+    also K of gradients, rounded for the products (docs/fused_loss.md, Memory).
 
     Args:
         width: Vd.
@@ -183,7 +171,7 @@ def chunks(job: LossJob, weight: Tensor, trained: bool = False) -> Iterator[tupl
     num_rows, ttt_steps, wide = len(job.states), len(job.rows.steps), wide_dtype(weight.dtype)
     size = rows_in_chunk(ttt_steps, len(weight), weight.dtype, weight.device, trained_width)
     size = min(size, max(1, num_rows))
-    logits = weight.new_empty(size * ttt_steps, len(weight), dtype=weight.dtype if job.kernel else wide)
+    logits = weight.new_empty(size * ttt_steps, len(weight), dtype=weight.dtype if job.kl_rows else wide)
     window, scratch = weight.new_empty(2, size + ttt_steps - 1, len(weight), dtype=wide)
     for start in range(0, num_rows, size):
         end = min(start + size, num_rows)
@@ -220,12 +208,9 @@ class Window:
 
 
 def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
-    """Cut the rows of z [n, Vd] so that what is done to one block after the other is done in a CPU's own cache.
+    """Cut the rows of z [n, Vd], and those of the window that are their targets, to blocks that fit a CPU's cache.
 
     On a GPU all rows are one block.
-
-    Yields:
-        Rows of z, and the rows of the window that are their targets.
     """
     size = len(z) if z.is_cuda else BLOCK_BYTES * torch.get_num_threads() // (z.shape[1] * z.element_size())
     size = max(1, size)
@@ -235,7 +220,7 @@ def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
 
 
 def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
-    """Return the inner product of each row of a with that of b ([n, V] and [n, V] to [n]); `scratch` may be b.
+    """Return the inner product [n] of each row of a with that of b, both [n, V]; `scratch` may be b.
 
     Not as a matrix product: `sum` adds in pairs, a product may add V terms one after the other and lose four digits.
     """
@@ -257,14 +242,14 @@ class Chunk:
                 self.places.append(slice(0, self.num_rows))
                 self.at.append(slice(step, step + self.num_rows))
             else:
-                self.places.append(job.rows.steps[step][rows] - start)
-                self.at.append(job.rows.steps[step][rows] - start + step)
+                place = job.rows.steps[step][rows] - start
+                self.places.append(place)
+                self.at.append(place + step)
 
     def differentiate(self, logits: tuple[Tensor, ...], sums: Tensor) -> list[Tensor]:
         """Turn the logits of each step [rows, Vd] into their gradient, in place, and add to the sums.
 
-        Returns:
-            Per step a weight for each row [rows], 0 if it is not counted, by which its gradient is to be multiplied.
+        Returns per step a weight for each row, by which its gradient is to be multiplied: 0 if it is not counted.
         """
         job = self.job
         counted = [self.inside[at] for at in self.at]
@@ -304,12 +289,14 @@ class Chunk:
     def compare(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
         """Turn logits, in place, into q, or for KL into q - p.
 
-        Returns:
-            KL(p || q), alpha, and whether the greedy tokens are the same (where two have the highest logit, either is).
+        Returns KL(p || q), alpha, and whether the greedy tokens are the same (of equal logits either is).
         """
         window = self.window
-        if self.job.kernel:
-            return self._compare_in_kernel(z, at)
+        if self.job.kl_rows:
+            targets = at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=z.device)
+            inputs = z, window.probabilities, targets, window.mass, window.entropy, window.top
+            kl, overlap, hits = self.job.kl_rows(*inputs)
+            return kl, overlap.clamp(min=torch.finfo(overlap.dtype).tiny), hits
         found = []
         for rows, here in blocks(z, at):
             q, probabilities, scratch = z[rows], window.probabilities[here], self.scratch[: rows.stop - rows.start]
@@ -324,15 +311,6 @@ class Chunk:
                 q.addcmul_(probabilities, (1 / window.mass[here])[:, None], value=-1)
         kl, overlap, hits = (torch.cat(column) for column in zip(*found, strict=True))
         return kl, overlap.clamp(min=torch.finfo(z.dtype).tiny), hits
-
-    def _compare_in_kernel(self, z: Tensor, at: Index) -> tuple[Tensor, Tensor, Tensor]:
-        """Do as `compare`, for KL, in one kernel."""
-        from ...models.kernels.kl_loss import kl_rows
-
-        window = self.window
-        targets = at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=z.device)
-        kl, overlap, hits = kl_rows(z, window.probabilities, targets, window.mass, window.entropy, window.top)
-        return kl, overlap.clamp(min=torch.finfo(overlap.dtype).tiny), hits
 
     def _gains(self, shares: Tensor, reaches: list[Tensor]) -> list[Tensor]:
         """Return W_i of each step: what is still to be gained from accepting there, sum_{k >= i} c_k R_k / N_k."""
