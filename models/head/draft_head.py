@@ -148,12 +148,6 @@ class DraftLayer(nn.Module):
         x = _rows(residual, rows) + self.self_attn(x, rotary, attention, projected, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def project_embedding(self, embedding: Tensor) -> Projected:
-        """Return what embeddings [T, H] add to q, k and v; the first layer only."""
-        x, attention = self.input_layernorm(embedding), self.self_attn
-        columns = slice(x.shape[-1])
-        return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
-
 
 class OutputHead(nn.Linear):
     """The map to logits, or to anything else that is made of states and its weight."""
@@ -166,7 +160,7 @@ class OutputHead(nn.Linear):
 class DraftHead(nn.Module):
     """The trained network: `fuse` once per position, then `step` per draft token, then `lm_head` on the normed state.
 
-    The token embedding is the verifier's and not part of it, unless the head's width is another: then it has its own.
+    The token embedding is the verifier's, unless the head's width is another: then it has its own.
     """
 
     d2t: Tensor
@@ -222,7 +216,8 @@ class DraftHead(nn.Module):
     def project_embedding(self, embedding: Tensor) -> Projected:
         """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
         first: Any = self.layers[0]
-        return first.project_embedding(embedding)
+        x, attention, columns = first.input_layernorm(embedding), first.self_attn, slice(embedding.shape[-1])
+        return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
 
     def step(
         self, embedding: EmbeddingInput, state: Tensor, rotary: Rotary, attention: Attention, rows: Tensor | None = None

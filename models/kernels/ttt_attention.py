@@ -278,8 +278,7 @@ class KernelAttention(torch.autograd.Function):
 
     Args of `apply`:
         rows, firsts: int64 [n], ascending: each query's row, and the first row of its document.
-        places: for each of the row's own steps int64 [n], where the queries stand among that step's keys.
-        q: [n, heads, D]; k, v: [T, kv_heads, D]; then keys and values [n_j, kv_heads, D] of each own step j.
+        places and what follows: as `JoinedAttention`'s.
     """
 
     @staticmethod

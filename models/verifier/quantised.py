@@ -106,7 +106,10 @@ def dense_matrix(
     dtype = getattr(torch, config.dtype.value)
     method = (stated or {}).get("quant_method")
     if stated and method == "fp8" and weight is not None and "weight_scale_inv" in tensors:
-        return _from_blocks(weight, tensors["weight_scale_inv"], stated["weight_block_size"]).to(dtype)
+        rows, columns = stated["weight_block_size"]
+        scales = tensors["weight_scale_inv"].float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        height, width = weight.shape  # the last blocks may be cut off
+        return (weight.float() * scales[:height, :width]).to(dtype)
     scheme = _scheme(config, stated, module) if stated and method == "compressed-tensors" else None
     if scheme is None:
         raise ValueError(
@@ -118,13 +121,6 @@ def dense_matrix(
     exact = {name: tensor.float() if tensor.dtype in _DENSE else tensor for name, tensor in tensors.items()}
     matrix: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(exact, scheme)["weight"]
     return matrix.to(dtype)
-
-
-def _from_blocks(weight: Tensor, scales: Tensor, block: list[int]) -> Tensor:
-    """Return a float8 matrix, each block multiplied by its scale; the last blocks may be cut off by its edges."""
-    rows, columns = weight.shape
-    spread = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return weight.float() * spread[:rows, :columns]
 
 
 def _scheme(config: VerifierConfig, stated: dict[str, Any], module: str) -> Any:

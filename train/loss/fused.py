@@ -6,7 +6,7 @@ what is subtracted for R_k weighs c / N_k, with the gradient -sum_i W_i d log al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,21 +75,16 @@ class _FusedLoss(torch.autograd.Function):
         state_grads = [torch.empty_like(state) for state in states] if any(ctx.needs_input_grad[2:]) else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(len(states), len(SUMS), dtype=wide, device=weight.device)
-        for chunk, logits in chunks(job, weight, ctx.needs_input_grad[1]):
-            parts = [state[rows] for state, rows in zip(states, chunk.rows, strict=True)]
-            h = torch.cat(parts)
-            z = product(h, weight.T, logits[: len(h)])
-            sizes = [len(part) for part in parts]
-            scale = torch.cat(chunk.differentiate(z.split(sizes), sums))[:, None]
+        for chunk, h, z in chunks(job, states, weight, ctx.needs_input_grad[1]):
+            scale = torch.cat(chunk.differentiate(z.split(chunk.sizes), sums))[:, None]
             z = z.to(weight.dtype)
             if state_grads is not None:
                 dh = product(z, weight, h.new_empty(h.shape, dtype=wide)) * scale
-                for grad, rows, part in zip(state_grads, chunk.rows, dh.split(sizes), strict=True):
+                for grad, rows, part in zip(state_grads, chunk.rows, dh.split(chunk.sizes), strict=True):
                     grad[rows] = part
             if weight_grad is not None:
                 add_product(weight_grad, z.T, h * scale.to(h.dtype))
-        ctx.grads = weight_grad, state_grads
-        ctx.dtype = weight.dtype
+        ctx.grads, ctx.dtype = (weight_grad, state_grads), weight.dtype
         loss = (sums[:, SUMS.index("loss")] / job.num_counted.clamp(min=1)).sum()
         ctx.mark_non_differentiable(sums)
         return loss, sums
@@ -110,12 +105,11 @@ def draft_tokens(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[li
     assert not job.kl_rows, "logits in the weights' type would make other tokens equally likely"
     tokens = [torch.empty(len(state), dtype=torch.int64, device=state.device) for state in states]
     overlaps = [torch.empty(len(state), dtype=wide_dtype(weight.dtype), device=state.device) for state in states]
-    for chunk, logits in chunks(job, weight):
-        h = torch.cat([state[rows] for state, rows in zip(states, chunk.rows, strict=True)])
-        z = product(h, weight.T, logits[: len(h)]).split([rows.stop - rows.start for rows in chunk.rows])
-        for step, (rows, at) in enumerate(zip(chunk.rows, chunk.at, strict=True)):
-            tokens[step][rows] = z[step].argmax(-1)
-            _, overlaps[step][rows], _ = chunk.compare(z[step], at)
+    for chunk, _, logits in chunks(job, states, weight):
+        for step, z in enumerate(logits.split(chunk.sizes)):
+            rows = chunk.rows[step]
+            tokens[step][rows] = z.argmax(-1)
+            _, overlaps[step][rows], _ = chunk.compare(z, chunk.at[step])
     return tokens, overlaps
 
 
@@ -165,8 +159,10 @@ def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.
     return max(1, (column - item * (ttt_steps - 1)) // row)
 
 
-def chunks(job: LossJob, weight: Tensor, trained: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
-    """Cut the useful rows into chunks; with each comes the memory for its logits."""
+def chunks(
+    job: LossJob, states: Sequence[Tensor], weight: Tensor, trained: bool = False
+) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
+    """Cut the useful rows into chunks; with each come the states of its steps, end to end, and their logits."""
     trained_width = weight.shape[1] if trained else 0
     num_rows, ttt_steps, wide = len(job.states), len(job.rows.steps), wide_dtype(weight.dtype)
     size = rows_in_chunk(ttt_steps, len(weight), weight.dtype, weight.device, trained_width)
@@ -174,37 +170,9 @@ def chunks(job: LossJob, weight: Tensor, trained: bool = False) -> Iterator[tupl
     logits = weight.new_empty(size * ttt_steps, len(weight), dtype=weight.dtype if job.kl_rows else wide)
     window, scratch = weight.new_empty(2, size + ttt_steps - 1, len(weight), dtype=wide)
     for start in range(0, num_rows, size):
-        end = min(start + size, num_rows)
-        targets = slice(start, min(end + ttt_steps - 1, num_rows))
-        yield Chunk(job, start, end, Window.of(job, targets, window, scratch), scratch), logits
-
-
-@dataclass
-class Window:
-    """The verifier's distributions at the targets of a chunk."""
-
-    probabilities: Tensor  # P, [window, Vd]
-    mass: Tensor  # [window], their sum
-    entropy: Tensor  # [window], of p
-    top: Tensor  # int64 [window], draft id of the greedy token
-
-    @classmethod
-    def of(cls, job: LossJob, targets: slice, out: Tensor, scratch: Tensor) -> Window:
-        """Compute them into `out`; `scratch` is as large."""
-        states = job.states[targets]
-        logits = job.transform.apply_(product(states, job.weight.T, out[: len(states)]))
-        log_p = scratch[: len(states)]
-        if job.targets.log_normaliser is None:
-            top = logits.max(-1).indices  # argmax is slower on the CPU
-            torch.log_softmax(logits, -1, out=log_p)
-        else:
-            assert job.targets.top is not None
-            top = job.targets.top[targets]
-            torch.sub(logits, job.targets.log_normaliser[targets, None], out=log_p)
-        probabilities = torch.exp(log_p, out=logits)
-        # A mass that underflows has its greedy token outside and is not counted: it must not make infinities.
-        mass = probabilities.sum(-1).clamp(min=torch.finfo(out.dtype).tiny)
-        return cls(probabilities, mass, mass.log() - row_dot(probabilities, log_p, log_p) / mass, top)
+        chunk = Chunk(job, start, min(start + size, num_rows), window, scratch)
+        h = torch.cat([state[rows] for state, rows in zip(states, chunk.rows, strict=True)])
+        yield chunk, h, product(h, weight.T, logits[: len(h)])
 
 
 def blocks(z: Tensor, at: Index) -> Iterator[tuple[slice, Index]]:
@@ -228,23 +196,42 @@ def row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
 
 
 class Chunk:
-    """Rows start ... end-1 of the useful rows, at all K steps."""
+    """Rows start ... end-1 of the useful rows at all K steps, and their window: the verifier's P at their targets."""
 
-    def __init__(self, job: LossJob, start: int, end: int, window: Window, scratch: Tensor) -> None:
-        self.job, self.window, self.scratch = job, window, scratch
-        self.num_rows = end - start
+    def __init__(self, job: LossJob, start: int, end: int, window: Tensor, scratch: Tensor) -> None:
+        self.job, self.scratch, self.num_rows = job, scratch, end - start
         self.rows = [slice(starts[start], starts[end]) for starts in job.rows.starts]  # among each step's
-        self.inside = job.targets.inside[start : end + len(self.rows) - 1]
+        self.sizes = [rows.stop - rows.start for rows in self.rows]
+        targets = slice(start, end + len(self.rows) - 1)
+        self.inside = job.targets.inside[targets]
+        self._read_window(targets, window)
         self.places: list[Index] = []  # per step, which rows of the chunk
         self.at: list[Index] = []  # per step, the window's rows that are their targets
         for step, rows in enumerate(self.rows):
-            if rows.stop - rows.start == self.num_rows:  # no answer ends here: views, no gathers
+            if self.sizes[step] == self.num_rows:  # no answer ends here: views, no gathers
                 self.places.append(slice(0, self.num_rows))
                 self.at.append(slice(step, step + self.num_rows))
             else:
                 place = job.rows.steps[step][rows] - start
                 self.places.append(place)
                 self.at.append(place + step)
+
+    def _read_window(self, targets: slice, out: Tensor) -> None:
+        """Compute P [window, Vd] into `out`, and [window] its sums, entropies of p, and draft ids of greedy tokens."""
+        job, states = self.job, self.job.states[targets]
+        logits = job.transform.apply_(product(states, job.weight.T, out[: len(states)]))
+        log_p = self.scratch[: len(states)]
+        if job.targets.log_normaliser is None:
+            self.top = logits.max(-1).indices  # argmax is slower on the CPU
+            torch.log_softmax(logits, -1, out=log_p)
+        else:
+            assert job.targets.top is not None
+            self.top = job.targets.top[targets]
+            torch.sub(logits, job.targets.log_normaliser[targets, None], out=log_p)
+        self.probabilities = torch.exp(log_p, out=logits)
+        # A mass that underflows has its greedy token outside and is not counted: it must not make infinities.
+        self.mass = self.probabilities.sum(-1).clamp(min=torch.finfo(out.dtype).tiny)
+        self.entropy = self.mass.log() - row_dot(self.probabilities, log_p, log_p) / self.mass
 
     def differentiate(self, logits: tuple[Tensor, ...], sums: Tensor) -> list[Tensor]:
         """Turn the logits of each step [rows, Vd] into their gradient, in place, and add to the sums.
@@ -265,14 +252,14 @@ class Chunk:
             reaches.append(reach[place] * counted[step])
             rows = Rows(kl, overlap, reach[place], job.gammas[step], job.blend[step])
             if job.loss.gradient_:
-                window, scratch = self.window, self.scratch[: len(z)]
-                value = rows.gamma * job.loss.gradient_(z, window.probabilities[at], window.mass[at], scratch)
+                inputs = z, self.probabilities[at], self.mass[at], self.scratch[: len(z)]
+                value = rows.gamma * job.loss.gradient_(*inputs)
             else:
                 value = job.loss.value(rows)
             if job.loss.coefficients:
                 (of_kl, of_overlap), one = job.loss.coefficients(rows), torch.ones_like(overlap)
                 coefficients.append((None if of_kl is None else of_kl * one, of_overlap * one))
-            columns = (value, kl, torch.ones_like(kl), hits, prefix[place], overlap, self.window.entropy[at])
+            columns = (value, kl, torch.ones_like(kl), hits, prefix[place], overlap, self.entropy[at])
             included = torch.stack([column * counted[step] for column in columns]).sum(-1)
             sums[step] += torch.cat([included, (~counted[step]).sum()[None]])
         weights = job.gammas / job.num_counted.clamp(min=1)
@@ -291,24 +278,23 @@ class Chunk:
 
         Returns KL(p || q), alpha, and whether the greedy tokens are the same (of equal logits either is).
         """
-        window = self.window
         if self.job.kl_rows:
             targets = at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=z.device)
-            inputs = z, window.probabilities, targets, window.mass, window.entropy, window.top
-            kl, overlap, hits = self.job.kl_rows(*inputs)
+            window = self.probabilities, targets, self.mass, self.entropy, self.top
+            kl, overlap, hits = self.job.kl_rows(z, *window)
             return kl, overlap.clamp(min=torch.finfo(overlap.dtype).tiny), hits
         found = []
         for rows, here in blocks(z, at):
-            q, probabilities, scratch = z[rows], window.probabilities[here], self.scratch[: rows.stop - rows.start]
-            cross = row_dot(probabilities, q, scratch) / window.mass[here]
+            q, probabilities, scratch = z[rows], self.probabilities[here], self.scratch[: rows.stop - rows.start]
+            cross = row_dot(probabilities, q, scratch) / self.mass[here]
             highest = q.amax(-1)  # finding where it stands costs six times as much on the CPU
-            hits = q.gather(1, window.top[here][:, None]).squeeze(1) == highest
+            hits = q.gather(1, self.top[here][:, None]).squeeze(1) == highest
             torch.softmax(q, -1, out=q)
             log_normaliser = highest - q.amax(-1).log()
             overlap = torch.minimum(probabilities, q, out=scratch).sum(-1)
-            found.append((log_normaliser - cross - window.entropy[here], overlap, hits))
+            found.append((log_normaliser - cross - self.entropy[here], overlap, hits))
             if self.job.loss.is_kl:
-                q.addcmul_(probabilities, (1 / window.mass[here])[:, None], value=-1)
+                q.addcmul_(probabilities, (1 / self.mass[here])[:, None], value=-1)
         kl, overlap, hits = (torch.cat(column) for column in zip(*found, strict=True))
         return kl, overlap.clamp(min=torch.finfo(z.dtype).tiny), hits
 
@@ -326,10 +312,10 @@ class Chunk:
     def _gradient(self, q: Tensor, at: Index, of_kl: Tensor | None, of_overlap: Tensor) -> None:
         """Turn q, in place, into of_kl (q - p) + of_overlap q (s - [q < P]), the two one a row."""
         for rows, here in blocks(q, at):
-            part, probabilities = q[rows], self.window.probabilities[here]
+            part, probabilities = q[rows], self.probabilities[here]
             below = torch.mul(part, part < probabilities, out=self.scratch[: len(part)])
             whole = of_overlap[rows] * below.sum(-1)
             part.mul_((whole if of_kl is None else whole + of_kl[rows])[:, None])
             part.addcmul_(below, of_overlap[rows, None], value=-1)
             if of_kl is not None:
-                part.addcmul_(probabilities, (of_kl[rows] / self.window.mass[here])[:, None], value=-1)
+                part.addcmul_(probabilities, (of_kl[rows] / self.mass[here])[:, None], value=-1)

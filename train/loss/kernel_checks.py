@@ -60,7 +60,7 @@ def attention_errors(
         heads: of queries, and of keys.
         counted: the share of tokens that are counted: the fewer, the more the rows are torn apart.
         num_layers: with 2, step 0 has every row as a query, as the first of two layers has.
-        kernels: whether they are used; else blocks of rows on a GPU.
+        kernels: whether they are used, or blocks of rows.
     """
     generator = torch.Generator().manual_seed(0)
     num_rows = sum(lengths)

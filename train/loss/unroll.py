@@ -89,8 +89,8 @@ def count_rows(targets: Targets, rows: UsefulRows) -> Tensor:
 class TTTModule(nn.Module):
     """The trained module: a draft head and the loss of its unroll.
 
-    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `LOSSES` has others. Rows whose
-    target's greedy token is outside the draft vocabulary are not counted.
+    L = sum_k gamma^k sum_counted KL(p || q) / N_k, nats, or another of `LOSSES`, over rows whose target's greedy token
+    is in the draft vocabulary. Softmax is in float32.
 
     Args:
         transform: how the verifier's logits come from its `lm_head`.
