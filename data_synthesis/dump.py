@@ -22,7 +22,8 @@ from ..conf.runtime.artifact import Artifact, artifact, digest, read_manifest
 from ..conf.runtime.rank_info import find_place
 from ..conf.schema import Config, DumpEngine, HiddenStates
 from ..models.head.vocabulary import build_vocabulary, coverage
-from ..models.verifier.model import check_identity, special_token_ids
+from ..models.verifier.config import special_token_ids
+from ..models.verifier.weights import check_identity
 from .states.record import write_states
 from .store.shard import CURE, shard_entry, shard_name
 from .store.store import (

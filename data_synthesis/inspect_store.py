@@ -16,7 +16,7 @@ from torch import Tensor
 from ..conf.runtime.artifact import differences, read_manifest
 from ..conf.runtime.progress import Progress
 from ..conf.schema import Config, VerifierConfig
-from ..models.verifier.model import load_tokenizer, tokenizer_identity
+from ..models.verifier.config import load_tokenizer, tokenizer_identity
 from .heldout import is_heldout
 from .preview import marked_text, printable, terminal_mark
 from .store.shard import Sample, shard_name

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..conf.runtime.artifact import differences, read_manifest
 from ..conf.schema import Config, DumpConfig, VerifierConfig
-from ..models.verifier.model import tokenizer_identity
+from ..models.verifier.config import tokenizer_identity
 from .conversations import read_conversations
 from .heldout import is_heldout
 from .tokens.chat_template import Sequence, has_images

@@ -16,7 +16,8 @@ from ..data_synthesis.tokens.chat_template import answer_text
 from ..models.head.architectures import build_head
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.head.vocabulary import VocabularyMap
-from ..models.verifier.model import Verifier, VerifierWeights
+from ..models.verifier.model import Verifier
+from ..models.verifier.weights import VerifierWeights
 from .asking import QuestionReader, UnaskableError
 from .decoding.acceptance import AcceptanceRule
 from .decoding.head_drafter import DraftDecoder

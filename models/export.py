@@ -13,7 +13,8 @@ from .formats.plain import WEIGHTS, head_folder, load_head
 from .formats.serving_formats import SERVING_FORMATS, ExportedHead, vllm_command
 from .formats.serving_notes import model_card, serving_files, unserved
 from .head.draft_head import DraftHead
-from .verifier.model import check_identity, load_whole_config, verifier_location
+from .verifier.config import load_whole_config, verifier_location
+from .verifier.weights import check_identity
 
 
 def export(config: Config) -> None:

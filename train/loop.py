@@ -26,7 +26,8 @@ from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.kernels.self_check import Checked, require_gpu
-from ..models.verifier.model import VerifierWeights, load_config, logit_transform
+from ..models.verifier.config import load_config, logit_transform
+from ..models.verifier.weights import VerifierWeights
 from .checkpoints import TrainerState, load_checkpoint, needs_conversion, save_checkpoint
 from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches, start_engine

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..conf.schema import Config
 from ..models.formats.plain import load_head
 from ..models.head.draft_head import DraftHead
-from ..models.verifier.model import check_identity
+from ..models.verifier.weights import check_identity
 
 
 def trained_head(config: Config) -> DraftHead:

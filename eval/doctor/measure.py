@@ -22,7 +22,8 @@ from ...models.formats.published import halves_from_pairs
 from ...models.head.config import DraftHeadConfig, rope_of
 from ...models.head.draft_head import DraftHead, DraftLayer
 from ...models.head.ttt_attention import TTTAttention
-from ...models.verifier.model import Verifier, torch_device
+from ...models.verifier.config import torch_device
+from ...models.verifier.model import Verifier
 from ..asking import QuestionReader, UnaskableError
 from ..decoding.speculator import answer_alone
 from ..questions import load_questions

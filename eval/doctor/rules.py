@@ -19,7 +19,7 @@ from ...models.formats.published import KNOWN
 from ...models.formats.published_config import HeadFiles, rope_parameters
 from ...models.formats.serving_formats import SERVING_FORMATS, ServingFormat
 from ...models.head.config import rope_of
-from ...models.verifier.model import default_aux_layers
+from ...models.verifier.config import default_aux_layers
 
 PLACES = {EAGLE: f"{EAGLE}.{AUX_IDS}", TOP: f"{AUX_IDS} at the top level"}
 AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, PAIRS = "aux", "norm_before_residual", "norm_output", "rope", "pairs"

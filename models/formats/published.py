@@ -24,7 +24,7 @@ from ..head.architectures import build_head
 from ..head.config import DraftHeadConfig
 from ..head.draft_head import DraftHead
 from ..head.vocabulary import VocabularyMap
-from ..verifier.model import VerifierWeights
+from ..verifier.weights import VerifierWeights
 from .plain import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS, tensor_problems
 from .published_config import FLOATS, HeadFiles, head_config
 from .serving_formats import SERVING_FORMATS

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ...conf.schema import AuxNumbering, HeadImportConfig
 from ..head.architectures import named_architecture
 from ..head.config import DraftHeadConfig
-from ..verifier.model import default_aux_layers
+from ..verifier.config import default_aux_layers
 from .fields import (
     ANY,
     AUX_IDS,

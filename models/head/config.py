@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from ...conf.schema import DraftConfig
-from ..verifier.model import default_aux_layers
+from ..verifier.config import default_aux_layers
 
 # What configurations of transformers call these; the first that is there counts.
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")

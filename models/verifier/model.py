@@ -16,52 +16,17 @@ from transformers.distributed import DistributedConfig
 from ...conf.runtime.rank_info import find_place
 from ...conf.schema import Device, Dtype, VerifierConfig
 from .config import (
-    LogitTransform,
     auto_class,
     default_aux_layers,
     empty_model,
     end_token_ids,
     from_checkpoint,
-    load_config,
-    load_end_token_ids,
     load_tokenizer,
     load_whole_config,
-    logit_transform,
-    special_token_ids,
-    takes_images,
-    tokenizer_identity,
     torch_device,
-    verifier_location,
 )
 from .quantised import prepare_quantised, quantisation
-from .weights import VerifierWeights, check_identity, verifier_identity, verifier_outline
-
-__all__ = [  # what stands behind the door
-    "PER_TOKEN",
-    "LogitTransform",
-    "Verifier",
-    "VerifierOutput",
-    "VerifierWeights",
-    "check_capture",
-    "check_identity",
-    "default_aux_layers",
-    "empty_model",
-    "end_token_ids",
-    "find_decoder",
-    "load_config",
-    "load_end_token_ids",
-    "load_final_norm",
-    "load_tokenizer",
-    "load_whole_config",
-    "logit_transform",
-    "special_token_ids",
-    "takes_images",
-    "tokenizer_identity",
-    "torch_device",
-    "verifier_identity",
-    "verifier_location",
-    "verifier_outline",
-]
+from .weights import VerifierWeights
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say of each token whether it is an image's
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f")

@@ -16,7 +16,7 @@ from fledge.data_synthesis.inspect_store import inspect_store
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
 from fledge.data_synthesis.store.shard import Shard, write_shard
 from fledge.data_synthesis.store.store import HiddenStateStore, checksums_beside, write_index
-from fledge.models.verifier.model import load_tokenizer
+from fledge.models.verifier.config import load_tokenizer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import SUPPORT
 from fledge.models.head.config import DraftHeadConfig
-from fledge.models.verifier.model import load_config
+from fledge.models.verifier.config import load_config
 from fledge.slurm.plan.memory import TrainingShape, peak, training_memory
 from training_memory import QUIET, Spec, configuration, prepare
 

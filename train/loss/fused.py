@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...models.head.ttt_attention import wide_dtype
-from ...models.verifier.model import LogitTransform
+from ...models.verifier.config import LogitTransform
 from .losses import Loss, Rows
 from .rows import UsefulRows
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...models.head.draft_head import DraftHead, Projected
 from ...models.head.ttt_attention import SplitAttention, wide_dtype
-from ...models.verifier.model import LogitTransform
+from ...models.verifier.config import LogitTransform
 from .fused import KLRows, LossJob, Targets, fused_loss, product, rows_in_chunk
 from .losses import LOSSES, Loss
 from .rows import PackedBatch, UsefulRows
