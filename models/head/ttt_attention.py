@@ -38,12 +38,7 @@ class QueryRows(Protocol):
 
 
 class TTTAttention:
-    """The plain form, O(T^2) memory in the length of a document. Called once per step and layer, in order of steps.
-
-    Args:
-        lengths: rows of each document, in the order in which they are laid end to end.
-        num_layers: layers of the head, each with keys of its own.
-    """
+    """The plain form for documents of `lengths` rows, O(T^2) memory in them; called by step, then by layer."""
 
     def __init__(self, lengths: list[int], num_layers: int) -> None:
         self._lengths = lengths
@@ -75,11 +70,7 @@ class SplitAttention:
     """The same attention split in two: flash over step 0's keys and dot products with the keys of a row's own steps.
 
     Nothing of size T^2 is kept. Queries of steps >= 1 stand on useful rows only, in the last layer those of step 0 too.
-
-    Args:
-        rows: the useful rows of the batch (`UsefulRows` of train/loss/rows.py).
-        num_layers: layers of the head, each with keys of its own.
-        kernels: use the Triton kernels where they can run.
+    `kernels` uses those in Triton where they can run.
     """
 
     def __init__(self, rows: QueryRows, num_layers: int, kernels: bool = False) -> None:
@@ -114,7 +105,7 @@ class JoinedAttention(torch.autograd.Function):
     """One softmax over the causal scores with a document's keys and the scores with the row's own keys.
 
     Args of `apply`:
-        spans: (document, first, rows) of the queries, in the order in which they lie in q.
+        spans: of the queries, in the order in which they lie in q.
         places: for each of the row's own steps int64 [n], where the queries stand among that step's keys.
         q: [n, heads, D]; k, v: [T, kv_heads, D]; then keys and values [n_j, kv_heads, D] of each own step j.
     """

@@ -42,7 +42,7 @@ class Targets:
 
 @dataclass
 class LossJob:
-    """Everything the pass reads besides the draft's states and its `lm_head`."""
+    """What the pass reads besides the draft's states and its `lm_head`."""
 
     loss: Loss
     rows: UsefulRows

@@ -150,7 +150,7 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> LossJob:
-        """Return what the pass over the logits needs besides the draft's states; arguments as `forward`'s."""
+        """Return what the pass reads besides the draft's states; arguments as `forward`'s."""
         if targets is None:
             targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
         ttt_steps, device = len(rows.steps), verifier_lm_head.device
