@@ -17,7 +17,8 @@ from typing import Any
 from ..conf.runtime.artifact import Artifact, artifact, digest, read_manifest
 from ..conf.runtime.rank_info import read_rank_info
 from ..conf.schema import Config, DumpEngine, HiddenStates
-from ..models.verifier.model import check_identity, special_token_ids
+from ..models.verifier.config import special_token_ids
+from ..models.verifier.weights import check_identity
 from .states.record import write_states
 from .states.verifier_check import check_verifier
 from .store.draft_vocabulary import write_vocabulary

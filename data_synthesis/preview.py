@@ -8,7 +8,7 @@ from typing import Any
 
 from ..conf.runtime.artifact import differences, read_manifest
 from ..conf.schema import Config, DumpConfig
-from ..models.verifier.model import tokenizer_identity
+from ..models.verifier.config import tokenizer_identity
 from .conversations import read_conversations
 from .heldout import is_heldout
 from .show import marked_text, printable, terminal_mark

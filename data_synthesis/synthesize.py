@@ -12,7 +12,7 @@ from ..conf.runtime.artifact import Artifact, artifact, read_manifest
 from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import EXIT_AGAIN
 from ..conf.schema import Config
-from ..models.verifier.model import verifier_identity
+from ..models.verifier.weights import verifier_identity
 from .answers.answer_log import AnswerLog, summarise
 from .answers.local import answer_here
 from .answers.remote import answer_by_servers

@@ -10,7 +10,8 @@ from ..conf.schema import Config, EvaluateEngine
 from ..models.formats.plain import WEIGHTS, head_folder, load_head
 from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
-from ..models.verifier.model import check_identity, torch_device, verifier_outline
+from ..models.verifier.config import torch_device
+from ..models.verifier.weights import check_identity, verifier_outline
 from .figures.records import ACCEPTANCE
 from .figures.report import print_table, write_report
 from .figures.results import summarise

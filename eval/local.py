@@ -14,7 +14,8 @@ from ..conf.runtime.progress import Progress
 from ..conf.schema import Config
 from ..data_synthesis.tokens.chat_template import answer_text
 from ..models.head.draft_head import DraftHead
-from ..models.verifier.model import Verifier, VerifierWeights
+from ..models.verifier.model import Verifier
+from ..models.verifier.weights import VerifierWeights
 from .decoding.acceptance import AcceptanceRule
 from .decoding.drafters import DRAFTERS, DrafterInputs
 from .decoding.kernel_checks import check_decoding

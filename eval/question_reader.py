@@ -11,7 +11,7 @@ from ..data_synthesis.tokens.chat_template import NoExactSpanError, has_images, 
 from ..data_synthesis.tokens.image_tokens import ImageReader, Images, ImageTokenizer
 from ..data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
 from ..data_synthesis.tokens.sequences import check_known
-from ..models.verifier.model import load_config, load_tokenizer
+from ..models.verifier.config import load_config, load_tokenizer
 from .figures.records import HELDOUT
 from .questions import Question
 

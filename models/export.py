@@ -13,7 +13,8 @@ from .formats.plain import WEIGHTS, head_folder, load_head
 from .formats.serving_formats import SERVING_FORMATS, ExportedHead, vllm_command
 from .formats.serving_notes import model_card, serving_files, unserved
 from .head.draft_head import DraftHead
-from .verifier.model import check_identity, verifier_architectures, verifier_location
+from .verifier.config import load_whole_config, verifier_location
+from .verifier.weights import check_identity
 
 
 def export(config: Config) -> None:
@@ -39,7 +40,7 @@ def _export_one(config: Config, format_: str, source: Path, head: DraftHead, rec
         format=format_,
         dtype=config.export.dtype.value,
         verifier=verifier_location(config.verifier),
-        architectures=verifier_architectures(config.verifier),
+        architectures=list(load_whole_config(config.verifier).architectures or []),
         verifier_layers=record["verifier"]["num_layers"],
         revision=config.verifier.revision,
         num_draft_tokens=config.evaluate.draft_depth,  # a chain as deep as the tree that was evaluated

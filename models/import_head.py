@@ -9,7 +9,8 @@ from ..conf.runtime.artifact import artifact, file_digest
 from ..conf.schema import Config, HeadImportConfig
 from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
 from .formats.published import read_published_head, weight_files
-from .verifier.model import VerifierWeights, load_config, verifier_identity
+from .verifier.config import load_config
+from .verifier.weights import VerifierWeights, verifier_identity
 
 
 def import_head(config: Config) -> None:

@@ -25,7 +25,8 @@ from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.kernels.self_check import Checked, require_gpu
-from ..models.verifier.model import VerifierWeights, check_identity, load_config, logit_transform
+from ..models.verifier.config import load_config, logit_transform
+from ..models.verifier.weights import VerifierWeights, check_identity
 from .checkpoints import load_checkpoint, needs_conversion, save_checkpoint
 from .data.training_data import TrainingData
 from .engine import micro_batches, start_engine

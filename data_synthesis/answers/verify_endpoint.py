@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ...conf.schema import SynthesizeConfig, VerifierConfig
-from ...models.verifier.model import load_config, load_end_token_ids, load_tokenizer
+from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
 from ..tokens.chat_template import Message, check_template, prompt_tokens
 from .conversation import Answer
 from .endpoint import Endpoint, RequestError

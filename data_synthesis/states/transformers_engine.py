@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ...conf.schema import VerifierConfig
-from ...models.verifier.model import Verifier, VerifierWeights, check_capture, logit_transform
+from ...models.verifier.config import logit_transform
+from ...models.verifier.model import Verifier, check_capture
+from ...models.verifier.weights import VerifierWeights
 from ..store.host_copies import to_device
 from ..store.shard import Sample
 from ..store.state_format import FLOAT8, StateFormat, decode

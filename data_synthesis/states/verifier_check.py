@@ -8,15 +8,15 @@ from typing import Any
 from ...conf.schema import DraftConfig, VerifierConfig
 from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import check_vocabulary_size
-from ...models.verifier.model import (
-    VerifierWeights,
+from ...models.verifier.config import (
     empty_model,
-    find_decoder,
     load_end_token_ids,
     load_tokenizer,
     load_whole_config,
     special_token_ids,
 )
+from ...models.verifier.model import find_decoder
+from ...models.verifier.weights import VerifierWeights
 from ..tokens.chat_template import NoExactSpanError, prompt_tokens
 
 

@@ -34,7 +34,9 @@ from torch import Tensor
 
 from ...conf.runtime.rank_info import own_gpus, read_rank_info
 from ...conf.schema import Config
-from ...models.verifier.model import VerifierWeights, load_config, load_final_norm, logit_transform, verifier_location
+from ...models.verifier.config import load_config, logit_transform, verifier_location
+from ...models.verifier.model import load_final_norm
+from ...models.verifier.weights import VerifierWeights
 from ..store.shard import Sample
 from .transformers_engine import never
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...conf.schema import VerifierConfig
-from ...models.verifier.model import PER_TOKEN, load_whole_config, takes_images
+from ...models.verifier.config import load_whole_config, takes_images
+from ...models.verifier.model import PER_TOKEN
 from ...models.verifier.processor import load_processor
 from .chat_template import Message, NoExactSpanError, PlacedImage, Sequence
 from .images import UnreadableImagesError, load_images

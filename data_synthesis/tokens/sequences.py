@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ...conf.schema import VerifierConfig
-from ...models.verifier.model import load_config, load_end_token_ids, load_tokenizer
+from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
 from .chat_template import NoExactSpanError, Sequence, check_template, has_images, join_turns, template_turns
 from .image_tokens import ImageReader, ImageTokenizer
 from .images import conversation_images, images_before_answers, template_messages

@@ -11,7 +11,7 @@ from ...conf.schema import EvaluateConfig
 from ...models.head.architectures import build_head
 from ...models.head.draft_head import DraftHead, initialise
 from ...models.head.vocabulary import VocabularyMap
-from ...models.verifier.model import VerifierWeights
+from ...models.verifier.weights import VerifierWeights
 from ..figures.records import LOOKUP, TRAINED, UNTRAINED
 from .acceptance import AcceptanceRule
 from .head_drafter import DraftDecoder

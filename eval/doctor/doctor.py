@@ -16,7 +16,8 @@ from ...models.formats.published import assemble_head, read_files
 from ...models.formats.published_config import HeadFiles
 from ...models.head.draft_head import DraftHead
 from ...models.import_head import source_folder
-from ...models.verifier.model import VerifierWeights, load_config
+from ...models.verifier.config import load_config
+from ...models.verifier.weights import VerifierWeights
 from .measure import FAR, STEPS, Measured, Verdict, measure, variants
 from .rules import KNOWN_TENSORS, PAIRS, Finding, absolute_ids, engine_notes, static_findings
 

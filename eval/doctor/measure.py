@@ -23,7 +23,8 @@ from ...models.formats.published_config import HeadFiles
 from ...models.head.config import DraftHeadConfig, rope_of
 from ...models.head.draft_head import DraftHead, DraftLayer
 from ...models.head.ttt_attention import TTTAttention
-from ...models.verifier.model import Verifier, torch_device
+from ...models.verifier.config import torch_device
+from ...models.verifier.model import Verifier
 from ..decoding.speculator import answer_alone
 from ..question_reader import QuestionReader, UnaskableError
 from ..questions import load_questions

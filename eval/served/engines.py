@@ -12,7 +12,7 @@ from ...conf.schema import Config, EvaluateConfig, VerifierConfig
 from ...data_synthesis.answers.endpoint import Endpoint, RequestError
 from ...data_synthesis.answers.verify_endpoint import find_model
 from ...data_synthesis.tokens.chat_template import answer_text, prompt_tokens
-from ...models.verifier.model import load_config, load_end_token_ids, load_tokenizer
+from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
 from ..figures.results import DEFINITION
 from .counters import ServedCounts, VllmCounters, is_vllms, read_sglang_answer, read_vllm_answer, read_vllm_counters
 

@@ -1,7 +1,6 @@
-"""The embedded verifier: a small Llama whose checkpoint, prompts and questions are files of this package.
+"""The embedded verifier: a small Llama, trained by tests/tools/make_embedded.py on conversations.jsonl.xz.
 
-`tests/tools/make_embedded.py` trained it on conversations.jsonl.xz: made-up ones in the eight categories of MT-Bench.
-No question opens like one of these conversations or prompts.
+They are made up, in the eight categories of MT-Bench. No question opens like one of them or of the prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ CHECKPOINT = _HERE / "checkpoint"  # in bfloat16, with its tokenizer and chat te
 
 
 def conversations() -> list[list[dict[str, str]]]:
-    """Return the 12,000 conversations that it was trained on, each a list of {"role", "content"}."""
+    """Return the 12,000 conversations of its training, each a list of {"role", "content"}."""
     return _read("conversations.jsonl.xz")
 
 

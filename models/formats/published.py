@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...conf.schema import HeadImportConfig
 from ..head.draft_head import DraftHead
-from ..verifier.model import VerifierWeights
+from ..verifier.weights import VerifierWeights
 from .plain import CONFIG, EMBEDDING, FLOATS, LM_HEAD, WEIGHTS, assemble
 from .published_config import HeadFiles, head_config
 from .serving_formats import SERVING_FORMATS

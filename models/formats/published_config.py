@@ -18,7 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ...conf.schema import AuxNumbering, HeadImportConfig
 from ..head.architectures import named_architecture
 from ..head.config import DraftHeadConfig
-from ..verifier.model import VerifierWeights, default_aux_layers
+from ..verifier.config import default_aux_layers
+from ..verifier.weights import VerifierWeights
 from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, POST_NORM, ROPE_FIELDS, TOP, Field, has_no_effect, vllm_layer_ids
 from .plain import CONFIG, LM_HEAD
 

@@ -1,9 +1,8 @@
 """The configuration of a draft head, and how it follows from the options and the verifier's configuration.
 
-A head is a dense Llama, and its verifier may be anything. Its MLP is as wide as the verifier's `intermediate_size`.
-If that is one expert's width, or narrower than the state next to experts, it is as wide as the experts that a token
-meets are together, shared ones among them. Attention has the verifier's heads; where their number does not divide the
-width, which a Llama must, as many of the same size as the width holds.
+A head is a dense Llama, and its verifier may be anything. Its MLP is as wide as the verifier's `intermediate_size`; if
+that is one expert's width, or narrower than the state next to experts, as all experts that a token meets together.
+Attention has the verifier's heads; if their number does not divide the width, as many of the same size as it holds.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import LlamaConfig
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from ...conf.schema import DraftConfig
-from ..verifier.model import default_aux_layers
+from ..verifier.config import default_aux_layers
 
 # What configurations of transformers call these; the first that is there counts.
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -26,6 +25,11 @@ _EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size")
 _DENSE_WIDTH = ("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "ffn_dim")
 _SHARED_WIDTH = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+# What a head has in common with its Llama configuration, by the same names.
+_OF_LLAMA = [
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings", "rms_norm_eps"),
+]
 
 # Rotary embeddings of the Llama family, which every engine computes alike: not `dynamic`, which SGLang scales at any
 # length and transformers, so training, beyond the maximal one only.
@@ -58,18 +62,18 @@ class DraftHeadConfig:
     def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
         """Derive the head's shape from the options and the verifier's language-model configuration."""
         sizes = head_sizes(draft, verifier)
-        layers, width = verifier.num_hidden_layers, verifier.hidden_size
+        layers, hidden, width = verifier.num_hidden_layers, sizes["hidden_size"], verifier.hidden_size
         aux_layers = draft.aux_layers if draft.aux_layers is not None else default_aux_layers(layers)
         if not aux_layers or not set(aux_layers) <= set(range(layers)):
             raise ValueError(f"draft.aux_layers must be layers of the verifier, 0 to {layers - 1}, got {aux_layers}")
-        if sizes.hidden_size != width and not draft.train_lm_head:
+        if hidden != width and not draft.train_lm_head:
             raise ValueError(
-                f"draft.train_lm_head must be true with draft.hidden_size={sizes.hidden_size}: the verifier's lm_head "
-                f"has rows of {width}"
+                f"draft.train_lm_head must be true with draft.hidden_size={hidden}: the verifier's lm_head has rows of "
+                f"{width}"
             )
         positions = required_size(verifier, "max_position_embeddings", "write there how many tokens it reads")
         return cls(
-            **sizes._asdict(),
+            **sizes,
             vocab_size=verifier.vocab_size,
             draft_vocab_size=draft.vocab_size or verifier.vocab_size,
             verifier_hidden_size=width,
@@ -81,41 +85,25 @@ class DraftHeadConfig:
             fc_norm=draft.fc_norm,
             norm_output=draft.norm_output,
             norm_before_residual=draft.norm_before_residual,
-            own_embedding=sizes.hidden_size != width,
+            own_embedding=hidden != width,
         )
 
     def llama_config(self) -> LlamaConfig:
         """Return the Llama configuration of the head's layers, for the rotary embedding."""
         return LlamaConfig(
-            **{name: getattr(self, name) for name in HeadSizes._fields},
+            **{name: getattr(self, name) for name in _OF_LLAMA},
             num_hidden_layers=self.num_layers,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=self.max_position_embeddings,
             rope_parameters=dict(self.rope_parameters),
-            rms_norm_eps=self.rms_norm_eps,
             tie_word_embeddings=False,
         )
 
 
-class HeadSizes(NamedTuple):
-    """Widths and counts of a head's layers."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-
-
 def size_of(verifier: Any, *names: str) -> Any:
-    """Return the first of these sizes that a configuration has, else None; of one that layers differ in, the commonest.
-
-    (transformers refuses to give some of the latter, by an error that getattr does not take for a missing attribute.)
-    """
+    """Return the first of these sizes that a configuration has, else None; if layers differ in it, the commonest."""
     for name in names:
         try:
             value = getattr(verifier, name, None)
-        except AmbiguousGlobalPerLayerAttributeError:
+        except AmbiguousGlobalPerLayerAttributeError:  # which getattr does not take for a missing attribute
             value = [getattr(layer, name, None) for layer in verifier.per_layer_config]
         if isinstance(value, list | tuple):
             value = Counter(value).most_common(1)[0][0] if value else None
@@ -125,11 +113,7 @@ def size_of(verifier: Any, *names: str) -> Any:
 
 
 def required_size(verifier: Any, name: str, cure: str) -> int:
-    """Return a size that a head cannot do without.
-
-    Raises:
-        ValueError: the verifier's configuration has none of that name.
-    """
+    """Return a size that a head cannot do without; raise ValueError if the verifier's configuration has none."""
     value = size_of(verifier, name)
     if value is None:
         raise ValueError(f"verifier.path: config.json of {verifier.model_type} has no {name}: {cure}")
@@ -146,15 +130,11 @@ def num_experts(verifier: Any) -> int:
     return int(size_of(verifier, *_EXPERTS) or 0)
 
 
-def head_sizes(draft: DraftConfig, verifier: Any) -> HeadSizes:
-    """Derive the sizes of a head.
-
-    Raises:
-        ValueError: an option does not fit, or is required because nothing says what it is; names it.
-    """
+def head_sizes(draft: DraftConfig, verifier: Any) -> dict[str, Any]:
+    """Return widths and counts of a head's layers; raise ValueError by the name of an option that does not fit."""
     hidden = draft.hidden_size or required_size(verifier, "hidden_size", "fledge cannot derive a head from it")
-    heads, keys, head_dim = _attention(draft, verifier, hidden)
-    return HeadSizes(hidden, draft.intermediate_size or _width(verifier)[0], heads, keys, head_dim)
+    attention = _attention(draft, verifier, hidden)
+    return {"hidden_size": hidden, "intermediate_size": draft.intermediate_size or _width(verifier)[0], **attention}
 
 
 def _width(verifier: Any) -> tuple[int, str]:
@@ -175,8 +155,7 @@ def _width(verifier: Any) -> tuple[int, str]:
     return int(active * expert + shared), f"the {active} experts of {expert} that a token meets{beside}"
 
 
-def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> tuple[int, int, int]:
-    """Return the number of heads, of those of keys and values, and their size."""
+def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> dict[str, int]:
     option, verifier_heads = draft.num_attention_heads, size_of(verifier, "num_attention_heads")
     head_dim = draft.head_dim or size_of(verifier, "head_dim")
     if not verifier_heads and not (option and head_dim):
@@ -191,7 +170,10 @@ def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> tuple[int, int
         raise ValueError(
             f"draft.num_attention_heads must divide the head's width of {hidden}, or no engine reads it, got {option}"
         )
-    heads = option or (verifier_heads if not hidden % verifier_heads else _divisor(hidden, hidden // head_dim))
+    if option or not hidden % verifier_heads:
+        heads = option or verifier_heads
+    else:  # as many as the width holds, and divide it
+        heads = next((part for part in range(hidden // head_dim, 1, -1) if not hidden % part), 1)
     keys = draft.num_key_value_heads or size_of(verifier, "num_key_value_heads") or heads
     if not option and not draft.num_key_value_heads:
         keys = math.gcd(heads, keys)
@@ -199,39 +181,32 @@ def _attention(draft: DraftConfig, verifier: Any, hidden: int) -> tuple[int, int
         raise ValueError(
             f"draft.num_attention_heads ({heads}) must be a multiple of draft.num_key_value_heads ({keys})"
         )
-    return heads, keys, head_dim
-
-
-def _divisor(number: int, most: int) -> int:
-    """Return the largest divisor up to `most`, at least 1."""
-    return next((part for part in range(most, 1, -1) if number % part == 0), 1)
+    return {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head_dim}
 
 
 def describe_sizes(draft: DraftConfig, verifier: Any) -> str:
     """Return in a line what sizes a head takes, by which rule, and which options set others."""
     sizes = head_sizes(draft, verifier)
     width = "as given" if draft.intermediate_size else _width(verifier)[1]
-    same = sizes.num_attention_heads == size_of(verifier, "num_attention_heads")
+    same = sizes["num_attention_heads"] == size_of(verifier, "num_attention_heads")
     heads = "as given" if draft.num_attention_heads else "the verifier's own" if same else "as many as the width holds"
     return (
-        f"MLP of {sizes.intermediate_size} ({width}; draft.intermediate_size sets it), {sizes.num_attention_heads} "
-        f"attention heads of {sizes.head_dim}, {sizes.num_key_value_heads} for keys and values ({heads}; "
-        "draft.num_attention_heads sets it)"
-    )
+        "MLP of {intermediate_size} ({width}; draft.intermediate_size sets it), {num_attention_heads} attention heads "
+        "of {head_dim}, {num_key_value_heads} for keys and values ({heads}; draft.num_attention_heads sets it)"
+    ).format(**sizes, width=width, heads=heads)
 
 
 def rope_of(verifier: Any) -> dict[str, Any]:
     """Return the rotary parameters a head takes from its verifier.
 
     A head rotates whole head dimensions by one position: of several sets (by layer type) it takes that of full
-    attention, and sections by image axis, equal on text, or a partial rotation are not taken over. Other kinds
-    (longrope, dynamic) give way to the default one with their base.
+    attention, without sections by image axis, equal on text, and partial rotation. Other kinds (longrope, dynamic) give
+    way to the default one with their base.
     """
-    parameters = dict(getattr(verifier, "rope_parameters", None) or {})
+    parameters = getattr(verifier, "rope_parameters", None) or {}
     if isinstance(parameters.get("full_attention"), dict):
-        parameters = dict(parameters["full_attention"])
+        parameters = parameters["full_attention"]
     rope = {key: value for key, value in parameters.items() if key not in ("mrope_section", "partial_rotary_factor")}
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES or "mrope_interleaved" in rope:
+    if rope.get("rope_type", "default") not in ROPE_TYPES or "mrope_interleaved" in rope:
         rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
     return {"rope_theta": 10000.0, "rope_type": "default", **rope}

@@ -24,6 +24,7 @@ from .vocabulary import VocabularyMap
 
 # (layer index, queries [T, heads, D], keys [T, kv_heads, D], values [T, kv_heads, D]) -> [T, heads, D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rotary = tuple[Tensor, Tensor]  # cosine and sine, [T, D] each
 Projected = tuple[Tensor, Tensor, Tensor]  # what the embedding adds to layer 0's q, k and v, [T, heads*D] each
 
 
@@ -32,6 +33,9 @@ class Lookup(NamedTuple):
 
     tokens: Tensor  # int64 [T]
     matrix: Tensor  # [V, H]
+
+
+EmbeddingInput = Tensor | Projected | Lookup  # [T, H], or as `DraftHead.project_embedding` or `lookup` give it
 
 
 class PartialLinear(nn.Linear):
@@ -49,15 +53,16 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         width = config.hidden_size * (2 if layer == 0 else 1)
-        self.q_proj = PartialLinear(width, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = PartialLinear(width, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = PartialLinear(width, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        of_queries, of_keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = PartialLinear(width, of_queries, bias=False)
+        self.k_proj = PartialLinear(width, of_keys, bias=False)
+        self.v_proj = PartialLinear(width, of_keys, bias=False)
+        self.o_proj = nn.Linear(of_queries, config.hidden_size, bias=False)
 
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         attention: Attention,
         projected: Projected | None = None,
         rows: Tensor | None = None,
@@ -98,8 +103,6 @@ class GatedSiLU(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
-
     def __init__(self, config: DraftHeadConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -125,12 +128,7 @@ class DraftLayer(nn.Module):
         self.norm_before_residual = config.norm_before_residual
 
     def forward(
-        self,
-        embedding: Tensor | Projected | Lookup,
-        state: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention: Attention,
-        rows: Tensor | None = None,
+        self, embedding: EmbeddingInput, state: Tensor, rotary: Rotary, attention: Attention, rows: Tensor | None = None
     ) -> Tensor:
         residual, projected = state, None
         if self.hidden_norm is not None and isinstance(embedding, Lookup):
@@ -150,28 +148,19 @@ class DraftLayer(nn.Module):
         x = _rows(residual, rows) + self.self_attn(x, rotary, attention, projected, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def project_embedding(self, embedding: Tensor) -> Projected:
-        """Return what embeddings [T, H] add to q, k and v; the first layer only."""
-        x, attention = self.input_layernorm(embedding), self.self_attn
-        columns = slice(x.shape[-1])
-        return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
-
 
 class OutputHead(nn.Linear):
     """The map to logits, or to anything else that is made of states and its weight."""
 
     def forward(self, states: Any, reduce: Callable[[Any, Tensor], Any] | None = None) -> Any:
-        """Return logits [T, Vd] of states [T, H]; with `reduce`, reduce(states, weight).
-
-        ZeRO-3 has the weight in one piece inside this call only.
-        """
+        """Return logits [T, Vd] of states [T, H], or reduce(states, weight): ZeRO-3 has the weight whole here only."""
         return super().forward(states) if reduce is None else reduce(states, self.weight)
 
 
 class DraftHead(nn.Module):
     """The trained network: `fuse` once per position, then `step` per draft token, then `lm_head` on the normed state.
 
-    The token embedding is the verifier's and not part of it, unless the head's width is another: then it has its own.
+    The token embedding is the verifier's, unless the head's width is another: then it has its own.
     """
 
     d2t: Tensor
@@ -182,19 +171,16 @@ class DraftHead(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
         num_aux, width = len(config.aux_layers), config.verifier_hidden_size
-        self.fc_norm = (
-            nn.ModuleList(nn.RMSNorm(width, config.rms_norm_eps) for _ in range(num_aux)) if config.fc_norm else None
-        )
+        norms = (nn.RMSNorm(width, config.rms_norm_eps) for _ in range(num_aux))
+        self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
         self.fc = nn.Linear(num_aux * width, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = OutputHead(config.hidden_size, config.draft_vocab_size, bias=False)
         if vocabulary is None:
             assert config.draft_vocab_size == config.vocab_size, "a reduced vocabulary needs its map"
-            vocabulary = VocabularyMap(
-                d2t=torch.zeros(config.vocab_size, dtype=torch.int64),
-                t2d=torch.ones(config.vocab_size, dtype=torch.bool),
-            )
+            num_tokens = config.vocab_size
+            vocabulary = VocabularyMap(torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens).bool())
         self.register_buffer("d2t", vocabulary.d2t, persistent=False)
         self.register_buffer("t2d", vocabulary.t2d, persistent=False)
         # In a tuple, so that a cast of the head to bf16 does not round the frequencies.
@@ -205,8 +191,8 @@ class DraftHead(nn.Module):
         """Return the verifier's id of every draft token (int64 [Vd])."""
         return VocabularyMap(self.d2t, self.t2d).target_ids
 
-    def rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [T, head_dim] for rotary positions [T], in the dtype and on the device of `like`."""
+    def rotary(self, positions: Tensor, like: Tensor) -> Rotary:
+        """Return cosine and sine for rotary positions [T], in the dtype and on the device of `like`."""
         cos, sin = self._rotary[0].to(like.device)(like, positions[None])
         return cos[0], sin[0]
 
@@ -230,28 +216,24 @@ class DraftHead(nn.Module):
     def project_embedding(self, embedding: Tensor) -> Projected:
         """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
         first: Any = self.layers[0]
-        return first.project_embedding(embedding)
+        x, attention, columns = first.input_layernorm(embedding), first.self_attn, slice(embedding.shape[-1])
+        return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
 
     def step(
-        self,
-        embedding: Tensor | Projected | Lookup,
-        state: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention: Attention,
-        rows: Tensor | None = None,
+        self, embedding: EmbeddingInput, state: Tensor, rotary: Rotary, attention: Attention, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run one draft step on T rows.
 
         Args:
-            embedding: [T, H], of the token fed, or their `project_embedding`, or, on a GPU, their `lookup`.
+            embedding: of the token fed; as a `Lookup` on a GPU only.
             state: [T, H], `fuse` at step 0, the state of the step before after that.
-            rotary: cosine and sine at the rows' positions.
+            rotary: at the rows' positions.
             attention: joins these rows' queries with the keys they may see.
             rows: int64, those whose states are read; all if None. The others give keys and values only.
 
         Returns:
-            The state to feed onward and the normed state that `lm_head` multiplies, [T, H] each (one and the same
-            for EAGLE-3.1's `norm_output`).
+            The state to feed onward and the normed state that `lm_head` multiplies, [T, H] each, one and the same with
+            EAGLE-3.1's `norm_output`.
         """
         *earlier, last = self.layers
         for layer in earlier:
@@ -262,13 +244,8 @@ class DraftHead(nn.Module):
 
 
 def initialise(head: DraftHead, verifier_embedding: Tensor, verifier_lm_head: Tensor, seed: int) -> None:
-    """Draw a head's weights by seed; `lm_head` takes the verifier's rows of the draft vocabulary.
-
-    Args:
-        verifier_embedding, verifier_lm_head: [V, H].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    width = head.config.hidden_size
+    """Draw weights by seed; `lm_head` and an embedding of the head's own come from the verifier's [V, H]."""
+    generator, width = torch.Generator().manual_seed(seed), head.config.hidden_size
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if parameter.dim() == 1:

@@ -1,14 +1,13 @@
 """Attention of the training-time-test unroll.
 
 At step k a row attends to step 0's keys at rows <= its own in the same document, and to the keys of steps 1 ... k at
-its own row alone. `TTTAttention` says so plainly, with dense scores; `SplitAttention` is what training uses
-(docs/split_attention.md derives it).
+its own row alone: plainly in `TTTAttention`, as training does in `SplitAttention` (docs/split_attention.md derives it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -39,27 +38,18 @@ class QueryRows(Protocol):
 
 
 class TTTAttention:
-    """The plain form, O(T^2) memory in the length of a document. Called once per step and layer, in order of steps.
-
-    Args:
-        lengths: rows of each document, in the order in which they are laid end to end.
-        num_layers: layers of the head, each with keys of its own.
-    """
+    """The plain form for documents of `lengths` rows, O(T^2) memory in them; called by step, then by layer."""
 
     def __init__(self, lengths: list[int], num_layers: int) -> None:
         self._lengths = lengths
-        self._keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
-        self._values: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._held: list[list[tuple[Sequence[Tensor], ...]]] = [[] for _ in range(num_layers)]  # by document
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with queries [T, heads, D]; keys and values [T, kv_heads, D] join those of earlier steps."""
-        group = q.shape[1] // k.shape[1]
-        self._keys[layer].append(k.repeat_interleave(group, dim=1))
-        self._values[layer].append(v.repeat_interleave(group, dim=1))
-        keys = [key.split(self._lengths) for key in self._keys[layer]]
-        values = [value.split(self._lengths) for value in self._values[layer]]
-        documents = zip(q.split(self._lengths), zip(*keys, strict=True), zip(*values, strict=True), strict=True)
-        return torch.cat([_attend(*document) for document in documents])
+        group, held = q.shape[1] // k.shape[1], self._held[layer]
+        held.append(tuple(x.repeat_interleave(group, dim=1).split(self._lengths) for x in (k, v)))
+        keys, values = (zip(*steps, strict=True) for steps in zip(*held, strict=True))
+        return torch.cat([_attend(*part) for part in zip(q.split(self._lengths), keys, values, strict=True)])
 
 
 def _attend(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
@@ -80,17 +70,11 @@ class SplitAttention:
     """The same attention split in two: flash over step 0's keys and dot products with the keys of a row's own steps.
 
     Nothing of size T^2 is kept. Queries of steps >= 1 stand on useful rows only, in the last layer those of step 0 too.
-
-    Args:
-        rows: the useful rows of the batch (`train.rows.UsefulRows`).
-        num_layers: layers of the head, each with keys of its own.
-        kernels: use the Triton kernels where they can run.
+    `kernels` uses those in Triton where they can run.
     """
 
     def __init__(self, rows: QueryRows, num_layers: int, kernels: bool = False) -> None:
-        self._rows = rows
-        self._num_layers = num_layers
-        self._kernels = kernels
+        self._rows, self._num_layers, self._kernels = rows, num_layers, kernels
         self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and step
 
     def at(self, step: int) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
@@ -121,7 +105,7 @@ class JoinedAttention(torch.autograd.Function):
     """One softmax over the causal scores with a document's keys and the scores with the row's own keys.
 
     Args of `apply`:
-        spans: (document, first, rows) of the queries, in the order in which they lie in q.
+        spans: of the queries, in the order in which they lie in q.
         places: for each of the row's own steps int64 [n], where the queries stand among that step's keys.
         q: [n, heads, D]; k, v: [T, kv_heads, D]; then keys and values [n_j, kv_heads, D] of each own step j.
     """
@@ -132,20 +116,17 @@ class JoinedAttention(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-        for queries, document, first, last in _places(spans):
-            block = flash_forward(q[queries], k[first:last], v[first:last], True)
-            if first > document:
-                block = _join(block, flash_forward(q[queries], k[document:first], v[document:first], False))
-            out[queries], lse[queries] = block
+        for queries, blocks in _queries_and_keys(spans):
+            parts = [flash_forward(q[queries], k[keys], v[keys], causal) for keys, causal in blocks]
+            out[queries], lse[queries] = reduce(_join, parts)
         if own:
             scores = _own_scores(q, own[::2], places)  # [n, heads, own steps]
             joined = torch.cat([scores, lse[..., None]], dim=-1).logsumexp(-1)
             weights = (scores - joined[..., None]).exp().to(q.dtype)
             out *= (lse - joined).exp().to(q.dtype)[..., None]
             for j, (place, value) in enumerate(zip(places, own[1::2], strict=True)):
-                _grouped(out, v).addcmul_(
-                    _grouped(weights[..., j : j + 1], v), value.index_select(0, place).unsqueeze(2)
-                )
+                weight, value_here = weights[..., j : j + 1], value.index_select(0, place).unsqueeze(2)
+                _grouped(out, v).addcmul_(_grouped(weight, v), value_here)
             lse = joined
         ctx.spans, ctx.places = spans, places
         ctx.save_for_backward(q, k, v, out, lse, *own)
@@ -158,24 +139,20 @@ class JoinedAttention(torch.autograd.Function):
         grad = grad.contiguous()
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over spans
-        for queries, document, first, last in _places(ctx.spans):
-            inputs = grad[queries], q[queries], out[queries], lse[queries]
-            dq[queries] = _flash_backward_into(
-                dk[first:last], dv[first:last], k[first:last], v[first:last], True, *inputs
-            )
-            if first > document:
-                past = slice(document, first)
-                dq[queries] += _flash_backward_into(dk[past], dv[past], k[past], v[past], False, *inputs)
+        for queries, blocks in _queries_and_keys(ctx.spans):
+            for keys, causal in blocks:
+                inputs = grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries]
+                dq_here, dk_here, dv_here = flash_backward(*inputs, causal)
+                dq[queries] = dq_here if causal else dq[queries] + dq_here
+                dk[keys] += dk_here
+                dv[keys] += dv_here
         own_grads: list[Tensor] = []
         if own:
             scale = q.shape[-1] ** -0.5
             weights = (_own_scores(q, own[::2], ctx.places) - lse[..., None]).exp()
             delta = (grad * out).sum(-1, dtype=lse.dtype)
             for j, (place, key, value) in enumerate(zip(ctx.places, own[::2], own[1::2], strict=True)):
-                key_here, value_here = (
-                    key.index_select(0, place).unsqueeze(2),
-                    value.index_select(0, place).unsqueeze(2),
-                )
+                key_here, value_here = (x.index_select(0, place).unsqueeze(2) for x in (key, value))
                 towards = (_grouped(grad, v) * value_here).sum(-1, dtype=lse.dtype).flatten(1)
                 dscore = (weights[..., j] * (towards - delta) * scale).to(q.dtype)[..., None]
                 weight = weights[..., j].to(q.dtype)[..., None]
@@ -191,11 +168,12 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _places(spans: list[Span]) -> Iterator[tuple[slice, int, int, int]]:
-    """Yield for each span where its queries lie, and the rows: of the document, its own first, after its own last."""
+def _queries_and_keys(spans: list[Span]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """Yield where each span's queries lie, and the keys they see: causally those of the span, and all before it."""
     start = 0
     for document, first, rows in spans:
-        yield slice(start, start + rows), document, first, first + rows
+        past = [(slice(document, first), False)] if first > document else []
+        yield slice(start, start + rows), [(slice(first, first + rows), True), *past]
         start += rows
 
 
@@ -221,24 +199,13 @@ def _join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
     return (one[0] * shares[0] + other[0] * shares[1]).to(one[0].dtype), joined
 
 
-def _flash_backward_into(
-    dk: Tensor, dv: Tensor, k: Tensor, v: Tensor, causal: bool, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor
-) -> Tensor:
-    """Add the gradients of keys and values to `dk` and `dv`, and give that of the queries."""
-    dq, dk_here, dv_here = flash_backward(grad, q, k, v, out, lse, causal)
-    dk += dk_here
-    dv += dv_here
-    return dq
-
-
 # -- one block of queries and keys: PyTorch's flash kernel on the CPU, products in blocks of rows elsewhere ------------
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Attend with queries [n, heads, D] to keys and values [m, kv_heads, D]; causal (n = m) or to all.
 
-    Returns:
-        Outputs [n, heads, D] and log-sum-exps of the scores [n, heads], at least float32.
+    Returns outputs [n, heads, D] and log-sum-exps of the scores [n, heads], at least float32.
     """
     if _has_kernel(q):
         out, lse = _cpu_forward(*_as_batch(q, k, v), 0.0, causal)
@@ -254,18 +221,14 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v where `out` and `lse` are those of a softmax these keys are a part of.
+    """Return the gradients of q, k and v if `out` and `lse` are those of a softmax these keys are a part of.
 
     Those of k and v may be wider than they, as sums of many blocks have to be.
     """
     if _has_kernel(q):
-        *inputs, grad4, out4 = (
-            *_as_batch(q, k, v),
-            _grouped(grad, k).permute(2, 1, 0, 3),
-            _grouped(out, k).permute(2, 1, 0, 3),
-        )
+        grad4, out4 = (_grouped(x, k).permute(2, 1, 0, 3) for x in (grad, out))
         lse4 = lse.unflatten(1, (k.shape[1], -1)).permute(2, 1, 0)
-        dq, dk, dv = _cpu_backward(grad4, *inputs, out4, lse4, 0.0, causal)
+        dq, dk, dv = _cpu_backward(grad4, *_as_batch(q, k, v), out4, lse4, 0.0, causal)
         return _from_batch(dq), dk.sum(0).transpose(0, 1), dv.sum(0).transpose(0, 1)
     scale = q.shape[-1] ** -0.5
     delta = (grad * out).sum(-1, dtype=lse.dtype)

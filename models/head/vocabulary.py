@@ -11,14 +11,10 @@ from torch import Tensor
 
 @dataclass
 class VocabularyMap:
-    """Which tokens are in the draft vocabulary.
+    """Which of the verifier's tokens are in the draft vocabulary."""
 
-    d2t: int64 [Vd], offsets: target id = draft id + d2t[draft id].
-    t2d: bool [V], whether a target id is inside.
-    """
-
-    d2t: Tensor
-    t2d: Tensor
+    d2t: Tensor  # int64 [Vd], offsets: target id = draft id + d2t[draft id]
+    t2d: Tensor  # bool [V], whether a target id is inside
 
     @property
     def target_ids(self) -> Tensor:
@@ -30,7 +26,7 @@ def build_vocabulary(token_counts: Tensor, size: int | None, always: Iterable[in
     """Choose the `size` most frequent tokens, ties to the lower id.
 
     Args:
-        token_counts: int64 [V], occurrences among counted positions; float64 where they are weighed.
+        token_counts: int64 [V], occurrences among counted positions; float64 if they are weighed.
         size: Vd; None or V for the full vocabulary.
         always: ids that are inside whatever their count (special and end-of-turn tokens).
     """
@@ -48,10 +44,9 @@ def build_vocabulary(token_counts: Tensor, size: int | None, always: Iterable[in
 
 def check_vocabulary_size(size: int, vocab_size: int, always: int = 1) -> None:
     """Refuse a draft vocabulary that is larger than the verifier's or smaller than what it must hold."""
-    if not max(1, always) <= size <= vocab_size:
-        raise ValueError(
-            f"draft.vocab_size must lie between {max(1, always)} and the verifier's {vocab_size}, got {size}"
-        )
+    least = max(1, always)
+    if not least <= size <= vocab_size:
+        raise ValueError(f"draft.vocab_size must lie between {least} and the verifier's {vocab_size}, got {size}")
 
 
 def coverage(token_counts: Tensor, vocabulary: VocabularyMap) -> float:

@@ -1,4 +1,4 @@
-"""Triton kernels for the GPU; nothing outside this package imports triton, and this package only where it is used."""
+"""Triton kernels for the GPU. Nothing outside this package imports triton, and its modules are imported on use."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ DECODING = frozenset({"choose", "join", "move", "way"})  # the kernels of specul
 
 
 def run_on(device: torch.device) -> bool:
-    """Tell whether kernels can run there: on a GPU, with Triton, which has no wheels beside Linux."""
+    """Return whether kernels can run there: on a GPU, with Triton, which has wheels for Linux only."""
     return device.type == DEVICE and _triton_is_installed()
 
 

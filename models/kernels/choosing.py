@@ -1,10 +1,9 @@
 """The choice of a token by a row of logits or weights in Triton: the likeliest one, or one that is drawn.
 
 The plain twin is `AcceptanceRule.choose` and `draw` of eval/decoding. A program walks its row in blocks: to find the
-highest logit, to sum, and to find the first token up to which the sum is more than the number's share. Weights
-are of float32, sums of float64: a vocabulary of 200,000 tokens leaves no digit of the number unused. The second walk
-adds the same block sums in the same order as the first, so that the block that reaches the share is always found; in it
-no token without weight is chosen.
+highest logit, to sum, and to find the first token up to which the sum is more than the number's share. Weights are of
+float32, sums of float64, for 200,000 tokens. The second walk adds the same block sums in the same order as the first,
+so the block that reaches the share is always found; in it no token without weight is chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 @triton.jit
 def _peak(row, num_columns, block: tl.constexpr):
-    """Give the highest value of a row and the first of its places."""
+    """Return the highest value of a row and the first of its places."""
     lane = tl.arange(0, block)
     highest = tl.full([block], float("-inf"), tl.float32)
     best = lane
@@ -32,7 +31,7 @@ def _peak(row, num_columns, block: tl.constexpr):
 
 @triton.jit
 def _weight(row, column, num_columns, peak, temperature, of_logits: tl.constexpr):
-    """Give the weights of tokens: those that stand there, or by their logits, 1 at the peak."""
+    """Return the weights of tokens: those that stand there, or by their logits, 1 at the peak."""
     inside = column < num_columns
     if of_logits:
         logit = tl.load(row + column, mask=inside, other=float("-inf")).to(tl.float32)
@@ -44,7 +43,7 @@ def _weight(row, column, num_columns, peak, temperature, of_logits: tl.constexpr
 def _rest(
     row, q, column, num_columns, peak, temperature, normaliser, of_logits: tl.constexpr, less: tl.constexpr
 ):  # fmt: skip
-    """Give the weights of tokens; with `less`, normalised, what they have more than q."""
+    """Return the weights of tokens; with `less`, normalised, what they have more than q."""
     weight = _weight(row, column, num_columns, peak, temperature, of_logits)
     if less:
         of_drafter = tl.load(q + column, mask=column < num_columns, other=0.0)
@@ -70,7 +69,7 @@ def _find(
     row, q, share, num_columns, peak, temperature, normaliser,
     of_logits: tl.constexpr, less: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Give the first token up to which the weights sum to more than `share`."""
+    """Return the first token up to which the weights sum to more than `share`."""
     lane = tl.arange(0, block)
     reached = tl.zeros([], tl.float64)
     token = tl.full([], -1, tl.int32)
@@ -131,57 +130,40 @@ BLOCK, NUM_WARPS = 4096, 8  # columns at a time; reckoned, not measured
 
 
 def _choose(
-    rows: Tensor,
-    of_logits: bool,
-    temperature: float,
-    accept: Tensor | None,
-    choose: Tensor | None,
-    drafts: Tensor | None,
-    q: Tensor | None,
-    block: int,
+    rows: Tensor, temperature: float | None, block: int, choose: Tensor | None = None, *drawn: Tensor
 ) -> Tensor:
     flat = rows.flatten(0, -2).contiguous()
     out = torch.empty(len(flat), dtype=torch.int64, device=rows.device)
-    numbers = [out if values is None else values.flatten() for values in (accept, choose)]
-    assert numbers[0].stride() == numbers[1].stride() or accept is None
-    drawn = [flat if values is None else values.contiguous() for values in (drafts, q)]
+    drafts, q, accept = drawn or (flat, flat, out)  # never read
+    accept, choose = accept.flatten(), out if choose is None else choose.flatten()
+    assert not drawn or accept.stride() == choose.stride()
     with torch.cuda.device_of(flat):
         choose_kernel[(len(flat),)](
-            flat, *drawn, *numbers, out, flat.shape[1], rows.shape[-2], numbers[1].stride(0), temperature,
-            of_logits=of_logits, greedy=not temperature, drawn=q is not None, block=block, num_warps=NUM_WARPS,
+            flat, drafts.contiguous(), q.contiguous(), accept, choose, out, flat.shape[1], rows.shape[-2],
+            choose.stride(0), 1.0 if temperature is None else temperature, of_logits=temperature is not None,
+            greedy=temperature == 0, drawn=bool(drawn), block=block, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out.view(rows.shape[:-1])
 
 
 def likeliest(logits: Tensor, block: int = BLOCK) -> Tensor:
-    """Give the token of the highest logit, of equal ones the first: int64 [...] by logits [..., V]."""
-    return _choose(logits, True, 0.0, None, None, None, None, block)
+    """Return the token of the highest logit, of equal ones the first: int64 [...] by logits [..., V]."""
+    return _choose(logits, 0.0, block)
 
 
 def draw(rows: Tensor, numbers: Tensor, temperature: float | None = None, block: int = BLOCK) -> Tensor:
-    """Draw a token: int64 [...].
-
-    Args:
-        rows: [..., V], logits at this temperature; weights where it is None.
-        numbers: float64 [...], uniform in [0, 1).
-    """
-    return _choose(rows, temperature is not None, temperature or 1.0, None, numbers, None, None, block)
+    """Draw tokens int64 [...] by logits at this temperature, or weights, [..., V] and uniform numbers float64 [...]."""
+    return _choose(rows, temperature, block, numbers)
 
 
 def draw_or_accept(
-    rows: Tensor,
-    drafts: Tensor,
-    q: Tensor,
-    accept: Tensor,
-    choose: Tensor,
-    temperature: float | None = None,
-    block: int = BLOCK,
+    rows: Tensor, drafts: Tensor, q: Tensor, accept: Tensor, choose: Tensor, temperature: float | None = None
 ) -> Tensor:
     """Accept drafts that were drawn, or draw from what p has more than q: int64 [B, N + 1].
 
     Args:
-        rows: [B, N + 1, V], logits of p at this temperature; p itself where it is None.
+        rows: [B, N + 1, V], logits of p at this temperature; p itself if it is None.
         drafts: int64 [B, N], drawn from q, float32 [B, N, V].
         accept, choose: float64 [B, N + 1], uniform in [0, 1).
     """
-    return _choose(rows, temperature is not None, temperature or 1.0, accept, choose, drafts, q, block)
+    return _choose(rows, temperature, BLOCK, choose, drafts, q, accept)

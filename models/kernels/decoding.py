@@ -1,4 +1,4 @@
-"""What a round of speculative decoding does beside matrix products and attention, in Triton.
+"""What a round of speculative decoding does besides matrix products and attention, in Triton.
 
 A launch each, in place of the many small ones of the plain twins: `DraftLayer` of models/head, `accepted_path` and
 `SlotCache.move` of eval/decoding. No values are looked at on the host, and all launches depend on shapes alone, so that
@@ -45,19 +45,9 @@ JOIN_NUM_WARPS = 8
 
 
 def join_inputs(
-    tokens: Tensor,
-    embedding: Tensor,
-    state: Tensor,
-    embedding_norm: torch.nn.RMSNorm,
-    state_norm: torch.nn.RMSNorm,
+    tokens: Tensor, embedding: Tensor, state: Tensor, embedding_norm: torch.nn.RMSNorm, state_norm: torch.nn.RMSNorm
 ) -> Tensor:
-    """Give [norm(embedding of a token), norm(state)], [T, 2H].
-
-    Args:
-        tokens: int64 [T].
-        embedding: [V, H], contiguous.
-        state: [T, H].
-    """
+    """Return [norm(embedding), norm(state)], [T, 2H], of tokens int64 [T], rows of [V, H], and states [T, H]."""
     assert embedding.is_contiguous()
     num_columns = state.shape[1]
     joined = state.new_empty(len(state), 2 * num_columns)
@@ -115,9 +105,8 @@ def accepted_path(tokens: Tensor, parents: Tensor | None, choices: Tensor, depth
     """Give nodes, tokens [B, depth + 1] and the number accepted [B] of an `AcceptedPath`, int64.
 
     Args:
-        tokens: int64 [B, N].
-        parents: int64 [B, N], of a tree's nodes; None for a chain.
-        choices: int64 [B, N + 1], the token chosen after each node.
+        tokens, parents: [B, N], of a tree's nodes; of a chain no parents.
+        choices: [B, N + 1], the token chosen after each node.
         depth: of the deepest node, at most.
     """
     num_sequences, num_tokens = tokens.shape
@@ -157,7 +146,7 @@ MOVE_BLOCK, MOVE_NUM_WARPS = 1024, 4
 
 
 def move_slots(held: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """Bring what stands in the slots `sources` of a cache together in `targets`, in place, as if all at once.
+    """Bring slots of a cache together in place, as if all at once: int64 [B, n], `sources` to `targets`.
 
     One slot is copied after the other, which is the same: no slot is read after it was written. With the way's node
     n_j at depth j, sources[j] = length + n_j and targets[j] = length + j. On the way n_j' > n_j for j' > j, and so
@@ -167,7 +156,6 @@ def move_slots(held: Tensor, sources: Tensor, targets: Tensor) -> None:
 
     Args:
         held: [members, B, slots, heads, D], contiguous.
-        sources, targets: int64 [B, n].
     """
     assert held.is_contiguous()
     members, num_sequences, num_slots, heads, head_dim = held.shape

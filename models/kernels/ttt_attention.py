@@ -1,13 +1,11 @@
 """Attention of the training-time-test unroll in Triton (docs/split_attention.md derives the formulas).
 
 A query carries its own bounds: of step 0's keys it sees those from `first`, the first row of its document, to its own
-`row`. Documents packed into one batch and gathered rows need nothing more: a tile of queries walks the blocks of keys
-from its smallest `first` to its largest `row`, each query masked by its own bounds. The keys of its later steps stand
-beside the query, gathered, and join the same softmax.
+`row`. A tile of queries walks the blocks of keys from its smallest `first` to its largest `row`, each query masked by
+its own bounds. The keys of its later steps, gathered next to the query, join the same softmax.
 
 A tile holds *pairs* of a query and one of the heads that share a kv head: pair i is query i // group and head i % group
-of the kv head's group. Heads of a group thus read keys once, and their gradients are summed in the tile. Pairs beyond
-the last one repeat it: they write the same values to the same place.
+of the kv head's group. Pairs beyond the last one repeat it: they write the same values to the same place.
 
 Scores and log-sum-exps are in bits (base 2), as `exp2` is what the hardware has. Sums are in float32. No atomics: the
 gradients are the same in every run.
@@ -16,7 +14,7 @@ gradients are the same in every run.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -42,7 +40,7 @@ def _store_rows(pointer, offsets, values, head_dim: tl.constexpr, width: tl.cons
 
 @triton.jit
 def _pairs(start, end, tile: tl.constexpr, group: tl.constexpr):
-    """Give the queries [tile] of the pairs from `start` on, and where their head lies in an array [n, heads]."""
+    """Return the queries [tile] of the pairs from `start` on, and where their head lies in an array [n, heads]."""
     pair = tl.minimum(start + tl.arange(0, tile), end - 1)
     query = pair // group
     heads = tl.num_programs(1) * group
@@ -51,7 +49,7 @@ def _pairs(start, end, tile: tl.constexpr, group: tl.constexpr):
 
 @triton.jit
 def _key_offsets(start, num_keys, block: tl.constexpr, head_dim: tl.constexpr):
-    """Give the rows [block] of keys from `start` on, and where they begin in an array [T, kv_heads, D]."""
+    """Return the rows [block] of keys from `start` on, and where they begin in an array [T, kv_heads, D]."""
     key = start + tl.arange(0, block)
     inside = tl.minimum(key, num_keys - 1).to(tl.int64)
     return key, (inside * tl.num_programs(1) + tl.program_id(1)) * head_dim
@@ -59,14 +57,14 @@ def _key_offsets(start, num_keys, block: tl.constexpr, head_dim: tl.constexpr):
 
 @triton.jit
 def _own_offsets(step, num_queries, query, head_dim: tl.constexpr):
-    """Give where the queries' keys of one of their own steps begin in an array [own steps, n, kv_heads, D]."""
+    """Return where the queries' keys of one of their own steps begin in an array [own steps, n, kv_heads, D]."""
     place = (step * num_queries).to(tl.int64) + query
     return (place * tl.num_programs(1) + tl.program_id(1)) * head_dim
 
 
 @triton.jit
 def _walked(row, first, block: tl.constexpr):
-    """Give the bounds of a tile's walk: where it begins, up to where every query sees every key, and its end."""
+    """Return the bounds of a tile's walk: where it begins, up to where every query sees every key, and its end."""
     begin = tl.min(first, 0)
     whole = (tl.min(row, 0) + 1 - begin) // block * block
     return begin, begin + tl.where(begin == tl.max(first, 0), whole, 0), tl.max(row, 0) + 1
@@ -74,7 +72,7 @@ def _walked(row, first, block: tl.constexpr):
 
 @triton.jit
 def _scores(q, keys, key, row, first, scale, masked: tl.constexpr):
-    """Give the scores [pairs, keys] in bits, -inf where a query does not see a key."""
+    """Return the scores [pairs, keys] in bits, -inf if a query does not see a key."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
     if masked:
         seen = (key[None, :] >= first[:, None]) & (key[None, :] <= row[:, None])
@@ -257,40 +255,22 @@ def own_kernel(
 # -- from PyTorch ------------------------------------------------------------------------------------------------------
 
 
-class Launch(NamedTuple):
-    """How a kernel is compiled."""
-
-    constants: dict[str, int]
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """Give them as the keyword arguments of a launch."""
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-def launches(dtype: torch.dtype, head_dim: int, group: int, shared_kib: int) -> dict[str, Launch]:
-    """Give how each kernel is compiled for a GPU with so much shared memory for a block.
+def launches(dtype: torch.dtype, head_dim: int, group: int, shared_kib: int) -> dict[str, dict[str, int]]:
+    """Return each kernel's constants, warps and stages for a GPU with so much shared memory for a block.
 
     Sizes chosen by reckoning and not yet measured. With D = 128 in 16 bits, a forward tile of 128 pairs has 32 KiB of
     queries, and each of 3 stages of 64 keys and values 2 * 64 * 128 * 2 bytes = 32 KiB more: that fits the 163 KiB and
     227 KiB of server GPUs, not the 99 KiB of others. Products of float32 use no tensor cores: their tiles are small.
     """
-    sizes = {  # pairs of a tile, keys of a block, warps, stages
-        "forward": (128, 64, 8, 3),
-        "dq": (128, 64, 8, 2),
-        "dkv": (64, 128, 8, 2),
-    }
+    names = "tile", "block", "num_warps", "num_stages"  # pairs of a tile, keys of a block
+    sizes = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (64, 128, 8, 2)}
     if dtype == torch.float32:
         sizes = dict.fromkeys(sizes, (32, 32, 4, 2))
     elif shared_kib < 160:
         sizes = dict.fromkeys(sizes, (64, 64, 4, 1))
     constants = {"group": group, "head_dim": head_dim, "width": max(16, triton.next_power_of_2(head_dim))}
-    found = {
-        name: Launch({**constants, "tile": tile, "block": block}, warps, stages)
-        for name, (tile, block, warps, stages) in sizes.items()
-    }
-    return {**found, "own": Launch({**constants, "tile": 32}, 4, 1)}
+    walks = {kernel: {**constants, **dict(zip(names, size, strict=True))} for kernel, size in sizes.items()}
+    return {**walks, "own": {**constants, "tile": 32, "num_warps": 4, "num_stages": 1}}
 
 
 class KernelAttention(torch.autograd.Function):
@@ -298,8 +278,7 @@ class KernelAttention(torch.autograd.Function):
 
     Args of `apply`:
         rows, firsts: int64 [n], ascending: each query's row, and the first row of its document.
-        places: for each of the row's own steps int64 [n], where the queries stand among that step's keys.
-        q: [n, heads, D]; k, v: [T, kv_heads, D]; then keys and values [n_j, kv_heads, D] of each own step j.
+        places and what follows: as `JoinedAttention`'s.
     """
 
     @staticmethod
@@ -309,11 +288,11 @@ class KernelAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         how = _launches(q, k)["forward"]
-        grid = triton.cdiv(len(q) * how.constants["group"], how.constants["tile"]), k.shape[1]
+        grid = triton.cdiv(len(q) * how["group"], how["tile"]), k.shape[1]
         own_k, own_v = _gathered(own[::2], places, k), _gathered(own[1::2], places, v)
         counts = len(q), len(k), len(places), q.shape[-1] ** -0.5
         with torch.cuda.device_of(q):
-            forward_kernel[grid](q, k, v, own_k, own_v, rows, firsts, out, lse, *counts, **how.options())
+            forward_kernel[grid](q, k, v, own_k, own_v, rows, firsts, out, lse, *counts, **how)
         ctx.places = places
         ctx.save_for_backward(rows, firsts, q, k, v, out, lse, *own)
         return out
@@ -327,17 +306,17 @@ class KernelAttention(torch.autograd.Function):
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
         scale = q.shape[-1] ** -0.5
         with torch.cuda.device_of(q):
-            grid = triton.cdiv(len(q) * how["dq"].constants["group"], how["dq"].constants["tile"]), k.shape[1]
+            grid = triton.cdiv(len(q) * how["dq"]["group"], how["dq"]["tile"]), k.shape[1]
             dq_inputs = grad, q, k, v, own_k, own_v, rows, firsts, out, lse
-            dq_kernel[grid](*dq_inputs, delta, dq, len(q), len(k), len(places), scale, **how["dq"].options())
-            seers = _seers(rows, firsts, len(k), how["dkv"].constants["block"])
+            dq_kernel[grid](*dq_inputs, delta, dq, len(q), len(k), len(places), scale, **how["dq"])
+            seers = _seers(rows, firsts, len(k), how["dkv"]["block"])
             dkv_inputs = grad, q, k, v, rows, firsts, lse, delta, seers
-            dkv_kernel[seers.shape[1], k.shape[1]](*dkv_inputs, dk, dv, len(k), scale, **how["dkv"].options())
+            dkv_kernel[seers.shape[1], k.shape[1]](*dkv_inputs, dk, dv, len(k), scale, **how["dkv"])
             own_grads = _own_gradients((grad, q, own_k, own_v), places, (lse, delta), own, how["own"])
         return None, None, None, dq, dk, dv, *own_grads
 
 
-def _launches(q: Tensor, k: Tensor) -> dict[str, Launch]:
+def _launches(q: Tensor, k: Tensor) -> dict[str, dict[str, int]]:
     return launches(q.dtype, q.shape[-1], q.shape[1] // k.shape[1], _shared_kib(q.device))
 
 
@@ -349,7 +328,7 @@ def _shared_kib(device: torch.device) -> int:
 
 
 def _gathered(own: tuple[Tensor, ...] | list[Tensor], places: list[Tensor], like: Tensor) -> Tensor:
-    """Give the own steps' keys or values of the queries, [own steps, n, kv_heads, D]."""
+    """Return the own steps' keys or values of the queries, [own steps, n, kv_heads, D]."""
     if not own:
         return like  # never read
     out = like.new_empty(len(own), len(places[0]), *like.shape[1:])
@@ -359,21 +338,21 @@ def _gathered(own: tuple[Tensor, ...] | list[Tensor], places: list[Tensor], like
 
 
 def _seers(rows: Tensor, firsts: Tensor, num_keys: int, block: int) -> Tensor:
-    """Give for each block of keys the first query that sees any of them, and the end of those (int64 [2, blocks])."""
+    """Return for each block of keys the first query that sees any of them, and the end of those (int64 [2, blocks])."""
     starts = torch.arange(0, num_keys, block, device=rows.device)
     after = torch.searchsorted(firsts, starts + block - 1, right=True)
     return torch.stack([torch.minimum(torch.searchsorted(rows, starts), after), after])
 
 
 def _own_gradients(
-    inputs: tuple[Tensor, ...], places: list[Tensor], sums: tuple[Tensor, ...], own: list[Tensor], how: Launch
+    inputs: tuple[Tensor, ...], places: list[Tensor], sums: tuple[Tensor, ...], own: list[Tensor], how: dict[str, int]
 ) -> list[Tensor]:
-    """Give the gradients of the own steps' keys and values, 0 where a row has no query."""
+    """Return the gradients of the own steps' keys and values, 0 if a row has no query."""
     if not own:
         return []
     num_queries, num_rows, (_, kv_heads, head_dim) = len(places[0]), max(map(len, own)), own[0].shape
     dk, dv = own[0].new_zeros(2, len(places), num_rows, kv_heads, head_dim)
-    grid = triton.cdiv(num_queries, how.constants["tile"]), kv_heads, len(places)
+    grid = triton.cdiv(num_queries, how["tile"]), kv_heads, len(places)
     counts = num_queries, num_rows, head_dim**-0.5
-    own_kernel[grid](*inputs, torch.stack(places), *sums, dk, dv, *counts, **how.options())
+    own_kernel[grid](*inputs, torch.stack(places), *sums, dk, dv, *counts, **how)
     return [grads[step, : len(own[2 * step])] for step in range(len(places)) for grads in (dk, dv)]

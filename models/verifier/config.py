@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 
 from ...conf.runtime.artifact import digest
 from ...conf.schema import Device, VerifierConfig
@@ -36,43 +37,35 @@ def torch_device(device: Device) -> torch.device:
     if device is Device.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError(
-            "verifier.device is cuda, and this machine has no GPU that torch can use: set it to auto or cpu"
-        )
+        raise ValueError("verifier.device is cuda, and torch can use no GPU of this machine: set it to auto or cpu")
     return torch.device(device.value)
 
 
 def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:
-    """Give the path of a file of the checkpoint, fetched from the hub if need be; None: it has none of that name."""
+    """Return the path of a file of the checkpoint, fetched from the hub if need be; None: it has none of that name."""
     location = verifier_location(config)
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
     try:
         return Path(hf_hub_download(location, name, revision=config.revision))
-    except LocalEntryNotFoundError as error:
-        if isinstance(try_to_load_from_cache(location, "config.json", revision=config.revision), str):
-            return None  # without network: of a verifier that was fetched before, which lacks this file
-        raise not_loadable(config, error) from None
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        missing = isinstance(error, EntryNotFoundError)
+        if isinstance(error, LocalEntryNotFoundError):  # without network: it lacks the file, or was never fetched
+            missing = isinstance(try_to_load_from_cache(location, "config.json", revision=config.revision), str)
+        if missing:
+            return None
         raise not_loadable(config, error) from None
 
 
 def from_checkpoint(verifier: VerifierConfig, kind: Any, **more: Any) -> Any:
     """Load a part of the checkpoint by a class of transformers, which neither runs the repository's code nor asks to.
 
-    Raises:
-        ValueError: it is not there, transformers cannot load it, or it needs that code.
+    Raises ValueError if it is not there, transformers cannot load it, or it needs that code.
     """
+    more |= {"revision": verifier.revision, "trust_remote_code": False}
     try:
-        return kind.from_pretrained(
-            verifier_location(verifier), revision=verifier.revision, trust_remote_code=False, **more
-        )
+        return kind.from_pretrained(verifier_location(verifier), **more)
     except (OSError, KeyError, ValueError, TypeError, ImportError, RuntimeError, StrictDataclassError) as error:
         raise not_loadable(verifier, error) from error
 
@@ -83,23 +76,18 @@ def load_whole_config(config: VerifierConfig) -> Any:
 
 
 def auto_class(whole: Any) -> Any:
-    """Give the class of transformers that loads a checkpoint: one that takes images where the checkpoint's own does."""
+    """Return the class of transformers that loads a checkpoint: one that takes images if the checkpoint's own does."""
     return transformers.AutoModelForImageTextToText if takes_images(whole) else transformers.AutoModelForCausalLM
 
 
 def empty_model(whole: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Build the model of a configuration, with shapes and without memory.
-
-    Raises:
-        ValueError: transformers has none, or lacks a package for it.
-    """
+    """Return a configuration's model without memory; raise ValueError if transformers has none or lacks a package."""
     import torch
 
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(whole).from_config(
-                deepcopy(whole), dtype=dtype or torch.bfloat16, trust_remote_code=False
-            )
+            copy, dtype = deepcopy(whole), dtype or torch.bfloat16
+            model: PreTrainedModel = auto_class(whole).from_config(copy, dtype=dtype, trust_remote_code=False)
     except (ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"verifier.path: transformers cannot build a {whole.model_type}: {reason}") from None
@@ -107,20 +95,15 @@ def empty_model(whole: Any, dtype: torch.dtype | None = None) -> PreTrainedModel
 
 
 def takes_images(whole: Any) -> bool:
-    """Say of a checkpoint's whole configuration whether its own class reads images."""
+    """Return whether the class that a checkpoint's configuration names reads images."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(whole.model_type) in (whole.architectures or [])
 
 
 def load_config(config: VerifierConfig) -> Any:
-    """Load the verifier's language-model configuration (the nested `text_config` where there is one)."""
+    """Load the configuration of the verifier's text decoder."""
     return load_whole_config(config).get_text_config()
-
-
-def verifier_architectures(config: VerifierConfig) -> list[str]:
-    """Give the architectures that the verifier's config.json names."""
-    return list(load_whole_config(config).architectures or [])
 
 
 def load_tokenizer(config: VerifierConfig, kind: Any = None) -> PreTrainedTokenizerBase:
@@ -130,27 +113,26 @@ def load_tokenizer(config: VerifierConfig, kind: Any = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def _chat_template(config: VerifierConfig, given: str | dict[str, str] | None) -> str:
-    """Give the one template that every user of the tokenizer sees, `verifier.chat_template_kwargs` set in it."""
-    if not given:
+def _chat_template(config: VerifierConfig, templates: str | dict[str, str] | None) -> str:
+    """Return the one template that every user of the tokenizer sees, `verifier.chat_template_kwargs` set in it."""
+    if not templates:
         raise ValueError(
             f"verifier.path {config.path} has a tokenizer without a chat template, which fledge needs: take the chat "
             "(instruct) model, or save the template it is served with beside the tokenizer as chat_template.jinja"
         )
-    if isinstance(given, dict) and "default" not in given:
+    by_name = templates if isinstance(templates, dict) else {"default": templates}
+    if "default" not in by_name:
         raise ValueError(
-            f"verifier.path {config.path} has the chat templates {', '.join(sorted(given))} and none named default: "
+            f"verifier.path {config.path} has the chat templates {', '.join(sorted(by_name))} and none named default: "
             "save its tokenizer with the one that it is served with"
         )
-    template = given["default"] if isinstance(given, dict) else given
-    return "".join(_assignment(name, value) for name, value in config.chat_template_kwargs.items()) + template
+    return "".join(_assignment(name, value) for name, value in config.chat_template_kwargs.items()) + by_name["default"]
 
 
 def _assignment(name: Any, value: Any) -> str:
-    """Write a template's variable in its own language; the line adds nothing to what is rendered.
+    """Return a line that sets a variable in a template, whose literals are Python's for what JSON can say.
 
-    (Transformers render with `trim_blocks`, so the line break goes with the block, and the template still begins a
-    line. Python's literals of what JSON can say are Jinja's too.)
+    Nothing is rendered of it: transformers' `trim_blocks` takes its line break, and the template still begins a line.
     """
     option = "verifier.chat_template_kwargs"
     if not str(name).isidentifier() or keyword.iskeyword(str(name)) or str(name) in _RESERVED:
@@ -163,7 +145,7 @@ def _assignment(name: Any, value: Any) -> str:
 
 
 def not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
-    """Make the error of a verifier that cannot be found or read."""
+    """Return the error of a verifier that cannot be found or read."""
     reason, version = " ".join(str(error).split()), f"transformers {transformers.__version__}"
     if "trust_remote_code" in reason:
         return ValueError(
@@ -177,14 +159,14 @@ def not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
 
 
 def end_token_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
+    """Return the ids of the tokens that end an answer: the generation config's and the tokenizer's."""
     eos = generation.eos_token_id
     ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     return sorted(int(token) for token in ids)
 
 
 def load_end_token_ids(config: VerifierConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the `end_token_ids` of a verifier without loading its weights."""
+    """Return the `end_token_ids` of a verifier without loading its weights."""
     location, revision = verifier_location(config), config.revision or "main"
     try:
         generation = transformers.GenerationConfig.from_pretrained(location, revision=revision)
@@ -194,13 +176,13 @@ def load_end_token_ids(config: VerifierConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def special_token_ids(config: VerifierConfig) -> list[int]:
-    """Give the ids of the tokenizer's special tokens and of those that end an answer, ascending."""
+    """Return the ids of the tokenizer's special tokens and of those that end an answer, ascending."""
     tokenizer = load_tokenizer(config)
     return sorted({*tokenizer.all_special_ids, *load_end_token_ids(config, tokenizer)})
 
 
 def default_aux_layers(num_layers: int) -> list[int]:
-    """Give the decoder layers whose outputs are fed to a head by default: 1, L/2-1, L-4 (0-based)."""
+    """Return the decoder layers whose outputs are fed to a head by default: 1, L/2-1, L-4 (0-based)."""
     layers = [1, num_layers // 2 - 1, num_layers - 4]
     if len(set(layers)) < 3 or min(layers) < 0:
         raise ValueError(
@@ -211,13 +193,13 @@ def default_aux_layers(num_layers: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a verifier does to the product of its states and `lm_head` before that is its logits."""
+    """What makes a verifier's logits of the product of its states and `lm_head`."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """Scale and cap in place, and give the same tensor."""
+        """Return the tensor, scaled and capped in place."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -226,15 +208,13 @@ class LogitTransform:
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """Read it from a language model's configuration: Cohere and Falcon-H1 multiply, Granite divides, Gemma caps."""
+    """Read it from a text decoder's configuration: Cohere and Falcon-H1 multiply, Granite divides, Gemma caps."""
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Describe the part of a verifier's identity that its tokenizer is."""
-    return {
-        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
-        "chat_template": digest(tokenizer.chat_template),
-    }
+    """Return the part of a verifier's identity that its tokenizer is."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return {"tokenizer": digest(vocabulary), "chat_template": digest(tokenizer.chat_template)}

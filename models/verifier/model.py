@@ -1,10 +1,11 @@
-"""The one door for verifiers: a model of any architecture, size and placement, whose hidden states are captured."""
+"""A verifier of any architecture, size and placement, whose hidden states are captured."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,54 +16,17 @@ from transformers.distributed import DistributedConfig
 from ...conf.runtime.rank_info import read_rank_info
 from ...conf.schema import Device, Dtype, VerifierConfig
 from .config import (
-    LogitTransform,
     auto_class,
     default_aux_layers,
     empty_model,
     end_token_ids,
     from_checkpoint,
-    load_config,
-    load_end_token_ids,
     load_tokenizer,
     load_whole_config,
-    logit_transform,
-    special_token_ids,
-    takes_images,
-    tokenizer_identity,
     torch_device,
-    verifier_architectures,
-    verifier_location,
 )
 from .quantised import prepare_quantised, quantisation
-from .weights import VerifierWeights, check_identity, verifier_identity, verifier_outline
-
-__all__ = [  # what stands behind the door
-    "PER_TOKEN",
-    "LogitTransform",
-    "Verifier",
-    "VerifierOutput",
-    "VerifierWeights",
-    "check_capture",
-    "check_identity",
-    "default_aux_layers",
-    "empty_model",
-    "end_token_ids",
-    "find_decoder",
-    "load_config",
-    "load_end_token_ids",
-    "load_final_norm",
-    "load_tokenizer",
-    "load_whole_config",
-    "logit_transform",
-    "special_token_ids",
-    "takes_images",
-    "tokenizer_identity",
-    "torch_device",
-    "verifier_architectures",
-    "verifier_identity",
-    "verifier_location",
-    "verifier_outline",
-]
+from .weights import VerifierWeights
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # model inputs that say of each token whether it is an image's
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f")
@@ -90,19 +54,16 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 @dataclass
 class VerifierOutput:
-    """What one forward pass yields, for B sequences of T tokens."""
+    """The output of a forward pass, for B sequences of T tokens."""
 
     logits: Tensor  # [B, T or logits_to_keep, V]
     aux_hidden_states: Tensor  # [B, T, A*H], ascending layers
     last_hidden_state: Tensor  # [B, T, H], after the final norm: what lm_head multiplies
-    hidden_states: tuple[Tensor, ...] | None  # as the model itself gives them, if it is asked to and does
+    hidden_states: tuple[Tensor, ...] | None  # the model's own, if it is asked for them and has any
 
 
 class Verifier:
-    """A language model with its tokenizer, whose forward also gives aux and last hidden states.
-
-    Of a model that takes images too, it is the text decoder that is watched.
-    """
+    """A language model with its tokenizer, whose forward also gives the aux and last states of its text decoder."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aux_layers: list[int]) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -117,21 +78,21 @@ class Verifier:
             )
         for layer in self.aux_layers:
             if layer + 1 < len(decoder.layers):
-                after = decoder.layers[layer + 1]
-                after.register_forward_pre_hook(self._capture_input(str(layer)), with_kwargs=True)
+                hook = partial(self._capture_input, str(layer))
+                decoder.layers[layer + 1].register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                decoder.layers[layer].register_forward_hook(self._capture_output(str(layer)))
-        decoder.norm.register_forward_hook(self._capture_output("last"))
-        self._positions: Tensor | None = None  # of the tokens of the forward now running, where they are given
+                decoder.layers[layer].register_forward_hook(partial(self._capture_output, str(layer)))
+        decoder.norm.register_forward_hook(partial(self._capture_output, "last"))
+        self._positions: Tensor | None = None  # of the tokens of the forward now running, if they are given
         for module in model.modules():
             if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
                 self._scale_by_position(module)
 
     def _scale_by_position(self, attention: Any) -> None:
-        """Let a layer of Llama 4 without rotary embedding scale its queries by their positions, where they are given.
+        """Let a layer of Llama 4 without rotary embedding scale its queries by their positions, if they are given.
 
-        The model itself counts the tokens of the forward, which is right for one text, and wrong for the nodes of a
-        tree and for several texts beside each other in a cache.
+        The model itself counts the tokens of the forward, which is wrong for the nodes of a tree and for several texts
+        next to each other in a cache.
         """
 
         def scale(_module: nn.Module, _inputs: Any, queries: Tensor) -> Tensor | None:
@@ -144,22 +105,12 @@ class Verifier:
 
         attention.q_proj.register_forward_hook(scale)
 
-    def _capture_input(self, name: str) -> Any:
-        """Give a hook that takes what the next layer is given, as engines do.
+    def _capture_input(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Take the input of the next layer, as engines do: the output, and in Qwen3-VL the images' features on top."""
+        self._captured[name] = inputs[0] if inputs else keywords["hidden_states"]
 
-        That is the layer's output, but in Qwen3-VL, which adds images' features to what its first layers put out.
-        """
-
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._captured[name] = inputs[0] if inputs else keywords["hidden_states"]
-
-        return hook
-
-    def _capture_output(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._captured[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def _capture_output(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._captured[name] = output[0] if isinstance(output, tuple) else output
 
     @classmethod
     def load(
@@ -172,9 +123,8 @@ class Verifier:
             gpus: those that verifier.device=auto may use; None: all, and the host's memory beyond. Accelerate spreads
                 the layers over several; a single one must be the current one.
         """
-        tokenizer = load_tokenizer(config)
-        whole = load_whole_config(config)
-        prepare_quantised(config, whole, VerifierWeights(config).names)
+        tokenizer, whole = load_tokenizer(config), load_whole_config(config)
+        prepare_quantised(config, whole, VerifierWeights(config).files)
         model, report = from_checkpoint(
             config,
             auto_class(whole),
@@ -195,24 +145,19 @@ class Verifier:
                 f"verifier.path {config.path!r} does not fit into the free memory of {len(gpus)} GPUs: "
                 "start fewer ranks a node, each then has more of them"
             )
-        layers = (
-            aux_layers
-            if aux_layers is not None
-            else default_aux_layers(model.config.get_text_config().num_hidden_layers)
-        )
-        return cls(model, tokenizer, layers)
+        if aux_layers is None:
+            aux_layers = default_aux_layers(model.config.get_text_config().num_hidden_layers)
+        return cls(model, tokenizer, aux_layers)
 
     @property
     def device(self) -> torch.device:
-        """Device of the verifier's embedding, where tokens go in and states come out."""
+        """Return the device of the embedding, where tokens go in and states come out."""
         return self.model.device
 
     def place(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Give inputs besides tokens (pixels) on the verifier's device, numbers in its type."""
+        """Return inputs besides tokens (pixels) on the verifier's device, numbers in its type."""
         dtype = self.model.get_input_embeddings().weight.dtype
-        return {
-            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
-        }
+        return {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
@@ -229,7 +174,7 @@ class Verifier:
 
 
 def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -> dict[str, Any]:
-    """Give the arguments by which transformers places a model."""
+    """Return the arguments by which transformers places a model."""
     device = torch_device(config.device)
     if config.tensor_parallel:
         place = read_rank_info(os.environ)
@@ -251,9 +196,9 @@ def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -
 
 
 def _fits(config: VerifierConfig, whole: Any) -> bool:
-    """Say whether the current GPU holds the verifier, and has a quarter of its free memory left for what it computes.
+    """Return whether the current GPU holds the verifier, with a quarter of its free memory left for what it computes.
 
-    A quantised one counts as it is stored, unless it is dequantised on loading: transformers does so by itself where it
+    A quantised one counts as it is stored, unless it is dequantised on loading: transformers does so by itself if it
     lacks kernels for a format, or the GPU is too old for it.
     """
     stated = quantisation(whole)
@@ -267,7 +212,7 @@ def _fits(config: VerifierConfig, whole: Any) -> bool:
 
 
 def load_final_norm(config: VerifierConfig) -> nn.Module:
-    """Load nothing of the verifier but the norm after its last layer, as the module that transformers builds for it."""
+    """Load the norm after the last layer alone, as the module that transformers builds for it."""
     dtype = getattr(torch, config.dtype.value)
     decoder = find_decoder(empty_model(load_whole_config(config), dtype))
     tensors = VerifierWeights(config).final_norm(decoder.norm_name)
@@ -280,9 +225,9 @@ def load_final_norm(config: VerifierConfig) -> nn.Module:
 
 
 def check_capture(verifier: Verifier, input_ids: Tensor) -> None:
-    """Check on a batch [B, T] that the states captured are, to the bit, those that the model itself says it has.
+    """Check on a batch [B, T] that the states captured are, to the bit, those that the model itself gives.
 
-    The model's `hidden_states[k + 1]` is the output of layer k, but the last, which has gone through the final norm.
+    Its `hidden_states[k + 1]` is the output of layer k, but the last, which has gone through the final norm.
     """
     path = f"verifier.path {verifier.model.name_or_path!r}"
     output = verifier.forward(input_ids.to(verifier.device), output_hidden_states=True, use_cache=False)
@@ -291,14 +236,14 @@ def check_capture(verifier: Verifier, input_ids: Tensor) -> None:
         print(f"{path}: the model gives no hidden_states that the captured ones could be compared with")
         return
     aux = output.aux_hidden_states.split(output.last_hidden_state.shape[-1], dim=-1)
-    for layer, state in zip(verifier.aux_layers, aux, strict=True):
-        if layer + 2 < len(states) and not torch.equal(state, states[layer + 1].to(state.device)):
+    pairs = [
+        (f"layer {layer} is not the model's hidden_states[{layer + 1}]", state, states[layer + 1])
+        for layer, state in zip(verifier.aux_layers, aux, strict=True)
+        if layer + 2 < len(states)
+    ]
+    pairs.append(("the final norm is not the model's last hidden state", output.last_hidden_state, states[-1]))
+    for what, captured, own in pairs:
+        if not torch.equal(captured, own.to(captured.device)):
             raise ValueError(
-                f"{path}: the output of layer {layer} is not the model's hidden_states[{layer + 1}], so fledge "
-                "does not know this architecture well enough to record it"
+                f"{path}: the output of {what}, so fledge does not know this architecture well enough to record it"
             )
-    if not torch.equal(output.last_hidden_state, states[-1].to(verifier.device)):
-        raise ValueError(
-            f"{path}: the output of the final norm is not the model's last hidden state, so fledge does not know this "
-            "architecture well enough to record it"
-        )

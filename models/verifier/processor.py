@@ -9,11 +9,7 @@ from .config import from_checkpoint
 
 
 def load_processor(config: VerifierConfig) -> ProcessorMixin:
-    """Load the processor of a verifier that reads images.
-
-    Raises:
-        ValueError: it is not there, or a package that it needs is not.
-    """
+    """Load the processor of a verifier that reads images; raise ValueError if it or a package for it is not there."""
     try:
         processor = from_checkpoint(config, AutoProcessor)
     except ValueError as error:

@@ -20,23 +20,22 @@ _BY_AN_ENGINE = "transformers cannot run: set dump.engine=vllm, and give synthes
 
 
 def quantisation(whole: Any) -> dict[str, Any] | None:
-    """Give what a checkpoint's configuration says of its quantisation; None: it is not quantised."""
+    """Return what a checkpoint's configuration says of its quantisation; None if it is not quantised."""
     for part in (whole, whole.get_text_config()):
         stated = getattr(part, "quantization_config", None)
         if stated is not None:
-            return dict(stated) if isinstance(stated, Mapping) else dict(stated.to_dict())
+            return dict(stated if isinstance(stated, Mapping) else stated.to_dict())
     return None
 
 
 def prepare_quantised(config: VerifierConfig, whole: Any, tensors: Iterable[str]) -> None:
-    """Set in the configuration how transformers is to run a quantised checkpoint.
+    """Set in a checkpoint's configuration how transformers is to run it if it is quantised.
 
-    compressed-tensors rounds a layer's inputs as an engine does, where its scheme says so. Where it only stores weights
-    in few bits, they are dequantised on loading, which changes no value. NVFP4 runs in bfloat16 only, and transformers
+    compressed-tensors rounds a layer's inputs as an engine does, if its scheme says so. If it only stores weights in
+    few bits, they are dequantised on loading, which changes no value. NVFP4 runs in bfloat16 only, and transformers
     loads no packed zero points: these are dequantised too, at the price of inputs that are not rounded.
 
     Args:
-        whole: the checkpoint's configuration.
         tensors: the names of all that the checkpoint holds.
 
     Raises:
@@ -94,12 +93,12 @@ def _parse(config: VerifierConfig, stated: dict[str, Any]) -> Any:
 def dense_matrix(
     config: VerifierConfig, stated: dict[str, Any] | None, module: str, tensors: dict[str, Tensor]
 ) -> Tensor:
-    """Give the matrix of a linear layer or embedding, multiplied out where it is quantised, in `verifier.dtype` then.
+    """Return the matrix of a linear layer or embedding; if it is quantised, multiplied out, in `verifier.dtype`.
 
     Args:
         stated: the `quantisation` of the checkpoint.
         module: its name in the checkpoint.
-        tensors: what the checkpoint holds of it, by parameter (weight, or weight_packed and weight_scale, ...).
+        tensors: the checkpoint's, by parameter (weight, or weight_packed and weight_scale, ...).
     """
     weight = tensors.get("weight")
     if weight is not None and weight.dtype in _DENSE:
@@ -107,7 +106,10 @@ def dense_matrix(
     dtype = getattr(torch, config.dtype.value)
     method = (stated or {}).get("quant_method")
     if stated and method == "fp8" and weight is not None and "weight_scale_inv" in tensors:
-        return _from_blocks(weight, tensors["weight_scale_inv"], stated["weight_block_size"]).to(dtype)
+        rows, columns = stated["weight_block_size"]
+        scales = tensors["weight_scale_inv"].float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        height, width = weight.shape  # the last blocks may be cut off
+        return (weight.float() * scales[:height, :width]).to(dtype)
     scheme = _scheme(config, stated, module) if stated and method == "compressed-tensors" else None
     if scheme is None:
         raise ValueError(
@@ -121,15 +123,8 @@ def dense_matrix(
     return matrix.to(dtype)
 
 
-def _from_blocks(weight: Tensor, scales: Tensor, block: list[int]) -> Tensor:
-    """Multiply each block of a float8 matrix by its scale; the last blocks may be cut off by its edges."""
-    rows, columns = weight.shape
-    spread = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return weight.float() * spread[:rows, :columns]
-
-
 def _scheme(config: VerifierConfig, stated: dict[str, Any], module: str) -> Any:
-    """Give the scheme of compressed-tensors that a module is quantised by, its format set; None: none."""
+    """Return the scheme of compressed-tensors that a module is quantised by, with its format set, or None."""
     groups = _parse(config, stated).config_groups
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.utils.match import match_name

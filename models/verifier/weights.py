@@ -15,30 +15,20 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ...conf.runtime.artifact import differences
 from ...conf.schema import VerifierConfig
-from .config import (
-    checkpoint_file,
-    empty_model,
-    load_config,
-    load_tokenizer,
-    load_whole_config,
-    tokenizer_identity,
-)
+from .config import checkpoint_file, empty_model, load_config, load_tokenizer, load_whole_config, tokenizer_identity
 from .quantised import dense_matrix, quantisation
+
+_TOWERS = ("vision", "visual", "audio")  # in the names of what is no part of the text decoder
 
 
 class VerifierWeights:
     """Tensors of the text decoder, found through the safetensors index, whatever the names of what it is inside."""
 
-    EMBEDDING = "embed_tokens"
-    LM_HEAD = "lm_head"
-    FINAL_NORM = "norm"
-    TOWERS = ("vision", "visual", "audio")  # in the names of what is no part of the text decoder
-
     def __init__(self, config: VerifierConfig) -> None:
         self._config = config
         index = checkpoint_file(config, "model.safetensors.index.json")
         if index is not None:
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]  # by the name of a tensor
         else:
             single = checkpoint_file(config, "model.safetensors")
             if single is None:
@@ -46,12 +36,7 @@ class VerifierWeights:
                     f"verifier.path {config.path!r} holds no safetensors weights (model.safetensors or its index)"
                 )
             with self._open(single) as weights:
-                self._files = dict.fromkeys(weights.keys(), "model.safetensors")
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors of the checkpoint."""
-        return list(self._files)
+                self.files = dict.fromkeys(weights.keys(), "model.safetensors")
 
     def _open(self, path: Path) -> Any:
         try:
@@ -66,19 +51,19 @@ class VerifierWeights:
         return path
 
     def _module(self, name: str) -> str | None:
-        """Give the text decoder's module of that name: of several the least nested, as prediction heads are more so."""
-        modules = {tensor.rpartition(".")[0] for tensor in self._files}
-        named = [m for m in modules if m.split(".")[-1] == name and not any(tower in m for tower in self.TOWERS)]
+        """Return the text decoder's module of that name: of several the least nested; prediction heads are more so."""
+        modules = {tensor.rpartition(".")[0] for tensor in self.files}
+        named = [m for m in modules if m.split(".")[-1] == name and not any(tower in m for tower in _TOWERS)]
         return min(named, key=lambda m: (m.count("."), len(m), m)) if named else None
 
     def _parameters(self, module: str | None) -> dict[str, str]:
-        """Give the parameters of a module, and their names in the checkpoint."""
-        return {name.rpartition(".")[2]: name for name in sorted(self._files) if name.rpartition(".")[0] == module}
+        """Return the parameters of a module, and their names in the checkpoint."""
+        return {name.rpartition(".")[2]: name for name in sorted(self.files) if name.rpartition(".")[0] == module}
 
     def _tensors(self, module: str) -> dict[str, Tensor]:
         tensors = {}
         for parameter, name in self._parameters(module).items():
-            with self._open(self._path(self._files[name])) as weights:
+            with self._open(self._path(self.files[name])) as weights:
                 tensors[parameter] = weights.get_tensor(name)
         return tensors
 
@@ -87,37 +72,37 @@ class VerifierWeights:
         return dense_matrix(self._config, stated, module, self._tensors(module))
 
     def _embedding(self) -> str:
-        """Give the embedding's module, by the usual name or by the one that transformers' model has for it."""
-        module = self._module(self.EMBEDDING) or self._module_of("get_input_embeddings")
+        """Return the embedding's module, by the usual name or by the one that transformers' model has for it."""
+        module = self._module("embed_tokens") or self._module_of("get_input_embeddings")
         if module is None:
             raise ValueError(
-                f"verifier.path {self._config.path!r} has no tensor *.{self.EMBEDDING}.weight, and none that "
+                f"verifier.path {self._config.path!r} has no tensor *.embed_tokens.weight, and none that "
                 "transformers loads as its embedding: fetch the verifier again, some of it is missing"
             )
         return module
 
     def _lm_head(self) -> str | None:
-        """Give the output matrix's module; None: the configuration says that the embedding is it."""
+        """Return the output matrix's module; None if the configuration says that the embedding is it."""
         whole = load_whole_config(self._config)
-        module = self._module(self.LM_HEAD)
+        module = self._module("lm_head")
         if module or any(getattr(part, "tie_word_embeddings", False) for part in (whole, whole.get_text_config())):
             return module
         module = self._module_of("get_output_embeddings")
         if module is None:
             raise ValueError(
-                f"verifier.path {self._config.path!r} has no tensor *.{self.LM_HEAD}.weight, and its config.json does "
+                f"verifier.path {self._config.path!r} has no tensor *.lm_head.weight, and its config.json does "
                 "not tie it to the embedding (tie_word_embeddings): fetch the verifier again, some of it is missing"
             )
         return module
 
     def _module_of(self, getter: str) -> str | None:
-        """Give the module that transformers loads into what a method of its model gives; None: there is none."""
+        """Return the module that transformers loads into what a method of its model gives; None if there is none."""
         model = empty_model(load_whole_config(self._config))
-        wanted, states, transforms = getattr(model, getter)(), model.state_dict(), get_model_conversion_mapping(model)
+        part, states, transforms = getattr(model, getter)(), model.state_dict(), get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        ours = {name for name, module in model.named_modules() if module is wanted}
-        for name in self._files:
+        ours = {name for name, module in model.named_modules() if module is part}
+        for name in self.files:
             loaded, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, states)
             if loaded.rpartition(".")[0] in ours:
                 return name.rpartition(".")[0]
@@ -128,21 +113,20 @@ class VerifierWeights:
         return self._matrix(self._embedding())
 
     def lm_head(self) -> Tensor:
-        """Read the output matrix [V, H]; the embedding where the verifier's configuration says that the two are one."""
+        """Read the output matrix [V, H]; the embedding if the verifier's configuration says that the two are one."""
         return self._matrix(self._lm_head() or self._embedding())
 
     def check(self) -> None:
-        """Refuse matrices that are missing, or whose shape no head can use; nothing but headers is read.
+        """Raise ValueError by the name of a matrix that is missing or of another shape than config.json says.
 
-        Raises:
-            ValueError: names the matrix, and the shape that config.json asks for.
+        Nothing but headers is read.
         """
         text, embedding = load_config(self._config), self._embedding()
         for module in dict.fromkeys((embedding, self._lm_head() or embedding)):
             name = self._parameters(module).get("weight")
             if name is None:
                 continue  # packed
-            with self._open(self._path(self._files[name])) as weights:
+            with self._open(self._path(self.files[name])) as weights:
                 shape = weights.get_slice(name).get_shape()
             rows_fit = shape[0] >= text.vocab_size if module == embedding else shape[0] == text.vocab_size
             if shape[1:] != [text.hidden_size] or not rows_fit:
@@ -153,31 +137,30 @@ class VerifierWeights:
                 )
 
     def num_bytes(self) -> int:
-        """Give the size of all tensors as they are stored."""
-        return sum(self._path(file).stat().st_size for file in set(self._files.values()))
+        """Return the size of all files of weights."""
+        return sum(self._path(file).stat().st_size for file in set(self.files.values()))
 
-    def final_norm(self, name: str = FINAL_NORM) -> dict[str, Tensor]:
-        """Read the parameters of the norm after the last layer, which lies beside the embedding under that name."""
+    def final_norm(self, name: str = "norm") -> dict[str, Tensor]:
+        """Read the parameters of the norm after the last layer, which lies next to the embedding under that name."""
         module = self._final_norm(name)
         return self._tensors(module) if module is not None else {}
 
     def _final_norm(self, name: str) -> str | None:
         above, dot, _ = self._embedding().rpartition(".")
-        beside = above + dot + name
-        return beside if self._parameters(beside) else self._module(name)
+        sibling = above + dot + name
+        return sibling if self._parameters(sibling) else self._module(name)
 
     def fingerprint(self) -> str:
-        """Hash tensor names, and the first row of every tensor in the files that training needs (16 hex digits).
+        """Hash the scheme of a quantised checkpoint, its tensors' names, and some first rows (16 hex digits).
 
-        In a single-file checkpoint those are all tensors, in a sharded one the last layers are among them. The scheme
-        of a quantised one counts too.
+        They are those of every tensor in the files that training needs: in a single-file checkpoint of all tensors.
         """
-        state = hashlib.sha256(json.dumps(sorted(self._files)).encode())
+        state = hashlib.sha256(json.dumps(sorted(self.files)).encode())
         stated = quantisation(load_whole_config(self._config))
         if stated is not None:
             state.update(json.dumps(stated, sort_keys=True, default=str).encode())
-        modules = (self._embedding(), self._lm_head(), self._final_norm(self.FINAL_NORM))
-        needed = {self._files[name] for module in modules for name in self._parameters(module).values()}
+        modules = (self._embedding(), self._lm_head(), self._final_norm("norm"))
+        needed = {self.files[name] for module in modules for name in self._parameters(module).values()}
         for file in sorted(needed):
             with self._open(self._path(file)) as weights:
                 for name in sorted(weights.keys()):
@@ -188,16 +171,13 @@ class VerifierWeights:
 
 
 def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
-    """Describe a verifier for a manifest, by content and not by where it lies.
-
-    Artifacts made with one identity are refused with another.
-    """
+    """Return what a manifest says of a verifier: artifacts made with one identity are refused with another."""
     outline = verifier_outline(config)
     return {"fingerprint": VerifierWeights(config).fingerprint(), **outline}
 
 
 def verifier_outline(config: VerifierConfig) -> dict[str, Any]:
-    """Give the part of a verifier's identity that its small files tell, for where its weights are elsewhere."""
+    """Return the part of a verifier's identity that its small files tell, for use without its weights."""
     text, tokenizer = load_config(config), load_tokenizer(config)
     return {
         "hidden_size": text.hidden_size,
@@ -213,10 +193,9 @@ def check_identity(recorded: dict[str, Any], config: VerifierConfig, what: str, 
     Args:
         recorded: the identity in the artifact's manifest.
         what: the artifact, as the message begins.
-        cure: what to do about it.
+        cure: what to do about it, as it ends.
     """
-    changes = differences(recorded, verifier_identity(config))
-    if changes:
+    if changes := differences(recorded, verifier_identity(config)):
         raise ValueError(
             f"{what} belongs to another verifier than verifier.path={config.path} ({'; '.join(changes)}): {cure}"
         )

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from ...conf.schema import Config, VerifierConfig
 from ...data_synthesis.states.verifier_check import check_verifier
 from ...models.head.config import DraftHeadConfig, num_active_experts, num_experts, size_of
-from ...models.verifier.model import empty_model, load_whole_config
+from ...models.verifier.config import empty_model, load_whole_config
 from ...models.verifier.quantised import quantisation
 
 _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}  # of methods that do not say; MXFP4: 4, and a byte for 32

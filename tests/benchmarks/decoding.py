@@ -32,7 +32,8 @@ from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.kernels import DECODING
-from fledge.models.verifier.model import Verifier, default_aux_layers
+from fledge.models.verifier.config import default_aux_layers
+from fledge.models.verifier.model import Verifier
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

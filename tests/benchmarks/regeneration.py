@@ -30,7 +30,7 @@ from benchmark_options import parse_options
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.tokens.chat_template import prompt_tokens
-from fledge.models.verifier.model import load_tokenizer
+from fledge.models.verifier.config import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 MODEL = "benchmark"

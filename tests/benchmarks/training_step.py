@@ -22,7 +22,7 @@ from benchmark_options import parse_options
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.vocabulary import build_vocabulary
-from fledge.train.loss.fused import SUMS
+from fledge.train.loss.fused import SUMS, KLRows
 from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule
@@ -220,6 +220,15 @@ def _status(name: str) -> int:
     raise AssertionError(f"/proc/self/status has no {name}")
 
 
+def loss_kernel(options: Options) -> KLRows | None:
+    """Give the kernel that `loss_kernel` asks for; imports triton."""
+    if not options.loss_kernel:
+        return None
+    from kl_kernel import kl_rows
+
+    return kl_rows
+
+
 def measure(options: Options) -> dict[str, Any]:
     """Measure one implementation."""
     head, batch, embedding, lm_head = make_inputs(options)
@@ -230,7 +239,7 @@ def measure(options: Options) -> dict[str, Any]:
         LOSSES[options.loss],
         recompute=options.recompute,
         kernels=options.triton,
-        loss_kernel=options.loss_kernel,
+        kl_rows=loss_kernel(options),
     )
     device, on_cpu = torch.device(options.device), options.device == "cpu"
     cpu_s, wall_s, peaks, rates = [], [], [], []

@@ -19,7 +19,7 @@ from fledge.data_synthesis.store.mapped_shard import MappedShard
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.store.state_format import FLOAT8, decode
 from fledge.data_synthesis.store.store import HiddenStateStore, write_index
-from fledge.models.verifier.model import load_tokenizer
+from fledge.models.verifier.config import load_tokenizer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from builders import conversations_run
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.preview import find_conversation, marked_text, preview, printable
 from fledge.data_synthesis.tokens.chat_template import Sequence, join_turns, template_turns
-from fledge.models.verifier.model import load_end_token_ids, load_tokenizer
+from fledge.models.verifier.config import load_end_token_ids, load_tokenizer
 
 FIRST = record("s/train/1", "Add 2.", "It is 5.", "And größer 👍🏽?", "日本 e\u0301 👍🏽!")
 SECOND = record("s/train/2", "Bye.", "Bye now", last="length")

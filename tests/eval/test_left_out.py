@@ -25,7 +25,9 @@ from fledge.eval.questions import load_questions
 from fledge.models.formats.plain import save_head
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead
-from fledge.models.verifier.model import Verifier, load_config, verifier_identity
+from fledge.models.verifier.config import load_config
+from fledge.models.verifier.model import Verifier
+from fledge.models.verifier.weights import verifier_identity
 
 END, BEYOND = 256, ("<image_soft_token>", "<tool_result>")
 TEMPLATE = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fledge.models.head.config import DraftHeadConfig
-from fledge.models.verifier.model import load_config
+from fledge.models.verifier.config import load_config
 from fledge.slurm.plan.memory import TrainingShape, peak, training_memory
 from training_memory import QUIET, Spec, configuration, prepare
 

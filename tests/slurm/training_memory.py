@@ -32,7 +32,7 @@ from fledge.conf.schema import (
     VerifierConfig,
     WandbMode,
 )
-from fledge.models.verifier.model import load_tokenizer
+from fledge.models.verifier.config import load_tokenizer
 from fledge.train.ranks.group import joined
 from fledge.train.setup import _train
 

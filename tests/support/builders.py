@@ -24,7 +24,8 @@ from fledge.data_synthesis.store.store import write_index
 from fledge.models.formats.plain import checkpoint_steps
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
-from fledge.models.verifier.model import load_config, special_token_ids, verifier_identity
+from fledge.models.verifier.config import load_config, special_token_ids
+from fledge.models.verifier.weights import verifier_identity
 from fledge.train.metrics.tracking import read_metrics
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore

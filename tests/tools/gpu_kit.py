@@ -151,6 +151,7 @@ def machine(rehearse: bool) -> int:
 
 def checks(rehearse: bool) -> int:
     """Check every kernel in the shapes of the presets; return 1 if any is left out."""
+    import kl_kernel
     import torch
     import training_step
     from fledge.conf.schema import DraftSampling
@@ -176,7 +177,7 @@ def checks(rehearse: bool) -> int:
         head = training_step.head_config(options)
         cases: list[tuple[str, Check]] = [
             ("", Check("attention", partial(kernel_checks.compare_attention, head, 7, dtype, device))),
-            ("", Check("kl", partial(kernel_checks.compare_kl, options.draft_vocab_size, dtype, device))),
+            ("", Check("kl", partial(kl_kernel.compare_kl, options.draft_vocab_size, dtype, device))),
         ]
         for way, (rule, number, is_tree) in ways.items():
             found = decoding_checks(rule, head, number, is_tree, dtype, device)

@@ -7,7 +7,7 @@ import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import DraftSampling, EvaluateConfig
 from fledge.eval.figures.results import acceptance_in_training
-from fledge.models.verifier.model import LogitTransform
+from fledge.models.verifier.config import LogitTransform
 from fledge.train.heldout import HeldoutCounts, acceptance, count_heldout, teacher_forced_rounds, total
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss.unroll import TTTModule

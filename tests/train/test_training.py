@@ -21,7 +21,7 @@ from builders import (
 )
 from fledge.models.formats.plain import load_head
 from fledge.models.head.draft_head import of_width
-from fledge.models.verifier.model import VerifierWeights
+from fledge.models.verifier.weights import VerifierWeights
 from fledge.train.metrics.tracking import read_metrics
 from safetensors.torch import load_file
 

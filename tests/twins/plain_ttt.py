@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.ttt_attention import TTTAttention, wide_dtype
-from fledge.models.verifier.model import LogitTransform
+from fledge.models.verifier.config import LogitTransform
 from fledge.train.loss.fused import Targets
 from fledge.train.loss.losses import Rows
 from fledge.train.loss.rows import PackedBatch

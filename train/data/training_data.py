@@ -23,7 +23,8 @@ from ...data_synthesis.store.shard import STATES, Sample
 from ...data_synthesis.store.store import HiddenStateStore
 from ...models.head.config import DraftHeadConfig
 from ...models.head.vocabulary import VocabularyMap
-from ...models.verifier.model import check_identity, special_token_ids
+from ...models.verifier.config import special_token_ids
+from ...models.verifier.weights import check_identity
 from ..loss.rows import PackedBatch, find_useful_rows
 from .packing import PackStream, Passes, pack
 

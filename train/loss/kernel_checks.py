@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 ATTENTION = "attention"
 LENGTHS = [300, 1, 37, 2, 129]  # rows of a case's documents: of one row, of two, and of several blocks of keys
-KL_GRADIENT = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 def check_training(options: TrainConfig, head: DraftHeadConfig, ranks: Ranks) -> Checked:
@@ -61,7 +60,7 @@ def attention_errors(
         heads: of queries, and of keys.
         counted: the share of tokens that are counted: the fewer, the more the rows are torn apart.
         num_layers: with 2, step 0 has every row as a query, as the first of two layers has.
-        kernels: whether they are used; else blocks of rows on a GPU.
+        kernels: whether they are used, or blocks of rows.
     """
     generator = torch.Generator().manual_seed(0)
     num_rows = sum(lengths)
@@ -90,37 +89,3 @@ def attention_errors(
     near = [(a - b).detach().abs().flatten() for a, b in zip(found, expected, strict=True)]
     near.append(torch.zeros(1, dtype=torch.float64, device=device))  # if no row is of use
     return float(torch.cat(near).max()), float(torch.stack(far).max())  # no number if any is none
-
-
-def compare_kl(
-    width: int, dtype: torch.dtype, device: torch.device | str, num_rows: int = 24, block: int = 2048
-) -> dict[str, Figure]:
-    """Compare the row-wise part of the KL loss: KL, the overlap, the gradient, and rows whose greedy tokens differ.
-
-    The verifier's distributions are of 1.25 * width tokens, of which the draft knows the first.
-    """
-    from ...models.kernels.kl_loss import kl_rows
-
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(num_rows + 3, width + width // 4, generator=generator).to(device)
-    probabilities = logits.softmax(-1)[:, :width].contiguous()
-    wide = probabilities.double()
-    mass = wide.sum(-1)
-    p = wide / mass[:, None]
-    entropy, top = -torch.special.xlogy(p, p).sum(-1), p.argmax(-1)
-    targets = torch.randint(0, len(p), (num_rows,), generator=generator).to(device)
-    z = (logits[targets, :width] + torch.randn(num_rows, width, generator=generator).to(device)).to(dtype)
-    exact = z.double().requires_grad_()
-    q = exact.softmax(-1)
-    divergence = (torch.special.xlogy(p, p)[targets] - p[targets] * exact.log_softmax(-1)).sum(-1)
-    divergence.sum().backward()
-    overlap = torch.minimum(q, wide[targets]).sum(-1)
-    first = (z == z.amax(-1, keepdim=True)).int().argmax(-1)
-    kl, shared, hits = kl_rows(z, probabilities, targets, mass.float(), entropy.float(), top, block=block)
-    assert exact.grad is not None
-    return {
-        "KL": Figure(float((kl - divergence).detach().abs().max()), 1e-4),
-        "overlap": Figure(float((shared - overlap).detach().abs().max()), 1e-5),
-        "gradient": Figure(float((z - exact.grad).abs().max()), KL_GRADIENT[dtype]),
-        "greedy tokens": Figure(float((hits != (first == top[targets])).sum()), 0),
-    }

@@ -32,15 +32,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: its value, and its gradient in the draft's logits.
+    """A loss: its value, and its gradient in the draft's logits, which is one of these, times gamma^k / N_k.
 
-    The gradient is one of these, times gamma^k / N_k:
     q - p, KL's own, if neither `coefficients` nor `gradient_` is given;
     a (q - p) + b q (s - [q < P]), with the `coefficients` a and b, so b belongs to -alpha, and None is 0;
     what `gradient_` writes.
 
-    `reach_share` c says that `value` subtracts c R_k. Its gradient couples the steps of a row: the engine adds it to
-    that of `coefficients`, which such a loss needs.
+    `reach_share` c says that `value` subtracts c R_k; the engine adds its gradient to that of `coefficients`.
     """
 
     value: Callable[[Rows], Tensor]  # [n], but for 1 / N_k
@@ -64,12 +62,7 @@ def _reverse_kl(rows: Rows) -> Tensor:
 def _reverse_kl_(q: Tensor, probabilities: Tensor, mass: Tensor, scratch: Tensor) -> Tensor:
     """Turn q [n, Vd], in place, into the gradient of KL(q || p), q (log q - log p - KL), and return that KL [n].
 
-    What underflows counts as the tiniest number.
-
-    Args:
-        probabilities: P [n, Vd].
-        mass: m [n].
-        scratch: [n, Vd], to be written to.
+    P and scratch are [n, Vd], m is [n]. What underflows counts as the tiniest number.
     """
     import torch
 

@@ -24,10 +24,9 @@ through over all answers of the batch, useful row j has at step k the target j+k
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,8 +58,8 @@ class UsefulRows:
         return UsefulRows, (self.indices, self.sizes, self.spans, self.documents, self.starts)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> UsefulRows:
-        """Change all indices by one call: one by one, each would be a transfer of its own."""
-        return dataclasses.replace(self, indices=change(self.indices))
+        """Change all indices by one call, for one transfer."""
+        return replace(self, indices=change(self.indices))
 
     def to(self, device: torch.device) -> UsefulRows:
         """Move the indices to a device."""
@@ -85,16 +84,11 @@ class PackedBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype, ttt_steps: int) -> PackedBatch:
         """Move to a device, then bring states into `dtype`; useful rows are found before, while the mask is here."""
-        found = dataclasses.replace(self, useful=self.useful_rows(ttt_steps))
-        moved = found.mapped(lambda tensor: _to(tensor, device))
-        aux, last = moved.aux_hidden_states, moved.last_hidden_state
-        return dataclasses.replace(
-            moved,
-            aux_hidden_states=None if aux is None else decode(aux, moved.aux_scale, dtype),
-            last_hidden_state=None if last is None else decode(last, moved.last_scale, dtype),
-            aux_scale=None,
-            last_scale=None,
-        )
+        batch = replace(self, useful=self.useful_rows(ttt_steps)).mapped(lambda tensor: _to(tensor, device))
+        aux, last = batch.aux_hidden_states, batch.last_hidden_state
+        aux = None if aux is None else decode(aux, batch.aux_scale, dtype)
+        last = None if last is None else decode(last, batch.last_scale, dtype)
+        return replace(batch, aux_hidden_states=aux, last_hidden_state=last, aux_scale=None, last_scale=None)
 
     def pin_memory(self) -> PackedBatch:
         """Copy into pinned memory, from where a GPU fetches while it computes (called by torch's DataLoader)."""
@@ -102,14 +96,13 @@ class PackedBatch:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """Change every tensor."""
-        values = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         useful = None if self.useful is None else self.useful.mapped(change)
-        return dataclasses.replace(self, **changed, useful=useful)
+        return replace(self, **changed, useful=useful)
 
     @property
     def states(self) -> tuple[Tensor, Tensor]:
-        """Aux [T, A*H] and last hidden states [T, H] of a batch that has them."""
+        """Return aux [T, A*H] and last hidden states [T, H] of a batch that has them."""
         assert self.aux_hidden_states is not None, "the verifier has not read this batch"
         assert self.last_hidden_state is not None
         return self.aux_hidden_states, self.last_hidden_state
@@ -146,12 +139,7 @@ def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
 
 
 def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> UsefulRows:
-    """Find the useful rows of a packed batch, on the host.
-
-    Args:
-        loss_mask: bool [T].
-        lengths: tokens of each document.
-    """
+    """Return the useful rows of a packed batch by its mask, bool [T], and tokens of each document, on the host."""
     starts = [0, *itertools.accumulate(lengths)]
     documents = [Span(start, start, length) for start, length in zip(starts, lengths, strict=False)]
     spans = _answer_spans(loss_mask.tolist(), documents)

@@ -1,14 +1,15 @@
 """Training-time test (EAGLE-3, arXiv:2503.01840): the unroll of K draft steps, and the module that is trained.
 
 Teacher-forced steps do not need each other's logits, so all K are unrolled first (`unroll`) and one pass over their
-states forms the loss (`fused_loss`). What row r is fed and predicts at step k stands in train/loss/rows.py.
-tests/twins/plain_ttt.py does the same in the plain form.
+states forms the loss (`fused_loss`); tests/twins/plain_ttt.py does the same in the plain form. What row r is fed and
+predicts at step k stands in train/loss/rows.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ...models.head.draft_head import DraftHead, Projected
 from ...models.head.ttt_attention import SplitAttention, wide_dtype
-from ...models.verifier.model import LogitTransform
-from .fused import LossJob, Targets, fused_loss, product, rows_in_chunk
+from ...models.verifier.config import LogitTransform
+from .fused import KLRows, LossJob, Targets, fused_loss, product, rows_in_chunk
 from .losses import LOSSES, Loss
 from .rows import PackedBatch, UsefulRows
 
-
-class Unroll(Protocol):
-    """The contract of an unroll: the loss does not care how the states of its steps came about."""
-
-    def __call__(
-        self,
-        head: DraftHead,
-        batch: PackedBatch,
-        rows: UsefulRows,
-        embedding: Tensor,
-        recompute: bool = False,
-        kernels: bool = False,
-    ) -> list[Tensor]:
-        """Return for each step k the states [n_k, H] of the rows `rows.rows[rows.steps[k]]`.
-
-        `head.lm_head` multiplies them. The options are those of `unroll`, EAGLE-3's.
-        """
+Unroll = Callable[..., list[Tensor]]  # takes and gives what `unroll` does; the loss does not care how
 
 
 def unroll(
@@ -48,15 +33,12 @@ def unroll(
     recompute: bool = False,
     kernels: bool = False,
 ) -> list[Tensor]:
-    """Run K draft steps on the useful rows and give each step's normed states, which `head.lm_head` multiplies.
+    """Return for each step k the states [n_k, H] of the rows `rows.rows[rows.steps[k]]`, for `head.lm_head`.
 
     Args:
         embedding: the verifier's token embedding [V, H].
         recompute: keep a step's inputs only, and run it again in the backward pass.
         kernels: let Triton kernels do the attention, on a GPU.
-
-    Returns:
-        Per step [n_k, H], of the rows `rows.rows[rows.steps[k]]`.
     """
     attention = SplitAttention(rows, head.config.num_layers, kernels)
     # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
@@ -81,19 +63,13 @@ def unroll(
 def find_targets(
     head: DraftHead, batch: PackedBatch, rows: UsefulRows, verifier_lm_head: Tensor, transform: LogitTransform
 ) -> Targets:
-    """Read off the verifier's distributions what N_k and the loss need to know before the pass, chunk by chunk.
-
-    Args:
-        verifier_lm_head: [V, H].
-    """
+    """Return what N_k and the loss need of the verifier's distributions, read off chunk by chunk."""
     vocab_size, device = len(verifier_lm_head), verifier_lm_head.device
     if len(head.d2t) == vocab_size:
         return Targets(torch.ones(len(rows.rows), dtype=torch.bool, device=device))
     states = batch.states[1].index_select(0, rows.rows + 1)
-    wide = wide_dtype(states.dtype)
-    top = torch.empty(len(states), dtype=torch.int64, device=device)
-    log_normaliser = torch.empty(len(states), dtype=wide, device=device)
-    size = rows_in_chunk(1, vocab_size, states.dtype, device)
+    size, wide = rows_in_chunk(1, vocab_size, states.dtype, device), wide_dtype(states.dtype)
+    top, log_normaliser = (torch.empty(len(states), dtype=dtype, device=device) for dtype in (torch.int64, wide))
     out = torch.empty(min(size, len(states)), vocab_size, dtype=wide, device=device)
     for start in range(0, len(states), size):
         part = slice(start, start + size)
@@ -113,16 +89,14 @@ def count_rows(targets: Targets, rows: UsefulRows) -> Tensor:
 class TTTModule(nn.Module):
     """The trained module: a draft head and the loss of its unroll.
 
-    L = sum_k gamma^k sum_counted KL(p || q) / N_k, in nats, softmax in float32; `LOSSES` has others. Rows whose
-    target's greedy token is outside the draft vocabulary are not counted.
+    L = sum_k gamma^k sum_counted KL(p || q) / N_k, nats, or another of `LOSSES`, over rows whose target's greedy token
+    is in the draft vocabulary. Softmax is in float32.
 
     Args:
         transform: how the verifier's logits come from its `lm_head`.
         blend_rate: of the losses that blend; see `Rows.blend`.
-        recompute: run the draft steps again in the backward pass, to keep less.
-        kernels: let Triton kernels do the attention, on a GPU.
-        loss_kernel: let a Triton kernel do the row-wise part of the loss, on logits in the weights' type.
-        unroll: gives the states of the steps.
+        recompute, kernels: as `unroll`'s.
+        kl_rows: does the row-wise part of the KL loss.
     """
 
     def __init__(
@@ -135,20 +109,13 @@ class TTTModule(nn.Module):
         blend_rate: float = 3.0,
         recompute: bool = False,
         kernels: bool = False,
-        loss_kernel: bool = False,
+        kl_rows: KLRows | None = None,
         unroll: Unroll = unroll,
     ) -> None:
         super().__init__()
-        assert loss.is_kl or not loss_kernel, loss
-        self.head = head
-        self.ttt_steps = ttt_steps
-        self.gamma = gamma
-        self.loss = loss
-        self.transform = transform
-        self.blend_rate = blend_rate
-        self.recompute = recompute
-        self.kernels = kernels
-        self.loss_kernel = loss_kernel
+        assert loss.is_kl or not kl_rows, loss
+        self.head, self.ttt_steps, self.gamma, self.loss, self.transform = head, ttt_steps, gamma, loss, transform
+        self.blend_rate, self.recompute, self.kernels, self.kl_rows = blend_rate, recompute, kernels, kl_rows
         self.unroll = unroll
 
     def forward(
@@ -160,7 +127,7 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of a packed batch and the sums its metrics are made of.
+        """Return the loss of a packed batch, and the sums its metrics are made of: float32 [K, 8], columns of `SUMS`.
 
         Args:
             embedding, verifier_lm_head: the verifier's frozen matrices [V, H].
@@ -168,9 +135,6 @@ class TTTModule(nn.Module):
             num_counted: N_k, float32 [K], rows counted over all ranks and micro-batches of the optimizer step; this
                 batch's own if None.
             acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 if None.
-
-        Returns:
-            The loss, and float32 [K, 8]: the columns of `SUMS`.
         """
         rows = batch.useful_rows(self.ttt_steps)
         job = self.job(batch, rows, verifier_lm_head, targets, num_counted, acceptance)
@@ -186,12 +150,11 @@ class TTTModule(nn.Module):
         num_counted: Tensor | None = None,
         acceptance: Tensor | None = None,
     ) -> LossJob:
-        """Return what the pass over the logits needs besides the draft's states; arguments as `forward`'s."""
+        """Return what the pass reads besides the draft's states; arguments as `forward`'s."""
         if targets is None:
             targets = find_targets(self.head, batch, rows, verifier_lm_head, self.transform)
         ttt_steps, device = len(rows.steps), verifier_lm_head.device
-        if acceptance is None:
-            acceptance = torch.zeros(ttt_steps, device=device)
+        acceptance = torch.zeros(ttt_steps, device=device) if acceptance is None else acceptance
         num_counted = count_rows(targets, rows) if num_counted is None else num_counted
         wide, full = wide_dtype(verifier_lm_head.dtype), len(self.head.d2t) == len(verifier_lm_head)
         return LossJob(
@@ -204,5 +167,5 @@ class TTTModule(nn.Module):
             gammas=self.gamma ** torch.arange(ttt_steps, device=device, dtype=wide),
             num_counted=num_counted.to(wide),
             blend=(-self.blend_rate * acceptance).exp().to(wide),
-            kernel=self.loss_kernel,
+            kl_rows=self.kl_rows,
         )

@@ -15,8 +15,10 @@ from fledge.data_synthesis.states.verifier_check import check_verifier
 from fledge.models.head.config import DraftHeadConfig, describe_sizes
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.verifier import model as verifier_module
-from fledge.models.verifier.model import Verifier, VerifierWeights, load_final_norm, load_whole_config
+from fledge.models.verifier.config import load_whole_config
+from fledge.models.verifier.model import Verifier, load_final_norm
 from fledge.models.verifier.processor import load_processor
+from fledge.models.verifier.weights import VerifierWeights
 from fledge.slurm.plan.plan import plan
 from fledge.slurm.submit import submit
 from make_embedded import CHAT_TEMPLATE

@@ -25,7 +25,8 @@ from fledge.data_synthesis.states.vllm_engine import (
     worker_environment,
 )
 from fledge.data_synthesis.store.shard import Sample
-from fledge.models.verifier.model import Verifier, load_config
+from fledge.models.verifier.config import load_config
+from fledge.models.verifier.model import Verifier
 
 LENGTHS = (17, 1, 900, 2, 300)
 AUX_LAYERS = {

@@ -10,7 +10,7 @@ from fledge.data_synthesis.states.transformers_engine import TransformersEngine,
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat
 from fledge.data_synthesis.store.store import HiddenStateStore
-from fledge.models.verifier.model import VerifierWeights
+from fledge.models.verifier.weights import VerifierWeights
 from safetensors.torch import load_file, save_file
 
 

@@ -19,7 +19,7 @@ from fledge.data_synthesis.tokens.chat_template import (
     prompt_tokens,
     template_turns,
 )
-from fledge.models.verifier.model import load_tokenizer, tokenizer_identity
+from fledge.models.verifier.config import load_tokenizer, tokenizer_identity
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

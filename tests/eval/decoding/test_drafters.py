@@ -17,7 +17,7 @@ from fledge.eval.questions import Question
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
-from fledge.models.verifier.model import VerifierWeights
+from fledge.models.verifier.weights import VerifierWeights
 
 NAME = "nearest state"
 

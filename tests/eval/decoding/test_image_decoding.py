@@ -16,7 +16,9 @@ from fledge.eval.question_reader import QuestionReader, UnaskableError
 from fledge.eval.questions import Question
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
-from fledge.models.verifier.model import Verifier, VerifierWeights, load_config
+from fledge.models.verifier.config import load_config
+from fledge.models.verifier.model import Verifier
+from fledge.models.verifier.weights import VerifierWeights
 from image_verifiers import asked, make_pictures, save_llama4, save_qwen3_vl
 from oracles import Oracle, TreeOracle
 

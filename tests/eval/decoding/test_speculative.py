@@ -21,7 +21,8 @@ from fledge.models.embedded.verifier import questions
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
-from fledge.models.verifier.model import Verifier, VerifierWeights
+from fledge.models.verifier.model import Verifier
+from fledge.models.verifier.weights import VerifierWeights
 from one_sequence import OneSequence
 from oracles import Oracle, TreeOracle
 

@@ -31,7 +31,8 @@ from fledge.models.formats.plain import load_head, save_head
 from fledge.models.formats.published import read_files, read_published_head
 from fledge.models.formats.speculators import save_speculators
 from fledge.models.head.draft_head import DraftHead
-from fledge.models.verifier.model import VerifierWeights, load_config
+from fledge.models.verifier.config import load_config
+from fledge.models.verifier.weights import VerifierWeights
 from one_sequence import OneSequence
 from safetensors.torch import load_file, save_file
 

@@ -15,7 +15,7 @@ from fledge.conf.schema import (
 from fledge.models.export import export
 from fledge.models.formats.plain import load_head, save_head
 from fledge.models.import_head import import_head
-from fledge.models.verifier.model import VerifierWeights, verifier_identity
+from fledge.models.verifier.weights import VerifierWeights, verifier_identity
 from published_heads import IDS, assert_same_head, published
 from safetensors.torch import load_file
 

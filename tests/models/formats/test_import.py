@@ -9,7 +9,7 @@ from fledge.conf.schema import (
 from fledge.models.formats.plain import load_head
 from fledge.models.formats.published import read_published_head
 from fledge.models.import_head import import_head
-from fledge.models.verifier.model import VerifierWeights
+from fledge.models.verifier.weights import VerifierWeights
 from published_heads import ABSENT, SHAPE, assert_same_head, published, refused, rounded
 from safetensors.torch import save_file
 

@@ -20,7 +20,7 @@ from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.vocabulary import VocabularyMap
 from fledge.models.import_head import import_head
-from fledge.models.verifier.model import verifier_identity
+from fledge.models.verifier.weights import verifier_identity
 from fledge.train.loss.unroll import unroll
 from published_heads import SHAPE, VERIFIER, assert_same_head
 

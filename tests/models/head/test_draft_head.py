@@ -12,7 +12,7 @@ from fledge.models.head.config import DraftHeadConfig, rope_of
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.ttt_attention import TTTAttention
 from fledge.models.head.vocabulary import build_vocabulary, coverage
-from fledge.models.verifier.model import default_aux_layers, special_token_ids
+from fledge.models.verifier.config import default_aux_layers, special_token_ids
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm

@@ -110,7 +110,7 @@ def run_step(arguments: str) -> dict[str, Any]:
             LOSSES[options.loss],
             recompute=options.recompute,
             kernels=options.triton,
-            loss_kernel=options.loss_kernel,
+            kl_rows=training_step.loss_kernel(options),
         )
         memory = Memory(*head.parameters(), *batch.states, embedding, lm_head)
         with memory:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from fledge.models import kernels as kernels_module
 from fledge.train.loss import fused as fused_loss
-from fledge.train.loss.kernel_checks import attention_errors, compare_kl
+from fledge.train.loss.kernel_checks import attention_errors
 from fledge.train.loss.unroll import TTTModule
+from kl_kernel import compare_kl, kl_rows
 from small_heads import make_batch, make_head, matrices
 
 torch.set_num_threads(1)
@@ -56,7 +57,8 @@ def test_the_engine_with_both_kernels_equals_the_engine_without(monkeypatch):
     found = []
     for kernels in (True, False):
         head = make_head(num_layers=2)
-        loss, sums = TTTModule(head, 3, 0.8, kernels=kernels, loss_kernel=kernels)(batch, *frozen)
+        module = TTTModule(head, 3, 0.8, kernels=kernels, kl_rows=kl_rows if kernels else None)
+        loss, sums = module(batch, *frozen)
         loss.backward()
         found.append((loss.detach(), sums, [p.grad for p in head.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import kl_kernel
 import pytest
 import torch
 from fledge.eval.decoding.acceptance import AcceptanceRule
@@ -11,7 +12,7 @@ from fledge.eval.decoding.kernel_checks import decoding_checks
 from fledge.models import kernels
 from fledge.models.kernels.self_check import Check, check_kernels
 from fledge.train.loss import kernel_checks
-from fledge.train.loss.kernel_checks import compare_attention, compare_kl
+from fledge.train.loss.kernel_checks import compare_attention
 from interpreted_decoding import DRAWN
 from small_heads import make_head
 
@@ -31,15 +32,18 @@ def plant(monkeypatch, tmp_path):
     """Give a function that replaces text in a kernel's module."""
 
     def put(module, old, new):
-        text = Path(kernels.__file__).with_name(f"{module}.py").read_text()
+        is_ours = module == "kl_kernel"
+        text = Path(kl_kernel.__file__ if is_ours else Path(kernels.__file__).with_name(f"{module}.py")).read_text()
         assert old in text
         file = tmp_path / f"{module}.py"
         file.write_text(text.replace(old, new))
-        spec = importlib.util.spec_from_file_location(f"fledge.models.kernels.{module}", file)
+        spec = importlib.util.spec_from_file_location(module if is_ours else f"fledge.models.kernels.{module}", file)
         planted = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, planted)
         monkeypatch.setattr(kernels, module, planted, raising=False)
         spec.loader.exec_module(planted)
+        if is_ours:
+            monkeypatch.setattr(kl_kernel, "kl_rows", planted.kl_rows)
 
     return put
 
@@ -57,7 +61,7 @@ def decoding(rule, is_tree=False, dtype=torch.float32):
 KINDS = {
     "attention": attention,
     "attention of one layer": lambda dtype=torch.float32: attention(dtype, 1),
-    "kl": lambda dtype=torch.float32: [Check("kl", lambda: compare_kl(300, dtype, CPU, 5, 64))],
+    "kl": lambda dtype=torch.float32: [Check("kl", lambda: kl_kernel.compare_kl(300, dtype, CPU, 5, 64))],
     "greedy": lambda dtype=torch.float32: decoding(AcceptanceRule(), dtype=dtype),
     "sampled tree": lambda dtype=torch.float32: decoding(AcceptanceRule(0.7), is_tree=True, dtype=dtype),
     "cut": lambda dtype=torch.float32: decoding(AcceptanceRule(0.7, 0.9, 50), dtype=dtype),
@@ -83,7 +87,7 @@ FAULTS = {
     "one head's gradient alone": ("attention", "ttt_attention", "dv_here += weight", "dv_here = weight"),
     "queries' gradient of own steps": ("attention of one layer", "ttt_attention", "acc += dscore", "acc += 2 * dscore"),
     "does not compile": ("attention", "ttt_attention", "tl.exp2(peak - higher)", "tl.exp3(peak - higher)"),
-    "mass forgotten": ("kl", "kl_loss", "(q - p / mass_here)", "(q - p)"),
+    "mass forgotten": ("kl", "kl_kernel", "(q - p / mass_here)", "(q - p)"),
     "epsilon forgotten": ("greedy", "decoding", "/ num_columns + eps", "/ num_columns"),
     "rejected drafts counted": ("greedy", "decoding", "count += goes_on.to(tl.int32)", "count += 1"),
     "the last of equal tokens": (
@@ -98,7 +102,7 @@ FAULTS = {
     "a slot left behind": ("sampled tree", "decoding", "(source != target)", "(source > target + 1)"),
     "what q had, again": ("drawn", "choosing", " - of_drafter, 0.0)", ", 0.0)"),
 }
-NAMES = {"ttt_attention": "attention", "kl_loss": "kl", "choosing": "choose"}
+NAMES = {"ttt_attention": "attention", "kl_kernel": "kl", "choosing": "choose"}
 OF_DECODING = {"epsilon forgotten": "join", "rejected drafts counted": "way", "a slot left behind": "move"}
 
 

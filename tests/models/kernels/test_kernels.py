@@ -125,15 +125,16 @@ def compiled(kernel, launch, dtype, others, capability=90):
 
     counts = {name: "i32" for name in kernel.arg_names if name.startswith("num_")}
     counts |= {name: "fp32" for name in kernel.arg_names if name in ("scale", "temperature") or name.endswith("_eps")}
-    constants = dict.fromkeys(launch.constants, "constexpr")
+    options = {name: launch[name] for name in ("num_warps", "num_stages")}
+    values = {name: value for name, value in launch.items() if name not in options}
+    constants = dict.fromkeys(values, "constexpr")
     pointers = {name: f"*{others.get(name, dtype)}" for name in kernel.arg_names if name not in {**counts, **constants}}
     types = {**pointers, **counts, **constants}
     signature = {name: types[name] for name in kernel.arg_names}
     # As torch's allocations and vocabularies are; without it shared memory would be reckoned wrong.
     aligned = [name for name in kernel.arg_names if name in pointers or name == "num_columns"]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    source = ASTSource(kernel, signature, launch.constants, attributes)
+    source = ASTSource(kernel, signature, values, attributes)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -151,13 +152,12 @@ def test_attention_compiles_for_gpus_and_fits_their_shared_memory(capability, sh
 
 
 def test_the_kl_loss_compiles_for_a_hopper_gpu():
-    from fledge.models.kernels import kl_loss
-    from fledge.models.kernels.ttt_attention import Launch
+    import kl_kernel
 
     wide = dict.fromkeys(["probabilities", "mass", "entropy", "kl", "overlap"], "fp32")
     others = {**wide, "targets": "i64", "top": "i64", "hits": "i1"}
-    launch = Launch({"block": kl_loss.BLOCK}, kl_loss.NUM_WARPS, 3)
-    kernel = compiled(kl_loss.kl_kernel, launch, "bf16", others)
+    launch = {"block": kl_kernel.BLOCK, "num_warps": kl_kernel.NUM_WARPS, "num_stages": 3}
+    kernel = compiled(kl_kernel.kl_kernel, launch, "bf16", others)
     assert kernel.asm["cubin"]
     assert kernel.metadata.shared <= 227 * 1024
     assert "ld.global.v4" in kernel.asm["ptx"]  # 16 bytes at a time
@@ -166,7 +166,6 @@ def test_the_kl_loss_compiles_for_a_hopper_gpu():
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_kernels_of_speculative_decoding_compile_for_a_hopper_gpu(dtype):
     from fledge.models.kernels import choosing, decoding
-    from fledge.models.kernels.ttt_attention import Launch
 
     ids = ("tokens", "parents", "choices", "nodes", "chosen", "accepted", "sources", "targets", "drafts", "out")
     others = dict.fromkeys(ids, "i64") | {"q": "fp32", "accept": "fp64", "choose": "fp64"}
@@ -191,9 +190,10 @@ def test_the_kernels_of_speculative_decoding_compile_for_a_hopper_gpu(dtype):
         ),
     ]
     for kernel, constants, num_warps in launches:
-        made = compiled(kernel, Launch(constants, num_warps, 3), dtype, others)
+        launch = {**constants, "num_warps": num_warps, "num_stages": 3}
+        made = compiled(kernel, launch, dtype, others)
         assert made.asm["cubin"], kernel
         assert made.metadata.shared <= 48 * 1024, kernel  # what a kernel has without asking for more
         # As for one sequence and one draft token: Triton takes a count of one as a constant.
         ones = {name: 1 for name in kernel.arg_names if name.startswith("num_") and name != "num_columns"}
-        assert compiled(kernel, Launch({**constants, **ones}, num_warps, 3), dtype, others).asm["cubin"], kernel
+        assert compiled(kernel, {**launch, **ones}, dtype, others).asm["cubin"], kernel

@@ -11,13 +11,8 @@ from builders import Run
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import Dtype
 from fledge.data_synthesis.states.transformers_engine import read_documents
-from fledge.models.verifier.model import (
-    Verifier,
-    VerifierWeights,
-    check_capture,
-    load_final_norm,
-    verifier_identity,
-)
+from fledge.models.verifier.model import Verifier, check_capture, load_final_norm
+from fledge.models.verifier.weights import VerifierWeights, verifier_identity
 from quantised import SCHEMES, quantise, quantise_in_float8_blocks, quantise_in_mxfp4, set_quantisation
 from safetensors.torch import load_file, save_file
 

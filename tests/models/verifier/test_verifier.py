@@ -16,16 +16,9 @@ from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.proposal import Tree
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.eval.decoding.verifier_cache import CachedVerifier
-from fledge.models.verifier.model import (
-    Verifier,
-    VerifierWeights,
-    check_capture,
-    load_config,
-    load_end_token_ids,
-    load_final_norm,
-    logit_transform,
-    verifier_identity,
-)
+from fledge.models.verifier.config import load_config, load_end_token_ids, logit_transform
+from fledge.models.verifier.model import Verifier, check_capture, load_final_norm
+from fledge.models.verifier.weights import VerifierWeights, verifier_identity
 from oracles import Oracle, TreeOracle
 from safetensors.torch import load_file, save_file
 
@@ -180,7 +173,8 @@ def test_a_hub_verifier_that_was_fetched_before_is_read_without_network(tmp_path
     shutil.copytree(tiny_verifier_folder, repository / "snapshots" / ("0" * 40))
     script = (
         "from fledge.conf.schema import Device, Dtype, VerifierConfig\n"
-        "from fledge.models.verifier.model import Verifier, VerifierWeights\n"
+        "from fledge.models.verifier.model import Verifier\n"
+        "from fledge.models.verifier.weights import VerifierWeights\n"
         "config = VerifierConfig('some/verifier', dtype=Dtype.float32, device=Device.cpu)\n"
         "Verifier.load(config)\n"
         "print(VerifierWeights(config).lm_head().shape)\n"

@@ -25,7 +25,7 @@ from fledge.data_synthesis.store.state_format import decode, encode_float8
 from fledge.data_synthesis.store.store import HiddenStateStore, write_index
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
-from fledge.models.verifier.model import load_config, special_token_ids
+from fledge.models.verifier.config import load_config, special_token_ids
 from fledge.train.data.packing import PackStream, Passes, pack
 from fledge.train.data.training_data import Batches, Split, TrainingData, answers_end
 from fledge.train.engine import learning_rate

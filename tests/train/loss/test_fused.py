@@ -5,7 +5,7 @@ import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.models.head import ttt_attention
 from fledge.models.head.ttt_attention import SplitAttention, TTTAttention
-from fledge.models.verifier.model import LogitTransform
+from fledge.models.verifier.config import LogitTransform
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss import unroll as ttt
 from fledge.train.loss.fused import SUMS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import make_batch, make_head, matrices
-from fledge.models.verifier.model import LogitTransform
+from fledge.models.verifier.config import LogitTransform
 from fledge.train.loss.fused import SUMS
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule, count_rows, find_targets, unroll

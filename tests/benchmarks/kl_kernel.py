@@ -1,6 +1,7 @@
 """The row-wise part of the KL loss in Triton: each row of logits is read twice and its gradient written over it.
 
-docs/fused_loss.md derives it; train/loss/fused.py has the same in PyTorch operations, `Chunk.compare`.
+docs/fused_loss.md derives it; train/loss/fused.py has the same in PyTorch operations, `Chunk.compare`. No run uses it
+until it has been measured: `python tests/benchmarks/training_step.py loss_kernel=true` does.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fledge.models.kernels.self_check import Figure
 from torch import Tensor
+
+GRADIENT = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # how far it may be off
 
 
 @triton.jit
@@ -57,13 +61,7 @@ BLOCK, NUM_WARPS = 2048, 8  # columns at a time; reckoned, not measured
 
 
 def kl_rows(
-    z: Tensor,
-    probabilities: Tensor,
-    targets: Tensor,
-    mass: Tensor,
-    entropy: Tensor,
-    top: Tensor,
-    block: int = BLOCK,
+    z: Tensor, probabilities: Tensor, targets: Tensor, mass: Tensor, entropy: Tensor, top: Tensor, block: int = BLOCK
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits into q - p, in place, which is the gradient of KL(p || q), and compare q with the verifier.
 
@@ -84,3 +82,35 @@ def kl_rows(
     with torch.cuda.device_of(z):
         kl_kernel[(len(z),)](*inputs, kl, overlap, hits, z.shape[1], block=block, num_warps=NUM_WARPS)
     return kl, overlap, hits
+
+
+def compare_kl(
+    width: int, dtype: torch.dtype, device: torch.device | str, num_rows: int = 24, block: int = 2048
+) -> dict[str, Figure]:
+    """Compare the row-wise part of the KL loss: KL, the overlap, the gradient, and rows whose greedy tokens differ.
+
+    The verifier's distributions are of 1.25 * width tokens, of which the draft knows the first.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(num_rows + 3, width + width // 4, generator=generator).to(device)
+    probabilities = logits.softmax(-1)[:, :width].contiguous()
+    wide = probabilities.double()
+    mass = wide.sum(-1)
+    p = wide / mass[:, None]
+    entropy, top = -torch.special.xlogy(p, p).sum(-1), p.argmax(-1)
+    targets = torch.randint(0, len(p), (num_rows,), generator=generator).to(device)
+    z = (logits[targets, :width] + torch.randn(num_rows, width, generator=generator).to(device)).to(dtype)
+    exact = z.double().requires_grad_()
+    q = exact.softmax(-1)
+    divergence = (torch.special.xlogy(p, p)[targets] - p[targets] * exact.log_softmax(-1)).sum(-1)
+    divergence.sum().backward()
+    overlap = torch.minimum(q, wide[targets]).sum(-1)
+    first = (z == z.amax(-1, keepdim=True)).int().argmax(-1)
+    kl, shared, hits = kl_rows(z, probabilities, targets, mass.float(), entropy.float(), top, block=block)
+    assert exact.grad is not None
+    return {
+        "KL": Figure(float((kl - divergence).detach().abs().max()), 1e-4),
+        "overlap": Figure(float((shared - overlap).detach().abs().max()), 1e-5),
+        "gradient": Figure(float((z - exact.grad).abs().max()), GRADIENT[dtype]),
+        "greedy tokens": Figure(float((hits != (first == top[targets])).sum()), 0),
+    }
