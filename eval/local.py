@@ -38,6 +38,8 @@ def answer_questions(
     if left:
         answerer = Answerer(config, Verifier.load(config.verifier, list(head.config.aux_layers)), head, reader)
         target.save(kernels=answerer.kernels.record)
+        names = ", ".join(answerer.drafters)  # a slow verifier takes minutes for its first question
+        print(f"evaluate: {len(left)} questions, by the verifier alone and by {names}", flush=True)
         progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
         for group in _groups(left, config.evaluate.batch_size):
             journal.append(answerer.answer(group))
@@ -67,9 +69,9 @@ class Answerer:
         embedding = weights.embedding().to(verifier.device, dtype)
         inputs = DrafterInputs(head, weights, embedding, options, rule, config.train.seed)
         names = DRAFTERS if options.baselines else (TRAINED,)
-        self._drafters = {name: DRAFTERS[name](inputs) for name in names}
+        self.drafters = {name: DRAFTERS[name](inputs) for name in names}
         self._alone = NoDraft()
-        drafters = [self._alone, *self._drafters.values()]
+        drafters = [self._alone, *self.drafters.values()]
         self._speculator = Speculator(verifier, drafters, rule, options.batch_size, options.cuda_graphs)
         self._reader = reader or QuestionReader(config)
         self._checked: set[bool] = set()  # with images, and without
@@ -117,7 +119,7 @@ class Answerer:
             }
             for request, own in zip(requests, alone, strict=True)
         ]
-        for name, drafter in self._drafters.items():
+        for name, drafter in self.drafters.items():
             if category == HELDOUT and name != TRAINED:
                 continue
             for answer, own, speculative in zip(answers, alone, self._speculator.decode(drafter), strict=True):
