@@ -53,7 +53,7 @@ clean:
 $(STAMP): pyproject.toml constraints.txt tests/tools/torchvision_on_cpu.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fledge needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	$(BIN)/python tests/tools/torchvision_on_cpu.py
 	touch $@

@@ -25,6 +25,7 @@ from .endpoint import Endpoint, Pool, RequestError, Slot
 from .verify_endpoint import EndpointVerifier, request_body
 
 _TICK_S = 0.1
+_MOST_FILES = 1 << 16  # open at a time
 _LOOK_S = 5.0  # between two looks for new servers
 _HOPELESS = 50  # conversations that fail before any is made: nothing more is tried
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.5, 30.0  # between the tries of a request, doubling
@@ -44,8 +45,9 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], log: AnswerLog)
     if first is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:  # connections are open files
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:  # connections are open files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     gc.freeze()  # the libraries are many objects, and none of them is ever to be collected
     grace = f"{config.synthesize.grace_s:.0f} s (synthesize.grace_s)"
     with deferred(lambda: f"{log.in_flight or 0} conversations in flight have {grace}") as signals:

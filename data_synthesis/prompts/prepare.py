@@ -94,7 +94,7 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
     if len(set(names)) < len(names):
         twice = f"data.sources: two are called {max(names, key=names.count)!r}"
         raise ValueError(f"{twice}, and their prompts' ids would clash: set the name of one")
-    made = made or {"sources": {}, "exclude": {}}
+    made = {"sources": {}, "exclude": {}, **(made or {})}
     unrelated = ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"]))
     options = {name: value for name, value in asdict(data).items() if name not in unrelated}
     sources = {}

@@ -104,11 +104,7 @@ def check_size(path: Path, entry: dict[str, Any]) -> None:
 
 
 class MappedShard:
-    """One file of a store, mapped; its header is compared with the manifest.
-
-    Attributes:
-        arrays: views of the file, read as they are used; bfloat16 as int16, float8 as uint8.
-    """
+    """One file of a store, mapped; its header is compared with the manifest."""
 
     def __init__(self, path: Path, entry: dict[str, Any]) -> None:
         self._path = path
@@ -116,23 +112,41 @@ class MappedShard:
         header = _header(path)
         if checksum(header) != entry["checksum"]:
             raise self._altered("the header")
-        described = json.loads(header[8:])
-        about = json.loads(described.pop("__metadata__")[ABOUT])
-        content = np.asarray(np.memmap(path, np.uint8, "c", len(header)))  # a copy of what is written to
-        self.arrays = {
-            name: content[slice(*of["data_offsets"])].view(_DTYPES[of["dtype"]]).reshape(of["shape"])
-            for name, of in described.items()
-        }
+        self._described = json.loads(header[8:])
+        about = json.loads(self._described.pop("__metadata__")[ABOUT])
         self._checksums = about["checksums"]
         self.image_records = {int(number): ImageRecord(**record) for number, record in about["image_records"].items()}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Return the arrays as tensors on the same memory; float8 as bytes, which every operation takes."""
-        import torch
+        """Views of the file, read as they are used; float8 as bytes, which every operation takes.
 
-        tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        return {name: t.view(torch.bfloat16) if t.dtype == torch.int16 else t for name, t in tensors.items()}
+        They keep no file open, of which a process may have a thousand: a store has more shards.
+        """
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in self._described}
+        except SafetensorError as error:
+            raise ValueError(f"{self._path} cannot be read as safetensors ({error}): {CURE}") from None
+        return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in tensors.items()}
+
+    @cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The same by numpy, without torch and with the file open; bfloat16 as int16, float8 as uint8."""
+        return self._map()
+
+    def _map(self) -> dict[str, Any]:
+        content = np.asarray(np.memmap(self._path, np.uint8, "r"))
+        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        return {
+            name: content[start + of["data_offsets"][0] : start + of["data_offsets"][1]]
+            .view(_DTYPES[of["dtype"]])
+            .reshape(of["shape"])
+            for name, of in self._described.items()
+        }
 
     @property
     def ids(self) -> list[str]:
@@ -141,7 +155,7 @@ class MappedShard:
 
     def verify(self) -> None:
         """Compare the checksum of every tensor."""
-        for name, array in self.arrays.items():
+        for name, array in self._map().items():
             if checksum(array) != self._checksums[name]:
                 raise self._altered(name)
 

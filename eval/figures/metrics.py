@@ -50,14 +50,15 @@ class Counts:
         num_positions = len(self.num_accepted_tokens_per_pos)
         if "num_drafts" not in answer:
             accepted = answer["accepted"]
-            by_position = [sum(number > position for number in accepted) for position in range(num_positions)]
+            depth = max(num_positions, *accepted, 0)
+            by_position = [sum(number > position for number in accepted) for position in range(depth)]
             sums = {"num_drafts": len(accepted), "num_draft_tokens": sum(answer["drafted"])}
             sums |= {"num_accepted_tokens": sum(accepted), "num_accepted_tokens_per_pos": by_position}
             answer = {**answer, **sums}
         by_position = answer["num_accepted_tokens_per_pos"]
         if any(by_position[num_positions:]):
             raise ValueError(
-                f"evaluate.num_draft_tokens must be what the server drafts a round: it accepted tokens at position "
+                f"evaluate.num_draft_tokens must be what is drafted a round: tokens were accepted at position "
                 f"{len(by_position)}, got {num_positions}"
             )
         for position, number in enumerate(by_position[:num_positions]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from signal import Signals
 from typing import Any
@@ -77,7 +77,9 @@ async def _cancelled_by_signal(work: Coroutine[Any, Any, None], signals: StopSig
     assert running is not None
 
     def cancel(_: Signals) -> None:
-        loop.call_soon_threadsafe(running.cancel)
+        if not running.cancelling():  # once: what is being closed is not interrupted
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(running.cancel)
 
     with listening(cancel):
         if signals.received:  # before anyone listened

@@ -84,7 +84,7 @@ def array_tasks(text: str) -> frozenset[int] | None:
         if match is None:
             return None
         first, last, step = match.groups()
-        tasks.update(range(int(first), int(last or first) + 1, int(step or 1)))
+        tasks.update(range(int(first), int(last or first) + 1, int(step or 1) or 1))
     return frozenset(tasks)
 
 

@@ -171,8 +171,8 @@ def test_a_store_is_shown_without_torch_which_takes_longer_to_import_than_all_el
     script = (
         "import sys; from fledge.conf.cli import main; main(['inspect', sys.argv[1]]); print('torch' in sys.modules)"
     )
-    done = run_command([sys.executable, "-c", script, "inspect", str(config.hidden_states_folder)])
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "False"), done.stderr
+    done = run_command([sys.executable, "-c", script, str(config.hidden_states_folder)])
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["False"]), done.stderr
     assert "⟦" in done.stdout
 
 

@@ -211,7 +211,7 @@ class Reporter:
 
 
 def tests(rehearse: bool) -> int:
-    """Run tests/test_gpu.py."""
+    """Run tests/models/kernels/test_gpu.py."""
     import pytest
 
     return int(pytest.main(["--noconftest", "-q", "-m", "gpu", str(TEST_GPU)], [Reporter()]))

@@ -1,4 +1,4 @@
-"""Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/support/device_calls.py < LAUNCHES`.
+"""Which GPU fledge and DeepSpeed take, on a machine without any: `python tests/train/device_calls.py < LAUNCHES`.
 
 A launch is the environments of its ranks and how many GPUs each of them sees. Its ranks are started, meet and make
 engines at the stages 2 and 3 of ZeRO (0 and 1 do as 2). Only what a driver would answer is made up, and DeepSpeed's

@@ -1,5 +1,6 @@
 """The hidden-state store and what the dump puts into it."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -88,6 +89,16 @@ def test_samples_read_back_as_they_were_written(finished):
         assert len(sample.input_ids) == len(sample.loss_mask) == len(sample.aux_hidden_states) == store.lengths[index]
         assert sample.aux_hidden_states.shape[1] == 3 * manifest["settings"]["verifier"]["hidden_size"]
         assert sample.loss_mask.any()
+
+
+def test_a_store_of_more_shards_than_files_may_be_open_is_read(finished):
+    store = HiddenStateStore(finished.path / "hidden_states")
+    opened = len(os.listdir("/proc/self/fd"))
+    store.verify()
+    samples = [store[index] for index in range(len(store))]
+    assert not any(store.not_finite(number) for number in range(len(store.entries)))
+    assert len(samples[-1].aux_hidden_states)
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_write_shard_leaves_no_temporary_file_and_tells_its_size(tmp_path):

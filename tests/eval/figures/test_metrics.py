@@ -55,11 +55,10 @@ def test_a_tree_is_counted_by_depth_and_its_nodes_are_draft_tokens():
     assert told["num_accepted_tokens_per_pos"] == [2, 2, 2, 2, 1]
 
 
-def test_a_server_that_drafts_more_than_it_was_said_to_is_named():
-    with pytest.raises(
-        ValueError, match=r"evaluate\.num_draft_tokens must be what the server drafts .* position 3, got 2"
-    ):
-        count([summed([3])], NAME, 2)
+@pytest.mark.parametrize("form", [summed, record])
+def test_a_record_of_more_draft_tokens_than_are_evaluated_is_refused(form):
+    with pytest.raises(ValueError, match=r"evaluate\.num_draft_tokens must be what is drafted .* position 3, got 2"):
+        count([form([3])], NAME, 2)
 
 
 def test_micro_weighs_rounds_and_macro_questions_that_had_any():
