@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_step
+from fledge.conf.schema import DeepSpeedConfig, TrainConfig
 from fledge.slurm.plan import memory as training_memory
 from fledge.slurm.plan.memory import TrainingShape
 
@@ -74,17 +75,14 @@ def test_the_memory_of_a_step_on_a_gpu_is_what_the_plan_says(run_fake, monkeypat
     monkeypatch.setattr(training_memory, "_norm", lambda _: 8)  # torch for the CPU has no fused norm: twice float32
     for arguments, result in zip(LARGE, run_fake("step", *LARGE), strict=True):
         options = training_step.parse(arguments.split())
-        shape = TrainingShape(
-            training_step.head_config(options),
-            torch.bfloat16,
-            options.ttt_steps,
-            options.seq_len,
-            options.counted_share,
-            micro_batches=1,
-            ranks=1,
-            zero_stage=0,
-            recompute=options.recompute,
+        train = TrainConfig(
+            ttt_steps=options.ttt_steps,
+            batch_tokens=options.seq_len,
+            checkpoint_activations=options.recompute,
+            packs_per_step=1,
         )
+        head = training_step.head_config(options)
+        shape = TrainingShape(head, train, DeepSpeedConfig(zero_stage=0), options.counted_share, ranks=1)
         phases = training_memory.training_memory(shape)
         others = ("Adam's two moments", "DeepSpeed's bucket")
         foreseen = max(
