@@ -39,7 +39,7 @@ COMMANDS = {
     "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
     "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
     "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
-    "demo": ("fledge.conf.runtime.launch:run", "run with experiment=demo: a small verifier made on this machine"),
+    "demo": ("fledge.conf.runtime.launch:run", "run with experiment=demo: a small verifier that comes with fledge"),
 }
 
 PRINTING = ("compare", "doctor", "preview", "inspect", "plan", "status")  # end when nobody reads them; others go on

@@ -1,1 +1,1 @@
-"""A small verifier with its own corpus, made on this machine."""
+"""A small verifier whose checkpoint, prompts, questions and training conversations are files of this package."""
