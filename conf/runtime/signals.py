@@ -147,10 +147,10 @@ def deferred(waits: str | Callable[[], str], then_stop: bool = True) -> Iterator
     """Let no signal end the command in here: the body looks at `received`, or is short.
 
     Args:
-        waits: says what the command does before it ends, in a clause.
+        waits: says what the command does before it ends, in a clause; of nested ones the outermost is said.
         then_stop: end the command afterwards, if a signal has come.
     """
-    outer, _this.waits = _this.waits, waits
+    outer, _this.waits = _this.waits, _this.waits or waits
     try:
         yield _this
     finally:

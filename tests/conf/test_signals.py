@@ -393,6 +393,20 @@ def test_a_second_interrupt_ends_at_once_what_the_first_let_finish(tmp_path):
     assert "received again: it ends at once" in said
 
 
+def test_what_an_outer_part_of_a_command_waits_for_is_said_while_an_inner_one_is_at_work(tmp_path):
+    code = (
+        "import time; from fledge.conf.runtime.signals import answered, deferred\n"
+        "with answered('x'), deferred('it ends after all answers'), deferred('it writes a record'):\n"
+        "    print('begins', flush=True); time.sleep(600)"
+    )
+    started = Started([sys.executable, "-c", code], tmp_path)
+    started.wait(lambda: "begins" in started.said)
+    started.process.send_signal(signal.SIGTERM)
+    started.wait(lambda: "x: SIGTERM received: it ends after all answers" in started.said)
+    time.sleep(1.2)
+    assert started.stop(signal.SIGINT)[0] == 130
+
+
 HOLDS = """
 import sys, time
 from pathlib import Path
