@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Many tests wait for another process: a third worker uses two cores well.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
 VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 
-.PHONY: demo test test-gpu test-serving test-slurm lint types clean
+.PHONY: demo test test-all test-gpu test-serving test-slurm lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
@@ -14,7 +16,11 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MAKE) types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	$(TESTS)
+
+# The tests marked `slow` too: larger shapes, more ranks and the kernels' whole interpreter run. Before a release.
+test-all: $(STAMP)
+	$(TESTS) -m 'not serving and not gpu and not slurm'
 
 # A real vLLM on the CPU and the speculators library, in an environment of their own (3.8 GB), kept in the user's cache.
 # torch's CPU build is on PyTorch's own index: where pip does not know it, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from builders import SMALL_DECODER, Run, conversation_record, conversations_run, save_byte_tokenizer
+from commands import popen
 from fledge.conf.cli import COMMANDS
 from fledge.conf.runtime.artifact import MANIFEST, artifact, read_manifest
 from fledge.conf.runtime.journal import read_journal
@@ -88,13 +89,16 @@ def slow(tmp_path: Path, whole: Run) -> Run:
 
 
 class Started:
-    """A command at work, and what it says."""
+    """A command at work, and what it says; `cold`: started by Python itself."""
 
-    def __init__(self, command: Sequence[str], folder: Path, rank: int = 0, **variables: str) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, rank: int = 0, cold: bool = False, **variables: str
+    ) -> None:
         self._path = folder / f"said-{rank}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
         with open(self._path, "w") as file:
-            self.process = subprocess.Popen(list(command), stdout=file, stderr=subprocess.STDOUT, env=environment)
+            start = subprocess.Popen if cold else popen
+            self.process = start(list(command), stdout=file, stderr=subprocess.STDOUT, env=environment)
 
     @property
     def said(self) -> str:
@@ -272,7 +276,7 @@ def test_a_signal_while_tokenising_keeps_what_the_open_shard_has(slow_verifier, 
     ]
     run = Run(tmp_path, slow_verifier, options=options)
     store = made.hidden_states_folder
-    dump = Started(run.command("dump"), tmp_path)
+    dump = Started(run.command("dump"), tmp_path, cold=workers > 0)  # which forks by a server of its own
     dump.wait(lambda: (store / MANIFEST).exists() and "verifier_path" in (store / MANIFEST).read_text())
     time.sleep(1)
     code, said = dump.stop(signal.SIGTERM)
@@ -329,7 +333,7 @@ def test_a_signal_ends_an_evaluation_by_a_server_which_asks_nothing_twice(run, t
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
 def test_every_command_answers_from_its_start(tmp_path, command):
     options = ["experiment=demo", "name=x", f"runs_dir={tmp_path}"]
-    started = Started([sys.executable, "-m", "fledge", command, *options], tmp_path)
+    started = Started([sys.executable, "-m", "fledge", command, *options], tmp_path, cold=True)
     started.wait(lambda: started.answers(signal.SIGUSR1))
     code, said = started.stop(signal.SIGUSR1)
     assert code == 75, said

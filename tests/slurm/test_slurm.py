@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from builders import composed, copy_until_dump
-from commands import run_command
+from commands import popen, run_command
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import RankInfo
 from fledge.conf.schema import (
@@ -469,7 +469,7 @@ def test_a_signal_stops_a_stage_with_everything_saved(stage, finished, run):
         shutil.copytree(finished.path / "training", run.path / "training")
     options = {"dump": ["dump.shard_tokens=60", "dump.batch_tokens=64"], "evaluate": ["evaluate.max_tokens=64"]}[stage]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(run.command(stage, *options), stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with popen(run.command(stage, *options), stderr=subprocess.PIPE, text=True, env=environment) as process:
         while not any(path.stat().st_size for path in run.path.glob(grows)):
             assert process.poll() is None
             time.sleep(0.002)

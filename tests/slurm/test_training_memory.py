@@ -101,7 +101,11 @@ def measured(spec: Spec, ranks: int, folder: Path) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident size is read from /proc")
-@pytest.mark.parametrize(("ranks", "spec"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    ("ranks", "spec"),
+    [pytest.param(*case, marks=[] if "ZeRO 2" in name else pytest.mark.slow) for name, case in SHAPES.items()],
+    ids=SHAPES.keys(),
+)
 def test_the_peak_of_training_is_foreseen_within_a_tenth(ranks, spec, tiny_verifier_folder, tmp_path):
     small = Spec(dtype=spec.dtype, zero_stage=spec.zero_stage, packs_per_step=ranks)
     prepare(small, tmp_path / "small", str(tiny_verifier_folder))

@@ -29,7 +29,7 @@ from fledge.conf.runtime import launch
 from hydra.core.global_hydra import GlobalHydra
 
 _FORKED = [sys.executable, "-m", "fledge"]
-_AT_IMPORT = ("OMP_", "GOMP_", "MKL_", "HF_", "TRITON_", "CUDA_", "TRANSFORMERS_", "TORCH", "PYTHON", "LD_", "HOME")
+_AT_IMPORT = ("OMP_", "GOMP_", "MKL_", "HF_", "TRITON_", "CUDA_", "TRANSFORMERS_", "TORCH", "PYTHONPATH", "LD_", "HOME")
 _IMPORTED = (
     "conf.cli",
     "data_synthesis.dump",
@@ -223,9 +223,10 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     GlobalHydra.instance().clear()
+    unbuffered = bool(environment.get("PYTHONUNBUFFERED"))
     sys.stdin, sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, mode, closefd=False), write_through=through)
-        for number, mode, through in ((0, "r", False), (1, "w", False), (2, "w", True))
+        for number, mode, through in ((0, "r", False), (1, "w", unbuffered), (2, "w", True))
     )
     os.environ.clear()
     os.environ.update(environment)

@@ -12,7 +12,7 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two_ranks"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "two_ranks"])
 def runs(request):
     """Give what engine_runs.py found, by form: of each rank a run with steps that are not finite, and without."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]

@@ -47,7 +47,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_else(finis
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("zero_stage", "processes"), [(2, (1, 2)), (3, (2, 1))])
+@pytest.mark.parametrize(("zero_stage", "processes"), [pytest.param(2, (1, 2), marks=pytest.mark.slow), (3, (2, 1))])
 def test_training_moves_to_another_number_of_processes(finished, run, tmp_path, zero_stage, processes):
     copy_until_dump(finished, run)
     options = [f"deepspeed.zero_stage={zero_stage}", "train.packs_per_step=2"]
@@ -174,7 +174,7 @@ def test_another_measure_of_held_out_acceptance_makes_the_best_checkpoint_anew(f
 def test_a_signal_before_the_first_step_asks_for_another_start(finished, run):
     copy_until_dump(finished, run)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run.command("train"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process = popen(run.command("train"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     while not (run.path / "training" / "manifest.json").exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGUSR1)
@@ -187,7 +187,7 @@ def test_several_processes_started_by_run_stop_together_with_their_own_exit_code
     options = ["train.num_processes=2", "train.packs_per_step=2", "train.log_every=1"]
     assert "multiple of train.num_processes=2, got 3" in run("run", *options, "train.packs_per_step=3", code=2).stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run.command("run", *options), stdout=subprocess.PIPE, text=True, env=environment)
+    process = popen(run.command("run", *options), stdout=subprocess.PIPE, text=True, env=environment)
     while len(metrics_of(run)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)

@@ -163,6 +163,7 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
     }
 
 
+@pytest.mark.slow
 def test_deepspeed_takes_the_gpu_that_fledge_trains_on_in_every_launch():
     cases = launches()
     given = {name: case[:2] for name, case in cases.items()}

@@ -19,6 +19,7 @@ from builders import (
     metrics_of,
     write_store,
 )
+from commands import popen
 from fledge.models.formats.plain import load_head
 from fledge.models.head.draft_head import of_width
 from fledge.models.verifier.weights import VerifierWeights
@@ -84,7 +85,7 @@ def test_processes_that_read_a_mix_change_nothing_and_end_with_a_killed_trainer(
     options = [mix, "train.batch_tokens=128", "train.save_every=12"]
     run("train", *options, "train.data_workers=0")
     killed = Run(tmp_path / "killed", run.verifier)
-    training = subprocess.Popen(  # whose helper processes are counted
+    training = popen(  # whose helper processes are counted
         killed.command("train", *options, "train.data_workers=2"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -124,7 +125,10 @@ def alone(finished, tmp_path_factory) -> list[dict]:
     return metrics_of(run)
 
 
-@pytest.mark.parametrize(("zero_stage", "processes"), [(1, 2), (2, 4), (3, 2)])
+@pytest.mark.parametrize(
+    ("zero_stage", "processes"),
+    [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow), (3, 2)],
+)
 def test_processes_give_the_curve_of_one_that_accumulates(finished, run, alone, zero_stage, processes):
     copy_until_dump(finished, run)
     run("train", *SPREAD, f"deepspeed.zero_stage={zero_stage}", processes=processes)

@@ -228,6 +228,7 @@ def test_interleaved_rotation_is_measured(tmp_path, trained, config, texts, chan
     assert torch.equal(head.layers[0].self_attn.k_proj.weight, trained.layers[0].self_attn.k_proj.weight)
 
 
+@pytest.mark.slow
 def test_the_command_names_interleaved_rotation_and_its_cure(tmp_path, trained, config):
     save_head(tmp_path, trained, {}, torch.float32)
     in_pairs(tmp_path, trained.config.head_dim)
@@ -262,6 +263,7 @@ def test_the_command_names_the_form_and_a_second_run_finds_nothing(tmp_path, tra
     assert "The weights were trained for: as configured." in report(diagnosis)
 
 
+@pytest.mark.slow
 def test_an_unusual_numbering_is_no_finding_where_the_weights_were_trained_for_it(tmp_path, trained_run, config):
     run = Run(tmp_path, trained_run.verifier, options=trained_run.options)
     shutil.copytree(trained_run.path / "conversations", run.path / "conversations")

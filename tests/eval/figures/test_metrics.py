@@ -89,7 +89,7 @@ def test_rounds_drawn_one_by_one_would_give_intervals_that_are_too_narrow():
     assert held / 200 < 0.8
 
 
-@pytest.mark.parametrize("number", [80, 10])
+@pytest.mark.parametrize("number", [pytest.param(80, marks=pytest.mark.slow), 10])
 def test_95_of_100_paired_intervals_hold_the_difference_and_are_narrower_than_two_single_ones(number):
     generator = np.random.default_rng(4)
 

@@ -6,7 +6,6 @@ Not in bfloat16, with which the interpreter computes as if it were integers.
 import pytest
 import torch
 from decoding_twins import (
-    SHAPES,
     Loop,
 )
 from fledge.conf.schema import DraftSampling
@@ -101,7 +100,9 @@ def test_the_way_is_the_twins_and_its_slots_come_together_as_by_the_twin(make, n
         assert count_other_slots(nodes, heads, head_dim, dtype) == 0
 
 
-LOOPS = [(shape, name) for shape in SHAPES for name in ("greedy", "warm", "cut")] + [("chain", "drawn")]
+QUICK = [("chain", "greedy"), ("tree", "warm")]
+OTHERS = [("chain", "warm"), ("chain", "cut"), ("chain", "drawn"), ("tree", "greedy"), ("tree", "cut")]
+LOOPS = [*QUICK, *(pytest.param(*loop, marks=pytest.mark.slow) for loop in OTHERS)]
 
 
 @pytest.mark.parametrize(("shape", "name"), LOOPS)

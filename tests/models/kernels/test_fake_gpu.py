@@ -71,6 +71,7 @@ def test_attention_keeps_nothing_of_the_size_of_all_rows_squared(run_fake):
 LARGE = ["preset=maverick seq_len=1024 recompute=true", "preset=llama31_8b seq_len=1024 documents=3 counted_share=0.6"]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_on_a_gpu_is_what_the_plan_says(run_fake, monkeypatch):
     monkeypatch.setattr(training_memory, "_norm", lambda _: 8)  # torch for the CPU has no fused norm: twice float32
     for arguments, result in zip(LARGE, run_fake("step", *LARGE), strict=True):
@@ -98,6 +99,7 @@ def test_a_round_of_decoding_stays_on_its_gpu_and_waits_once(run_fake):
         assert bool(result["launched"]) == result["kernels"]
 
 
+@pytest.mark.slow
 def test_a_dump_copies_by_pinned_memory_and_waits_once_a_batch(run_fake):
     for result in run_fake("dump"):
         assert set(result["waits"]) == {"synchronize", "value"}

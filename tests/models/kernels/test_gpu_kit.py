@@ -79,6 +79,7 @@ def test_the_kit_says_first_that_there_is_no_gpu(bare):
     assert len(said) == 3
 
 
+@pytest.mark.slow
 def test_the_kits_rehearsal_runs_every_part_on_a_bare_machine(bare):
     done = run(bare, "tests/tools/gpu_kit.py", "--rehearse")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

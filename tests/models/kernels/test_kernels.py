@@ -16,10 +16,11 @@ from fledge.models.kernels.self_check import Check, Figure, check_kernels, requi
 pytest.importorskip("triton")  # has no wheels beside Linux
 
 
-def test_the_kernels_equal_their_plain_twins_in_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_equal_their_plain_twins_in_the_interpreter(which):
     tests = Path(__file__).parent
     files = [str(tests / f"interpreted_{name}.py") for name in ("kernels", "decoding", "self_check")]
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-m", "", *files]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-m", which, *files]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tests.parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
