@@ -1,7 +1,5 @@
 """The `fledge` command: `fledge COMMAND [overrides]`, configured by Hydra."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """`fledge status RUN`: where a submitted run stands, by Slurm, the events of its jobs, and its artifacts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +52,7 @@ def status(config: Config) -> None:
 
 
 def find_run(config: Config) -> Path:
-    """Return the folder of the run that `status.run` names, by path or name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the folder of the run that `status.run` names, by path or name; ValueError if there is none."""
     run = config.status.run
     folders = [Path(run), Path(config.runs_dir) / run] if run else [config.run_folder]
     for folder in folders:
@@ -147,7 +141,6 @@ def _stage_line(stage: str, tasks: list[TaskStatus], complete: bool, progress: s
 
 
 def _tail(task: TaskStatus, lines: int) -> str:
-    """Return the last lines of a log."""
     if not task.log.is_file():
         return f"{task.name} {task.state}, no log in {task.log}\n"
     with open(task.log, "rb") as file:

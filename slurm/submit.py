@@ -4,8 +4,6 @@ Everything of a submission is in runs/NAME/jobs/N/: job files, `frozen.yaml`, `c
 (`events/`, `servers/`, `restarts/`), and `submission.json`, which names the jobs.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
@@ -98,11 +96,7 @@ def _refuse_if_queued(run_folder: Path) -> None:
 
 
 def check_cluster(config: Config) -> None:
-    """Check that jobs can do what the options ask of them.
-
-    Raises:
-        ValueError: names the option.
-    """
+    """Check that jobs can do what the options ask of them; ValueError names the option."""
     cluster, train = config.cluster, config.train
     require(
         "evaluate" not in config.submit.stages or not config.evaluate.lacks_server,

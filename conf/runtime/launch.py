@@ -1,7 +1,5 @@
 """`fledge run`: every stage in order, each in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -79,10 +77,7 @@ def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> 
 def environments(num_processes: int, node: RankInfo | None = None) -> list[dict[str, str] | None]:
     """Return the environment of each process; several find each other by what torchrun would set.
 
-    (torchrun itself turns every exit code into 1 and dies of SIGUSR1.)
-
-    Args:
-        node: rank of this node's launcher among those of all nodes; None: it is the only one.
+    (torchrun itself turns every exit code into 1 and dies of SIGUSR1.) `node` is this node's launcher among several.
     """
     node = node or RankInfo()
     if num_processes * node.world == 1:

@@ -1,7 +1,5 @@
 """Standard output and error whose reader may leave (`| head`, a log's pipe that has ended)."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Copies of configuration and code next to the jobs, as they were when these were submitted."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

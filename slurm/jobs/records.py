@@ -1,7 +1,5 @@
 """Files of a submission in its folder, runs/NAME/jobs/N/: the jobs it made, their logs and events."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

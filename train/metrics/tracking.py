@@ -23,8 +23,6 @@
 All but the last two are of the steps since the last log (`train/lr`, `train/grad_norm`: of the last step).
 """  # noqa: E501
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
