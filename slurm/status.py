@@ -8,9 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..conf.schema import STAGES, Config
-from .jobs.freeze import FROZEN
 from .jobs.queue import HELD, QUEUED, JobState, job_states
-from .jobs.records import JobRecord, read_events, read_submission, submissions
+from .jobs.records import FROZEN, JobRecord, read_events, read_submission, submissions
 from .jobs.render import stage_before
 from .jobs.stage_progress import stage_progress
 

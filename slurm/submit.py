@@ -14,9 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from ..conf.runtime.artifact import write_atomic
 from ..conf.schema import STAGES, Config, ContainerKind, JobConfig, ServerConfig, ServerKind, require
-from .jobs.freeze import freeze
 from .jobs.queue import cancel, has_slurm, job_states, submit_file
-from .jobs.records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
+from .jobs.records import JOBS, LOGS, JobRecord, freeze, read_submission, submissions, write_submission
 from .jobs.render import SERVER, TEMPLATES, Job, mounted_paths, render_jobs, served_model, server_copies, stage_before
 from .plan.verifier_shape import planned_head
 

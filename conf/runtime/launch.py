@@ -82,16 +82,11 @@ def environments(num_processes: int, node: RankInfo | None = None) -> list[dict[
     node = node or RankInfo()
     if num_processes * node.world == 1:
         return [None]
-    shared = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
-        **os.environ,
-        "WORLD_SIZE": str(num_processes * node.world),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": node.address,
-        "MASTER_PORT": str(node.port or _free_port()),
-    }
-    first = node.rank * num_processes
-    return [{**shared, "RANK": str(first + rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    shared = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)), **os.environ}
+    world, first = num_processes * node.world, num_processes * node.rank
+    meeting = num_processes, node.address, node.port or _free_port()
+    ranks = [RankInfo(first + number, world, number, *meeting) for number in range(num_processes)]
+    return [shared | rank.environment() for rank in ranks]
 
 
 def _free_port() -> int:

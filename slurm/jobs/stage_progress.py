@@ -76,8 +76,6 @@ def _steps(folder: Path, options: dict[str, Any]) -> str:
 
 def _questions(folder: Path) -> str:
     length = _read(folder / "acceptance.json").get("acceptance_length") if _is_complete(folder) else None
-    return (
-        f"acceptance length {length:.2f}"
-        if length
-        else _of(_lines(folder / "questions.jsonl"), 0, "questions answered")
-    )
+    if length:
+        return f"acceptance length {length:.2f}"
+    return _of(_lines(folder / "questions.jsonl"), 0, "questions answered")
