@@ -61,7 +61,7 @@ def json_line(record: dict[str, Any]) -> bytes:
     line = json.dumps(record, ensure_ascii=False)
     for separator in ("\x85", "\u2028", "\u2029"):
         line = line.replace(separator, f"\\u{ord(separator):04x}")
-    return line.encode() + b"\n"
+    return line.encode() + b"\n"  # UnicodeEncodeError if a text is not valid UTF-8
 
 
 class Journal:
