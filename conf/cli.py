@@ -1,7 +1,5 @@
 """The `fledge` command: `fledge COMMAND [overrides]`, configured by Hydra."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os
@@ -158,7 +156,10 @@ def run_command(command: str, overrides: list[str]) -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
-    sys.argv = [f"fledge {command}", *_with_free_names(overrides)]
+    # Names that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`, are added.
+    free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
+    overrides = [f"++{override}" if override.startswith(free) else override for override in overrides]
+    sys.argv = [f"fledge {command}", *overrides]
 
     def task(composed: Any) -> None:
         try:  # in here: Hydra would print the overrides first
@@ -182,12 +183,6 @@ def run_command(command: str, overrides: list[str]) -> None:
         if show_traceback:
             raise
         fail(explain(error))
-
-
-def _with_free_names(overrides: list[str]) -> list[str]:
-    """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`."""
-    free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
-    return [f"++{override}" if override.startswith(free) else override for override in overrides]
 
 
 def _free_options(kind: type, prefix: str = "") -> Iterator[str]:

@@ -1,7 +1,5 @@
 """`fledge status RUN`: where a submitted run stands, by Slurm, the events of its jobs, and its artifacts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..conf.schema import STAGES, Config
-from .jobs.freeze import FROZEN
 from .jobs.queue import HELD, QUEUED, JobState, job_states
-from .jobs.records import JobRecord, read_events, read_submission, submissions
+from .jobs.records import FROZEN, JobRecord, read_events, read_submission, submissions
 from .jobs.render import stage_before
 from .jobs.stage_progress import stage_progress
 
@@ -54,11 +51,7 @@ def status(config: Config) -> None:
 
 
 def find_run(config: Config) -> Path:
-    """Return the folder of the run that `status.run` names, by path or name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the folder of the run that `status.run` names, by path or name; ValueError if there is none."""
     run = config.status.run
     folders = [Path(run), Path(config.runs_dir) / run] if run else [config.run_folder]
     for folder in folders:
@@ -147,7 +140,6 @@ def _stage_line(stage: str, tasks: list[TaskStatus], complete: bool, progress: s
 
 
 def _tail(task: TaskStatus, lines: int) -> str:
-    """Return the last lines of a log."""
     if not task.log.is_file():
         return f"{task.name} {task.state}, no log in {task.log}\n"
     with open(task.log, "rb") as file:

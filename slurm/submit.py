@@ -4,8 +4,6 @@ Everything of a submission is in runs/NAME/jobs/N/: job files, `frozen.yaml`, `c
 (`events/`, `servers/`, `restarts/`), and `submission.json`, which names the jobs.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
@@ -16,9 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from ..conf.runtime.artifact import write_atomic
 from ..conf.schema import STAGES, Config, ContainerKind, JobConfig, ServerConfig, ServerKind, require
-from .jobs.freeze import freeze
 from .jobs.queue import cancel, has_slurm, job_states, submit_file
-from .jobs.records import JOBS, LOGS, JobRecord, read_submission, submissions, write_submission
+from .jobs.records import JOBS, LOGS, JobRecord, freeze, read_submission, submissions, write_submission
 from .jobs.render import SERVER, TEMPLATES, Job, mounted_paths, render_jobs, served_model, server_copies, stage_before
 from .plan.verifier_shape import planned_head
 
@@ -98,11 +95,7 @@ def _refuse_if_queued(run_folder: Path) -> None:
 
 
 def check_cluster(config: Config) -> None:
-    """Check that jobs can do what the options ask of them.
-
-    Raises:
-        ValueError: names the option.
-    """
+    """Check that jobs can do what the options ask of them; ValueError names the option."""
     cluster, train = config.cluster, config.train
     require(
         "evaluate" not in config.submit.stages or not config.evaluate.lacks_server,

@@ -5,8 +5,6 @@ checkpoints/
   latest, best    name the newest and the one with the longest held-out acceptance length, in a line of text
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -58,12 +56,8 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoints/step-<n> on all ranks; it appears under its name only when it is whole.
 
-    Args:
-        record: the head's (`fledge.json`), but for what the state knows.
-        keep: how many of the newest checkpoints stay, next to the best.
-
-    Raises:
-        ValueError: it cannot be written, or the ranks' folders differ; the checkpoints before it are as they were.
+    `record` is the head's (`fledge.json`), but for what the state knows; the `keep` newest stay, next to the best.
+    ValueError if it cannot be written, or the ranks' folders differ: the checkpoints before it are as they were.
     """
     saving = folder / _SAVING
     try:

@@ -1,7 +1,5 @@
 """DeepSpeed: its configuration, the learning rate it is given, and the end of a micro-batch."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

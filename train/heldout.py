@@ -9,8 +9,6 @@ there is expected to accept sum_k alpha_0 ... alpha_k. The mean over rows is an 
 high one: rounds begin more often where drafts are rejected, and the text is the verifier's greedy one, not a sample.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
@@ -50,10 +48,9 @@ def acceptance(
 ) -> tuple[Tensor, Tensor]:
     """Return what would be accepted from each row of a batch.
 
-    Returns:
-        How many draft tokens in a row equal the text after it (int64 [T]), and the probability that at temperature 1
-        a draft token and all before it are accepted (float32 [T, num_draft_tokens]). Both are 0 for rows from which no
-        decoding starts, and for draft tokens beyond the answer's end.
+    That is how many draft tokens in a row equal the text after it (int64 [T]), and the probability that at temperature
+    1 a draft token and all before it are accepted (float32 [T, num_draft_tokens]). Both are 0 for rows from which no
+    decoding starts, and for draft tokens beyond the answer's end.
     """
     head, rows = module.head, batch.useful_rows(num_draft_tokens)
     job = module.job(batch, rows, verifier_lm_head)

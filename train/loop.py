@@ -1,7 +1,5 @@
 """The training loop, and the optimizer step it repeats; setup.py builds what they work with."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys
@@ -128,11 +126,7 @@ class Trainer:
         return sums
 
     def _skip(self, packs: list[PackedBatch], losses: list[Tensor]) -> None:
-        """Count a step without an update and name the samples whose loss was not finite.
-
-        Raises:
-            ValueError: too many such steps in a row.
-        """
+        """Count a step without an update, name the samples whose loss was not finite; ValueError if too often."""
         state, here = self.state, [pack for pack, loss in zip(packs, losses, strict=True) if not loss.isfinite()]
         gathered = self.ranks.gather([name for pack in here for name in pack.non_finite_samples()])
         names = list(itertools.chain.from_iterable(gathered))
@@ -149,7 +143,6 @@ class Trainer:
             )
 
     def _to_device(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
-        """Return a batch on this rank's device, with its states."""
         batch = batch.to(self.ranks.device, self.embedding.dtype, ttt_steps)
         return self.online.fill(batch) if self.online else batch
 
@@ -165,7 +158,6 @@ class Trainer:
         }
 
     def _metrics(self) -> dict[str, float]:
-        """Return the metrics of the steps since the last log."""
         metrics = self.meter.read() | {"train/lr": self.engine.optimizer.param_groups[0]["lr"]}
         norm = self.engine.get_global_grad_norm()
         if norm is not None and math.isfinite(norm):  # None at stage 0 in float32

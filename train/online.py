@@ -1,7 +1,5 @@
 """Online training: the frozen verifier reads every packed batch next to the trainer, and nothing touches the disk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,11 +22,9 @@ def load_verifier(config: VerifierConfig, aux_layers: Sequence[int], gpus: range
 
 
 class OnlineStates:
-    """Fills batches with the hidden states of the verifier of an online run.
+    """Fills batches with the hidden states of the verifier of an online run, `batch_tokens` a forward with padding.
 
-    Args:
-        batch_tokens: of one forward, padding included.
-        dtype: of the states that training sees; they are rounded to the verifier's first, as in a store.
+    The states that training sees are rounded to the verifier's dtype, as in a store, then to `dtype`.
     """
 
     def __init__(self, verifier: Verifier, batch_tokens: int, dtype: torch.dtype) -> None:

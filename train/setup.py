@@ -1,7 +1,5 @@
 """The train stage: a draft head trained by DeepSpeed from the hidden-state store, or next to the verifier."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import sys

@@ -1,7 +1,5 @@
 """Folders that stages hand to each other: manifests, atomic files, locks, and the rule for making one anew."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -31,10 +29,8 @@ _COMMANDS |= dict.fromkeys(("prompts", "conversations"), "synthesize")
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(temporary)
     commit(temporary, path)
 
 
@@ -71,11 +67,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_manifest(folder: Path, kind: str, unfinished: bool = False) -> dict[str, Any]:
-    """Read the manifest of an artifact that is complete, or may be `unfinished`.
-
-    Raises:
-        ValueError: the folder is missing, holds something else, or is not finished.
-    """
+    """Read the manifest of an artifact that is complete, or may be `unfinished`; ValueError if there is none."""
     path, command = folder / MANIFEST, f"fledge {_COMMANDS.get(kind, kind)}"
     if not path.is_file():
         raise ValueError(f"{folder} holds no {kind} ({MANIFEST} is missing): run `{command}` first")
@@ -136,13 +128,8 @@ def artifact(
 ) -> Iterator[Artifact]:
     """Open an artifact folder for writing, alone; what an earlier start with the same settings left is kept.
 
-    Args:
-        settings: everything that determines the content, JSON-able, inputs' digests included.
-        overwrite: delete an artifact that was made with other settings instead of refusing.
-        wait: for another process that writes the folder, instead of refusing.
-
-    Raises:
-        ValueError: another process writes the folder, it was made with other settings, or it is not an artifact.
+    `settings` are all that determines the content, JSON-able, inputs' digests included. ValueError if it was made with
+    others (unless `overwrite`: it is deleted), another process writes it (unless `wait`), or it is no artifact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cure = None if wait else "wait for it or choose another name"
@@ -154,12 +141,7 @@ def artifact(
 def held(path: Path, what: str, cure: str | None = None) -> Iterator[None]:
     """Hold a lock, alone. A file next to it says who does, and whether that process is asked to stop.
 
-    Args:
-        what: said before `another process`.
-        cure: said if another holds it; None: that is waited for.
-
-    Raises:
-        ValueError: another process holds it.
+    If another process holds it, raise ValueError, `what` before and `cure` after its name; without a cure, wait.
     """
     lock, about = FileLock(path, timeout=0), path.with_name(path.name + _HOLDER)
     try:

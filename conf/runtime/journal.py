@@ -1,7 +1,5 @@
 """An append-only file of records: one JSON object a line, keyed by id, that survives being killed at any moment."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -11,15 +9,11 @@ from typing import Any
 
 from .signals import deferred
 
-Check = Callable[[dict[str, Any]], "str | None"]  # says what is wrong with a record, or None
+Check = Callable[[dict[str, Any]], str | None]  # says what is wrong with a record, or None
 
 
 def read_journal(path: Path, check: Check | None = None, unfinished: bool = False) -> Iterator[dict[str, Any]]:
-    """Read the records of a journal; of an `unfinished` one, up to a last line that is still being written.
-
-    Raises:
-        ValueError: a line is malformed, named by file and number.
-    """
+    """Read the records of a journal; of an `unfinished` one, up to a last line that is still being written."""
     return (record for _, _, record in read_journal_lines(path, check, unfinished))
 
 
@@ -63,26 +57,18 @@ def _parse(path: Path, number: int, line: bytes, check: Check | None) -> dict[st
 
 
 def json_line(record: dict[str, Any]) -> bytes:
-    """Write a record as one line for every reader: some (str.splitlines) end lines at U+0085, U+2028 and U+2029 too.
-
-    Raises:
-        UnicodeEncodeError: a text is not valid UTF-8.
-    """
+    """Write a record as one line for every reader: some (str.splitlines) end lines at U+0085, U+2028 and U+2029 too."""
     line = json.dumps(record, ensure_ascii=False)
     for separator in ("\x85", "\u2028", "\u2029"):
         line = line.replace(separator, f"\\u{ord(separator):04x}")
-    return line.encode() + b"\n"
+    return line.encode() + b"\n"  # UnicodeEncodeError if a text is not valid UTF-8
 
 
 class Journal:
-    """Appends records; a kill leaves at worst one torn last line, which opening drops.
-
-    Attributes:
-        done: ids of the records that were there when it was opened.
-    """
+    """Appends records; a kill leaves at worst one torn last line, which opening drops."""
 
     def __init__(self, path: Path, check: Check | None = None, sync_every_s: float = 0.0) -> None:
-        self.done: set[str] = set()
+        self.done: set[str] = set()  # ids of the records that were there when it was opened
         whole = 0
         self._file = open(path, "ab")  # noqa: SIM115
         for offset, line, record in read_journal_lines(path, check, unfinished=True):

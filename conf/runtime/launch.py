@@ -1,7 +1,5 @@
 """`fledge run`: every stage in order, each in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -79,24 +77,16 @@ def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> 
 def environments(num_processes: int, node: RankInfo | None = None) -> list[dict[str, str] | None]:
     """Return the environment of each process; several find each other by what torchrun would set.
 
-    (torchrun itself turns every exit code into 1 and dies of SIGUSR1.)
-
-    Args:
-        node: rank of this node's launcher among those of all nodes; None: it is the only one.
+    (torchrun itself turns every exit code into 1 and dies of SIGUSR1.) `node` is this node's launcher among several.
     """
     node = node or RankInfo()
     if num_processes * node.world == 1:
         return [None]
-    shared = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
-        **os.environ,
-        "WORLD_SIZE": str(num_processes * node.world),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": node.address,
-        "MASTER_PORT": str(node.port or _free_port()),
-    }
-    first = node.rank * num_processes
-    return [{**shared, "RANK": str(first + rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    shared = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)), **os.environ}
+    world, first = num_processes * node.world, num_processes * node.rank
+    meeting = num_processes, node.address, node.port or _free_port()
+    ranks = [RankInfo(first + number, world, number, *meeting) for number in range(num_processes)]
+    return [shared | rank.environment() for rank in ranks]
 
 
 def _free_port() -> int:

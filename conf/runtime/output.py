@@ -1,7 +1,5 @@
 """Standard output and error whose reader may leave (`| head`, a log's pipe that has ended)."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -27,13 +25,11 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, as long as anybody reads it."""
         with self._read_or_left():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what is written, as long as anybody reads it."""
         with self._read_or_left():
             self._stream.flush()
 

@@ -1,7 +1,5 @@
 """Progress of long work: a bar on a terminal, a plain line now and then in a log file."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -13,9 +11,7 @@ LINE_EVERY_S = 10.0
 class Progress(tqdm):
     """A tqdm bar that writes whole lines if there is no terminal, the first after an interval.
 
-    Args:
-        total: units of work in all; None if nobody knows.
-        done: units finished by an earlier start.
+    `total` is None if nobody knows it; `done` units were finished by an earlier start.
     """
 
     def __init__(self, what: str, total: int | None, unit: str, done: int = 0) -> None:

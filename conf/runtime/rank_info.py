@@ -8,8 +8,6 @@
 | none                                | nothing: one process, alone                                               |
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,10 +42,7 @@ def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
     """Read which rank this process is.
 
     torch's variables win: inside a Slurm step they are torchrun's, started by srun. MASTER_ADDR and MASTER_PORT alone
-    say nothing: batch scripts export them for srun.
-
-    Raises:
-        ValueError: torch's variables are set in part, or contradict each other.
+    say nothing: batch scripts export them for srun. ValueError if torch's are set in part, or contradict each other.
     """
     if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _of_torch(environment)
@@ -116,13 +111,10 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def own_gpus(process: RankInfo, num_gpus: int) -> range:
-    """Return the GPUs, of those it sees, that a rank has to itself.
+    """Return the GPUs, of those it sees, that a rank has to itself; ValueError if there are fewer than ranks.
 
     A node's are dealt out to its ranks in equal, consecutive parts: four ranks on eight GPUs own 0-1, 2-3, 4-5, 6-7.
     Each trains on its first and spreads an online verifier over all.
-
-    Raises:
-        ValueError: the node has fewer GPUs than ranks.
     """
     if process.sees_own_gpus or num_gpus == 1:
         return range(num_gpus)

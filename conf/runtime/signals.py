@@ -6,8 +6,6 @@ code that asks for another start. What must not be torn apart is `deferred`: it 
 of a large verifier may take a minute.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,21 +29,13 @@ _GRACE_S = 60  # for a command to end if nothing is deferred; then it is ended
 class Stopped(SystemExit):
     """A signal has asked this process to stop."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
-
 
 class StopSignals:
-    """Signals that a process has received, and its answer.
-
-    Attributes:
-        received: the first signal, once the process is between two operations.
-    """
+    """Signals that a process has received, and its answer."""
 
     def __init__(self, command: str = "") -> None:
         self.command = command
-        self.received: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # the first, once the process is between two operations
         self.listeners: list[Callable[[signal.Signals], None]] = []  # called by a thread
         self.waits: str | Callable[[], str] | None = None  # says what is deferred
         self._first: signal.Signals | None = None  # as soon as it comes
@@ -146,9 +136,8 @@ def answered(command: str) -> Iterator[None]:
 def deferred(waits: str | Callable[[], str], then_stop: bool = True) -> Iterator[StopSignals]:
     """Let no signal end the command in here: the body looks at `received`, or is short.
 
-    Args:
-        waits: says what the command does before it ends, in a clause; of nested ones the outermost is said.
-        then_stop: end the command afterwards, if a signal has come.
+    `waits` says what the command does before it ends, in a clause; of nested ones the outermost is said. With
+    `then_stop` the command ends afterwards, if a signal has come.
     """
     outer, _this.waits = _this.waits, _this.waits or waits
     try:

@@ -1,7 +1,5 @@
 """Trackers by accelerate.tracking: one is opened for a run, by the name that `tracking.report_to` has for it."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any
 
 from ..schema import TrackerName, TrackingConfig, WandbMode
 
-TENSORBOARD = "tensorboard"
 # Seconds that W&B may take for an answer, in online mode; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise.
 WANDB_SECONDS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 _RUN_NAME = {  # the argument for a run's name; accelerate's first argument, called run_name, is the project
@@ -31,14 +28,9 @@ def open_tracker(
 ) -> Any:
     """Open a tracker of accelerate; its `tracker` is its package's own run.
 
-    W&B online goes on under its id; offline every start makes a directory, which `wandb sync` joins. TensorBoard
-    hides steps beyond the one resumed from. With the others every start makes a run of its own.
-
-    Args:
-        folder: of the files that W&B and TensorBoard write.
-        run: W&B run id, the same over all starts.
-        about: logged with the run; None adds nothing.
-        step: the step training goes on from.
+    W&B online goes on under the id `run`; offline every start makes a directory, which `wandb sync` joins. TensorBoard
+    hides steps beyond the one resumed from. With the others every start makes a run of its own. W&B and TensorBoard
+    write into the folder; `about` is logged with the run.
     """
     from accelerate import tracking
     from transformers.utils import flatten_dict
@@ -48,7 +40,7 @@ def open_tracker(
     if tracker is TrackerName.wandb:
         made = kind(options.project, **_wandb_arguments(options), id=run, name=name, dir=folder, config=about)
     elif tracker is TrackerName.tensorboard:
-        made = kind(TENSORBOARD, folder, purge_step=step + 1)
+        made = kind("tensorboard", folder, purge_step=step + 1)
     else:
         place = [folder] if kind.requires_logging_directory else []
         made = kind(options.project, *place, **({_RUN_NAME[tracker]: name} if tracker in _RUN_NAME else {}))

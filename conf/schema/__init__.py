@@ -78,11 +78,7 @@ class Config:
 
 
 def validate(config: Config) -> None:
-    """Check options against their limits and against each other.
-
-    Raises:
-        ValueError: names the option, what is required, the value and the cure.
-    """
+    """Check options against their limits and each other; ValueError names option, requirement, value and cure."""
     check(config)
     _check_parts(config)
     _check_data(config.data)
@@ -92,7 +88,6 @@ def validate(config: Config) -> None:
 
 
 def _check_parts(config: Config) -> None:
-    """Check what is dealt out in parts."""
     for group, part, parts in (("synthesize", "shard", "num_shards"), ("dump", "writer", "num_writers")):
         number, count = (getattr(getattr(config, group), name) for name in (part, parts))
         last = f"{group}.{parts} - 1 = {count - 1}"
@@ -135,7 +130,6 @@ def _check_conflicts(config: Config) -> None:
 
 
 def _check_packages(tracking: TrackingConfig) -> None:
-    """Check that the packages of trackers are installed."""
     packages = [("report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
     if tracking.tensorboard:
         packages.insert(0, ("tensorboard", "tensorboard", "'fledge[tensorboard]'", "set it to false"))

@@ -24,8 +24,7 @@ MalformedRows = Enum("MalformedRows", {"stop": "stop", "skip": "skip"})
 DumpEngine = Enum("DumpEngine", {"transformers": "transformers", "vllm": "vllm"})
 # Formats that hidden states are stored in; float8 has a float32 scale for every token and layer.
 StateDtype = Enum(
-    "StateDtype",
-    {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float8": "float8_e4m3fn"},
+    "StateDtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float8": "float8_e4m3fn"}
 )
 # Positions whose last hidden states are stored: all, or those whose distribution training can ask for, inside answers.
 LastStates = Enum("LastStates", {"all": "all", "counted": "counted"})

@@ -54,11 +54,7 @@ def require(holds: Any, message: str) -> None:
 
 
 def check(value: Any, hint: Any = None, name: str = "") -> None:
-    """Check a value, and all within it, against the limits in its type hint.
-
-    Raises:
-        ValueError: names the option, what is required, the value and the cure.
-    """
+    """Check a value, and all within it, against its type hint's limits; ValueError names option, value and cure."""
     if value is None:
         return
     if is_dataclass(value):

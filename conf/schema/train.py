@@ -93,7 +93,7 @@ class DeepSpeedConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go besides the run's own files; train/metrics/tracking.py has the table of training's."""
+    """Where metrics go besides the run's own files; docs/reference/metrics.md says what those of training mean."""
 
     report_to: list[TrackerName] = field(default_factory=lambda: [TrackerName.wandb])
     wandb: WandbMode = WandbMode.offline  # disabled: as if report_to did not name it

@@ -5,8 +5,6 @@ the environment that torchrun makes lets all of them meet at the first node, sig
 code of the stage reaches srun, which the job needs to know whether to start again.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """Slurm's commands: submit, cancel, and read the states of jobs."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -40,11 +38,7 @@ def has_slurm() -> bool:
 
 
 def submit_file(file: Path, dependency: str | None) -> str:
-    """Submit a job file and return the id of its job.
-
-    Raises:
-        ValueError: Slurm refuses it.
-    """
+    """Submit a job file and return the id of its job; ValueError if Slurm refuses it."""
     after = [f"--dependency={dependency}"] if dependency else []
     done = subprocess.run(["sbatch", "--parsable", *after, str(file)], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,5 @@
 """Job files: requirements of a stage on Slurm and on the node, put into the templates of this package."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Sequence
@@ -161,7 +159,6 @@ def _server_sizes(server: ServerConfig) -> list[str]:
 
 
 def _server_command(config: Config) -> list[str]:
-    """Return the server's command, quoted."""
     server, model = config.cluster.server, served_model(config)
     options = [expand(option) for option in server.options]
     if server.kind in _ENGINES:

@@ -1,7 +1,5 @@
 """How far the stages of a run are, by what their artifacts hold."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +10,7 @@ from ...train.metrics.tracking import read_metrics
 
 
 def stage_progress(run_folder: Path, options: dict[str, Any]) -> dict[str, tuple[bool, str]]:
-    """Return by stage whether it is complete, and what there is of it in few words.
-
-    Args:
-        options: the configuration of the run, as far as it is known.
-    """
+    """Return by stage whether it is complete, and what there is of it in few words; `options` as far as known."""
     store = (options.get("dump") or {}).get("folder")
     stages: dict[str, tuple[Path, Callable[[Path], str]]] = {
         "synthesize": (run_folder / "conversations", _conversations),
@@ -82,8 +76,6 @@ def _steps(folder: Path, options: dict[str, Any]) -> str:
 
 def _questions(folder: Path) -> str:
     length = _read(folder / "acceptance.json").get("acceptance_length") if _is_complete(folder) else None
-    return (
-        f"acceptance length {length:.2f}"
-        if length
-        else _of(_lines(folder / "questions.jsonl"), 0, "questions answered")
-    )
+    if length:
+        return f"acceptance length {length:.2f}"
+    return _of(_lines(folder / "questions.jsonl"), 0, "questions answered")

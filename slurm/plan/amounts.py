@@ -1,7 +1,5 @@
 """How much there is of everything: tokens, and disk by artifact."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 
 from ...conf.runtime.artifact import read_manifest
-from ...conf.schema import Config, ExportFormat, HiddenStates, LastStates, StateDtype
+from ...conf.schema import Config, Dtype, ExportFormat, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES, StateFormat
 from ...models.formats.serving_formats import SERVING_FORMATS
 from ...models.head.config import DraftHeadConfig
@@ -73,25 +71,19 @@ def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingS
     """
     every, trained = shape.parameters
     keep, is_online = config.train.keep_checkpoints, config.train.hidden_states is HiddenStates.online
+    of_token = store_bytes(head, tokens, config.dump.dtype or config.verifier.dtype, config.dump.last_states)
     checkpoint = 2 * every * shape.item + (12 if shape.deepspeed.zero_stage else 8) * trained
     exports = len(SERVING_FORMATS) if config.export.format is ExportFormat.all else 1
     return {
         "conversations": round(tokens.tokens * CHARS_A_TOKEN),
-        "hidden states": round(tokens.tokens * (TOKEN_BYTES if is_online else store_bytes(config, head, tokens))),
+        "hidden states": round(tokens.tokens * (TOKEN_BYTES if is_online else of_token)),
         "tokens beside them": 0 if is_online else tokens.tokens * TOKEN_BYTES,
         f"checkpoints: {keep} newest, the best, one being written": checkpoint * (keep + 2),
         "exports": exports * every * getattr(torch, config.export.dtype.value).itemsize,
     }
 
 
-def store_bytes(
-    config: Config,
-    head: DraftHeadConfig,
-    tokens: Tokens,
-    dtype: StateDtype | None = None,
-    last: LastStates | None = None,
-) -> float:
+def store_bytes(head: DraftHeadConfig, tokens: Tokens, dtype: StateDtype | Dtype, last: LastStates) -> float:
     """Return the bytes that a token takes in a store with states, as `fledge dump` announces them."""
-    stored = (dtype or config.dump.dtype or config.verifier.dtype).value
-    form = StateFormat(getattr(torch, stored), (last or config.dump.last_states) is LastStates.counted)
+    form = StateFormat(getattr(torch, dtype.value), last is LastStates.counted)
     return form.bytes_per_token(len(head.aux_layers), head.verifier_hidden_size, tokens.counted_share) + TOKEN_BYTES

@@ -6,8 +6,6 @@ peak. Tested against the resident size of real steps on the CPU (tests/slurm); w
 own (its norms keep less, DeepSpeed's buckets are allocated whole, products in 16 bit give float32) is read from code.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,11 +124,6 @@ def _accumulated(shape: TrainingShape) -> dict[str, int]:
     }
 
 
-def _norm(shape: TrainingShape) -> int:
-    """Return the bytes an element that an RMSNorm keeps of its input: torch's fused one the input alone."""
-    return shape.item if shape.device == "cuda" else 2 * _WIDE
-
-
 def _activations(shape: TrainingShape) -> int:
     """Return what autograd keeps of the unroll.
 
@@ -142,7 +135,7 @@ def _activations(shape: TrainingShape) -> int:
     head, item, rows, useful = shape.head, shape.item, shape.train.batch_tokens, shape.useful
     steps = shape.train.ttt_steps
     on_cpu, width = shape.device == "cpu", head.hidden_size
-    norm = _norm(shape)
+    norm = item if shape.device == "cuda" else 2 * _WIDE  # of its input; torch's fused one keeps the input alone
     queries, keys = head.num_attention_heads * head.head_dim, head.num_key_value_heads * head.head_dim
     aux = len(head.aux_layers) * head.verifier_hidden_size
     of_aux = _WIDE * (1 + shape.narrow) if on_cpu else 0  # the input itself is the batch's
@@ -173,17 +166,15 @@ def _loss(shape: TrainingShape) -> dict[str, int]:
 
     The gradient of lm_head is added up in float32; in 16 bit products are made before they are added, slice by slice.
     """
-    head, wide = shape.head, _WIDE
-    vocab, useful, steps = head.draft_vocab_size, shape.useful, shape.train.ttt_steps
-    trained_width = head.hidden_size * shape.train_lm_head
+    head, useful, steps = shape.head, shape.useful, shape.train.ttt_steps
+    vocab, trained_width = head.draft_vocab_size, head.hidden_size * shape.train_lm_head
     size = rows_in_chunk(steps, vocab, shape.dtype, torch.device(shape.device), trained_width)
     size = min(size, max(1, useful))
-    chunk = vocab * (size * (steps * wide + steps * shape.item * shape.narrow) + 2 * (size + steps - 1) * wide)
-    chunk += (
-        0 if shape.narrow else size * vocab * wide
-    )  # a gather of the window; in 16 bit not next to the rounded rows
-    chunk += 2 * size * steps * head.hidden_size * wide
-    product = min(vocab * head.hidden_size * wide, SLICE_BYTES)
+    chunk = vocab * (size * steps * (_WIDE + shape.item * shape.narrow) + 2 * (size + steps - 1) * _WIDE)
+    if not shape.narrow:  # a gather of the window; in 16 bit not next to the rounded rows
+        chunk += size * vocab * _WIDE
+    chunk += 2 * size * steps * head.hidden_size * _WIDE
+    product = min(vocab * head.hidden_size * _WIDE, SLICE_BYTES)
     rows = vocab * head.verifier_hidden_size * shape.item if vocab < head.vocab_size else 0
     return {
         "product added to it": product if shape.narrow and shape.train_lm_head else 0,

@@ -1,7 +1,5 @@
 """The plan command: what a run needs before it begins, and what does not fit. Nothing of the verifier is loaded."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil
@@ -31,11 +29,7 @@ def plan(config: Config) -> None:
 
 
 def make_plan(config: Config) -> dict[str, Any]:
-    """Return the plan, its sizes in bytes.
-
-    Raises:
-        ValueError: nothing says how many conversations there are, or what the verifier's sizes are.
-    """
+    """Return the plan, its sizes in bytes; ValueError if the conversations or the verifier's sizes are not known."""
     head, verifier, tokens = planned_head(config), verifier_shape(config), find_tokens(config)
     ranks = config.plan.num_nodes * config.plan.ranks_of_node
     lm_head = config.draft.train_lm_head
@@ -71,7 +65,7 @@ def make_plan(config: Config) -> dict[str, Any]:
             "largest phase": peak(memory)[0],
             "memory by phase": memory,
         },
-        "choices": {"disk": _store_choices(config, tokens, head)},
+        "choices": {"disk": _store_choices(tokens, head)},
     }
     return made | {"warnings": list(_warnings(config, made, tokens))}
 
@@ -86,13 +80,11 @@ def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig
     return parts | {"verifier's weights": verifier.loaded_bytes // gpus, "verifier's forward, estimated": forward}
 
 
-def _store_choices(config: Config, tokens: Tokens, head: DraftHeadConfig) -> dict[str, int]:
+def _store_choices(tokens: Tokens, head: DraftHeadConfig) -> dict[str, int]:
     """Return the bytes of a store by format, and of what online training needs."""
     stores = {}
-    for dtype, last in itertools.product(
-        (StateDtype.bfloat16, StateDtype.float8), (LastStates.all, LastStates.counted)
-    ):
-        size = tokens.tokens * store_bytes(config, head, tokens, dtype, last)
+    for dtype, last in itertools.product((StateDtype.bfloat16, StateDtype.float8), LastStates):
+        size = tokens.tokens * store_bytes(head, tokens, dtype, last)
         stores[f"offline, dump.dtype={dtype.name} last_states={last.value}"] = round(size)
     return stores | {"online: tokens only": TOKEN_BYTES * tokens.tokens}
 
@@ -137,7 +129,6 @@ def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> Iterator[
 
 
 def _cure(config: Config, largest: str) -> str:
-    """Return what makes the largest part of the memory smaller."""
     if largest.startswith("verifier's weights"):
         if config.plan.ranks_of_node > 1:
             return "set plan.ranks_per_node lower, so that a rank has more GPUs, or train.hidden_states=offline"
@@ -170,12 +161,10 @@ def _size(number: float) -> str:
 
 
 def _count(number: float) -> str:
-    """Return a number of parameters or tokens as text."""
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
 def _table(made: dict[str, Any]) -> str:
-    """Return a plan as text."""
     verifier, tokens, training, gpus = made["verifier"], made["tokens"], made["training"], made["gpus"]
     phase = training["largest phase"]
     of_training = f"ZeRO {training['zero_stage']}, {training['ranks']} ranks, {training['micro_batches']} packs each"

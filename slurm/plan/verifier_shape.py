@@ -1,7 +1,5 @@
 """What a verifier weighs, from its configuration alone: the model is built without memory."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,11 +63,7 @@ def _load_config(path: str | None, verifier: VerifierConfig) -> tuple[Any, str]:
 
 
 def planned_head(config: Config) -> DraftHeadConfig:
-    """Derive the head from the configuration at hand, and check the verifier's files if they are at hand too.
-
-    Raises:
-        ValueError: no head can be trained for it, or its configuration is not there.
-    """
+    """Derive the head from the configuration at hand, and check the verifier's files if they are at hand too."""
     whole, source = _load_config(config.plan.verifier_config, config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     if source == config.verifier.path and any(Path(source).glob("*.safetensors")):
@@ -116,11 +110,7 @@ def _stored_bits(quantization_config: dict[str, Any], groups: list[dict[str, Any
 
 
 class _Scheme:
-    """How many bits weights are stored in.
-
-    Raises:
-        ValueError: the method is not known.
-    """
+    """How many bits weights are stored in; ValueError if the method is not known."""
 
     def __init__(self, path: str, quantization_config: dict[str, Any] | None, dense_bits: float) -> None:
         stated = quantization_config or {}

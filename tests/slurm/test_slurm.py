@@ -27,9 +27,8 @@ from fledge.conf.schema import (
     SourceConfig,
     StoreConfig,
 )
-from fledge.slurm.jobs.freeze import freeze
 from fledge.slurm.jobs.queue import _parse, array_tasks, submit_file
-from fledge.slurm.jobs.records import JobRecord, write_submission
+from fledge.slurm.jobs.records import JobRecord, freeze, write_submission
 from fledge.slurm.jobs.render import TEMPLATES, _server_sizes, expand, for_slurm, render_jobs
 from fledge.slurm.status import CANCELLED, DONE, FAILED, WAITING, TaskStatus, _name_causes, status, task_statuses
 from fledge.slurm.submit import check_cluster

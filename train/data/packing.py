@@ -6,8 +6,6 @@ takes the next `weight * samples` of that endless sequence. With weight 1/2 it t
 All of it depends on the seed, the stores and `train.batch_tokens` alone.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

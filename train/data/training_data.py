@@ -178,10 +178,7 @@ class TrainingData:
     """What a run trains on: the samples of `train.stores`, or of its own store, and the draft vocabulary.
 
     A context: at its end the processes that read are gone, also when training fails. Reading leaves torch's random
-    numbers as they are.
-
-    Raises:
-        ValueError: a store is incomplete, of another verifier, or of other aux layers; there is nothing to train on.
+    numbers as they are. ValueError if a store is incomplete, of another verifier or aux layers, or nothing is left.
     """
 
     def __init__(

@@ -59,9 +59,7 @@ class LossJob:
 def fused_loss(job: LossJob, states: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss, nats, and [K, 8], at least float32: the sums over counted rows, in the columns of `SUMS`.
 
-    Args:
-        states: per step [n_k, H], of the rows that go so far.
-        weight: [Vd, H], of the draft's lm_head.
+    `states` are per step [n_k, H], of the rows that go so far; `weight` [Vd, H] is of the draft's lm_head.
     """
     return cast("tuple[Tensor, Tensor]", _FusedLoss.apply(job, weight, *states))
 
@@ -147,11 +145,8 @@ def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.
 
     Every chunk reads and writes that gradient, so chunks that are small next to it would do little else. A row has K
     rows of logits, one of the window, whose first K-1 come on top, and two of scratch, all Vd wide; in 16-bit training
-    also K of gradients, rounded for the products (docs/fused_loss.md, Memory).
-
-    Args:
-        width: Vd.
-        trained_width: H of an lm_head that is trained.
+    also K of gradients, rounded for the products (docs/fused_loss.md, Memory). `width` is Vd, `trained_width` the H of
+    an lm_head that is trained.
     """
     item = torch.finfo(wide_dtype(dtype)).bits // 8
     row = item * (ttt_steps + 3) + (2 * ttt_steps if item > torch.finfo(dtype).bits // 8 else 0)

@@ -56,11 +56,8 @@ def attention_errors(
 ) -> tuple[float, float]:
     """Return the largest errors of the outputs, and of the gradients relative to their largest entry.
 
-    Args:
-        heads: of queries, and of keys.
-        counted: the share of tokens that are counted: the fewer, the more the rows are torn apart.
-        num_layers: with 2, step 0 has every row as a query, as the first of two layers has.
-        kernels: whether they are used, or blocks of rows.
+    `heads` are of queries, and of keys. The fewer tokens are `counted`, the more the rows are torn apart. With two
+    layers step 0 has every row as a query, as the first of them has. Without `kernels` blocks of rows are compared.
     """
     generator = torch.Generator().manual_seed(0)
     num_rows = sum(lengths)

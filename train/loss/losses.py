@@ -100,11 +100,7 @@ LOSSES = {
 
 
 def find_loss(name: str) -> Loss:
-    """Return the loss that `train.loss` names.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Return the loss that `train.loss` names; ValueError if there is none of that name."""
     if name not in LOSSES:
         raise ValueError(f"train.loss: Invalid value {name!r}, expected one of [{', '.join(LOSSES)}]")
     return LOSSES[name]

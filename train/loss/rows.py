@@ -126,7 +126,6 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
-    """Return the useful rows of every answer, as spans."""
     spans = []
     for document in documents:
         start, end = document.first, document.first + document.rows

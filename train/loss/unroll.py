@@ -5,8 +5,6 @@ states forms the loss (`fused_loss`); tests/twins/plain_ttt.py does the same in 
 predicts at step k stands in train/loss/rows.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -35,10 +33,8 @@ def unroll(
 ) -> list[Tensor]:
     """Return for each step k the states [n_k, H] of the rows `rows.rows[rows.steps[k]]`, for `head.lm_head`.
 
-    Args:
-        embedding: the verifier's token embedding [V, H].
-        recompute: keep a step's inputs only, and run it again in the backward pass.
-        kernels: let Triton kernels do the attention, on a GPU.
+    `embedding` [V, H] is the verifier's. With `recompute` only a step's inputs are kept, and it runs again in the
+    backward pass; with `kernels` Triton does the attention, on a GPU.
     """
     attention = SplitAttention(rows, head.config.num_layers, kernels)
     # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
@@ -90,13 +86,8 @@ class TTTModule(nn.Module):
     """The trained module: a draft head and the loss of its unroll.
 
     L = sum_k gamma^k sum_counted KL(p || q) / N_k, nats, or another of `LOSSES`, over rows whose target's greedy token
-    is in the draft vocabulary. Softmax is in float32.
-
-    Args:
-        transform: how the verifier's logits come from its `lm_head`.
-        blend_rate: of the losses that blend; see `Rows.blend`.
-        recompute, kernels: as `unroll`'s.
-        kl_rows: does the row-wise part of the KL loss.
+    is in the draft vocabulary. Softmax is in float32. `transform` is how the verifier's logits come from its `lm_head`,
+    `blend_rate` of the losses that blend (`Rows.blend`); `kl_rows` does the row-wise part of the KL loss.
     """
 
     def __init__(
@@ -129,12 +120,9 @@ class TTTModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a packed batch, and the sums its metrics are made of: float32 [K, 8], columns of `SUMS`.
 
-        Args:
-            embedding, verifier_lm_head: the verifier's frozen matrices [V, H].
-            targets: `find_targets` of this batch; found here if None.
-            num_counted: N_k, float32 [K], rows counted over all ranks and micro-batches of the optimizer step; this
-                batch's own if None.
-            acceptance: float32 [K], the running mean of alpha at each step, for the losses that blend; 0 if None.
+        `embedding` and `verifier_lm_head` are the verifier's, [V, H]. If None, `targets` are found here, `num_counted`
+        (N_k over all ranks and micro-batches of the optimizer step, float32 [K]) is this batch's own, and `acceptance`
+        (the running mean of alpha at each step, for the losses that blend, float32 [K]) is 0.
         """
         rows = batch.useful_rows(self.ttt_steps)
         job = self.job(batch, rows, verifier_lm_head, targets, num_counted, acceptance)

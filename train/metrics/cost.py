@@ -1,7 +1,5 @@
 """What a training step costs: operations of its matrix products, and this machine's own rate of them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

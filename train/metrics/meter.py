@@ -1,7 +1,5 @@
 """What the optimizer steps since the last log amount to: their loss, and what they cost."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

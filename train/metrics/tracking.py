@@ -1,29 +1,4 @@
-"""Where metrics go: metrics.jsonl always, and the trackers of `tracking.report_to`, none of which ever stops a run.
-
-| name                           | meaning                                                                     |
-|--------------------------------|-----------------------------------------------------------------------------|
-| `train/loss`                   | the loss minimised; nats, or what `train.loss` is in                        |
-| `train/kl_step_<k>`            | mean KL(verifier, draft) at TTT step k, nats a token                        |
-| `train/agreement_step_<k>`     | share of counted rows whose greedy draft token is the verifier's            |
-| `train/prefix_agreement_step_<k>` | the same, and so at every step before                                    |
-| `train/overlap_step_<k>`       | mean sum_v min(P, q): acceptance at temperature 1                           |
-| `train/entropy_step_<k>`       | mean entropy of the verifier over the draft vocabulary: the least cross entropy |
-| `train/outside_draft_vocab`    | share of rows whose greedy verifier token cannot be drafted; bounds acceptance |
-| `train/lr`                     | learning rate of the step                                                   |
-| `train/grad_norm`              | before clipping                                                             |
-| `train/epoch`                  | passes over the training samples so far                                     |
-| `train/skipped_steps`          | optimizer steps left out so far, because their loss or gradient was not finite |
-| `train/tokens_per_s`           | of all ranks, prompts included; held-out batches and checkpoints take no part in the time |
-| `train/utilisation`            | operations of the plain algorithm's matrix products (train/metrics/cost.py) over the time and over the rate of square products that this machine had at the start; work avoided counts as done, so it can pass 1 |
-| `train/memory_gib`             | most GPU memory torch held since the last log, or the resident size on the CPU; of the fullest rank |
-| `train/data_wait_share`        | time spent waiting for batches over the time of the steps; of the rank that waits longest |
-| `heldout/acceptance_length_<n>`| greedy, n draft tokens, walked on held-out answers                          |
-| `heldout/acceptance_length_t1_<n>` | the estimate at temperature 1 (train/heldout.py)                        |
-
-All but the last two are of the steps since the last log (`train/lr`, `train/grad_norm`: of the last step).
-"""  # noqa: E501
-
-from __future__ import annotations
+"""Where metrics go: metrics.jsonl, and the trackers of `tracking.report_to`, none of which ever stops a run."""
 
 import json
 import os

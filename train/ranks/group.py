@@ -14,8 +14,6 @@ notice a peer's end: rank 0 does (watch.py), and tells the others, wherever they
 | sees that another has ended | which, and what to do                     | 1                                     |
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -76,11 +74,7 @@ class Ranks:
         return values
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Compare JSON-able facts of all ranks.
-
-        Raises:
-            ValueError: on every rank, if any differ; it names the ranks and the dotted names.
-        """
+        """Compare JSON-able facts of all ranks; if any differ, ValueError on every rank has ranks and dotted names."""
         first, *others = self.gather(json.loads(json.dumps(facts, default=str)))
         ranks: dict[str, list[str]] = {}
         for rank, theirs in enumerate(others, 1):
@@ -143,7 +137,7 @@ def joined(config: Config) -> Iterator[Ranks]:
         watch.leaving = True
         ranks.any_rank(False)
     except Stopped as stopped:
-        code = stopped.exit_code
+        code = int(stopped.code or 1)
     except BaseException as error:  # the process ends here
         code = _report(error, place, watch, timeout_s)
     finally:

@@ -1,7 +1,5 @@
 """A TCP connection of every rank to rank 0: it closes when a process ends, however that ends."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
