@@ -1,7 +1,5 @@
 """The inspect command: what a hidden-state store holds, of which verifier, and whether it is sound."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The synthesize stage: the verifier answers every user turn, in order, on its own history."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What became of each prompt: a conversation, or a failure that the next start tries again; and a summary of them."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The verifier reads a store of tokens, and one writer of several records what it sees inside, shard by shard."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

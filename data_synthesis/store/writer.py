@@ -1,11 +1,10 @@
 """Shards are written by a thread, while the verifier fills the next one."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -29,7 +28,7 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="shard writer")
 
-    def __enter__(self) -> BackgroundWriter:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

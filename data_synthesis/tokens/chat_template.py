@@ -1,7 +1,5 @@
 """From a conversation to tokens, and to those of them that the verifier wrote, by its own chat template."""
 
-from __future__ import annotations
-
 import re
 from collections import abc
 from collections.abc import Iterable

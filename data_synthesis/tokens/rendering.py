@@ -1,7 +1,5 @@
 """A conversation as the verifier's own chat template writes it."""
 
-from __future__ import annotations
-
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The conversations are taken in the order of their ids, whatever the order of the
 the last has `dump.shard_tokens`; so the shards are the same at every start, and a store with states has the same ones.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time
@@ -99,7 +97,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
     progress = Progress("conversations", total, "conversation")
-    index = ConversationIndex.of(source, progress.update)
+    index = ConversationIndex(source, progress.update)
     progress.close()
     if read_manifest(source, "conversations")["content"] != index.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
