@@ -260,7 +260,6 @@ class _Selection:
         return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=len(rows) - before - len(own))
 
     def _key(self, prompt_id: str) -> int:
-        """Return what a prompt is ordered by."""
         return hash64(f"{self._data.seed}/{prompt_id}")
 
     def _append(self, line: bytes) -> int:

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -55,7 +55,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
         return
     stop, writes = _Stop(together), not (together and place.rank)
     scratch = _scratch(folder, writer) if writes else nullcontext(folder)
-    with scratch as unfinished, _engine(config, settings, place, plan) as engine, stop.heard():
+    with scratch as unfinished, closing(_open_engine(config, settings, place, plan)) as engine, stop.heard():
         recorder = _Recorder(config, settings, plan, mine, engine, stop)
         if writes:
             recorder.record(unfinished)
@@ -127,8 +127,7 @@ class _Recorder:
         readings = self._readings()
         num_tokens = sum(self.plan.entries[number]["tokens"] for number in self.shards)
         _estimate_time(self.engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-        progress = Progress("dump", num_tokens, "token")
-        with BackgroundWriter(self.folder, scratch) as out:
+        with Progress("dump", num_tokens, "token") as progress, BackgroundWriter(self.folder, scratch) as out:
             for number, samples in zip(self.shards, readings, strict=True):
                 shard = Shard.of(samples, out.spare_buffers())
                 shard.made_with = self.made_with
@@ -141,7 +140,6 @@ class _Recorder:
                     self._record_shard(samples, shard, recorded, progress)
                 if self.stop.stopped:
                     break
-        progress.close()
         if self.not_finite:
             count = f"{len(self.not_finite)} samples have states that are not finite"
             print(f"dump: {count}; training skips the steps that meet them")
@@ -246,22 +244,11 @@ def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: li
         )
 
 
-@contextmanager
-def _engine(config: Config, settings: dict[str, Any], place: RankInfo, plan: HiddenStateStore) -> Iterator[Engine]:
+def _open_engine(config: Config, settings: dict[str, Any], place: RankInfo, plan: HiddenStateStore) -> Engine:
     """Start what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
-    engine: Engine
     if config.dump.engine is DumpEngine.vllm:
         check_readable(config, plan.ids, plan.lengths, plan.num_images)
-        engine = VllmEngine(config, settings["aux_layers"])
-    else:
-        engine = _load(config, settings, place, plan[0])
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def _load(config: Config, settings: dict[str, Any], place: RankInfo, first: Sample) -> Engine:
+        return VllmEngine(config, settings["aux_layers"])
     alone = place.world == 1 or config.verifier.tensor_parallel
     gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
     if gpus:
@@ -272,7 +259,7 @@ def _load(config: Config, settings: dict[str, Any], place: RankInfo, first: Samp
         print(
             f"dump: one of {number} GPUs reads; `torchrun --nproc-per-node {number} -m fledge dump ...` uses them all"
         )
-    check_first(config.verifier, verifier, first.input_ids, state_format(settings))
+    check_first(config.verifier, verifier, plan[0].input_ids, state_format(settings))
     images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
     return TransformersEngine(verifier, config.dump.batch_tokens, images)
 

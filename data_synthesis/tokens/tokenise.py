@@ -96,9 +96,8 @@ def write_tokens(config: Config, target: Artifact) -> None:
         target.save(complete=False, shards=[], taken=0, counts={})  # a file was lost: from the start
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
-    progress = Progress("conversations", total, "conversation")
-    index = ConversationIndex(source, progress.update)
-    progress.close()
+    with Progress("conversations", total, "conversation") as progress:
+        index = ConversationIndex(source, progress.update)
     if read_manifest(source, "conversations")["content"] != index.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
     target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
