@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,11 @@ class _Recorder:
 
     def read_along(self) -> None:
         """Take a rank's part in what the first rank records."""
-        readings = self._readings()
-        for batch in islice(readings, _ESTIMATES):
+        batch = self._first_batch()
+        for _ in range(_ESTIMATES):
             deque(self.engine.read(batch), maxlen=0)
-        for number, samples in zip(self.shards, readings, strict=True):
+        for number in self.shards:
+            samples = self._samples(number)
             part = open_part(self.folder, number, self.made_with)
             done = set(part.ids) if part else set()
             deque(self.engine.read([sample for sample in samples if sample.id not in done], self.stop), maxlen=0)
@@ -124,11 +124,11 @@ class _Recorder:
 
     def record(self, scratch: Path) -> None:
         """Record the shards; `scratch` takes unfinished files."""
-        readings = self._readings()
         num_tokens = sum(self.plan.entries[number]["tokens"] for number in self.shards)
-        _estimate_time(self.engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
+        _estimate_time(self.engine, self._first_batch(), num_tokens)
         with Progress("dump", num_tokens, "token") as progress, BackgroundWriter(self.folder, scratch) as out:
-            for number, samples in zip(self.shards, readings, strict=True):
+            for number in self.shards:
+                samples = self._samples(number)
                 shard = Shard.of(samples, out.spare_buffers())
                 shard.made_with = self.made_with
                 with _saved(number, shard, out) as recorded:
@@ -144,15 +144,13 @@ class _Recorder:
             count = f"{len(self.not_finite)} samples have states that are not finite"
             print(f"dump: {count}; training skips the steps that meet them")
 
-    def _readings(self) -> Iterator[list[Sample]]:
-        """Yield what the verifier reads: a batch `_ESTIMATES` times, which tells the time, then the shards."""
+    def _first_batch(self) -> list[Sample]:
         batch: list[Sample] = []
         for sample in self._samples(self.shards[0]):
             if batch and sum(len(other.input_ids) for other in [*batch, sample]) > self.batch_tokens:
                 break
             batch.append(sample)
-        yield from [batch] * _ESTIMATES
-        yield from map(self._samples, self.shards)
+        return batch
 
     def _samples(self, shard: int) -> list[Sample]:
         """Return the samples of a shard, with the addresses of their images, which stand in their conversations."""
@@ -264,9 +262,9 @@ def _open_engine(config: Config, settings: dict[str, Any], place: RankInfo, plan
     return TransformersEngine(verifier, config.dump.batch_tokens, images)
 
 
-def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int) -> None:
-    """Print how long this writer will take, by the last reading: the first warms up."""
-    for batch in readings:
+def _estimate_time(engine: Engine, batch: list[Sample], num_tokens: int) -> None:
+    """Print how long this writer will take, by the last reading of a batch: the first warms up."""
+    for _ in range(_ESTIMATES):
         start = time.perf_counter()
         states = ((number, {"aux": aux, "last": last}) for number, aux, last in engine.read(batch))
         for _ in on_host(states, num_tokens):  # waits for the device at its end
