@@ -90,9 +90,9 @@ def summarise(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
         counts["cut_short"] += record.get("unanswered_turns", 0) > 0
         sources[record["source"]] += 1
     print(
-        f"conversations: {counts['conversations']} with {counts['answers']} answers of {counts['completion_tokens']} "
-        f"tokens, {counts['truncated']} of them cut by synthesize.max_tokens; {counts['cut_short']} conversations have "
-        "turns left unanswered"
+        f"conversations: {counts['conversations']} with {counts['answers']} answers, {counts['truncated']} of them "
+        f"cut by synthesize.max_tokens; {counts['cut_short']} conversations have turns left unanswered; "
+        f"{counts['completion_tokens']} tokens produced"
     )
     for source, number in sorted(sources.items()):
         print(f"  {source}: {number}")

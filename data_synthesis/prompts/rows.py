@@ -71,7 +71,7 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: b
     """Read a row as `prompt_of` does, all of it or none; return the prompt and its line.
 
     Images may be files here if the row is this machine's own (`local`), and at its network's hosts with `hosts`.
-    ValueError says what is wrong with the row, or not read of it, to be put after its place.
+    Raises ValueError for what is wrong with the row, or not read of it, to be put after its place.
     """
     try:
         prompt = prompt_of(row, source, number)
