@@ -1,10 +1,7 @@
 """Conversations in a file, `{id, source, messages, finish_reasons, …}` a line."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +51,7 @@ def add_digests(digests: Iterable[str]) -> str:
 def read_conversations(folder: Path, unfinished: bool = False) -> Iterator[dict[str, Any]]:
     """Read the conversations of all parts; of a folder that is `unfinished`, those that are there.
 
-    Raises:
-        ValueError: a line is malformed, named by file and number, or a file is missing.
+    Raises ValueError if a line (named by file and number) is malformed, or a file is missing.
     """
     for file in _existing_files(folder, unfinished):
         yield from read_journal(file, check_record, unfinished)
@@ -73,25 +69,20 @@ class ConversationRef(NamedTuple):
         return read_line(folder / self.file, self.offset)
 
 
-@dataclass
 class ConversationIndex:
     """All conversations of a folder, by the places of their lines, which take little memory."""
 
-    places: list[ConversationRef]  # ordered by id: the order of lines is that of completion
-    content: str  # the `content_digest`
-    num_recorded: int  # that have their tokens
-
-    @classmethod
-    def of(cls, folder: Path, progress: Callable[[], object]) -> ConversationIndex:
+    def __init__(self, folder: Path, progress: Callable[[], object]) -> None:
         """Read and check every line once; raises as `read_conversations` does."""
-        places: list[ConversationRef] = []
+        self.places: list[ConversationRef] = []
+        self.num_recorded = 0  # that have their tokens
         digests: list[bytes] = []
-        num_recorded = 0
         for file in _existing_files(folder):
             name = str(file.relative_to(folder))
             for offset, line, record in read_journal_lines(file, check_record):
-                places.append(ConversationRef(record["id"], name, offset))
+                self.places.append(ConversationRef(record["id"], name, offset))
+                self.num_recorded += record.get("sequences") is not None
                 digests.append(hashlib.sha256(line).digest())
-                num_recorded += record.get("sequences") is not None
                 progress()
-        return cls(sorted(places), add_digests(digest.hex() for digest in digests), num_recorded)
+        self.places.sort()  # by id: the order of lines is that of completion
+        self.content = add_digests(digest.hex() for digest in digests)  # the `content_digest`

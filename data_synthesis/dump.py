@@ -7,8 +7,6 @@ store. The whole batches that a writer had of a shard when a signal or an error 
 part, which the next start takes in.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

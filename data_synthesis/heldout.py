@@ -1,7 +1,5 @@
 """The held-out split, by id alone, and the ids of the sequences that one conversation gives."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 

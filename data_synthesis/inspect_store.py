@@ -1,7 +1,5 @@
 """The inspect command: what a hidden-state store holds, of which verifier, and whether it is sound."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from contextlib import suppress
@@ -62,13 +60,12 @@ def _verify(index: StoreIndex) -> list[str]:
     from .store.store import HiddenStateStore  # imports torch, which takes longer than what is shown without
 
     store = HiddenStateStore(index.folder, index.with_states)
-    wrong, progress = list[str](), Progress("checksums", len(store.entries), "shard")
-    for number in range(len(store.entries)):
-        store.verify(number, len(store.entries))
-        if store.with_states:
-            wrong += store.not_finite(number)
-        progress.update()
-    progress.close()
+    wrong = list[str]()
+    with Progress("checksums", len(store.entries), "shard") as progress:
+        for number in range(len(store.entries)):
+            store.verify(number, len(store.entries))
+            wrong += store.not_finite(number) if store.with_states else []
+            progress.update()
     return wrong
 
 

@@ -1,7 +1,5 @@
 """The preview command: one conversation in its tokens, those that the verifier wrote coloured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,14 +27,12 @@ def preview(config: Config) -> None:
             f"{folder} was made with another tokenizer or chat template than that of "
             f"verifier.path={config.verifier.path} ({'; '.join(changes)}): set the verifier it was made with"
         )
-    try:
-        sequences, unreadable = reader.read(record), ""
-    except UnreadableImagesError as error:
-        sequences, unreadable = [], str(error)
     for name, value in _facts(record, is_heldout(record["id"], settings["heldout_share"])).items():
         print(f"{name:<12} {printable(value)}")
-    if unreadable:
-        print(f"\ndump leaves it out: {printable(unreadable)}")
+    try:
+        sequences = reader.read(record)
+    except UnreadableImagesError as error:
+        print(f"\ndump leaves it out: {printable(str(error))}")
         return
     mark = terminal_mark()
     for number, sequence in enumerate(sequences, 1):
@@ -48,11 +44,7 @@ def preview(config: Config) -> None:
 
 
 def find_conversation(folder: Path, name: str | None) -> dict[str, Any]:
-    """Return a conversation by its id, the first for None.
-
-    Raises:
-        ValueError: it is not there, or a line before it is malformed.
-    """
+    """Return a conversation by its id, the first for None; raise ValueError if it is not there."""
     for record in read_conversations(folder, unfinished=True):
         if name in (None, record["id"]):
             return record

@@ -1,7 +1,5 @@
 """Texts as a terminal shows them: escapes for what it would obey, marks around what the verifier wrote."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,10 +1,8 @@
 """The synthesize stage: the verifier answers every user turn, in order, on its own history."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,6 @@ def synthesize(config: Config) -> None:
 
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
-    """Return what determines the conversations."""
     options = config.synthesize
     here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
     return {
@@ -67,10 +64,8 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
         num_prompts = len(range(options.shard, prompts.count, options.num_shards))
         log.progress = Progress("synthesize", num_prompts, "conversation", done=log.num_done)
         answer = answer_by_servers if options.by_servers else answer_here
-        try:
+        with closing(log):
             answer(config, prompts.read(options.shard, options.num_shards), log)
-        finally:
-            log.close()
         _finish(target, log, num_prompts)
 
 

@@ -1,23 +1,18 @@
 """What became of each prompt: a conversation, or a failure that the next start tries again; and a summary of them."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...conf.runtime.journal import Journal, read_journal
 from ...conf.runtime.progress import Progress
 from ..conversations import FILE as CONVERSATIONS
 from ..conversations import check_record, read_conversations
-from ..show import printable
 from .conversation import Conversation, Failure
 
 FILE = "failures.jsonl"
 _SYNC_EVERY_S = 5.0
-_SHOWN, _SHOWN_CHARS = 3, 240
 
 
 class AnswerLog:
@@ -87,38 +82,18 @@ class AnswerLog:
 
 
 def summarise(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Print what the conversations of a folder are like; return counts of all, and of conversations by source."""
-    counts = Counter(conversations=0, answers=0, truncated=0, cut_short=0, completion_tokens=0)
-    sources, lengths = Counter[str](), Counter[int]()  # lengths: tokens the verifier produced in a conversation
-    examples: list[dict[str, Any]] = []
+    """Print counts of the conversations of a folder; return them, and those of conversations by source."""
+    counts, sources = Counter(conversations=0, answers=0, truncated=0, cut_short=0, completion_tokens=0), Counter[str]()
     for record in read_conversations(folder):
         tokens, reasons = record["usage"]["completion_tokens"], record["finish_reasons"]
         counts.update(conversations=1, answers=len(reasons), truncated="length" in reasons, completion_tokens=tokens)
         counts["cut_short"] += record.get("unanswered_turns", 0) > 0
         sources[record["source"]] += 1
-        lengths[tokens] += 1
-        examples += [record] if len(examples) < _SHOWN else []
     print(
         f"conversations: {counts['conversations']} with {counts['answers']} answers, {counts['truncated']} of them "
-        f"cut by synthesize.max_tokens; {counts['cut_short']} conversations have turns left unanswered"
+        f"cut by synthesize.max_tokens; {counts['cut_short']} conversations have turns left unanswered; "
+        f"{counts['completion_tokens']} tokens produced"
     )
-    if lengths:
-        ascending = sorted(lengths.elements())
-        middle, high = (ascending[int(share * (len(ascending) - 1))] for share in (0.5, 0.95))
-        print(
-            f"  {counts['completion_tokens']} tokens produced; a conversation: median {middle}, 95 % up to {high}, "
-            f"longest {ascending[-1]}"
-        )
     for source, number in sorted(sources.items()):
         print(f"  {source}: {number}")
-    for record in examples:
-        print(f"  --- {record['id']}")
-        for message in record["messages"]:
-            print(f"  {message['role']}: {_shortened(message['content'])}")
     return counts, sources
-
-
-def _shortened(content: Any) -> str:
-    text = content if isinstance(content, str) else " ".join(part.get("text", f"<{part['type']}>") for part in content)
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + " …"

@@ -1,9 +1,7 @@
 """A conversation being made: the verifier answers a prompt turn by turn, each on its own earlier answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +21,7 @@ class Answer:
     reasoning: str | None = None
     turn: Turn | None = None  # the tokens, if whoever ran the verifier gives them
 
-    def split_reasoning(self, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    def split_reasoning(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Return it with its reasoning out of its text, if whoever answered left it in."""
         if self.reasoning:
             return self

@@ -1,7 +1,5 @@
 """OpenAI-compatible servers of one verifier: which of them takes the next request, and what their errors mean."""
 
-from __future__ import annotations
-
 import asyncio
 import email.utils
 import json
@@ -284,11 +282,6 @@ class Pool:
         self.closed = False  # to new conversations
         self._concurrency = concurrency
         self._waiting = deque[asyncio.Future[None]]()
-
-    async def begin(self) -> Slot | None:
-        """Wait for a slot for a new conversation; None once closed."""
-        endpoint = await self.take()
-        return Slot(self, endpoint) if endpoint else None
 
     async def take(self, preferred: Endpoint | None = None, avoided: Endpoint | None = None) -> Endpoint | None:
         """Wait for a free slot of an endpoint; None for a new conversation once closed to those.

@@ -1,7 +1,5 @@
 """The verifier answers in this process, through transformers: conversations of similar length together."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The verifier answers through OpenAI-compatible servers: vLLM, SGLang, TensorRT-LLM and whatever speaks as they do."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import itertools
@@ -35,10 +33,8 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], log: AnswerLog)
     """Answer the prompts that have no conversation yet, as many at once as the servers take.
 
     They are those of `synthesize.endpoints`, and those that have written their addresses to `synthesize.servers` by
-    now or do so later, as one does that was started again.
-
-    Raises:
-        ValueError: no server of `synthesize.endpoints` answers, or one serves something else than the verifier.
+    now or do so later, as one does that was started again. Raises ValueError if no server of `synthesize.endpoints`
+    answers, or one serves something else than the verifier.
     """
     unanswered = (prompt for prompt in prompts if log.wants(prompt.id))
     first = next(unanswered, None)
@@ -125,10 +121,9 @@ class _Regeneration:
         self._opened.set()
         async with asyncio.TaskGroup() as conversations:
             for prompt in prompts:
-                slot = await self._pool.begin()
-                if slot is None:
+                if (endpoint := await self._pool.take()) is None:
                     return
-                conversations.create_task(self._converse(prompt, slot))
+                conversations.create_task(self._converse(prompt, Slot(self._pool, endpoint)))
                 self._log.in_flight = self._pool.conversations
 
     def _new_servers(self) -> list[Endpoint]:

@@ -1,7 +1,5 @@
 """What a server is asked, and the proof that it is the verifier who answers."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
@@ -33,9 +31,7 @@ class EndpointVerifier:
     async def open(self, endpoint: Endpoint) -> None:
         """Check that an endpoint serves the verifier, find out what it takes, and put it into service.
 
-        Raises:
-            RequestError: it does not answer.
-            ValueError: it serves another model, or renders the chat template to other tokens.
+        Raises RequestError if it does not answer, ValueError if it serves another model or reads chats otherwise.
         """
         options = self._options
         try:
@@ -117,11 +113,8 @@ def request_body(
 async def find_model(endpoint: Endpoint, name: str | None, verifier: VerifierConfig, positions: int) -> None:
     """Set an endpoint's name for the verifier, and its context; a server that lists none will refuse a wrong name.
 
-    `name` is synthesize.model, `positions` the tokens that the verifier can read.
-
-    Raises:
-        RequestError: it does not answer.
-        ValueError: it serves something else.
+    `name` is synthesize.model, `positions` the tokens that the verifier can read. Raises RequestError if the server
+    does not answer, ValueError if it serves something else.
     """
     served, required = await endpoint.models(), name or verifier.path
     matching = [model for model in served if required in (model.get("id"), model.get("root"))]

@@ -1,7 +1,5 @@
 """Reads what stands at an address in data, within bounds: data of others choose no file or host of this network."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import re
@@ -35,9 +33,8 @@ def check_foreign(address: str, files: bool = False, hosts: bool = False) -> Non
 def read_address(address: str, local: bool = False) -> bytes:
     """Read what stands at a path, or a `file:`, `data:`, `http:` or `https:` URL; `local` allows this network's hosts.
 
-    Raises:
-        ValueError: it is too large, takes too long, or is in this machine's network.
-        OSError, aiohttp.ClientError: it cannot be had.
+    Raises ValueError if it is too large, too slow or in this machine's network, OSError or aiohttp.ClientError if it
+    cannot be had.
     """
     scheme = scheme_of(address)
     if scheme.startswith("http"):

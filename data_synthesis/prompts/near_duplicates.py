@@ -1,7 +1,5 @@
 """Which texts say the same: duplicates among prompts, and evaluation questions in them."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Prompts are made ready once a run: read, filtered, deduplicated, mixed, and written in the order of answering."""
 
-from __future__ import annotations
-
 import json
 import os
 from array import array
@@ -56,10 +54,8 @@ class PreparedPrompts:
 def prepare_prompts(config: Config) -> PreparedPrompts:
     """Make runs/<name>/prompts/ from `data`, or find it complete; of processes started together one makes it.
 
-    Prompts that are complete may outlive the files that they were made of.
-
-    Raises:
-        ValueError: a source cannot be read, a row is malformed (unless data.malformed_rows=skip), no prompt is left.
+    Prompts that are complete may outlive the files that they were made of. Raises ValueError if a source cannot be
+    read, a row is malformed (unless data.malformed_rows=skip), or no prompt is left.
     """
     data, folder = config.data, config.prompts_folder
     if not data.sources:
@@ -264,7 +260,6 @@ class _Selection:
         return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=len(rows) - before - len(own))
 
     def _key(self, prompt_id: str) -> int:
-        """Return what a prompt is ordered by."""
         return hash64(f"{self._data.seed}/{prompt_id}")
 
     def _append(self, line: bytes) -> int:

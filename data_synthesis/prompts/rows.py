@@ -1,7 +1,5 @@
 """Prompts for the verifier: the user's side of a row of chat data, in any of the usual forms."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -73,9 +71,7 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: b
     """Read a row as `prompt_of` does, all of it or none; return the prompt and its line.
 
     Images may be files here if the row is this machine's own (`local`), and at its network's hosts with `hosts`.
-
-    Raises:
-        ValueError: what is wrong with the row, or not read of it, to be put after its place.
+    Raises ValueError for what is wrong with the row, or not read of it, to be put after its place.
     """
     try:
         prompt = prompt_of(row, source, number)
@@ -131,7 +127,7 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
         number: the id of a row that has none; None if rows come in no fixed order: a hash of what it says.
 
     Raises:
-        ValueError: what is wrong with the row, to be put after its place: "is no object", "has no user turn".
+        ValueError: what is wrong with the row, to be put after its place: "has no user turn".
     """
     if isinstance(row, ValueError):
         raise row

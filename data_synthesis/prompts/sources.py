@@ -1,7 +1,5 @@
 """Rows of prompt sources: JSON, JSONL and Parquet files, folders of them, datasets of the hub, the embedded ones."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -37,10 +35,7 @@ def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Itera
 
     A row that cannot be decoded comes as the ValueError that says why, so that a caller may leave it out. With
     `streaming` rows come in the order of datasets' own shuffle by `seed`. Of a table come the columns that a prompt is
-    read from, or the `whole`.
-
-    Raises:
-        ValueError: the source does not exist, cannot be reached, or has no such split.
+    read from, or the `whole`. Raises ValueError if the source cannot be reached, or has no such split.
     """
     if source.path == EMBEDDED:
         yield from _placed(EMBEDDED, embedded_prompts()[: source.limit])

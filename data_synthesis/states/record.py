@@ -1,15 +1,12 @@
 """The verifier reads a store of tokens, and one writer of several records what it sees inside, shard by shard."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +54,7 @@ def write_states(config: Config, settings: dict[str, Any], plan: HiddenStateStor
         return
     stop, writes = _Stop(together), not (together and place.rank)
     scratch = _scratch(folder, writer) if writes else nullcontext(folder)
-    with scratch as unfinished, _engine(config, settings, place, plan) as engine, stop.heard():
+    with scratch as unfinished, closing(_open_engine(config, settings, place, plan)) as engine, stop.heard():
         recorder = _Recorder(config, settings, plan, mine, engine, stop)
         if writes:
             recorder.record(unfinished)
@@ -114,10 +111,11 @@ class _Recorder:
 
     def read_along(self) -> None:
         """Take a rank's part in what the first rank records."""
-        readings = self._readings()
-        for batch in islice(readings, _ESTIMATES):
+        batch = self._first_batch()
+        for _ in range(_ESTIMATES):
             deque(self.engine.read(batch), maxlen=0)
-        for number, samples in zip(self.shards, readings, strict=True):
+        for number in self.shards:
+            samples = self._samples(number)
             part = open_part(self.folder, number, self.made_with)
             done = set(part.ids) if part else set()
             deque(self.engine.read([sample for sample in samples if sample.id not in done], self.stop), maxlen=0)
@@ -126,12 +124,11 @@ class _Recorder:
 
     def record(self, scratch: Path) -> None:
         """Record the shards; `scratch` takes unfinished files."""
-        readings = self._readings()
         num_tokens = sum(self.plan.entries[number]["tokens"] for number in self.shards)
-        _estimate_time(self.engine, [next(readings) for _ in range(_ESTIMATES)], num_tokens)
-        progress = Progress("dump", num_tokens, "token")
-        with BackgroundWriter(self.folder, scratch) as out:
-            for number, samples in zip(self.shards, readings, strict=True):
+        _estimate_time(self.engine, self._first_batch(), num_tokens)
+        with Progress("dump", num_tokens, "token") as progress, BackgroundWriter(self.folder, scratch) as out:
+            for number in self.shards:
+                samples = self._samples(number)
                 shard = Shard.of(samples, out.spare_buffers())
                 shard.made_with = self.made_with
                 with _saved(number, shard, out) as recorded:
@@ -143,20 +140,17 @@ class _Recorder:
                     self._record_shard(samples, shard, recorded, progress)
                 if self.stop.stopped:
                     break
-        progress.close()
         if self.not_finite:
             count = f"{len(self.not_finite)} samples have states that are not finite"
             print(f"dump: {count}; training skips the steps that meet them")
 
-    def _readings(self) -> Iterator[list[Sample]]:
-        """Yield what the verifier reads: a batch `_ESTIMATES` times, which tells the time, then the shards."""
+    def _first_batch(self) -> list[Sample]:
         batch: list[Sample] = []
         for sample in self._samples(self.shards[0]):
             if batch and sum(len(other.input_ids) for other in [*batch, sample]) > self.batch_tokens:
                 break
             batch.append(sample)
-        yield from [batch] * _ESTIMATES
-        yield from map(self._samples, self.shards)
+        return batch
 
     def _samples(self, shard: int) -> list[Sample]:
         """Return the samples of a shard, with the addresses of their images, which stand in their conversations."""
@@ -248,22 +242,11 @@ def _announce_size(settings: dict[str, Any], plan: HiddenStateStore, missing: li
         )
 
 
-@contextmanager
-def _engine(config: Config, settings: dict[str, Any], place: RankInfo, plan: HiddenStateStore) -> Iterator[Engine]:
+def _open_engine(config: Config, settings: dict[str, Any], place: RankInfo, plan: HiddenStateStore) -> Engine:
     """Start what runs the verifier: on the GPUs that are this rank's own, or, of ranks together, on all."""
-    engine: Engine
     if config.dump.engine is DumpEngine.vllm:
         check_readable(config, plan.ids, plan.lengths, plan.num_images)
-        engine = VllmEngine(config, settings["aux_layers"])
-    else:
-        engine = _load(config, settings, place, plan[0])
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def _load(config: Config, settings: dict[str, Any], place: RankInfo, first: Sample) -> Engine:
+        return VllmEngine(config, settings["aux_layers"])
     alone = place.world == 1 or config.verifier.tensor_parallel
     gpus = None if alone or not torch.cuda.is_available() else own_gpus(place, torch.cuda.device_count())
     if gpus:
@@ -274,14 +257,14 @@ def _load(config: Config, settings: dict[str, Any], place: RankInfo, first: Samp
         print(
             f"dump: one of {number} GPUs reads; `torchrun --nproc-per-node {number} -m fledge dump ...` uses them all"
         )
-    check_first(config.verifier, verifier, first.input_ids, state_format(settings))
+    check_first(config.verifier, verifier, plan[0].input_ids, state_format(settings))
     images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
     return TransformersEngine(verifier, config.dump.batch_tokens, images)
 
 
-def _estimate_time(engine: Engine, readings: list[list[Sample]], num_tokens: int) -> None:
-    """Print how long this writer will take, by the last reading: the first warms up."""
-    for batch in readings:
+def _estimate_time(engine: Engine, batch: list[Sample], num_tokens: int) -> None:
+    """Print how long this writer will take, by the last reading of a batch: the first warms up."""
+    for _ in range(_ESTIMATES):
         start = time.perf_counter()
         states = ((number, {"aux": aux, "last": last}) for number, aux, last in engine.read(batch))
         for _ in on_host(states, num_tokens):  # waits for the device at its end

@@ -1,7 +1,5 @@
 """What the verifier sees inside while it reads documents, many of them in one forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

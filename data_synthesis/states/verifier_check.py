@@ -1,7 +1,5 @@
 """What is checked of a verifier before anything is made with it: that a head can be trained for it at all."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -24,10 +22,7 @@ def check_verifier(verifier: VerifierConfig, draft: DraftConfig, for_states: boo
     """Check that a head can be derived, layers and matrices are found and tokens have embeddings; return the head.
 
     Cheap: of the weights it reads names and headers. A draft vocabulary that does not fit costs a warning if it is not
-    needed now, `for_states`.
-
-    Raises:
-        ValueError: names the option, and what to do.
+    needed now, `for_states`; else ValueError names the option, and what to do.
     """
     whole = load_whole_config(verifier)
     head = DraftHeadConfig.from_verifier(draft, whole.get_text_config())

@@ -9,8 +9,6 @@ holds the states of these tokens; it is read here and deleted at once. What is i
 | last hidden state       | id L, of L layers, is the state before the final norm: it is normed here |
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import itertools

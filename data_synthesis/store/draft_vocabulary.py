@@ -1,7 +1,5 @@
 """The draft vocabulary of hidden-state stores: that of the dump, or one for several stores together."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 

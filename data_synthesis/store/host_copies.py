@@ -1,7 +1,5 @@
 """Copies between the host and a GPU that the host does not wait for, one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

@@ -4,8 +4,6 @@ What is needed to find a sample is in one file (`index.safetensors`): a store of
 shard's header is compared with the manifest when it is first used, the rest of it by `StoreIndex.verify`.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import json

@@ -1,7 +1,5 @@
 """A shard of the hidden-state store as it is read; shard.py writes it. torch is imported with the first tensor."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,13 +81,10 @@ def shard_entry(path: Path) -> dict[str, Any]:
 
 def _header(path: Path) -> bytes:
     """Read a safetensors header: its length, 8 bytes, and its JSON."""
-    try:
-        with open(path, "rb") as file:
-            size = file.read(8)
-            length = int.from_bytes(size, "little")
-            header = size + file.read(min(length, 1 << 28))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: run `fledge dump` again") from None
+    with open(path, "rb") as file:
+        size = file.read(8)
+        length = int.from_bytes(size, "little")
+        header = size + file.read(min(length, 1 << 28))
     if len(header) != 8 + length:
         raise ValueError(f"{path} is cut off or not a safetensors file: {CURE}")
     return header
@@ -118,7 +113,7 @@ class MappedShard:
         self.image_records = {int(number): ImageRecord(**record) for number, record in about["image_records"].items()}
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> "dict[str, Tensor]":
         """Views of the file, read as they are used; float8 as bytes, which every operation takes.
 
         They keep no file open, of which a process may have a thousand: a store has more shards.

@@ -19,12 +19,10 @@ The file's metadata hold, as one JSON object (of several, the order would be lef
 (`checksums`, XXH3-128). The store's manifest has a checksum of each shard's header, which so covers the whole file.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -62,7 +60,7 @@ class Sample:
     image_record: ImageRecord | None = None
     images: tuple[str, ...] = ()  # paths, URLs or data URLs of those the verifier reads in it; a dump fills them in
 
-    def decoded(self) -> Sample:
+    def decoded(self) -> Self:
         """Return the sample with float8 states as bfloat16, which holds each of their values; others as they are."""
         if self.aux_scale is None or self.aux_hidden_states is None or self.last_hidden_state is None:
             return self
@@ -83,7 +81,7 @@ class Shard:
     is_part: bool = False  # what an interrupted writer had of one
 
     @classmethod
-    def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Shard:
+    def of(cls, samples: list[Sample], buffers: dict[str, Tensor] | None = None) -> Self:
         """Lay samples end to end, all with states or all without, in buffers of a shard that is written, if any.
 
         Fresh memory costs as much as writing it does.
@@ -111,7 +109,7 @@ class Shard:
         named = zip((*STATES, "bounds"), (*encoded[0], *encoded[1], bounds), strict=True)
         return {name: value for name, value in named if value is not None}
 
-    def part(self, numbers: list[int]) -> Shard:
+    def part(self, numbers: list[int]) -> "Shard":
         """Copy samples that have their states, to go on with after an interruption."""
         tensors = {}
         for name, tensor in self.tensors.items():

@@ -12,8 +12,6 @@ an answer at positions s ... e has the targets s ... e-1). With the prompt `u v`
     state is kept         x  x
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

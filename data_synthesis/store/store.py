@@ -3,8 +3,6 @@
 A store for online training has shards without states, and `"states": false` in the settings of its manifest.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import pairwise

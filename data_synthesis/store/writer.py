@@ -1,11 +1,10 @@
 """Shards are written by a thread, while the verifier fills the next one."""
 
-from __future__ import annotations
-
-import queue
-import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,46 +23,38 @@ class BackgroundWriter:
 
     def __init__(self, folder: Path, scratch: Path) -> None:
         self._folder, self._scratch = folder, scratch
-        self._waiting: queue.Queue[tuple[int, Shard] | None] = queue.Queue(maxsize=1)
-        self._spare: queue.SimpleQueue[dict[str, Tensor]] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="shard writer")
+        self._thread = ThreadPoolExecutor(1, "shard writer")
+        self._writes: deque[Future[None]] = deque()  # whose end was not looked at
+        self._spare: list[dict[str, Tensor]] = []
 
-    def __enter__(self) -> BackgroundWriter:
-        self._thread.start()
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with deferred("it ends as soon as the shards it has are written"):
-            self._waiting.put(None)
-            self._thread.join()
-        if self._error and (kind is None or issubclass(kind, Stopped)):
-            raise self._error
+            self._thread.shutdown()
+        if kind is None or issubclass(kind, Stopped):
+            for write in self._writes:
+                write.result()
 
     def spare_buffers(self) -> dict[str, Tensor]:
         """Return the buffers of a shard that is written, if there are any."""
-        return {} if self._spare.empty() else self._spare.get()
+        return self._spare.pop() if self._spare else {}
 
     def put(self, number: int, shard: Shard) -> None:
         """Hand over a shard, which is not to be changed any more; waits while another waits."""
-        if self._error:
-            raise self._error
-        self._waiting.put((number, shard))
+        while self._writes and (len(self._writes) > 1 or self._writes[0].done()):
+            self._writes.popleft().result()
+        self._writes.append(self._thread.submit(self._write, number, shard))
 
-    def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            number, shard = item
-            if self._error is None:  # else nothing more is written, and nobody is kept waiting
-                try:
-                    write_shard(self._folder, number, shard, self._scratch)
-                    if not shard.is_part:  # what an interrupted start had of it is done with
-                        (self._folder / part_name(number)).unlink(missing_ok=True)
-                        self._spare.put(shard.buffers)
-                except (OSError, SafetensorError) as error:
-                    self._error = ValueError(
-                        f"{self._folder / shard_name(number)} cannot be written ({error}): see to room and rights "
-                        "there, or set dump.folder to another disk; the same command goes on after the shards written"
-                    )
-                except BaseException as error:  # raised where the shards come from, which would wait for ever
-                    self._error = error
-            del item, shard  # while the next one is waited for, its memory is free
+    def _write(self, number: int, shard: Shard) -> None:
+        try:
+            write_shard(self._folder, number, shard, self._scratch)
+            if not shard.is_part:  # what an interrupted start had of it is done with
+                (self._folder / part_name(number)).unlink(missing_ok=True)
+                self._spare.append(shard.buffers)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{self._folder / shard_name(number)} cannot be written ({error}): see to room and rights "
+                "there, or set dump.folder to another disk; the same command goes on after the shards written"
+            ) from None

@@ -1,10 +1,7 @@
 """From a conversation to tokens, and to those of them that the verifier wrote, by its own chat template."""
 
-from __future__ import annotations
-
 import re
 from collections import abc
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +45,7 @@ class Sequence:
         return {"token_ids": self.token_ids, "answers": [list(span) for span in self.answers]}
 
 
-def join_turns(turns: Iterable[Turn]) -> list[Sequence]:
+def join_turns(turns: abc.Iterable[Turn]) -> list[Sequence]:
     """Return the turns of a conversation in as few sequences as are exact.
 
     A sequence grows while the verifier read, before an answer, precisely the tokens so far and more. If it read
@@ -266,7 +263,7 @@ def _is_part(part: Any) -> bool:
     return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
-def has_images(messages: Iterable[Message]) -> bool:
+def has_images(messages: abc.Iterable[Message]) -> bool:
     """Return whether a message has content parts other than text."""
     contents = (message["content"] for message in messages if isinstance(message["content"], list))
     return any(part["type"] != "text" for content in contents for part in content)

@@ -4,8 +4,6 @@ What the processor writes for an image stands in `input_ids`, so that the draft 
 tokens at image positions, as vLLM feeds it; the verifier itself reads the pixels there.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import abc
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The images of conversations: which there are, and their pixels."""
 
-from __future__ import annotations
-
 import io
 from collections import abc
 from typing import Any

@@ -6,8 +6,6 @@ template writes around an answer's `reasoning_content`, pairs of tokens or words
 Marks in plain text that the chat template takes out of earlier answers by itself are left to it.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import abc

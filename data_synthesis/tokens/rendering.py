@@ -1,9 +1,6 @@
 """A conversation as the verifier's own chat template writes it."""
 
-from __future__ import annotations
-
 from collections import abc
-from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -33,7 +30,7 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Me
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals() -> abc.Iterator[None]:
     """Raise NoExactSpanError if the chat template refuses a conversation, or content parts in place of a text."""
     try:
         yield

@@ -1,7 +1,5 @@
 """The training sequences of a conversation: those its record brings, or those its chat template gives."""
 
-from __future__ import annotations
-
 from collections import abc
 from typing import Any
 

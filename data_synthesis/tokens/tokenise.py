@@ -4,8 +4,6 @@ The conversations are taken in the order of their ids, whatever the order of the
 the last has `dump.shard_tokens`; so the shards are the same at every start, and a store with states has the same ones.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time
@@ -98,9 +96,8 @@ def write_tokens(config: Config, target: Artifact) -> None:
         target.save(complete=False, shards=[], taken=0, counts={})  # a file was lost: from the start
     source = config.conversations_folder
     total = read_manifest(source, "conversations")["counts"]["conversations"]
-    progress = Progress("conversations", total, "conversation")
-    index = ConversationIndex.of(source, progress.update)
-    progress.close()
+    with Progress("conversations", total, "conversation") as progress:
+        index = ConversationIndex(source, progress.update)
     if read_manifest(source, "conversations")["content"] != index.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
     target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)

@@ -3,8 +3,6 @@
 Loaded by vLLM (`kv_connector_module_path`). Nothing but the copy out of vLLM's cache differs from its own connector.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 from functools import partial

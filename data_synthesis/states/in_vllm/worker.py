@@ -11,8 +11,6 @@ answers are lines of JSON:
 | {"request", "token_ids"}         | {"request", "path", "tokens", "logprobs"}: file, and vLLM's likeliest next tokens |
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

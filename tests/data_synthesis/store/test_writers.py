@@ -158,12 +158,12 @@ def test_a_writer_that_is_at_work_is_not_started_again(config, tmp_path):
 def test_a_shard_that_is_lost_is_recorded_again_and_nothing_else(config, tmp_path):
     store = tmp_path / "store"
     dump(into(config, store))
-    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.glob("shard-*")}
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in store.glob("shard-*")}
     (store / "shard-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00003\.safetensors is missing: run `fledge dump` again"):
         HiddenStateStore(store)
     dump(into(config, store))
-    after = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.glob("shard-*")}
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in store.glob("shard-*")}
     assert {name: content for name, (_, content) in after.items()} == {n: c for n, (_, c) in before.items()}
     assert [name for name in before if before[name][0] != after[name][0]] == ["shard-00003.safetensors"]
 
