@@ -47,8 +47,7 @@ def doctor(config: Config) -> None:
 def diagnose(config: Config) -> Diagnosis:
     """Hold the head against its verifier and the rules of the engines, and measure what its weights were trained for.
 
-    Raises:
-        ValueError: there is no head to read, or no verifier.
+    ValueError: there is no head to read, or no verifier.
     """
     folder, weights = source_folder(config.head_import), VerifierWeights(config.verifier)
     embedding = weights.embedding()
