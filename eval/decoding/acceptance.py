@@ -80,7 +80,7 @@ class AcceptanceRule:
         return choosing.draw_or_accept(weights, proposal.tokens, proposal.probabilities, *numbers, temperature)
 
     def draft(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return draft tokens int64 [B] by logits [B, Vd] and draws [B, NUM_DRAWS]; q [B, Vd] if they are drawn by it."""
+        """Return draft tokens int64 [B] by logits [B, Vd] and draws [B, NUM_DRAWS], and q [B, Vd] if drawn by it."""
         if not self.draws_drafts:
             return logits.argmax(-1), None
         q = torch.softmax(logits.float() / self.temperature, -1)
