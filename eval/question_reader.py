@@ -74,7 +74,7 @@ class QuestionReader:
         return limit
 
     def check(self, questions: Iterable[Question]) -> None:
-        """Print the questions that cannot be asked, as far as that is known before any answer; ValueError: all."""
+        """Print the questions that cannot be asked, as far as is known before any answer; ValueError: none can be."""
         self._problems, problems = None, dict[str, str]()
         num_askable = 0
         for question in questions:

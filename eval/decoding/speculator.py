@@ -139,7 +139,9 @@ class Speculator:
     def decode(self, drafter: Drafter, max_tokens: int | None = None) -> list[Answer]:
         """Answer the prompts, with tokens that are, or are distributed as, the verifier's own, whatever is proposed."""
         limits = [min(limit, max_tokens or limit) for limit in self._limits]
-        assert drafter in self._drafters or not drafter.num_draft_tokens, "a drafter that no memory was taken for"
+        assert drafter.num_draft_tokens <= self._num_nodes, "more than memory was taken for"
+        assert drafter.depth <= self._depth, "more than memory was taken for"
+        assert drafter in self._drafters or not drafter.num_draft_rows, "a drafter that no memory was taken for"
         self._start(drafter)
         ends = self.verifier.end_token_ids
         prompts = [len(request.prompt) for request in self._requests]
