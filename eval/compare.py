@@ -35,11 +35,7 @@ class Row:
 
 
 def compare(config: Config) -> None:
-    """Print the evaluations of `compare.runs` side by side, and write them to `compare.folder` if it is set.
-
-    Raises:
-        ValueError: there is no run, or one has no complete evaluation.
-    """
+    """Print the evaluations of `compare.runs` side by side, and write them to `compare.folder` if it is set."""
     options = config.compare
     if not options.runs:
         raise ValueError(

@@ -25,9 +25,7 @@ class UnaskableError(ValueError):
 class QuestionReader:
     """Reads questions into the verifier's tokens.
 
-    Args:
-        max_context: tokens of prompt and answer that a server takes; None: the verifier in this process answers.
-        url: of the server.
+    `max_context` are the tokens of prompt and answer that a server at `url` takes; None: the verifier here answers.
     """
 
     def __init__(self, config: Config, max_context: int | None = None, url: str = "") -> None:
@@ -41,9 +39,7 @@ class QuestionReader:
     def read(self, question: Question, texts: list[str]) -> tuple[list[int], int, Images | None]:
         """Return the prompt of the next answer, the most tokens of that answer, and the images in the prompt.
 
-        Raises:
-            UnaskableError: why there is none.
-            ValueError: an image cannot be read that `check` could read, so the next start may.
+        UnaskableError: why there is none. ValueError: an image that `check` could read cannot be read now.
         """
         if question.problem:
             raise UnaskableError(question.problem)
@@ -78,11 +74,7 @@ class QuestionReader:
         return limit
 
     def check(self, questions: Iterable[Question]) -> None:
-        """Print the questions that cannot be asked, as far as that is known before any answer; the others are asked.
-
-        Raises:
-            ValueError: none of the questions can be asked.
-        """
+        """Print the questions that cannot be asked, as far as is known before any answer; ValueError: none can be."""
         self._problems, problems = None, dict[str, str]()
         num_askable = 0
         for question in questions:

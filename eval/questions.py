@@ -96,11 +96,8 @@ def questions_identity(questions: list[Question]) -> str:
 def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[Question]:
     """Read questions in any of the forms above; one that is not valid UTF-8 comes with that as its problem.
 
-    Args:
-        local_images: questions of the hub may name files here as their images.
-
-    Raises:
-        ValueError: the source cannot be read, or a row has another form: which row, which field.
+    With `local_images` questions of the hub may name files here as their images. ValueError: the source cannot be read,
+    or a row has another form: which row, which field.
     """
     if options.questions is None:
         raise ValueError(

@@ -52,7 +52,10 @@ def _export_one(config: Config, format_: str, source: Path, head: DraftHead, rec
     settings |= {"format": format_, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written by"):
-        if _current_settings(folder) == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
+        manifest = _manifest(folder)
+        if folder.exists() and manifest.get("kind") != "export":
+            raise ValueError(f"{folder} is not an export of fledge's: move it away")
+        if manifest.get("settings") == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
             print(f"export: {folder} is complete")
             return
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -76,7 +79,7 @@ def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
     """Return acceptance.json of the run if it was measured with this very head, by the weights' checksum."""
     path = config.run_folder / "evaluation" / "acceptance.json"
     measured = (_manifest(path.parent).get("settings") or {}).get("head")
-    this = path.is_file() and bool(measured) and measured == file_digest(source / WEIGHTS)
+    this = path.is_file() and measured == file_digest(source / WEIGHTS)
     return json.loads(path.read_text()) if this else None
 
 
@@ -91,14 +94,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder that is complete; else nothing."""
     manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
     return manifest if manifest.get("complete") else {}
-
-
-def _current_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings of the export that is there; refuse a folder that is not one."""
-    if not folder.exists():
-        return None
-    manifest = folder / MANIFEST
-    content = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    if content.get("kind") != "export":
-        raise ValueError(f"{folder} is not an export of fledge's: move it away")
-    return content["settings"]

@@ -80,11 +80,7 @@ class AcceptanceRule:
         return choosing.draw_or_accept(weights, proposal.tokens, proposal.probabilities, *numbers, temperature)
 
     def draft(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose a draft token by logits [B, Vd]: int64 [B]; and, if it was drawn, return its distribution [B, Vd].
-
-        Args:
-            draws: float64 [B, NUM_DRAWS].
-        """
+        """Return draft tokens int64 [B] by logits [B, Vd] and draws [B, NUM_DRAWS], and q [B, Vd] if drawn by it."""
         if not self.draws_drafts:
             return logits.argmax(-1), None
         q = torch.softmax(logits.float() / self.temperature, -1)

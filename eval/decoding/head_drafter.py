@@ -21,9 +21,7 @@ class DraftDecoder(Drafter):
     A tree (arXiv:2406.16858, docs/speculative_loop.md): at each depth the `tree_top_k` best nodes are fed, and have
     `tree_top_k` children each; of all of them the best `num_draft_tokens` are proposed.
 
-    Args:
-        embedding: the verifier's token embedding [V, H].
-        tree_depth: None drafts a chain.
+    `embedding` is the verifier's [V, H]; a `tree_depth` of None drafts a chain.
     """
 
     on_device = True
@@ -97,10 +95,6 @@ class DraftDecoder(Drafter):
                 distributions.append(probabilities)
         spread = self._of_verifiers_vocabulary(torch.stack(distributions, 1)) if distributions else None
         return Proposal(torch.stack(tokens, 1), probabilities=spread)
-
-    def logits(self) -> Tensor:
-        """Return the draft logits [B, Vd] after the last rows."""
-        return self.head.lm_head(self._normed)
 
     def feed(self, tokens: Tensor, state: Tensor, step: int, num_read: int) -> tuple[Tensor, Tensor]:
         """Run draft step k >= 1 of a chain: feed tokens [B] with the head's own states [B, H], at position r + k."""

@@ -21,6 +21,7 @@ from .verifier_cache import SlotCache
 _ROWS = 24  # of logits, in a case
 _TOKENS = 3  # of a case's vocabulary: siblings may be alike
 _NEARLY_ONE = 1 - 2.0**-53  # the highest number there is
+_Device = torch.device | str
 
 
 def check_decoding(options: EvaluateConfig, head: DraftHeadConfig, dtype: torch.dtype, device: torch.device) -> Checked:
@@ -78,7 +79,7 @@ def _both(rule: AcceptanceRule, *inputs: Any) -> tuple[Tensor, Tensor]:
     return kernel, twin
 
 
-def joined_error(num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str) -> float:
+def joined_error(num_rows: int, width: int, dtype: torch.dtype, device: _Device) -> float:
     """Return the largest error of [norm(embedding), norm(state)]; rows of the state may lie over each other."""
     from ...models.kernels.decoding import join_inputs
 
@@ -104,7 +105,7 @@ def _is_within(tokens: Tensor, weights: Tensor, numbers: Tensor, tolerance: floa
     return (own > 0) & (sums - own - tolerance <= numbers) & (numbers <= sums + tolerance)
 
 
-def _count_other_likeliest(width: int, dtype: torch.dtype, device: torch.device | str) -> int:
+def _count_other_likeliest(width: int, dtype: torch.dtype, device: _Device) -> int:
     """Choose greedily by rows with many equal logits; return how often kernel and definition differ."""
     logits = torch.randint(-3, 4, (3, 8, width), generator=torch.Generator().manual_seed(0)).to(dtype)
     rule = AcceptanceRule(kernels=DECODING)
@@ -113,12 +114,11 @@ def _count_other_likeliest(width: int, dtype: torch.dtype, device: torch.device 
 
 
 def count_other_draws(
-    rows: int, width: int, dtype: torch.dtype, device: torch.device | str, rule: AcceptanceRule
+    rows: int, width: int, dtype: torch.dtype, device: _Device, rule: AcceptanceRule
 ) -> tuple[int, int]:
-    """Draw by rows of logits, by the kernel and by the twin.
+    """Draw by rows of logits, by kernel and twin.
 
-    Returns:
-        How often they differ, as they may where rounding can tell, and how often the kernel's are wrong.
+    Return how often they differ, as they may where rounding can tell, and how often the kernel's are wrong.
     """
     generator = torch.Generator().manual_seed(0)
     logits = (3.0 * torch.randn(1, rows, width, generator=generator)).to(device, dtype)
@@ -132,22 +132,12 @@ def count_other_draws(
 
 
 def count_other_choices(
-    sequences: int,
-    drafts: int,
-    width: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    rule: AcceptanceRule,
-    likeness: float,
+    sequences: int, drafts: int, width: int, dtype: torch.dtype, device: _Device, rule: AcceptanceRule, likeness: float
 ) -> tuple[int, int, float]:
-    """Accept drawn drafts or draw anew, by the kernel and by the twin.
+    """Accept drawn drafts or draw anew, by kernel and twin; `likeness` 1: drafter and verifier are the same.
 
-    Args:
-        likeness: of the drafter and the verifier, 1 if they are the same.
-
-    Returns:
-        How often they differ, as they may where rounding can tell; how often the kernel's are wrong; and the share of
-        drafts that the twin accepts.
+    Return how often they differ, as they may where rounding can tell; how often the kernel's are wrong; and the share
+    of drafts that the twin accepts.
     """
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(sequences, drafts + 1, width, generator=generator)
@@ -170,7 +160,7 @@ def count_other_choices(
     return int((kernel != twin).sum()), int(wrong), float((twin[:, :-1] == tokens).float().mean())
 
 
-def random_tree(sequences: int, num_nodes: int, device: torch.device | str) -> Proposal:
+def random_tree(sequences: int, num_nodes: int, device: _Device) -> Proposal:
     """Return random trees."""
     generator = torch.Generator().manual_seed(num_nodes)
     steps = torch.arange(num_nodes)
@@ -181,7 +171,7 @@ def random_tree(sequences: int, num_nodes: int, device: torch.device | str) -> P
     return Proposal(tokens, replace(tree, depth=int(tree.depths.max())))
 
 
-def chain(sequences: int, num_tokens: int, device: torch.device | str) -> Proposal:
+def chain(sequences: int, num_tokens: int, device: _Device) -> Proposal:
     """Return random chains."""
     generator = torch.Generator().manual_seed(num_tokens)
     return Proposal(torch.randint(0, _TOKENS, (sequences, num_tokens), generator=generator).to(device))

@@ -94,11 +94,7 @@ class Speculator:
 
     @torch.no_grad()
     def prefill(self, requests: list[Request]) -> None:
-        """Read prompts, at most B; then `decode` answers them, as often as it is called.
-
-        Raises:
-            ValueError: a prompt leaves no room in the verifier's context.
-        """
+        """Read prompts, at most B; then `decode` answers them, as often as it is called."""
         assert 0 < len(requests) <= self._num_sequences
         self._limits = []
         for request in requests:

@@ -59,8 +59,7 @@ class _StaticLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A cache of B sequences with the memory for `num_slots` tokens each.
 
-    Args:
-        like: a cache that the model has filled, of one sequence: shapes, types and devices are taken from it.
+    Shapes, types and devices are taken from `like`, a cache of one sequence that the model has filled.
     """
 
     def __init__(self, like: DynamicCache, num_sequences: int, num_slots: int) -> None:
@@ -97,11 +96,7 @@ class SlotCache(Cache):
 
 
 class CachedVerifier:
-    """A verifier whose forwards read and write a static cache.
-
-    Raises:
-        ValueError: the model has layers whose past is no sequence of keys and values.
-    """
+    """A verifier whose forwards read and write a static cache; ValueError: a layer's past is no keys and values."""
 
     def __init__(self, verifier: Verifier, num_sequences: int) -> None:
         self.verifier, self.num_sequences, self.num_slots = verifier, num_sequences, 0
@@ -156,9 +151,7 @@ class CachedVerifier:
         """Check on a text, of three tokens at least, that it ends with the logits here that the model itself gives.
 
         All but its last two tokens are read as a prompt, and these as a tree, with a wrong token between them.
-
-        Raises:
-            ValueError: it does not, so that masks and positions mean something else to this model.
+        ValueError: it does not, so that masks and positions mean something else to this model.
         """
         model, inputs = self.verifier.model, inputs or {}
         text = torch.tensor([tokens], device=self.verifier.device)

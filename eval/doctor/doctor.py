@@ -47,8 +47,7 @@ def doctor(config: Config) -> None:
 def diagnose(config: Config) -> Diagnosis:
     """Hold the head against its verifier and the rules of the engines, and measure what its weights were trained for.
 
-    Raises:
-        ValueError: there is no head to read, or no verifier.
+    ValueError: there is no head to read, or no verifier.
     """
     folder, weights = source_folder(config.head_import), VerifierWeights(config.verifier)
     embedding = weights.embedding()
@@ -69,8 +68,7 @@ def diagnose(config: Config) -> Diagnosis:
             diagnosis.unmeasured = str(error)
             return diagnosis
         diagnosis.verdict = verdict
-        findings = diagnosis.findings
-        diagnosis.findings = [one for one in findings if not (one.suspects and verdict.settles(one.suspects))]
+        diagnosis.findings = [f for f in diagnosis.findings if not (f.suspects and verdict.settles(f.suspects))]
         diagnosis.notes = engine_notes(files, verdict.aux_layers if files.names_layers else None)
         if verdict.otherwise:
             diagnosis.findings.append(_misconfigured(verdict))

@@ -138,11 +138,7 @@ def variants(head: HeadFiles, config: DraftHeadConfig) -> list[Variant]:
 
 
 def measure(config: Config, head: DraftHead, tried: list[Variant], embedding: Tensor) -> Verdict:
-    """Let the verifier answer a few prompts, and compare the forms of a head on them; `embedding` is its [V, H].
-
-    Raises:
-        ValueError: the answers are too few or too short to measure on.
-    """
+    """Let the verifier answer a few prompts, and compare the forms of a head on them; `embedding` is its [V, H]."""
     layers = sorted({layer for variant in tried for layer in variant.config.aux_layers})
     texts = answers(config, layers, head.target_ids)
     if len(texts) < MIN_TEXTS:

@@ -26,8 +26,7 @@ _FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at mo
 
 
 _Array = NDArray[np.float64]
-_Side = tuple[_Array, _Array]  # rounds and accepted tokens of each question
-_Statistic = Callable[[_Array], tuple[_Array, _Array]]
+_Statistic = Callable[[_Array], tuple[_Array, _Array]]  # of sums [draws, width]: its values and their derivatives
 
 
 @dataclass
@@ -42,11 +41,7 @@ class Counts:
     seconds: float = 0.0
 
     def add(self, answer: dict[str, Any]) -> None:
-        """Add what a drafter did in an answer: lists over rounds, or sums, which are all that a server reports.
-
-        Raises:
-            ValueError: it accepted tokens at positions that the evaluation does not draft.
-        """
+        """Add what a drafter did in an answer: lists over rounds, or sums, which are all that a server reports."""
         num_positions = len(self.num_accepted_tokens_per_pos)
         if "num_drafts" not in answer:
             accepted = answer["accepted"]
@@ -127,10 +122,10 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
     its own standard error, which keeps the level if questions are few (docs/experiments.md). None of fewer than four
     questions with a round. If all questions accepted alike both bounds are that value.
     """
-    side = _by_question(records, drafter, num_positions)
-    if np.count_nonzero(side[0]) < _FEWEST:
+    columns = _by_question(records, drafter, num_positions)
+    if np.count_nonzero(columns[:, 0]) < _FEWEST:
         return None
-    return _interval([side], 1 + _ratio(side), (1.0, 1.0 + num_positions))
+    return (1 + np.clip(_bootstrap_t(columns, _rate), 0.0, float(num_positions))).tolist()
 
 
 def paired_difference(
@@ -142,33 +137,27 @@ def paired_difference(
     order; `num_positions` are of ours and of theirs.
     """
     sides = [_by_question(side, drafter, num) for side, num in zip((ours, theirs), num_positions, strict=True)]
-    difference = _ratio(sides[0]) - _ratio(sides[1])
-    if min(np.count_nonzero(drafts) for drafts, _ in sides) < _FEWEST:
+    columns = np.concatenate(sides, 1)
+    difference = float(_rate(columns.sum(0, keepdims=True))[0][0])
+    if min(np.count_nonzero(side[:, 0]) for side in sides) < _FEWEST:
         return difference, None
-    return difference, _interval(sides, difference, (-float(num_positions[1]), float(num_positions[0])))
+    most, least = num_positions
+    return difference, np.clip(_bootstrap_t(columns, _rate), -float(least), float(most)).tolist()
 
 
 def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | None:
     """Return the 95 % bootstrap interval of tokens a second with drafts over tokens a second of the verifier alone.
 
     Questions are drawn again, each with its times: how questions differ and how unsteady single times are is in it,
-    what slows the machine for long is not. Bootstrap-t as above, of the logarithm: a sum over tokens and seconds,
-    whose pull by question i is n_i / N - s_i / S with drafts, less that without. Bounds are within the speed-ups of
+    what slows the machine for long is not. Bootstrap-t as above, of the logarithm. Bounds are within the speed-ups of
     single questions. None of fewer than six questions with a round, or if the verifier was not run alone.
     """
     columns = np.array([_times(record, drafter) for record in records]).reshape(-1, 4)
     single = columns[(columns > 0).all(1)]
     if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
         return None
-    signs, totals = np.array([1.0, -1.0, -1.0, 1.0]), columns.sum(0)
-
-    def statistic(sums: _Array) -> tuple[_Array, _Array]:
-        sums = np.maximum(sums, _TINY)
-        return np.log(sums / totals) @ signs, signs / sums
-
-    bounds = _bootstrap_t(columns, float(np.log(totals) @ signs), (columns / totals) @ signs, statistic)
-    possible = np.log(single) @ signs
-    return np.exp(np.clip(bounds, possible.min(), possible.max())).tolist()
+    possible, _ = _log_speedup(single)
+    return np.exp(np.clip(_bootstrap_t(columns, _log_speedup), possible.min(), possible.max())).tolist()
 
 
 def _times(record: Record, drafter: str) -> list[float]:
@@ -179,44 +168,31 @@ def _times(record: Record, drafter: str) -> list[float]:
     return [*drafted, sum(answer["output_tokens"] for answer in answers), sum(alone)]
 
 
-def _by_question(records: Iterable[Record], drafter: str, num_positions: int) -> _Side:
+def _log_speedup(sums: _Array) -> tuple[_Array, _Array]:
+    signs, sums = np.array([1.0, -1.0, -1.0, 1.0]), np.maximum(sums, _TINY)
+    return np.log(sums) @ signs, signs / sums
+
+
+def _by_question(records: Iterable[Record], drafter: str, num_positions: int) -> _Array:
+    """Return rounds and accepted tokens [questions, 2]."""
     counts = [count([record], drafter, num_positions) for record in records]
-    drafts, accepted = np.array([(c.num_drafts, c.num_accepted_tokens) for c in counts], float).reshape(-1, 2).T
-    return drafts, accepted
+    return np.array([(c.num_drafts, c.num_accepted_tokens) for c in counts], float).reshape(-1, 2)
 
 
-def _ratio(side: _Side) -> float:
-    drafts, accepted = side
-    return float(accepted.sum() / max(drafts.sum(), 1.0))
+def _rate(sums: _Array) -> tuple[_Array, _Array]:
+    """Return accepted tokens / rounds of sums [draws, 2]; of [draws, 4] the first two's less that of the others."""
+    signs, drafts = np.array([1.0, -1.0][: sums.shape[1] // 2]), np.maximum(sums[:, 0::2], 1.0)
+    rates = sums[:, 1::2] / drafts
+    return rates @ signs, np.stack([-rates * signs / drafts, signs / drafts], 2).reshape(sums.shape)
 
 
-def _interval(sides: list[_Side], value: float, bounds: tuple[float, float]) -> list[float]:
-    """Return the bootstrap-t interval around `value`: one side's ratio accepted / rounds, or the difference of two.
+def _bootstrap_t(columns: _Array, statistic: _Statistic) -> _Array:
+    """Return the bounds around a statistic of the sums of columns [questions, width].
 
-    With R a side's ratio and D its rounds, question i pulls at it by (a_i - R d_i) / D.
+    A question pulls at it by its row times the derivatives w. The standard error is the root of the sum of the squares
+    of all pulls: in a draw with replacement w' M w, with M the sums of products of columns over the drawn questions.
     """
-    signs = np.array([1.0, -1.0][: len(sides)])
-    pulls = [(drafts, accepted - _ratio((drafts, accepted)) * drafts) for drafts, accepted in sides]
-    columns = np.stack([column for side in pulls for column in side], 1)  # [questions, 2 * sides]
-    totals = [max(drafts.sum(), 1.0) for drafts, _ in sides]
-
-    def statistic(sums: _Array) -> tuple[_Array, _Array]:
-        drafts = np.maximum(sums[:, 0::2], 1.0)
-        changes = sums[:, 1::2] / drafts  # of each side's ratio
-        return changes @ signs, np.stack([-changes * signs / drafts, signs / drafts], 2).reshape(sums.shape)
-
-    return np.clip(_bootstrap_t(columns, value, (columns[:, 1::2] / totals) @ signs, statistic), *bounds).tolist()
-
-
-def _bootstrap_t(columns: _Array, value: float, pulls: _Array, statistic: _Statistic) -> _Array:
-    """Return the bounds around a value that is made of sums of columns [questions, width].
-
-    The standard error is the root of the sum of the squares of what the questions pull. In a draw with replacement that
-    sum is w' M w, with M the sums of products of columns over the drawn questions.
-
-    Args:
-        statistic: of sums [draws, width] gives how far each draw's value is off, and the weights w of its pulls.
-    """
+    (value,), (derivatives,) = statistic(columns.sum(0, keepdims=True))
     generator = np.random.default_rng(0)
     number, width = columns.shape
     values = np.concatenate([columns, (columns[:, :, None] * columns[:, None, :]).reshape(number, -1)], 1)
@@ -228,7 +204,7 @@ def _bootstrap_t(columns: _Array, value: float, pulls: _Array, statistic: _Stati
         times = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number)
         sums.append(times.astype(np.float64) @ values)
     both = np.concatenate(sums)
-    changes, weights = statistic(both[:, :width])
+    drawn_values, weights = statistic(both[:, :width])
     squares = np.einsum("di,dij,dj->d", weights, both[:, width:].reshape(-1, width, width), weights)
-    tail, error = (1 - _CONFIDENCE) / 2, float(np.sqrt((pulls**2).sum()))
-    return value - error * np.quantile(changes / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])
+    tail, error = (1 - _CONFIDENCE) / 2, np.linalg.norm(columns @ derivatives)
+    return value - error * np.quantile((drawn_values - value) / np.sqrt(np.maximum(squares, _TINY)), [1 - tail, tail])

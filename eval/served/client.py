@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
-from signal import Signals
 from typing import Any
 
 from ...conf.runtime.artifact import Artifact, digest
 from ...conf.runtime.journal import Journal
 from ...conf.runtime.progress import Progress
-from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred, listening
+from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
 from ...conf.schema import Config
 from ...data_synthesis.answers.endpoint import Endpoint, RequestError
 from ...data_synthesis.answers.verify_endpoint import refusal
@@ -26,65 +25,41 @@ from ..question_reader import QuestionReader, UnaskableError
 from ..questions import Question
 from .engines import Completion, open_engine
 
-_LOOK_EVERY_S = 5.0
+_LOOK_EVERY_S, _TICK_S = 5.0, 0.1
 
 
 def check_server(config: Config, questions: list[Question]) -> None:
-    """Check that the server's answers to these questions can be measured, before anything is written.
-
-    Raises:
-        ValueError: they cannot.
-    """
+    """Check that the server's answers to these questions can be measured, before anything is written."""
     pictured = next((question.id for question in questions if question.images), None)
     if pictured is not None:
         raise ValueError(
             f"evaluate.engine must be transformers for questions with images ({pictured}): a server is sent tokens"
         )
-    _run(_Client(config).check(questions))
+    client = _Client(config)
+    client.run(client.check(questions))
 
 
 def answer_by_server(config: Config, questions: list[Question], target: Artifact) -> None:
     """Answer those questions that the journal of `target` does not hold yet; its manifest then says who answers.
 
     Exits with a code that asks for another start if the server goes away.
-
-    Raises:
-        ValueError: the server is not one whose answers can be measured.
     """
     journal = Journal(target.folder / RECORDS)
     left = [question for question in questions if question.id not in journal.done]
-    try:
-        if left:
-            progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
-            _run(_Client(config).answer(left, target, journal, progress))
-            progress.close()
-    finally:
-        journal.close()
+    if left:
+        progress = Progress("evaluate", len(questions), "question", done=len(questions) - len(left))
+        client = _Client(config)
+        client.run(client.answer(left, target, journal, progress))
+        progress.close()
+    journal.close()
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run something to its end, or until a signal: questions in flight are asked again by the next start."""
-    with deferred("it ends now, what it has saved stays") as signals:
-        try:
-            asyncio.run(_cancelled_by_signal(work, signals))
-        except asyncio.CancelledError:
-            if not signals.received:
-                raise
-
-
-async def _cancelled_by_signal(work: Coroutine[Any, Any, None], signals: StopSignals) -> None:
-    loop, running = asyncio.get_running_loop(), asyncio.current_task()
-    assert running is not None
-
-    def cancel(_: Signals) -> None:
-        if not running.cancelling():  # once: what is being closed is not interrupted
-            with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(running.cancel)
-
-    with listening(cancel):
-        if signals.received:  # before anyone listened
-            running.cancel()
-        await work
+async def _until_signal(work: Coroutine[Any, Any, None], signals: StopSignals) -> None:
+    task = asyncio.create_task(work)
+    while not task.done() and not signals.received:
+        await asyncio.wait([task], timeout=_TICK_S)
+    if task.done():
+        task.result()
 
 
 class _Client:
@@ -95,6 +70,18 @@ class _Client:
         assert self._options.endpoint is not None
         connections = replace(config.synthesize, concurrency=self._options.batch_size)
         self._endpoint = Endpoint(self._options.endpoint, connections)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something to its end, or until a signal: questions in flight are asked again by the next start."""
+        with deferred("it ends now, what it has saved stays") as signals:
+            try:
+                asyncio.run(_until_signal(work, signals))
+            except RequestError as trouble:
+                if trouble.lasting:
+                    raise ValueError(refusal(self._endpoint, trouble)) from None
+                what = f"{self._endpoint.url} does not answer any more ({trouble})"
+                print(f"fledge: {what}; what is done is saved, the same command goes on", file=sys.stderr)
+                raise SystemExit(EXIT_AGAIN) from None
 
     async def check(self, questions: list[Question]) -> None:
         """Open the server, and see whether the prompts that are known before any answer have room."""
@@ -112,22 +99,12 @@ class _Client:
 
         async with self._opened():
             self._write_engine(target)
-            tasks = [asyncio.create_task(one_after_the_other()) for _ in range(self._options.batch_size)]
             try:
-                await asyncio.gather(*tasks)
-            except RequestError as trouble:
-                if trouble.lasting:
-                    raise ValueError(refusal(self._endpoint, trouble)) from None
-                print(
-                    f"fledge: {self._endpoint.url} does not answer any more ({trouble}); what is done is saved, the "
-                    "same command goes on",
-                    file=sys.stderr,
-                )
-                raise SystemExit(EXIT_AGAIN) from None
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(self._options.batch_size):
+                        tasks.create_task(one_after_the_other())
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
@@ -136,7 +113,7 @@ class _Client:
                 self._engine = await open_engine(self._config, self._endpoint)
             except RequestError as trouble:
                 if trouble.lasting:
-                    raise ValueError(refusal(self._endpoint, trouble)) from None
+                    raise
                 raise ValueError(
                     f"evaluate.endpoint: no server answers at {self._endpoint.url} ({trouble}): start one that serves "
                     "the verifier with the head"

@@ -59,11 +59,7 @@ def is_vllms(metrics: str) -> bool:
 
 
 def read_vllm_counters(metrics: str) -> VllmCounters | None:
-    """Read vLLM's counters from the Prometheus text of /metrics; None if it does not speculate.
-
-    Raises:
-        ValueError: it is no such text.
-    """
+    """Read vLLM's counters from the Prometheus text of /metrics; None if it does not speculate."""
     sums: Counter[str] = Counter()
     by_position: Counter[int] = Counter()
     for family in text_string_to_metric_families(metrics):
@@ -90,8 +86,7 @@ def read_vllm_answer(told: dict[str, Any], num_positions: int) -> ServedCounts:
 def read_sglang_answer(meta: dict[str, Any], num_draft_tokens: int, num_positions: int) -> ServedCounts:
     """Read the `meta_info` of one of SGLang's answers; a round proposes `num_draft_tokens` if it does not tell.
 
-    Raises:
-        ValueError: it tells too little, or what does not fit the answer's length.
+    ValueError: it tells too little, or what does not fit the answer's length.
     """
     rounds, written = int(meta.get("spec_verify_ct") or 0), int(meta["completion_tokens"])
     if not rounds and written == 1:  # the prompt's own forward gives the first token

@@ -62,12 +62,7 @@ class _Engine:
 
 
 async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
-    """Find out what serves at an endpoint; check that it is the verifier, and speculates as is to be measured.
-
-    Raises:
-        RequestError: it does not answer.
-        ValueError: it serves something else, or without a draft head, or drafts otherwise.
-    """
+    """Find out what serves at an endpoint; check that it is the verifier, and speculates as is to be measured."""
     verifier, options, url = config.verifier, config.evaluate, endpoint.url
     positions = load_config(verifier).max_position_embeddings
     await find_model(endpoint, config.synthesize.model, verifier, positions)

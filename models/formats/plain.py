@@ -97,11 +97,7 @@ def write_head_files(folder: Path, tensors: dict[str, Tensor], config: dict[str,
 
 
 def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
-    """Read a head that `save_head` wrote, in float32, and its record.
-
-    Raises:
-        ValueError: a file is missing or damaged, or a tensor is missing, unknown or of another shape (all named).
-    """
+    """Read a head that `save_head` wrote, in float32, and its record; ValueError: what is missing or damaged."""
     for name in (CONFIG, WEIGHTS, RECORD):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a fledge head: {name} is missing; {_CURE}")
@@ -122,8 +118,7 @@ def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
 def assemble(place: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -> DraftHead:
     """Return the head that tensors make, in float32; `place` is named in errors.
 
-    Raises:
-        ValueError: what is missing, unknown, or of another shape or dtype (all named), or a map is wrong.
+    ValueError: all tensors that are missing, unknown, or of another shape or dtype, or a map that is wrong.
     """
     renamed = [re.sub(r"^midlayer\.", "layers.0.", name) for name in tensors]
     weights = dict(zip(renamed, tensors.values(), strict=True))

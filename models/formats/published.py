@@ -48,9 +48,7 @@ def assemble_head(files: HeadFiles) -> PublishedHead:
     """Return the head that files hold.
 
     An embedding equal to the verifier's is left out; an lm_head that config.json declares shared is the verifier's.
-
-    Raises:
-        ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
+    ValueError: the head is damaged, does not fit the verifier, or holds what fledge's head cannot represent.
     """
     folder, tensors, weights = files.folder, files.tensors, files.weights
     if files.prefix:

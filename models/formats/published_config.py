@@ -107,13 +107,9 @@ class HeadFiles:
 
 
 def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
-    """Read either format's config.json.
+    """Read either format's config.json; `lm_head_rows` is the draft vocabulary if it does not name its size.
 
-    Args:
-        lm_head_rows: the draft vocabulary if the configuration does not name its size.
-
-    Raises:
-        ValueError: a field is missing, unknown, contradicts another, or says what fledge's head cannot represent.
+    ValueError: a field is missing, unknown, contradicts another, or says what fledge's head cannot represent.
     """
     folder, values, layer, verifier = files.folder, files.values, files.layer, files.verifier
     architecture = named_architecture(values)

@@ -27,9 +27,7 @@ def save_speculators(
 
     `norm_before_residual` is always written (absent means true there), and there is no `model_type` at the top level.
 
-    Args:
-        verifier: `name_or_path` and `architectures` of the model that serves with the head.
-        num_draft_tokens: proposed a round unless the engine is set otherwise.
+    `verifier` has `name_or_path` and `architectures` of the model that serves with the head.
     """
     config, architecture, width = head.config, architecture_of(head.config), head.config.verifier_hidden_size
     proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}

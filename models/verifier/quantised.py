@@ -29,17 +29,13 @@ def quantisation(whole: Any) -> dict[str, Any] | None:
 
 
 def prepare_quantised(config: VerifierConfig, whole: Any, tensors: Iterable[str]) -> None:
-    """Set in a checkpoint's configuration how transformers is to run it if it is quantised.
+    """Set in a checkpoint's configuration how transformers is to run it if it is quantised; ValueError: it does not.
 
     compressed-tensors rounds a layer's inputs as an engine does, if its scheme says so. If it only stores weights in
     few bits, they are dequantised on loading, which changes no value. NVFP4 runs in bfloat16 only, and transformers
     loads no packed zero points: these are dequantised too, at the price of inputs that are not rounded.
 
-    Args:
-        tensors: the names of all that the checkpoint holds.
-
-    Raises:
-        ValueError: transformers does not run it, or a package is missing.
+    `tensors` are the names of all that the checkpoint holds.
     """
     stated = quantisation(whole)
     if stated is None:

@@ -60,7 +60,7 @@ class VerifierWeights:
         """Return the parameters of a module, and their names in the checkpoint."""
         return {name.rpartition(".")[2]: name for name in sorted(self.files) if name.rpartition(".")[0] == module}
 
-    def _tensors(self, module: str) -> dict[str, Tensor]:
+    def _tensors(self, module: str | None) -> dict[str, Tensor]:
         tensors = {}
         for parameter, name in self._parameters(module).items():
             with self._open(self._path(self.files[name])) as weights:
@@ -142,8 +142,7 @@ class VerifierWeights:
 
     def final_norm(self, name: str = "norm") -> dict[str, Tensor]:
         """Read the parameters of the norm after the last layer, which lies next to the embedding under that name."""
-        module = self._final_norm(name)
-        return self._tensors(module) if module is not None else {}
+        return self._tensors(self._final_norm(name))
 
     def _final_norm(self, name: str) -> str | None:
         above, dot, _ = self._embedding().rpartition(".")

@@ -143,6 +143,6 @@ def test_an_architecture_is_one_entry_for_training_and_decoding(monkeypatch):
     decoder = DraftDecoder(head, embedding, num_draft_tokens=2)
     known = torch.tensor([0]), torch.tensor([row + 1])
     decoder.extend(NewRows(batch.input_ids[None, 1 : row + 2], *known, row + 1), batch.states[0][None, : row + 1])
-    torch.testing.assert_close(decoder.logits()[0], first[rows.steps[1][-1]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoder.head.lm_head(decoder._normed)[0], first[rows.steps[1][-1]], rtol=1e-4, atol=1e-5)
     _, normed = decoder.feed(batch.input_ids[row + 2 : row + 3], decoder._state, 1, row + 2)
     torch.testing.assert_close(head.lm_head(normed)[0], second[-1], rtol=1e-4, atol=1e-5)
