@@ -1,7 +1,5 @@
 """The compare command: evaluations side by side, with published figures, and how their conditions differ."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

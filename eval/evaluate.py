@@ -1,7 +1,5 @@
 """The evaluate stage: acceptance length by decoding, per category, beside an untrained head and prompt lookup."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Questions answered in this process: by the verifier alone, and speculatively with every drafter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

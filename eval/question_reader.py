@@ -1,7 +1,5 @@
 """Questions in the verifier's tokens, and which of them cannot be asked."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any

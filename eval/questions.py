@@ -3,8 +3,6 @@
 A turn is a text or a list of text parts. A row may have `images`, shown before its first turn.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

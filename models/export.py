@@ -1,7 +1,5 @@
 """The export stage: checkpoints that serving engines load as they are."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

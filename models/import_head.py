@@ -1,7 +1,5 @@
 """The import command: a head made elsewhere becomes a checkpoint that evaluate and export take."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

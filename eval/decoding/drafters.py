@@ -1,7 +1,5 @@
 """The drafters that an evaluation measures, by name, an entry each (docs/internals/add_a_drafter.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Rounds captured as CUDA graphs."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable

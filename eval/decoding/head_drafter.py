@@ -1,7 +1,5 @@
 """Cached decoding with a draft head: what the serving engines do with it, for B sequences at a time."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

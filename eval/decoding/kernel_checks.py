@@ -1,7 +1,5 @@
 """Comparisons of decoding's Triton kernels with their plain twins: for runs, and for tests in the interpreter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Prompt-lookup drafting (transformers' own), as a baseline without a network; and no drafting at all."""
 
-from __future__ import annotations
-
 import torch
 from torch import LongTensor, Tensor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator

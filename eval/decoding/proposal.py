@@ -8,8 +8,6 @@ a token after each. From node 0 on, the path goes to the child that is the token
     path       0 -> 1 -> 3, new tokens: on the mat           two drafts accepted, and the bonus token
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 

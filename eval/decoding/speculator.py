@@ -8,8 +8,6 @@ A round reads nothing back from the device but, at its end, the new tokens and t
 text, before and after what its graph holds. More in docs/speculative_loop.md.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field

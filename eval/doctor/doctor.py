@@ -1,7 +1,5 @@
 """The doctor command: why a published head loses acceptance, by its files and by measurement."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, replace
 from typing import Any

@@ -3,8 +3,6 @@
 Rules and costs are those of the engines' readers; the lengths quoted were counted in vLLM on one small head.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Iterator

@@ -6,8 +6,6 @@ rounds of all questions (micro). Acceptance at position i = rounds that accepted
 position i is depth i, and a round accepts one path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The plots of an evaluation and of a comparison."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ over rounds. A server reports sums instead ({num_drafts, num_draft_tokens, num_a
 num_accepted_tokens_per_pos}), and seconds_alone is null.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The report of an evaluation: tables for the terminal and report.md, and plots."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

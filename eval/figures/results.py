@@ -1,7 +1,5 @@
 """The results of an evaluation: acceptance.json, made of the records of its questions."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

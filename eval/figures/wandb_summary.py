@@ -11,8 +11,6 @@
 | `evaluation/condition_<name>`         | what the figures depend on: draft tokens, drafting, temperature, ...   |
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

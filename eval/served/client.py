@@ -4,8 +4,6 @@ A request is the tokens that evaluation in this process would give the verifier.
 itself, with a date and defaults of its own: nobody would know whether the same was measured.
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Coroutine

@@ -3,8 +3,6 @@
 They are made up, in the eight categories of MT-Bench. No question opens like one of them or of the prompts.
 """
 
-from __future__ import annotations
-
 import json
 import lzma
 from pathlib import Path

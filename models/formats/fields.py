@@ -3,8 +3,6 @@
 In plain format all stand at the top level; in Speculators format those of the layer have a place of their own.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Next to `config.json` and `model.safetensors` stands `fledge.json`, which names the head's verifier.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ Read are the plain format (NVIDIA ModelOpt, SpecForge, AngelSlim, EAGLE: `midlay
 Speculators format; weights from safetensors, in one file or several with an index, or from `pytorch_model.bin`.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

@@ -3,8 +3,6 @@
 Every field is represented, known to have no effect, or refused by name, at every level; null is the same as absent.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from dataclasses import dataclass

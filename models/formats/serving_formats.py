@@ -1,7 +1,5 @@
 """The forms of checkpoint that serving engines load, an entry each (docs/internals/add_a_format.md)."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The texts next to an export's weights: how to serve it (SERVING.md) and its model card (README.md)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Heads in the Speculators format, which vLLM serves by itself: the checkpoint names its verifier."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

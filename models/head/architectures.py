@@ -1,7 +1,5 @@
 """The architectures of draft heads, an entry each (docs/internals/add_a_head.md)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

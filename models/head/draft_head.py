@@ -9,8 +9,6 @@ Row r holds the state of position r and the embedding of token r+1, at rotary po
 Sequences are laid end to end without a batch dimension: T rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

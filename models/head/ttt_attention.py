@@ -4,8 +4,6 @@ At step k a row attends to step 0's keys at rows <= its own in the same document
 its own row alone: plainly in `TTTAttention`, as training does in `SplitAttention` (docs/split_attention.md derives it).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, cast

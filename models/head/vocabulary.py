@@ -1,7 +1,5 @@
 """The draft vocabulary: the verifier's tokens that a draft head can propose."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ float32, sums of float64, for 200,000 tokens. The second walk adds the same bloc
 so the block that reaches the share is always found; in it no token without weight is chosen.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

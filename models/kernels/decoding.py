@@ -5,8 +5,6 @@ A launch each, in place of the many small ones of the plain twins: `DraftLayer` 
 a CUDA graph can hold them.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

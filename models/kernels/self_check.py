@@ -4,8 +4,6 @@ A kernel whose results differ, or that Triton cannot compile, is left out with o
 plain PyTorch does its work. The cases: train/loss/kernel_checks.py, eval/decoding/kernel_checks.py.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

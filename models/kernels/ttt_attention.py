@@ -11,8 +11,6 @@ Scores and log-sum-exps are in bits (base 2), as `exp2` is what the hardware has
 gradients are the same in every run.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

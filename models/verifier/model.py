@@ -72,6 +72,10 @@ class Verifier:
         self.end_token_ids = end_token_ids(model.generation_config, tokenizer)
         self._captured: dict[str, Tensor] = {}
         decoder = find_decoder(model)
+        if not 0 <= self.aux_layers[0] <= self.aux_layers[-1] < len(decoder.layers):
+            raise ValueError(
+                f"draft.aux_layers must be layers of the verifier, 0 to {len(decoder.layers) - 1}, got {aux_layers}"
+            )
         for layer in self.aux_layers:
             if layer + 1 < len(decoder.layers):
                 hook = partial(self._capture_input, str(layer))

@@ -1,7 +1,5 @@
 """The verifier's processor: what makes model inputs and placeholder tokens of images."""
 
-from __future__ import annotations
-
 from transformers import AutoProcessor, ProcessorMixin
 
 from ...conf.schema import VerifierConfig

@@ -1,7 +1,5 @@
 """Quantised verifiers: which of them transformers runs and how, and their matrices that training needs, dequantised."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Single tensors of a verifier's checkpoint, read without loading the model, and the identity that they give it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
