@@ -5,6 +5,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -60,8 +61,9 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     data, folder = config.data, config.prompts_folder
     if not data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
-    manifest = read_manifest(folder, "prompts", unfinished=True) if (folder / MANIFEST).is_file() else {}
-    made = manifest["settings"] if manifest.get("complete") else None
+    made = None
+    with suppress(ValueError):  # there are none, or not whole ones: `artifact` says what to do about others' files
+        made = read_manifest(folder, "prompts")["settings"]
     settings = prompt_settings(data, made)
     if made and settings != made:
         settings = prompt_settings(data)

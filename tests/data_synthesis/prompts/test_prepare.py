@@ -274,6 +274,17 @@ def test_a_complete_artifact_is_not_read_again_and_a_changed_file_is_refused_by_
     assert prepare(tmp_path, source, overwrite=True).count == 21
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["with the prompts", "after the prompts"])
+def test_a_start_that_was_killed_while_it_cleared_old_prompts_is_gone_on_with(tmp_path, left):
+    source = prompts(tmp_path, 20)
+    first = prepare(tmp_path, source)
+    manifest = first.folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "settings": None, "complete": False}))
+    if not left:
+        (first.folder / FILE).unlink()
+    assert prepare(tmp_path, source) == first
+
+
 def test_a_complete_artifact_needs_its_files_no_more_but_they_must_be_the_same_where_they_are(tmp_path):
     source, exam = prompts(tmp_path, 20), prompts(tmp_path, 1, "exam").path
     first = prepare(tmp_path, source, exclude=[exam])
