@@ -1,0 +1,109 @@
+"""What the documentation says is so: options as the schema has them, commands that compose, links that lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from fledge.conf.cli import COMMANDS, _with_free_names, overrides_of
+from fledge.conf.schema import Config, validate
+from fledge.conf.schema.describe import describe
+from fledge.train.loss.losses import find_loss
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from make_options import PAGE, text
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Placeholders of texts; each stands for a value.
+_STAND_INS = {"ORG/VERIFIER": "embedded", "HEAD": "head", "FOLDER": "folder", "VERIFIER": "embedded", "NAME": "x"}
+
+
+def test_every_option_has_a_meaning():
+    assert [option.name for option in describe(Config) if len(option.meaning) < 8] == []
+
+
+def test_the_page_of_options_is_the_schemas():
+    assert PAGE.read_text() == text(), "run python tests/tools/make_options.py"
+
+
+def _commands() -> list:
+    """Return every `fledge ...` or `python -m fledge...` line in a code block, with its page."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := re.match(r"\s*(?:\$ )?(?:(?:torchrun|srun|deepspeed) .*?-m )?fledge(?:\.train)? (?!trains)", line):
+                    started = line[match.end() :].partition("  #")[0]
+                    command = "train" if "fledge.train " in match[0] else ""
+                    name = f"{page.relative_to(ROOT)}: {' '.join(started.split())[:60]}"
+                    found.append(pytest.param(f"{command} {started}".strip(), id=name))
+    return found
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_every_command_that_is_written_down_composes(line):
+    command, *arguments = shlex.split(line)
+    if command in ("--help", "--version") or "--help" in arguments:
+        return
+    assert command in COMMANDS
+    arguments = [word for word in arguments if word not in ("--cfg", "job")]
+    for name, value in _STAND_INS.items():
+        arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
+        composed = compose("config", overrides=_with_free_names(overrides_of(command, arguments)))
+    config = OmegaConf.to_object(composed)
+    validate(config)
+    find_loss(config.train.loss)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_page_that_is_there(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page}: {target}"
+        assert not anchor or anchor in _anchors(there), f"{page}: {target}"
+        if page != ROOT / "README.md":
+            assert there.is_relative_to(ROOT / "docs"), f"{page}: {target} is no page of the site"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_have_at_most_120_columns(page):
+    lines = page.read_text().splitlines()
+    long = [n for n, line in enumerate(lines, 1) if len(line) > 120 and not line.lstrip().startswith("|")]
+    code = re.sub(r"(?m)^(?!```)(?=.)", "", page.read_text())  # as it stands: output of commands is not wrapped
+    inside = {n for n in long if code.splitlines()[: n - 1].count("```") % 2}
+    assert set(long) <= inside or "evidence" in page.parts, f"{page}: {sorted(set(long) - inside)}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "guide").glob("*.md")), ids=lambda page: page.stem)
+def test_a_guide_opens_with_a_command_and_ends_with_its_options(page):
+    body = page.read_text()
+    title, _, rest = body.partition("\n\n")
+    assert title.startswith("# ")
+    assert rest.startswith("```"), page
+    assert re.search(r"^## Options$", body, re.MULTILINE), page
+    assert "](../reference/" in body.rpartition("\n## ")[2], page
+
+
+def test_the_readme_is_one_screen_or_two():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_a_folder_of_pages_has_at_most_twelve_entries_or_sixteen():
+    for folder in {page.parent for page in PAGES}:
+        if folder != ROOT:
+            assert len(list(folder.iterdir())) <= 16, folder
