@@ -86,7 +86,7 @@ class SynthesizeConfig:
     request: dict[str, Any] = field(default_factory=dict)
     concurrency: PositiveInt = 256  # most requests in flight at one endpoint; fewer are sent if the server pushes back
     request_timeout_s: PositiveFloat = 600.0  # seconds until a request counts as failed
-    retries: NonNegativeInt = 8  # further tries of a request that failed for a reason that may pass, with growing pauses
+    retries: NonNegativeInt = 8  # further tries of a request whose failure may pass, with growing pauses
     max_attempts: PositiveInt = 3  # starts in which a failed conversation is tried
     # seconds without any working endpoint before the stage stops with exit code 75
     server_wait_s: NonNegativeFloat = 600.0
