@@ -1,4 +1,4 @@
-"""What the documentation says is so: options as the schema has them, commands that compose, links that lead somewhere."""
+"""The documentation is true: options are the schema's, commands compose, links lead somewhere."""
 
 import re
 import shlex
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_START = re.compile(r"\s*(?:(?:torchrun|srun|deepspeed) .*?-m )?fledge(?:\.train)? ")
 # Placeholders of texts; each stands for a value.
 _STAND_INS = {"ORG/VERIFIER": "embedded", "HEAD": "head", "FOLDER": "folder", "VERIFIER": "embedded", "NAME": "x"}
 
@@ -35,7 +36,7 @@ def _commands() -> list:
     for page in PAGES:
         for block in re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if match := re.match(r"\s*(?:\$ )?(?:(?:torchrun|srun|deepspeed) .*?-m )?fledge(?:\.train)? (?!trains)", line):
+                if match := _START.match(line):
                     started = line[match.end() :].partition("  #")[0]
                     command = "train" if "fledge.train " in match[0] else ""
                     name = f"{page.relative_to(ROOT)}: {' '.join(started.split())[:60]}"
