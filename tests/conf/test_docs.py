@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_START = re.compile(r"\s*(?:(?:torchrun|srun|deepspeed) .*?-m )?fledge(?:\.train)? ")
+_START = re.compile(r"\s*(?:(?:torchrun|srun|deepspeed) .*?(?:-m|--module) )?fledge(?:\.train)? ")
 # Placeholders of texts; each stands for a value.
 _STAND_INS = {"ORG/VERIFIER": "embedded", "HEAD": "head", "FOLDER": "folder", "VERIFIER": "embedded", "NAME": "x"}
 
@@ -30,18 +30,34 @@ def test_the_page_of_options_is_the_schemas():
     assert PAGE.read_text() == text(), "run python tests/tools/make_options.py"
 
 
+def _code(page: Path) -> list[str]:
+    """Return the lines of a page's code blocks; a line that is continued is one."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 def _commands() -> list:
-    """Return every `fledge ...` or `python -m fledge...` line in a code block, with its page."""
+    """Return every line in a code block that starts a command of fledge's, with its page."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if match := _START.match(line):
-                    started = line[match.end() :].partition("  #")[0]
-                    command = "train" if "fledge.train " in match[0] else ""
-                    name = f"{page.relative_to(ROOT)}: {' '.join(started.split())[:60]}"
-                    found.append(pytest.param(f"{command} {started}".strip(), id=name))
+        for line in _code(page):
+            if match := _START.match(line):
+                started = line[match.end() :].partition("  #")[0]
+                command = "train" if "fledge.train " in match[0] else ""
+                name = f"{page.relative_to(ROOT)}: {' '.join(started.split())[:60]}"
+                found.append(pytest.param(f"{command} {started}".strip(), id=name))
     return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_make_target_and_script_that_is_written_down_is_there(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in _code(page):
+        words = line.partition("  #")[0].split()
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= set(targets), line
+        missing = [word for word in words if word.startswith("tests/") and not (ROOT / word).exists()]
+        assert not missing, f"{page}: {missing}"
 
 
 @pytest.mark.parametrize("line", _commands())
@@ -83,11 +99,9 @@ def test_every_link_leads_to_a_page_that_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_of_prose_have_at_most_120_columns(page):
-    lines = page.read_text().splitlines()
-    long = [n for n, line in enumerate(lines, 1) if len(line) > 120 and not line.lstrip().startswith("|")]
-    code = re.sub(r"(?m)^(?!```)(?=.)", "", page.read_text())  # as it stands: output of commands is not wrapped
-    inside = {n for n in long if code.splitlines()[: n - 1].count("```") % 2}
-    assert set(long) <= inside or "evidence" in page.parts, f"{page}: {sorted(set(long) - inside)}"
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)  # what commands print is not wrapped
+    long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long or page.name == "experiments.md"  # the log, as it was written
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "guide").glob("*.md")), ids=lambda page: page.stem)
@@ -100,11 +114,10 @@ def test_a_guide_opens_with_a_command_and_ends_with_its_options(page):
     assert "](../reference/" in body.rpartition("\n## ")[2], page
 
 
-def test_the_readme_is_one_screen_or_two():
+def test_the_readme_has_at_most_110_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
-def test_a_folder_of_pages_has_at_most_twelve_entries_or_sixteen():
-    for folder in {page.parent for page in PAGES}:
-        if folder != ROOT:
-            assert len(list(folder.iterdir())) <= 16, folder
+def test_every_page_is_in_the_sites_navigation():
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}

@@ -14,7 +14,7 @@ _STAGES = ("synthesize", "dump", "train", "evaluate", "export")  # that have the
 _HEAD = """# Options
 
 ```
-fledge train experiment=demo train.lr=5e-4 --cfg job     # what a command would use
+fledge train experiment=demo name=demo train.lr=5e-4 --cfg job     # what a command would use
 ```
 
 Every command takes every option, as `group.option=value`. `null` is written as it stands; lists are written
