@@ -17,8 +17,8 @@ _HEAD = """# Options
 fledge train experiment=demo name=demo train.lr=5e-4 --cfg job     # what a command would use
 ```
 
-Every command takes every option, as `group.option=value`. `null` is written as it stands; lists are written
-`[a, b]`, mappings `{name: value}`, and a shell needs quotes around both. A wrong name or value ends the command with
+Every command takes every option, as `group.option=value`. `null` is a value. Lists are written `[a, b]`, mappings
+`{name: value}`; a shell needs quotes around both. A wrong name or value ends the command with
 exit code 2 and a sentence that names the option.
 
 Files of values are chosen by group: `experiment=`, `verifier=`, `draft=`, `data=`, `deepspeed=`, `cluster=`.
