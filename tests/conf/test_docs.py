@@ -26,6 +26,18 @@ def test_every_option_has_a_meaning():
     assert [option.name for option in describe(Config) if len(option.meaning) < 8] == []
 
 
+def test_every_option_is_described():
+    def leaves(node, prefix=""):
+        for name, value in node.items():
+            inner = isinstance(value, dict) and value
+            yield from leaves(value, f"{prefix}{name}.") if inner else [prefix + name]
+
+    schema = OmegaConf.to_container(OmegaConf.structured(Config))
+    described = {option.name for option in describe(Config)}
+    assert set(leaves(schema)) <= described
+    assert {"data.sources[].path", "train.stores[].weight"} <= described
+
+
 def test_the_page_of_options_is_the_schemas():
     assert PAGE.read_text() == text(), "run python tests/tools/make_options.py"
 
