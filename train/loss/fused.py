@@ -145,8 +145,8 @@ def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.
 
     Every chunk reads and writes that gradient, so chunks that are small next to it would do little else. A row has K
     rows of logits, one of the window, whose first K-1 come on top, and two of scratch, all Vd wide; in 16-bit training
-    also K of gradients, rounded for the products (docs/internals/fused_loss.md, Memory). `width` is Vd, `trained_width` the H of
-    an lm_head that is trained.
+    also K of gradients, rounded for the products (docs/internals/fused_loss.md, Memory). `width` is Vd,
+    `trained_width` the H of an lm_head that is trained.
     """
     item = torch.finfo(wide_dtype(dtype)).bits // 8
     row = item * (ttt_steps + 3) + (2 * ttt_steps if item > torch.finfo(dtype).bits // 8 else 0)
