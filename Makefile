@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := .venv-docs
+VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 # Many tests wait for another process: a third worker uses two cores well.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
-VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 
-.PHONY: demo test test-all test-gpu test-serving test-slurm lint types clean
+.PHONY: demo docs test test-all test-gpu test-serving test-slurm lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
@@ -21,6 +22,15 @@ test: $(STAMP)
 # The tests marked `slow` too: larger shapes, more ranks and the kernels' whole interpreter run. Before a release.
 test-all: $(STAMP)
 	$(TESTS) -m 'not serving and not gpu and not slurm'
+
+# The site of docs/, in site/: broken links end it with an error. Its search and its pictures need no network.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/zensical build --strict --clean
+
+$(DOCS)/.installed: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check zensical==0.0.73
+	touch $@
 
 # A real vLLM on the CPU and the speculators library, in an environment of their own (3.8 GB), kept in the user's cache.
 # torch's CPU build is on PyTorch's own index: where pip does not know it, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
@@ -54,7 +64,7 @@ types: $(STAMP)
 	MYPYPATH=.typing $(BIN)/mypy -p fledge
 
 clean:
-	rm -rf $(VENV) .typing build *.egg-info
+	rm -rf $(VENV) $(DOCS) .typing build site *.egg-info
 
 $(STAMP): pyproject.toml constraints.txt tests/tools/torchvision_on_cpu.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fledge needs Python 3.11 or newer"'

@@ -115,7 +115,7 @@ def _limit_spinning() -> None:
     """Let waiting OpenMP threads sleep sooner than libgomp does by itself, if the user has not said how they wait.
 
     libgomp reads this when torch loads it. Threads that spin for long hold cores that others need; threads that sleep
-    at once are slow alone (measured: docs/experiments.md).
+    at once are slow alone (measured: docs/evidence/experiments.md).
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "2000"

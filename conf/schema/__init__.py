@@ -31,9 +31,9 @@ _IS_FOLDER = Limit(
 class Config:
     """One run: a name, a folder, and the options of every stage."""
 
-    name: Annotated[str, _IS_FOLDER] = MISSING  # the run folder is runs_dir/name
-    runs_dir: str = "runs"
-    overwrite: bool = False  # make an artifact anew when it was made with other settings
+    name: Annotated[str, _IS_FOLDER] = MISSING  # name of the run; its folder is runs_dir/name
+    runs_dir: str = "runs"  # folder that holds all runs
+    overwrite: bool = False  # delete an artifact that was made with other settings, and make it again
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     data: DataConfig = field(default_factory=DataConfig)

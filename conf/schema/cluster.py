@@ -25,13 +25,13 @@ _SOME_STAGES = Limit(f"name some of {', '.join(STAGES)}", lambda stages: stages 
 class JobConfig:
     """What Slurm is asked for, for the jobs of one stage."""
 
-    partition: str | None = None  # None: cluster.partition
-    tasks: PositiveInt = 1  # of a job array: servers, or parts that synthesize and dump are done in
-    at_once: PositiveInt | None = None  # tasks of the array that run at a time; None: as many as there is room for
-    nodes: PositiveInt = 1  # of one job; more than one for training only
-    gpus: NonNegativeInt = 0  # on each node
-    cpus: PositiveInt = 4  # on each node
-    memory_gib: NonNegativeInt | None = None  # on each node; 0: all there is, None: what the partition gives
+    partition: str | None = None  # Slurm partition; null: cluster.partition
+    tasks: PositiveInt = 1  # tasks of the job array: servers, or parts of synthesize and dump
+    at_once: PositiveInt | None = None  # most tasks that run at a time; null: all that find room
+    nodes: PositiveInt = 1  # nodes of one job; more than one for training only
+    gpus: NonNegativeInt = 0  # GPUs on each node
+    cpus: PositiveInt = 4  # CPU cores on each node
+    memory_gib: NonNegativeInt | None = None  # memory on each node; 0: all of it; null: what the partition gives
     hours: PositiveFloat = 24.0  # time limit; a stage that reaches it is saved and goes on in another start
 
 
@@ -39,44 +39,48 @@ class JobConfig:
 class ServerConfig(JobConfig):
     """The servers of the verifier, one a job of the array."""
 
+    # server that runs the verifier; none: the tasks run it themselves; custom: command
     kind: ServerKind = ServerKind.none
-    command: list[str] = field(default_factory=list)  # kind custom; {port} and {model} stand for what they say
-    tensor_parallel: PositiveInt | None = None  # GPUs that share one copy; None: all of the job
-    max_length: int | None = 8192  # tokens of prompt and answer; None: the verifier's own context
-    options: list[str] = field(default_factory=list)  # further arguments, such as [--quantization, fp8]
-    ready_s: int = 3600  # how long the array waits for a server that answers /health
-    venv: str | None = None  # None: cluster.venv
-    image: str | None = None  # None: cluster.container.image
-    env: dict[str, str] = field(default_factory=dict)  # next to cluster.env
+    command: list[str] = field(default_factory=list)  # command of kind custom; {port} and {model} are replaced
+    tensor_parallel: PositiveInt | None = None  # GPUs of one copy of the verifier; null: all GPUs of the job
+    max_length: int | None = 8192  # tokens of prompt and answer; null: the verifier's own context
+    options: list[str] = field(default_factory=list)  # further arguments of the server, such as [--quantization, fp8]
+    ready_s: int = 3600  # seconds that tasks wait for a server to answer /health
+    venv: str | None = None  # virtual environment of the server; null: cluster.venv
+    image: str | None = None  # container image of the server; null: cluster.container.image
+    env: dict[str, str] = field(default_factory=dict)  # environment variables of the server, next to cluster.env
 
 
 @dataclass
 class ContainerConfig:
     """A container that every stage runs in."""
 
-    kind: ContainerKind = ContainerKind.none
-    image: str | None = None
-    mounts: list[str] = field(default_factory=list)  # FROM:TO, next to what docs/slurm.md says is mounted anyway
+    kind: ContainerKind = ContainerKind.none  # how jobs enter a container: not at all, by pyxis, or by apptainer
+    image: str | None = None  # container image
+    # further mounts FROM:TO; docs/guide/slurm.md lists what is mounted anyway
+    mounts: list[str] = field(default_factory=list)
 
 
 @dataclass
 class ClusterConfig:
     """How `fledge submit` asks Slurm for jobs. Values of env and scratch may name variables of the job, as $USER."""
 
-    partition: str | None = None  # None: the cluster's default, as with account and qos
-    account: str | None = None
-    qos: str | None = None
-    gpu_request: Annotated[str, _GPU_REQUEST] = "gpus-per-node"  # sbatch's option for GPUs: gpus-per-node, or gres
-    gpu_type: str | None = None  # such as h100
-    warn_s: PositiveInt = 300  # before its time limit a job saves: more than a dump's shard or a checkpoint takes
-    max_restarts: PositiveInt = 3  # starts in a row that bring no progress; then the job fails
-    address: str | None = None  # under which other nodes reach services of one; None: its host name
+    partition: str | None = None  # Slurm partition; null: the cluster's default
+    account: str | None = None  # Slurm account; null: the cluster's default
+    qos: str | None = None  # Slurm quality of service; null: the cluster's default
+    gpu_request: Annotated[str, _GPU_REQUEST] = "gpus-per-node"  # option of sbatch that asks for GPUs
+    gpu_type: str | None = None  # kind of GPU to ask for, such as h100
+    # seconds before its time limit at which a job saves; longer than a shard or checkpoint takes
+    warn_s: PositiveInt = 300
+    max_restarts: PositiveInt = 3  # starts in a row without progress after which a job fails
+    address: str | None = None  # address under which other nodes reach a service of this one; null: its host name
     container: ContainerConfig = field(default_factory=ContainerConfig)
-    modules: list[str] = field(default_factory=list)  # module load ...
-    venv: str | None = None  # folder of the virtual environment that has fledge's dependencies
-    setup: list[str] = field(default_factory=list)  # further shell lines before a stage, verbatim
-    python: str = "python"
-    scratch: str | None = None  # TMPDIR of the jobs: a node's own disk, there on every node
+    modules: list[str] = field(default_factory=list)  # environment modules to load
+    venv: str | None = None  # folder of the virtual environment with fledge's dependencies
+    setup: list[str] = field(default_factory=list)  # shell lines to run before a stage
+    python: str = "python"  # Python that runs the stages
+    scratch: str | None = None  # TMPDIR of the jobs, on a disk that every node has; may name variables such as $USER
+    # environment variables of the jobs; values may name variables such as $USER
     env: dict[str, str] = field(default_factory=dict)
     sbatch: list[str] = field(default_factory=list)  # further options of every job, such as --constraint=ib
     srun: list[str] = field(default_factory=list)  # further options of every step, such as --mpi=none
@@ -93,6 +97,7 @@ class SubmitConfig:
     """What `fledge submit` does."""
 
     dry_run: bool = False  # print the job files and submit nothing
+    # stages to submit, in order
     stages: Annotated[list[str], _SOME_STAGES] = field(default_factory=lambda: list(STAGES))
 
 
@@ -100,18 +105,19 @@ class SubmitConfig:
 class PlanConfig:
     """What `fledge plan` counts with if the run has no artifacts yet."""
 
-    verifier_config: str | None = None  # path of a config.json; None: the verifier's folder, verifier.shapes or the hub
-    conversations: PositiveInt | None = None  # None: those of the run, else data.limit
-    mean_tokens: PositiveFloat = 1000.0  # a conversation, prompts and answers
-    counted_share: PositiveShare = 0.6  # of its tokens, those that the verifier writes
-    gpu: Gpu = Gpu.h100
-    gpu_memory_gib: PositiveFloat | None = None  # of one GPU; None: its kind's
-    num_nodes: PositiveInt = 1
-    gpus_per_node: PositiveInt = 8
-    ranks_per_node: PositiveInt | None = None  # of training; None: one a GPU; a rank's online verifier has its share
-    disk_tb: PositiveFloat | None = None  # free space for the run, in 10^12 bytes; None: of the disk that has runs_dir
+    verifier_config: str | None = None  # path of a config.json; null: the verifier's folder, verifier.shapes or the hub
+    conversations: PositiveInt | None = None  # number of conversations; null: those of the run, else data.limit
+    mean_tokens: PositiveFloat = 1000.0  # mean tokens of a conversation, prompts and answers
+    counted_share: PositiveShare = 0.6  # share of these tokens that the verifier writes
+    gpu: Gpu = Gpu.h100  # kind of GPU
+    gpu_memory_gib: PositiveFloat | None = None  # memory of one GPU; null: that of its kind
+    num_nodes: PositiveInt = 1  # nodes that train
+    gpus_per_node: PositiveInt = 8  # GPUs of a node
+    # training ranks of a node; null: one per GPU; an online verifier uses the rank's share of GPUs
+    ranks_per_node: PositiveInt | None = None
+    disk_tb: PositiveFloat | None = None  # free disk for the run, in 10^12 bytes; null: that of the disk with runs_dir
     json: bool = False  # print JSON instead of the table
-    save: bool = False  # write plan.json to the run folder too
+    save: bool = False  # write plan.json to the run folder, too
 
     @property
     def ranks_of_node(self) -> int:
@@ -123,5 +129,5 @@ class PlanConfig:
 class StatusConfig:
     """What `fledge status RUN` shows."""
 
-    run: str | None = None  # its folder; None: that of `name`
-    lines: int = 6  # of the log of each job that runs or failed
+    run: str | None = None  # run folder; null: that of `name`
+    lines: int = 6  # log lines to show of each job that runs or failed

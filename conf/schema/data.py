@@ -36,13 +36,13 @@ NumPrompts = Annotated[int, at_least(1, ", or null for all")]
 class SourceConfig:
     """One source of prompts."""
 
-    path: str = MISSING  # hub id, local JSON/JSONL/Parquet file or folder, or "embedded"
-    name: str | None = None  # first part of each id; None: the last part of path
-    subset: str | None = None  # of a hub dataset that has several ("configuration" there)
-    split: str = "train"
-    revision: str | None = None
-    streaming: bool = False  # read it as it arrives instead of storing it first; a limit then takes what comes first
-    limit: NumPrompts | None = None  # prompts taken at most, chosen by data.seed; None: all
+    path: str = MISSING  # hub id, local JSON, JSONL or Parquet file, folder, or `embedded`
+    name: str | None = None  # first part of each prompt's id; null: the last part of path
+    subset: str | None = None  # configuration of a hub dataset that has several
+    split: str = "train"  # split to read
+    revision: str | None = None  # branch, tag or commit on the hub
+    streaming: bool = False  # read rows as they arrive instead of downloading first; a limit then takes the first ones
+    limit: NumPrompts | None = None  # most prompts taken from this source, chosen by data.seed; null: all
     weight: PositiveFloat = 1.0  # share of data.limit, relative to the other sources
 
 
@@ -50,44 +50,48 @@ class SourceConfig:
 class DataConfig:
     """Prompts the verifier answers."""
 
-    sources: list[SourceConfig] = field(default_factory=list)
-    limit: NumPrompts | None = None  # prompts of all sources together, shared out by their weights; None: all
-    heldout_share: Annotated[float, between(0.0, 0.9)] = 0.02  # of conversations: chosen by id, greedy, not trained on
-    seed: int = 0  # of what limits choose, and of the order
-    exclude: list[str] = field(default_factory=list)  # evaluation questions, id:subset too: no prompts like them
-    deduplicate: bool = True  # of prompts that say the same, only one is taken
-    min_chars: NonNegativeInt = 1  # characters of the user's side, all turns together
-    max_chars: int | None = None
-    min_turns: NonNegativeInt = 1  # user turns
-    max_turns: int | None = None
+    sources: list[SourceConfig] = field(default_factory=list)  # datasets that prompts are taken from
+    limit: NumPrompts | None = None  # most prompts of all sources together, shared out by their weights; null: all
+    # share of conversations that are held out: chosen by id, answered greedily, never trained on
+    heldout_share: Annotated[float, between(0.0, 0.9)] = 0.02
+    seed: int = 0  # decides which prompts a limit takes, and their order
+    # evaluation sets, as files or hub ids (id:subset); prompts like their questions are left out
+    exclude: list[str] = field(default_factory=list)
+    deduplicate: bool = True  # take only one of the prompts that say the same
+    min_chars: NonNegativeInt = 1  # fewest characters of the user's side, all turns together
+    max_chars: int | None = None  # most characters of the user's side; null: no bound
+    min_turns: NonNegativeInt = 1  # fewest user turns
+    max_turns: int | None = None  # most user turns; null: no bound
+    # what happens to a row that is no usable prompt: stop and name it, or skip and count it
     malformed_rows: MalformedRows = MalformedRows.stop
-    local_images: bool = False  # data of the hub may name files here as images, and any data hosts of this network
+    local_images: bool = False  # let rows from the hub name files here as images, and any row hosts of this network
 
 
 @dataclass
 class SynthesizeConfig:
     """How the verifier answers."""
 
-    max_tokens: PositiveInt = 1024  # tokens an answer
-    temperature: Temperature = 0.7  # 0 is greedy; held-out conversations are always greedy
-    top_p: Share = 1.0
-    batch_size: PositiveInt = 64  # conversations generated together in this process
-    seed: int = 0  # of answers sampled in this process; servers have their own
-    # http://HOST:PORT/v1 of servers; none: the verifier runs here
+    max_tokens: PositiveInt = 1024  # most tokens of an answer
+    temperature: Temperature = 0.7  # sampling temperature; 0 is greedy, and held-out conversations are always greedy
+    top_p: Share = 1.0  # sample among the likeliest tokens that together have this probability
+    batch_size: PositiveInt = 64  # conversations generated together when the verifier runs in this process
+    seed: int = 0  # seed of answers sampled in this process; servers have their own
     endpoints: Annotated[list[BaseUrl], Limit("name each server once", lambda urls: len(set(urls)) == len(urls))] = (
         field(default_factory=list)
-    )
-    servers: str | None = None  # or a folder in which servers write theirs, NAME.healthy: those of `fledge submit`
-    model: str | None = None  # what the servers call the verifier, with evaluate.engine=server too; None: verifier.path
-    request: dict[str, Any] = field(default_factory=dict)  # further fields of every request, in the server's words
-    concurrency: PositiveInt = 256  # requests in flight at one endpoint, at most: fewer if it pushes back
-    request_timeout_s: PositiveFloat = 600.0
-    retries: NonNegativeInt = 8  # of one request that failed in a way that may pass, with growing pauses
+    )  # base URLs of servers of the verifier, http://HOST:PORT/v1; empty: it runs in this process
+    servers: str | None = None  # folder in which servers announce themselves as NAME.healthy; `fledge submit` sets it
+    model: str | None = None  # the servers' name for the verifier, in evaluate.engine=server too; null: verifier.path
+    # further fields of every request, in the server's words, such as {top_k: 20}
+    request: dict[str, Any] = field(default_factory=dict)
+    concurrency: PositiveInt = 256  # most requests in flight at one endpoint; fewer are sent if the server pushes back
+    request_timeout_s: PositiveFloat = 600.0  # seconds until a request counts as failed
+    retries: NonNegativeInt = 8  # further tries of a request whose failure may pass, with growing pauses
     max_attempts: PositiveInt = 3  # starts in which a failed conversation is tried
-    server_wait_s: NonNegativeFloat = 600.0  # how long no endpoint may answer, once one has, before the stage stops
-    grace_s: NonNegativeFloat = 60.0  # for what is in flight when a signal asks to stop
-    shard: int = 0  # answer prompts shard, shard + num_shards, ... only: one task of a job array
-    num_shards: PositiveInt = 1
+    # seconds without any working endpoint before the stage stops with exit code 75
+    server_wait_s: NonNegativeFloat = 600.0
+    grace_s: NonNegativeFloat = 60.0  # seconds for requests in flight after a signal asks to stop
+    shard: int = 0  # answer only prompts shard, shard + num_shards, ...: one task of a job array
+    num_shards: PositiveInt = 1  # tasks that the prompts are divided among
 
     @property
     def by_servers(self) -> bool:
@@ -99,33 +103,38 @@ class SynthesizeConfig:
 class DumpConfig:
     """How hidden states are recorded."""
 
-    folder: str | None = None  # where the store goes; None: hidden_states in the run folder
+    folder: str | None = None  # folder of the store; null: hidden_states in the run folder
+    # what runs the verifier: transformers in this process, or vLLM in a process of its own
     engine: DumpEngine = DumpEngine.transformers
-    dtype: StateDtype | None = None  # that states are stored in; None: verifier.dtype
+    # type that states are stored in; float8 has a scale per token and layer; null: verifier.dtype
+    dtype: StateDtype | None = None
+    # positions whose last state is stored: all, or counted, which are those the loss reads
     last_states: LastStates = LastStates.all
-    max_length: PositiveInt = 4096  # tokens of a sample; answers that end beyond are left out and counted
-    max_images: NonNegativeInt = 5  # conversations with more are left out and counted; 0: all that have any
-    keep_truncated: bool = False  # train on answers cut by synthesize.max_tokens too
-    batch_tokens: PositiveInt = 8192  # tokens (padding included) of one verifier forward, in online training too
-    shard_tokens: PositiveInt = 100_000  # a shard is closed at the sample that reaches this; memory holds three shards
-    writer: int = 0  # write shards writer, writer + num_writers, ... only: one task of a job array (torchrun: one rank)
-    num_writers: PositiveInt = 1
-    token_workers: NonNegativeInt | None = None  # processes that tokenise; 0: this one; None: one a core if it pays
-    vllm_python: str | None = None  # Python of the environment that has vLLM; None: this one
-    vllm_options: dict[str, Any] = field(default_factory=dict)  # of vLLM's LLM, such as {tensor_parallel_size: 8}
+    max_length: PositiveInt = 4096  # most tokens of a sample; answers that end beyond are left out and counted
+    # most images of a conversation; others are left out and counted; 0 leaves out all with images
+    max_images: NonNegativeInt = 5
+    keep_truncated: bool = False  # train on answers that synthesize.max_tokens cut, too
+    batch_tokens: PositiveInt = 8192  # tokens of one verifier forward, padding included; online training uses it too
+    shard_tokens: PositiveInt = 100_000  # tokens at which a shard is closed; memory holds three shards
+    writer: int = 0  # write only shards writer, writer + num_writers, ...: one task of a job array
+    num_writers: PositiveInt = 1  # tasks that write the store together
+    token_workers: NonNegativeInt | None = None  # processes that tokenise; 0: this one; null: one per core if that pays
+    vllm_python: str | None = None  # Python of the environment that has vLLM; null: this one
+    # arguments of vLLM's LLM, such as {tensor_parallel_size: 8}
+    vllm_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class PreviewConfig:
     """What `fledge preview` shows."""
 
-    id: str | None = None  # of a conversation; None: the first
+    id: str | None = None  # id of the conversation to print; null: the first
 
 
 @dataclass
 class InspectConfig:
     """What `fledge inspect STORE` shows of a hidden-state store."""
 
-    store: str | None = None  # its folder; None: the run's own
-    verify: bool = False  # read everything: compare every checksum, look for states that are not finite
-    sample: str | None = None  # id of the sample that is shown as text; None: the first
+    store: str | None = None  # folder of the store; null: the run's own
+    verify: bool = False  # read everything: compare all checksums and look for states that are not finite
+    sample: str | None = None  # id of the sample to print as text; null: the first

@@ -17,27 +17,30 @@ DraftSampling = Enum("DraftSampling", {"greedy": "greedy", "sampled": "sampled"}
 class EvaluateConfig:
     """Measurement of acceptance length by decoding."""
 
-    questions: str | None = None  # hub id, file or folder in a form of eval/questions.py, or "embedded"
-    questions_subset: str | None = None  # of a hub dataset that has several: main (gsm8k), 3.0.0 (cnn_dailymail)
-    questions_split: str = "train"
+    questions: str | None = None  # hub id, file or folder of questions, or `embedded`
+    questions_subset: str | None = None  # configuration of a hub dataset that has several, such as main of gsm8k
+    questions_split: str = "train"  # split to read
+    # what answers: the verifier in this process, or a vLLM or SGLang server with verifier and head
     engine: EvaluateEngine = EvaluateEngine.transformers
-    endpoint: BaseUrl | None = None  # base URL of the server, as http://localhost:8000/v1, with engine=server
-    num_draft_tokens: PositiveInt = 3  # tokens proposed a round
-    tree_depth: PositiveInt | None = None  # None: a chain; else an EAGLE-2 dynamic tree of num_draft_tokens, this deep
-    tree_top_k: PositiveInt = 8  # branches: children a node may have, and nodes that grow at each depth
-    max_tokens: PositiveInt = 1024  # tokens an answer
-    temperature: Temperature = 0.0  # 0 is greedy; above, tokens are sampled, and drafts leave their distribution
+    endpoint: BaseUrl | None = None  # base URL of the server, such as http://localhost:8000/v1, with engine=server
+    num_draft_tokens: PositiveInt = 3  # tokens proposed in a round; nodes of the tree with tree_depth
+    tree_depth: PositiveInt | None = None  # depth of an EAGLE-2 dynamic tree; null: a chain
+    tree_top_k: PositiveInt = 8  # children of a node, and nodes expanded at each depth
+    max_tokens: PositiveInt = 1024  # most tokens of an answer
+    # 0 is greedy; above 0 tokens are sampled, and drafts do not change their distribution
+    temperature: Temperature = 0.0
     top_p: PositiveShare = 1.0  # sample among the likeliest tokens that together have this probability
-    top_k: PositiveInt | None = None  # sample among this many of the likeliest tokens; None: all
+    top_k: PositiveInt | None = None  # sample among this many of the likeliest tokens; null: all
+    # greedy: the head proposes its likeliest token; sampled: it draws one (chains only)
     draft_sampling: DraftSampling = DraftSampling.greedy
-    seed: int = 0  # of the samples, with the question and the turn
+    seed: int = 0  # seed of sampled answers, together with question and turn
     batch_size: PositiveInt = 1  # questions answered at a time
-    kernels: Kernels = "auto"  # fused Triton kernels, on a GPU; auto: each that agrees there with plain PyTorch
-    cuda_graphs: bool = True  # on a GPU: a round is captured once and replayed
-    questions_per_category: int | None = None  # None: all
-    heldout_prompts: int = 64  # held-out conversations decoded too, to compare with what training walked; 0: none
-    baselines: bool = True  # measure an untrained head and prompt-lookup drafting too
-    checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
+    kernels: Kernels = "auto"  # fused Triton kernels on a GPU; auto: each that agrees there with plain PyTorch
+    cuda_graphs: bool = True  # capture a round once and replay it, on a GPU
+    questions_per_category: int | None = None  # most questions of each category; null: all
+    heldout_prompts: int = 64  # held-out conversations decoded too, to compare with training; 0: none
+    baselines: bool = True  # measure an untrained head and prompt lookup too
+    checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
 
     @property
     def lacks_server(self) -> bool:
@@ -57,15 +60,15 @@ Measurable = Annotated[int, at_least(4, " to measure anything")]
 class DoctorConfig:
     """How `fledge doctor` measures what the head at head_import.source was trained for."""
 
-    measure: bool = True  # run the verifier; false reads the files only
-    num_prompts: Measurable = 16  # answered by the verifier, of evaluate.questions or the embedded ones
-    max_tokens: Measurable = 64  # tokens an answer
+    measure: bool = True  # run the verifier and measure the head; false: read the files only
+    num_prompts: Measurable = 16  # prompts the verifier answers, from evaluate.questions or the embedded ones
+    max_tokens: Measurable = 64  # most tokens of an answer
 
 
 @dataclass
 class CompareConfig:
     """What `fledge compare RUN...` lays side by side."""
 
-    runs: list[str] = field(default_factory=list)  # a run's folder, its name in runs_dir, or an evaluation's folder
-    published: bool = True  # rows of the published figures of NVIDIA's Maverick head
-    folder: str | None = None  # where compare.md and compare.png go; None: the tables are printed only
+    runs: list[str] = field(default_factory=list)  # run folders, run names in runs_dir, or evaluation folders
+    published: bool = True  # show the published figures of NVIDIA's Maverick head
+    folder: str | None = None  # folder for compare.md and compare.png; null: print only

@@ -30,48 +30,59 @@ def _different_layers(cure: str = "") -> Limit:
 class VerifierConfig:
     """The frozen model whose output is preserved."""
 
-    path: str = MISSING  # local folder, hub id, or "embedded" for the small verifier in this package
-    revision: str | None = None  # hub branch, tag or commit
-    dtype: Dtype = Dtype.bfloat16  # of what is computed, and of weights that are not quantised
+    path: str = MISSING  # local folder, hub id, or `embedded` for the small verifier that comes with fledge
+    revision: str | None = None  # branch, tag or commit on the hub
+    dtype: Dtype = Dtype.bfloat16  # type of computation, and of weights that are not quantised
+    # where the verifier runs; auto: one GPU, several if one cannot hold it, the CPU if there is none
     device: Device = Device.auto
-    tensor_parallel: bool = False  # torchrun's ranks hold one verifier together, by transformers' plan for it
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
-    shapes: dict[str, Any] = field(default_factory=dict)  # its config.json's sizes, for `fledge plan` without the hub
+    tensor_parallel: bool = False  # split the verifier over torchrun's ranks, by transformers' plan for it
+    # variables of the chat template, such as {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # sizes of its config.json, so that `fledge plan` works without the hub
+    shapes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class DraftConfig:
-    """The draft head to train; None takes the verifier's value."""
+    """The draft head to train; null takes the verifier's value."""
 
-    # 0-based decoder layers whose outputs are fed; None: 1, L/2-1, L-4
+    # 0-based decoder layers whose outputs the head reads; null: 1, L/2-1 and L-4 of L layers
     aux_layers: Annotated[list[int], _different_layers("; null takes the default ones")] | None = None
-    vocab_size: Size | None = 32000  # draft vocabulary; None: the verifier's, in full
-    num_layers: PositiveInt = 1
-    hidden_size: Size | None = None  # another than the verifier's gives the head an embedding of its own, trained
-    intermediate_size: Size | None = None  # None: models/head/config.py says what is taken; so do plan and train
-    num_attention_heads: Size | None = None
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    fc_norm: bool = True  # EAGLE-3.1: one RMSNorm per aux state before fc
-    norm_output: bool = True  # EAGLE-3.1: the state fed onward is the normed one
-    norm_before_residual: bool = False  # the residual of the first layer is the normed state
-    train_lm_head: bool = True  # false keeps the verifier's rows (times its logit scale); vocab_size=null: all of them
+    # tokens the head can propose, the most frequent ones; null: the verifier's whole vocabulary
+    vocab_size: Size | None = 32000
+    num_layers: PositiveInt = 1  # decoder layers of the head; only heads of one layer can be exported
+    # width of the head; other than the verifier's, the head trains an embedding of its own
+    hidden_size: Size | None = None
+    # width of the head's MLP; null: the verifier's, or that of the experts one token meets
+    intermediate_size: Size | None = None
+    num_attention_heads: Size | None = None  # attention heads; null: the verifier's, or as many as the width holds
+    num_key_value_heads: Size | None = None  # heads of keys and values; null: the verifier's
+    head_dim: Size | None = None  # size of an attention head; null: the verifier's
+    fc_norm: bool = True  # EAGLE-3.1: one RMSNorm for each aux state before fc
+    norm_output: bool = True  # EAGLE-3.1: the state that is fed onward is the normed one
+    # the first layer's residual is the normed state; SGLang and TensorRT-LLM ignore it
+    norm_before_residual: bool = False
+    train_lm_head: bool = True  # train the head's lm_head; false: keep the verifier's rows, times its logit scale
 
 
 @dataclass
 class ExportConfig:
     """The checkpoint that engines serve."""
 
+    # checkpoint to write; vLLM, SGLang and TensorRT-LLM read plain, vLLM reads speculators
     format: ExportFormat = ExportFormat.plain
-    dtype: Dtype = Dtype.bfloat16
-    checkpoint: str | None = None  # "best", "latest" or the folder of a head; None: the best checkpoint of the run
+    dtype: Dtype = Dtype.bfloat16  # type of the weights that are written
+    checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
 
 
 @dataclass
 class HeadImportConfig:
     """A head made elsewhere, for `fledge import` and `fledge doctor`."""
 
-    source: str | None = None  # its folder: config.json and weights, as published
-    aux_numbering: AuxNumbering | None = None  # only if its config.json leaves it open, and then asked for
-    aux_layers: Annotated[list[int], _different_layers()] | None = None  # as above; only if its config.json names none
-    interleaved_rotary: bool = False  # q and k were trained with pairs of neighbours rotated: import reorders them
+    source: str | None = None  # folder of a published head: config.json and weights
+    # numbering of the layer ids in its config.json; only if the file leaves it open
+    aux_numbering: AuxNumbering | None = None
+    # 0-based layers the head reads; only if its config.json names none
+    aux_layers: Annotated[list[int], _different_layers()] | None = None
+    # q and k were trained with neighbouring dimensions rotated as pairs; import reorders them
+    interleaved_rotary: bool = False

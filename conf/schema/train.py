@@ -40,66 +40,70 @@ _PAIR = Limit("be two numbers", lambda betas: len(betas) == 2)
 class StoreConfig:
     """One of several hidden-state stores that are trained on together."""
 
-    folder: str = MISSING
-    weight: PositiveFloat = 1.0  # times each of its training samples is seen in an epoch: 0.5 a half, then the other
+    folder: str = MISSING  # folder of a hidden-state store
+    weight: PositiveFloat = 1.0  # how often each of its samples is seen in an epoch; 0.5: one half, then the other
 
 
 @dataclass
 class TrainConfig:
     """Optimisation of the draft head."""
 
-    hidden_states: HiddenStates = HiddenStates.offline  # online: no disk, a verifier forward a batch; for `dump` too
-    ttt_steps: PositiveInt = 7  # draft steps unrolled (training-time test)
-    gamma: Share = 0.8  # step k weighs gamma^k in the loss
-    loss: str = "kl"  # what is minimised, one of train/loss/losses.py
+    # offline: read the store; online: run the verifier on every batch, and `dump` writes tokens only
+    hidden_states: HiddenStates = HiddenStates.offline
+    ttt_steps: PositiveInt = 7  # draft steps that are unrolled (training-time test)
+    gamma: Share = 0.8  # step k has the weight gamma^k in the loss
+    loss: str = "kl"  # loss to minimise, an entry of train/loss/losses.py
     # of losses that blend: KL has the share exp(-blend_rate * running acceptance)
     blend_rate: Annotated[float, between(0.0, 100.0)] = 3.0
-    triton: Kernels = "auto"  # attention by Triton kernels, on a GPU; auto: if they agree there with plain PyTorch
+    triton: Kernels = "auto"  # attention by Triton kernels on a GPU; auto: if they agree there with plain PyTorch
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
-    stores: list[StoreConfig] = field(default_factory=list)  # all that are trained on; none: the run's own
-    too_long: TooLong = TooLong.cut  # training samples longer than batch_tokens
-    epochs: PositiveInt = 10
+    stores: list[StoreConfig] = field(default_factory=list)  # stores to train on; empty: the run's own
+    too_long: TooLong = TooLong.cut  # samples longer than batch_tokens: cut after the last answer that fits, or drop
+    epochs: PositiveInt = 10  # passes over the training samples
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
-    batch_tokens: PositiveInt = 4096  # tokens of a pack, the micro-batch of one rank
-    packs_per_step: PositiveInt = 8  # packs of an optimizer step, over all processes: each accumulates its share
-    init_from: str | None = None  # folder of a head (checkpoint or import) to start from; None: from the verifier
-    lr: PositiveFloat = 1e-4
-    min_lr_share: Share = 0.1  # of lr, reached at the last step of the cosine
-    warmup_share: Share = 0.02  # of all steps, linear
-    betas: Annotated[list[float], _PAIR] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.5
-    dtype: Annotated[Dtype, _WIDE] = Dtype.bfloat16  # with float32 master weights
-    seed: int = 0
-    log_every: PositiveInt = 10  # steps
+    batch_tokens: PositiveInt = 4096  # tokens of a pack, which is the micro-batch of one rank
+    packs_per_step: PositiveInt = 8  # packs of an optimizer step over all processes; each accumulates its share
+    # folder of a head to start from, a checkpoint or an import; null: start from the verifier
+    init_from: str | None = None
+    lr: PositiveFloat = 1e-4  # peak learning rate
+    min_lr_share: Share = 0.1  # share of lr that remains at the end of the cosine
+    warmup_share: Share = 0.02  # share of all steps with linear warm-up
+    betas: Annotated[list[float], _PAIR] = field(default_factory=lambda: [0.9, 0.95])  # Adam's two coefficients
+    weight_decay: float = 0.0  # weight decay of AdamW
+    max_grad_norm: float = 0.5  # norm to which gradients are clipped
+    dtype: Annotated[Dtype, _WIDE] = Dtype.bfloat16  # type of weights and activations; master weights are float32
+    seed: int = 0  # seed of initialisation and order
+    log_every: PositiveInt = 10  # steps between log records
     heldout_every: PositiveInt = 200  # steps between measurements of held-out acceptance length
-    heldout_samples: PositiveInt = 256  # held-out conversations it is measured on, at most
+    heldout_samples: PositiveInt = 256  # most held-out conversations it is measured on
     save_every: PositiveInt = 500  # steps between checkpoints
-    keep_checkpoints: PositiveInt = 2  # the newest that stay, next to the best
-    max_skipped_steps: PositiveInt = 5  # in a row, for gradients that are not finite; then training stops
-    data_workers: NonNegativeInt = 2  # processes a rank reads packed batches with; 0: it reads them itself
-    num_processes: PositiveInt = 1  # of `fledge run`, and of `fledge submit` on each node; else the launcher decides
-    collective_timeout_s: PositiveInt = 1800  # a rank that lets the others wait longer ends the run
-    verify_checksums: bool = True  # read every shard once before the first step
+    keep_checkpoints: PositiveInt = 2  # newest checkpoints that stay, next to the best
+    max_skipped_steps: PositiveInt = 5  # steps in a row with a gradient that is not finite before training stops
+    data_workers: NonNegativeInt = 2  # processes of a rank that read packs; 0: the rank reads them itself
+    # training processes of `fledge run`, or per node of `fledge submit`; else the launcher decides
+    num_processes: PositiveInt = 1
+    collective_timeout_s: PositiveInt = 1800  # seconds that a rank may keep the others waiting before the run ends
+    verify_checksums: bool = True  # read every shard once before the first step, and compare checksums
 
 
 @dataclass
 class DeepSpeedConfig:
     """DeepSpeed options; its own configuration is derived from these and `train`."""
 
-    zero_stage: Annotated[int, between(0, 3)] = 2
-    offload_optimizer: bool = False  # optimizer states and step on the CPU
+    zero_stage: Annotated[int, between(0, 3)] = 2  # ZeRO stage: what is sharded over ranks
+    offload_optimizer: bool = False  # keep optimizer states on the CPU and make the step there
 
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go besides the run's own files; docs/reference/metrics.md says what those of training mean."""
+    """Trackers that get the metrics, next to the run's own metrics.jsonl."""
 
+    # trackers that get the metrics; each but wandb needs the package of its name
     report_to: list[TrackerName] = field(default_factory=lambda: [TrackerName.wandb])
-    wandb: WandbMode = WandbMode.offline  # disabled: as if report_to did not name it
-    project: str = "fledge"
-    entity: str | None = None  # of W&B
-    tensorboard: bool = False  # as if report_to named it: event files in training/tensorboard, by [tensorboard]
+    wandb: WandbMode = WandbMode.offline  # where W&B records go: its servers, a local folder, or nowhere
+    project: str = "fledge"  # project in the trackers
+    entity: str | None = None  # team or user of W&B
+    tensorboard: bool = False  # write event files to training/tensorboard, as if report_to named it
 
     @property
     def trackers(self) -> list[TrackerName]:

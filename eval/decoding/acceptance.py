@@ -6,7 +6,8 @@ among the likeliest tokens alone). Whatever was proposed, the accepted tokens th
 If draft tokens were drawn from q, their draws are used (speculative sampling: arXiv:2211.17192, arXiv:2302.01318): x is
 chosen with probability min(1, p(x) / q(x)), and else a token drawn from max(p - q, 0), normalised, which is never x.
 That is distributed as p too. Token t of an answer is always drawn by the answer's random number t, whatever round it
-comes about in: a proposal that is not drawn changes no token of it, but for rounding (docs/speculative_loop.md).
+comes about in: a proposal that is not drawn changes no token of it, but for rounding
+(docs/internals/speculative_loop.md).
 """
 
 from __future__ import annotations

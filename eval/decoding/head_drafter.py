@@ -16,8 +16,8 @@ class DraftDecoder(Drafter):
     Row r of the cache is fed token r+1 with the state of position r. `extend` adds rows from the verifier's states;
     rows that `propose` adds after them from the head's own states are written over by the next `extend`.
 
-    A tree (arXiv:2406.16858, docs/speculative_loop.md): at each depth the `tree_top_k` best nodes are fed, and have
-    `tree_top_k` children each; of all of them the best `num_draft_tokens` are proposed.
+    A tree (arXiv:2406.16858, docs/internals/speculative_loop.md): at each depth the `tree_top_k` best nodes are fed,
+    and have `tree_top_k` children each; of all of them the best `num_draft_tokens` are proposed.
 
     `embedding` is the verifier's [V, H]; a `tree_depth` of None drafts a chain.
     """

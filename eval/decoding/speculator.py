@@ -5,7 +5,7 @@ verifies [last token, drafts] in one forward (verifier_cache.py), accepts the dr
 and its last choice with them, the bonus token (acceptance.py, proposal.py), and commits these to both caches.
 
 A round reads nothing back from the device but, at its end, the new tokens and their number. Prompt lookup reads the
-text, before and after what its graph holds. More in docs/speculative_loop.md.
+text, before and after what its graph holds. More in docs/internals/speculative_loop.md.
 """
 
 import time

@@ -1,7 +1,7 @@
 """The verifier with a static key-value cache: every token stands in a slot, and sees the slots that a mask allows.
 
 Slot s of a sequence holds its position s, for everything that is committed. The tokens of a forward stand in the slots
-after those, and are written over by the next one unless they were committed (docs/speculative_loop.md):
+after those, and are written over by the next one unless they were committed (docs/internals/speculative_loop.md):
 
     committed  <s> The cat      slots 0 1 2                positions 0 1 2
     fed        sat { on | . }   slots 3 4 5                positions 3 4 4

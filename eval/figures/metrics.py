@@ -117,8 +117,8 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
     It is of other questions of the same kind, and says nothing of another training.
 
     Bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5) by a fixed seed: each draw is divided by
-    its own standard error, which keeps the level if questions are few (docs/experiments.md). None of fewer than four
-    questions with a round. If all questions accepted alike both bounds are that value.
+    its own standard error, which keeps the level if questions are few (docs/evidence/experiments.md). None of fewer
+    than four questions with a round. If all questions accepted alike both bounds are that value.
     """
     columns = _by_question(records, drafter, num_positions)
     if np.count_nonzero(columns[:, 0]) < _FEWEST:

@@ -1,7 +1,8 @@
 """Attention of the training-time-test unroll.
 
 At step k a row attends to step 0's keys at rows <= its own in the same document, and to the keys of steps 1 ... k at
-its own row alone: plainly in `TTTAttention`, as training does in `SplitAttention` (docs/split_attention.md derives it).
+its own row alone: plainly in `TTTAttention`, as training does in `SplitAttention`
+(docs/internals/split_attention.md derives it).
 """
 
 from collections.abc import Callable, Iterator, Sequence

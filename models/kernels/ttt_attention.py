@@ -1,4 +1,4 @@
-"""Attention of the training-time-test unroll in Triton (docs/split_attention.md derives the formulas).
+"""Attention of the training-time-test unroll in Triton (docs/internals/split_attention.md derives the formulas).
 
 A query carries its own bounds: of step 0's keys it sees those from `first`, the first row of its document, to its own
 `row`. A tile of queries walks the blocks of keys from its smallest `first` to its largest `row`, each query masked by

@@ -1,7 +1,7 @@
 """The row-wise part of the KL loss in Triton: each row of logits is read twice and its gradient written over it.
 
-docs/fused_loss.md derives it; train/loss/fused.py has the same in PyTorch operations, `Chunk.compare`. No run uses it
-until it has been measured: `python tests/benchmarks/training_step.py loss_kernel=true` does.
+docs/internals/fused_loss.md derives it; train/loss/fused.py has the same in PyTorch operations, `Chunk.compare`. No run
+uses it until it has been measured: `python tests/benchmarks/training_step.py loss_kernel=true` does.
 """
 
 from __future__ import annotations

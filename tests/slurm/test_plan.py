@@ -204,8 +204,8 @@ def test_options_of_hours_are_gone(name, capfd):
 
 
 def test_the_plan_in_the_walk_is_what_the_command_named_there_prints(capsys):
-    text = (Path(fledge.conf.__file__).parents[1] / "docs" / "maverick.md").read_text()
-    command = next(line.split() for line in text.splitlines() if line.startswith("    fledge plan"))
+    text = (Path(fledge.conf.__file__).parents[1] / "docs" / "recipes" / "maverick.md").read_text()
+    command = next(line.split() for line in text.splitlines() if line.startswith("fledge plan"))
     plan(composed(*command[2:]))
     assert capsys.readouterr().out in text
 

@@ -1,4 +1,4 @@
-"""The loss of all K steps in one pass over chunks of rows, with its gradients (docs/fused_loss.md derives it).
+"""The loss of all K steps in one pass over chunks of rows, with its gradients (docs/internals/fused_loss.md).
 
 A loss (train/loss/losses.py) gives the value of a row and the coefficients of its gradient. A row weighs gamma^k / N_k,
 what is subtracted for R_k weighs c / N_k, with the gradient -sum_i W_i d log alpha_i, W_i = sum_{k >= i} c_k R_k / N_k.
@@ -145,8 +145,8 @@ def rows_in_chunk(ttt_steps: int, width: int, dtype: torch.dtype, device: torch.
 
     Every chunk reads and writes that gradient, so chunks that are small next to it would do little else. A row has K
     rows of logits, one of the window, whose first K-1 come on top, and two of scratch, all Vd wide; in 16-bit training
-    also K of gradients, rounded for the products (docs/fused_loss.md, Memory). `width` is Vd, `trained_width` the H of
-    an lm_head that is trained.
+    also K of gradients, rounded for the products (docs/internals/fused_loss.md, Memory). `width` is Vd,
+    `trained_width` the H of an lm_head that is trained.
     """
     item = torch.finfo(wide_dtype(dtype)).bits // 8
     row = item * (ttt_steps + 3) + (2 * ttt_steps if item > torch.finfo(dtype).bits // 8 else 0)

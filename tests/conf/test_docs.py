@@ -1,0 +1,135 @@
+"""The documentation is true: options are the schema's, commands compose, links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from fledge.conf.cli import COMMANDS, _with_free_names, overrides_of
+from fledge.conf.schema import Config, validate
+from fledge.conf.schema.describe import describe
+from fledge.train.loss.losses import find_loss
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from make_options import PAGE, text
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_START = re.compile(r"\s*(?:(?:torchrun|srun|deepspeed) .*?(?:-m|--module) )?fledge(?:\.train)? ")
+# Placeholders of texts; each stands for a value.
+_STAND_INS = {"ORG/VERIFIER": "embedded", "HEAD": "head", "FOLDER": "folder", "VERIFIER": "embedded", "NAME": "x"}
+
+
+def test_every_option_has_a_meaning():
+    assert [option.name for option in describe(Config) if len(option.meaning) < 8] == []
+
+
+def test_every_option_is_described():
+    def leaves(node, prefix=""):
+        for name, value in node.items():
+            inner = isinstance(value, dict) and value
+            yield from leaves(value, f"{prefix}{name}.") if inner else [prefix + name]
+
+    schema = OmegaConf.to_container(OmegaConf.structured(Config))
+    described = {option.name for option in describe(Config)}
+    assert set(leaves(schema)) <= described
+    assert {"data.sources[].path", "train.stores[].weight"} <= described
+
+
+def test_the_page_of_options_is_the_schemas():
+    assert PAGE.read_text() == text(), "run python tests/tools/make_options.py"
+
+
+def _code(page: Path) -> list[str]:
+    """Return the lines of a page's code blocks; a line that is continued is one."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def _commands() -> list:
+    """Return every line in a code block that starts a command of fledge's, with its page."""
+    found = []
+    for page in PAGES:
+        for line in _code(page):
+            if match := _START.match(line):
+                started = line[match.end() :].partition("  #")[0]
+                command = "train" if "fledge.train " in match[0] else ""
+                name = f"{page.relative_to(ROOT)}: {' '.join(started.split())[:60]}"
+                found.append(pytest.param(f"{command} {started}".strip(), id=name))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_make_target_and_script_that_is_written_down_is_there(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in _code(page):
+        words = line.partition("  #")[0].split()
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= set(targets), line
+        missing = [word for word in words if word.startswith("tests/") and not (ROOT / word).exists()]
+        assert not missing, f"{page}: {missing}"
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_every_command_that_is_written_down_composes(line):
+    command, *arguments = shlex.split(line)
+    if command in ("--help", "--version") or "--help" in arguments:
+        return
+    assert command in COMMANDS
+    arguments = [word for word in arguments if word not in ("--cfg", "job")]
+    for name, value in _STAND_INS.items():
+        arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
+        composed = compose("config", overrides=_with_free_names(overrides_of(command, arguments)))
+    config = OmegaConf.to_object(composed)
+    validate(config)
+    find_loss(config.train.loss)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_page_that_is_there(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page}: {target}"
+        assert not anchor or anchor in _anchors(there), f"{page}: {target}"
+        if page != ROOT / "README.md":
+            assert there.is_relative_to(ROOT / "docs"), f"{page}: {target} is no page of the site"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_have_at_most_120_columns(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)  # what commands print is not wrapped
+    long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long or page.name == "experiments.md"  # the log, as it was written
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "guide").glob("*.md")), ids=lambda page: page.stem)
+def test_a_guide_opens_with_a_command_and_ends_with_its_options(page):
+    body = page.read_text()
+    title, _, rest = body.partition("\n\n")
+    assert title.startswith("# ")
+    assert rest.startswith("```"), page
+    assert re.search(r"^## Options$", body, re.MULTILINE), page
+    assert "](../reference/" in body.rpartition("\n## ")[2], page
+
+
+def test_the_readme_has_at_most_110_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_every_page_is_in_the_sites_navigation():
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
