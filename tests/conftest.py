@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import Run
+from filelock import FileLock
 from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.models.verifier.model import Verifier
 from make_embedded import TINY, shared_embedded
@@ -42,7 +43,12 @@ def run(tmp_path: Path, tiny_verifier_folder: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Path) -> Run:
-    """A run with every stage done, not to be written to."""
-    whole = Run(tmp_path_factory.mktemp("finished"), tiny_verifier_folder)
-    whole("run")
+    """A run with every stage done, not to be written to; made by the first worker that asks."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    whole, done = Run(folder, tiny_verifier_folder), folder / "done"
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            whole("run")
+            done.touch()
     return whole

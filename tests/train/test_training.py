@@ -19,7 +19,6 @@ from builders import (
     metrics_of,
     write_store,
 )
-from commands import popen
 from fledge.models.formats.plain import load_head
 from fledge.models.head.draft_head import of_width
 from fledge.models.verifier.weights import VerifierWeights
@@ -85,7 +84,7 @@ def test_processes_that_read_a_mix_change_nothing_and_end_with_a_killed_trainer(
     options = [mix, "train.batch_tokens=128", "train.save_every=12"]
     run("train", *options, "train.data_workers=0")
     killed = Run(tmp_path / "killed", run.verifier)
-    training = popen(  # whose helper processes are counted
+    training = subprocess.Popen(  # whose helper processes are counted
         killed.command("train", *options, "train.data_workers=2"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
