@@ -3,12 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DOCS := .venv-docs
 VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 # Many tests wait for another process: a third worker uses two cores well.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
 
-.PHONY: demo docs test test-all test-gpu test-serving test-slurm lint types clean
+.PHONY: demo test test-all test-gpu test-serving test-slurm lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
@@ -22,15 +21,6 @@ test: $(STAMP)
 # The tests marked `slow` too: larger shapes, more ranks and the kernels' whole interpreter run. Before a release.
 test-all: $(STAMP)
 	$(TESTS) -m 'not serving and not gpu and not slurm'
-
-# The site of docs/, in site/: broken links end it with an error. Its search and its pictures need no network.
-docs: $(DOCS)/.installed
-	$(DOCS)/bin/zensical build --strict --clean
-
-$(DOCS)/.installed: Makefile
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check zensical==0.0.73
-	touch $@
 
 # A real vLLM on the CPU and the speculators library, in an environment of their own (3.8 GB), kept in the user's cache.
 # torch's CPU build is on PyTorch's own index: where pip does not know it, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
@@ -52,6 +42,17 @@ test-gpu:
 test-slurm: $(STAMP)
 	command -v slurmctld slurmd sbatch munged >/dev/null || apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge
 	$(BIN)/pytest -m slurm
+
+# The site of docs/, in site/: broken links end it with an error. Its search and its pictures need no network.
+DOCS := .venv-docs
+.PHONY: docs
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/zensical build --strict --clean
+
+$(DOCS)/.installed: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check zensical==0.0.73
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff format .

@@ -96,7 +96,7 @@ class DeepSpeedConfig:
 
 @dataclass
 class TrackingConfig:
-    """Trackers that get the metrics, next to the run's own metrics.jsonl."""
+    """Where metrics go besides the run's own files; docs/reference/metrics.md says what those of training mean."""
 
     # trackers that get the metrics; each but wandb needs the package of its name
     report_to: list[TrackerName] = field(default_factory=lambda: [TrackerName.wandb])
