@@ -134,7 +134,6 @@ def trained_run(tmp_path_factory, tiny_verifier_folder) -> Run:
     run.options = ["data.sources=[{path:embedded,limit:600}]", "data.heldout_share=0.02", "synthesize.batch_size=50"]
     run.options += ["synthesize.max_tokens=48", "train.batch_tokens=512", "dump.shard_tokens=50000", "draft=eagle3"]
     run.options += [f"train.{name}=240" for name in ("max_steps", "save_every", "heldout_every")]
-    run.options += ["train.ttt_steps=4"]
     for stage in ("synthesize", "dump", "train"):
         run(stage)
     return run
