@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..conf.runtime.artifact import artifact, differences, file_digest, made_with, read_manifest, write_json
+from ..conf.runtime.artifact import artifact, differences, file_digest, find_artifact, read_manifest, write_json
 from ..conf.schema import Config, EvaluateEngine
 from ..models.formats.plain import WEIGHTS, head_folder, load_head
 from ..models.head.draft_head import DraftHead
@@ -39,7 +39,7 @@ def evaluate(config: Config) -> None:
     questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
-    begun, reader = made_with(folder, settings), None
+    begun, reader = find_artifact(folder, settings), None
     if by_server and begun is None:
         check_server(config, questions)
     elif not by_server and not (begun and begun.complete):

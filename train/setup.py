@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, made_with, write_atomic
+from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, find_artifact, write_atomic
 from ..conf.runtime.signals import deferred
 from ..conf.schema import Config, HiddenStates
 from ..data_synthesis.states.verifier_check import check_verifier
@@ -68,7 +68,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         settings = _settings(config, data, head)
         saved = checkpoint_steps(folder / "checkpoints")
         ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
-        resumed = made_with(folder, settings) if saved else None
+        resumed = find_artifact(folder, settings) if saved else None
         if resumed and resumed.complete:
             if ranks.rank == 0:
                 print(f"training: {folder} is complete")

@@ -115,7 +115,7 @@ class Artifact:
         self.save(complete=True, digest=digest(content))
 
 
-def made_with(folder: Path, settings: dict[str, Any]) -> Artifact | None:
+def find_artifact(folder: Path, settings: dict[str, Any]) -> Artifact | None:
     """Return the artifact in a folder, for reading, if it was begun or finished with these settings."""
     path = folder / MANIFEST
     manifest = _load_manifest(path) if path.is_file() else {}
