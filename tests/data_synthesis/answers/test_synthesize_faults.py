@@ -3,8 +3,6 @@
 FLEDGE_FAULT_ROWS=5000 FLEDGE_FAULT_KILLS=10 makes the first test as large as one likes.
 """
 
-import asyncio
-import contextlib
 import json
 import os
 import random
@@ -14,46 +12,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
-import torch
-import transformers
-from builders import SMALL_DECODER, save_byte_tokenizer
 from commands import popen, run_command
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
-from fledge.conf.schema import Config, SynthesizeConfig, VerifierConfig
-from fledge.data_synthesis.answers.endpoint import Endpoint
-from fledge.data_synthesis.answers.verify_endpoint import EndpointVerifier
 from servers import END, SHARES, answer_to, faulty_server, free_port, stats, tokens_of
 
 ROWS = int(os.environ.get("FLEDGE_FAULT_ROWS", "240"))
 KILLS = int(os.environ.get("FLEDGE_FAULT_KILLS", "3"))
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}:{{ message.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def byte_verifier(tmp_path_factory) -> Path:
-    """A random verifier whose tokens are bytes, as the fault server's."""
-    folder = tmp_path_factory.mktemp("verifier")
-    save_byte_tokenizer(folder, TEMPLATE)
-    config = transformers.LlamaConfig(
-        **SMALL_DECODER,
-        vocab_size=END + 1,
-        intermediate_size=64,
-        max_position_embeddings=8192,
-        eos_token_id=END,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 class Regeneration:
@@ -360,64 +328,3 @@ def test_text_parts_reach_the_server_as_the_text_that_the_template_takes(tmp_pat
     asked = {"role": "user", "content": "Name a colour.\nOr two."}
     assert assistant["content"] == answer_to([asked]), "which repeats what the server was asked"
     assert record["sequences"][0]["token_ids"][: record["sequences"][0]["answers"][0][0]] == tokens_of([asked])
-
-
-@contextlib.contextmanager
-def spare_server(model_list: int, **lacking: None):
-    """Serve chats as the fault server does, its list of models with this status, answers without some fields."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def reply(self, status, body):
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def do_GET(self):
-            self.reply(model_list, {"data": []} if model_list == 200 else {"detail": "Not Found"})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            choice = {"message": {"content": "I", "role": "assistant"}, "finish_reason": "length"}
-            usage = {"prompt_tokens": len(tokens_of(body["messages"])), "completion_tokens": 1}
-            reply = {"choices": [{n: v for n, v in choice.items() if n not in lacking}], "usage": usage}
-            self.reply(200, {name: value for name, value in reply.items() if name not in lacking})
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
-
-
-def opened(endpoint_url: str, verifier: Path) -> Endpoint:
-    options = SynthesizeConfig(endpoints=[endpoint_url], retries=1, max_tokens=16)
-    config = Config(name="x", verifier=VerifierConfig(path=str(verifier)), synthesize=options)
-    endpoint = Endpoint(endpoint_url, options)
-
-    async def open_it() -> None:
-        try:
-            await EndpointVerifier(config.verifier, config.synthesize).open(endpoint)
-        finally:
-            await endpoint.close()
-
-    asyncio.run(open_it())
-    return endpoint
-
-
-@pytest.mark.parametrize("status", [404, 405, 500, 200])
-def test_a_server_that_lists_no_models_is_asked_all_the_same(byte_verifier, status):
-    with spare_server(status) as url:
-        endpoint = opened(url, byte_verifier)
-    assert (endpoint.up, endpoint.model) == (True, str(byte_verifier))
-
-
-@pytest.mark.parametrize(("field", "named"), [("usage", "usage.prompt_tokens"), ("finish_reason", "finish_reason")])
-def test_a_server_whose_answers_lack_a_field_is_refused_with_what_needs_it(byte_verifier, field, named):
-    with (
-        spare_server(404, **{field: None}) as url,
-        pytest.raises(ValueError, match=f"its answers lack .*{named}, which fledge needs to .*: use a server that"),
-    ):
-        opened(url, byte_verifier)
