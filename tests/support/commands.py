@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, reduction
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,12 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
     process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def fledge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of fledge's to its end, with variables of its environment."""
+    command = [sys.executable, "-m", "fledge", *arguments]
+    return run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def script_result(script: Path, *launcher: str, **options: Any) -> Any:
@@ -170,6 +177,40 @@ class Forked(_Running):
 
     def __exit__(self, *_: object) -> None:
         self.wait()
+
+
+class Started:
+    """A command at work, and what it says; `cold`: started by Python itself."""
+
+    def __init__(
+        self, command: Sequence[str], folder: Path, rank: int = 0, cold: bool = False, **variables: str
+    ) -> None:
+        self._path = folder / f"said-{rank}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
+        with open(self._path, "w") as file:
+            start = subprocess.Popen if cold else popen
+            self.process = start(list(command), stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def said(self) -> str:
+        """All that it has printed so far."""
+        return self._path.read_text()
+
+    def wait(self, reached: Callable[[], object]) -> None:
+        """Wait for something to happen while it runs."""
+        while not reached():
+            assert self.process.poll() is None, self.said
+            time.sleep(0.005)
+
+    def answers(self, number: int) -> bool:
+        """Whether the process has a handler of its own for a signal."""
+        caught = Path(f"/proc/{self.process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        return bool(int(caught, 16) >> (number - 1) & 1)
+
+    def stop(self, number: int) -> tuple[int, str]:
+        """Send a signal; give the exit code and all that was said."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60), self.said
 
 
 def _pipe(stream: Any, standard: int, text: bool) -> tuple[Any, int]:
