@@ -11,7 +11,7 @@ from ..models.kernels.self_check import require_gpu
 from ..models.verifier.config import torch_device
 from ..models.verifier.weights import check_identity, verifier_outline
 from .figures.records import ACCEPTANCE
-from .figures.report import print_table, write_report
+from .figures.report import REPORT_HTML, print_table, write_report
 from .figures.results import summarise
 from .figures.wandb_summary import track
 from .local import answer_questions
@@ -57,7 +57,7 @@ def evaluate(config: Config) -> None:
             target.finish()
         results = write_report(target.folder, config.training_folder)
         print_table(results)
-        print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}")
+        print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}, {target.folder / REPORT_HTML}")
 
 
 def _head(config: Config, by_server: bool) -> tuple[Path | None, DraftHead | None, dict[str, Any]]:
