@@ -49,16 +49,14 @@ class Stretch(NamedTuple):
 
 
 def write_html(
-    path: Path,
-    results: dict[str, Any],
-    records: list[Record],
-    *,
-    title: str,
-    conditions: str,
-    tables: list[Part],
-    plots: list[Plot],
+    path: Path, results: dict[str, Any], records: list[Record], parts: list[Part], plots: list[Plot]
 ) -> None:
-    """Write the page of an evaluation; of answers that a server counted, or that have no texts of tokens, plain."""
+    """Write the page of an evaluation; answers that a server counted, or without the texts of their tokens, are plain.
+
+    Args:
+        parts: of the report: its title, its conditions, tables and lines.
+    """
+    title, conditions, *tables = parts
     depth = len(results["acceptance_rate_per_pos"])
     questions = [_question(number, record, results, depth) for number, record in enumerate(records)]
     stretches = [stretch for question in questions for stretch in _stretches(question)]

@@ -25,8 +25,7 @@ def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
     plots = draw(folder, results, records, metrics)
     title = f"Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip()
     conditions = f"{_conditions(results)}. {results['definition']}."
-    page = {"title": title, "conditions": conditions, "tables": _tables(results), "plots": plots}
-    write_html(folder / REPORT_HTML, results, records, **page)
+    write_html(folder / REPORT_HTML, results, records, [title, conditions, *_tables(results)], plots)
     parts = [
         f"# {title}",
         conditions,

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from fledge.conf.cli import COMMANDS, _with_free_names, overrides_of
+from fledge.conf.cli import COMMANDS, overrides_of, with_free_names
 from fledge.conf.schema import Config, validate
 from fledge.conf.schema.describe import describe
 from fledge.train.loss.losses import find_loss
@@ -83,7 +83,7 @@ def test_every_command_that_is_written_down_composes(line):
         arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
-        composed = compose("config", overrides=_with_free_names(overrides_of(command, arguments)))
+        composed = compose("config", overrides=with_free_names(overrides_of(command, arguments)))
     config = OmegaConf.to_object(composed)
     validate(config)
     find_loss(config.train.loss)
