@@ -141,7 +141,7 @@ def test_answers_whose_tokens_are_not_known_are_plain(tmp_path):
     evaluation(tmp_path / "older", [question_record([2, 1]), with_texts(question_record([0], name="q/2"), ["a", "b"])])
     older = written(tmp_path / "older")
     assert list(older.tokens) == ["q1"]
-    assert "1 answers are plain: they were decoded before" in older.text
+    assert "1 of 2 answers are plain: they were decoded before" in older.text
     by_server = {"engine": EvaluateEngine.server, "endpoint": "http://h/v1"}
     evaluation(tmp_path / "served", [question_record([2, 1], server=True)], **by_server)
     served = written(tmp_path / "served")
