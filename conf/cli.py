@@ -156,10 +156,7 @@ def run_command(command: str, overrides: list[str]) -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
-    # Names that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`, are added.
-    free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
-    overrides = [f"++{override}" if override.startswith(free) else override for override in overrides]
-    sys.argv = [f"fledge {command}", *overrides]
+    sys.argv = [f"fledge {command}", *with_free_names(overrides)]
 
     def task(composed: Any) -> None:
         try:  # in here: Hydra would print the overrides first
@@ -183,6 +180,12 @@ def run_command(command: str, overrides: list[str]) -> None:
         if show_traceback:
             raise
         fail(explain(error))
+
+
+def with_free_names(overrides: list[str]) -> list[str]:
+    """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`."""
+    free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
+    return [f"++{override}" if override.startswith(free) else override for override in overrides]
 
 
 def _free_options(kind: type, prefix: str = "") -> Iterator[str]:

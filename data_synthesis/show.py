@@ -1,4 +1,4 @@
-"""Texts as a terminal shows them: escapes for what it would obey, marks around what the verifier wrote."""
+"""Texts to be looked at: escapes for what a terminal would obey, marks around answers, texts of single tokens."""
 
 import os
 import re
@@ -20,6 +20,20 @@ def printable(text: str) -> str:
 def terminal_mark() -> Callable[[str], str]:
     """Return what marks a text: a colour on a terminal, brackets elsewhere."""
     return ("\x1b[32m{}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "⟦{}⟧").format
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
+    """Return what each token adds to the text; of tokens that share a character, the last one has it."""
+    texts, start, end = list[str](), 0, 0  # tokens[start:end] are the last ones that are written
+    for stop in range(1, len(tokens) + 1):
+        before, now = (
+            str(tokenizer.decode(tokens[start:n], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for n in (end, stop)
+        )
+        is_torn = now.endswith("\ufffd") and stop < len(tokens)
+        texts.append("" if is_torn else now[len(before) :])
+        start, end = (start, end) if is_torn else (end, stop)
+    return texts
 
 
 def marked_text(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, mark: Callable[[str], str]) -> str:

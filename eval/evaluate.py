@@ -11,7 +11,7 @@ from ..models.kernels.self_check import require_gpu
 from ..models.verifier.config import torch_device
 from ..models.verifier.weights import check_identity, verifier_outline
 from .figures.records import ACCEPTANCE
-from .figures.report import print_table, write_report
+from .figures.report import REPORT_HTML, print_table, write_report
 from .figures.results import summarise
 from .figures.wandb_summary import track
 from .local import answer_questions
@@ -20,8 +20,8 @@ from .questions import Question, load_heldout, load_questions, questions_identit
 from .served.client import answer_by_server, check_server
 
 
-def evaluate(config: Config) -> None:
-    """Decode the questions speculatively and write runs/<name>/evaluation/."""
+def evaluate(config: Config) -> dict[str, Any]:
+    """Decode the questions speculatively and write runs/<name>/evaluation/; return what acceptance.json holds."""
     if config.verifier.tensor_parallel:
         raise ValueError(
             "verifier.tensor_parallel must be false in evaluate, which is one process: verifier.device=auto spreads a "
@@ -57,7 +57,8 @@ def evaluate(config: Config) -> None:
             target.finish()
         results = write_report(target.folder, config.training_folder)
         print_table(results)
-        print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}")
+        print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}, {target.folder / REPORT_HTML}")
+    return results
 
 
 def _head(config: Config, by_server: bool) -> tuple[Path | None, DraftHead | None, dict[str, Any]]:

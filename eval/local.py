@@ -10,6 +10,7 @@ from ..conf.runtime.artifact import Artifact
 from ..conf.runtime.journal import Journal
 from ..conf.runtime.progress import Progress
 from ..conf.schema import Config
+from ..data_synthesis.show import token_texts
 from ..data_synthesis.tokens.chat_template import answer_text
 from ..models.head.draft_head import DraftHead
 from ..models.verifier.model import Verifier
@@ -128,4 +129,7 @@ class Answerer:
                     "seconds": speculative.seconds,
                     **({} if drafter.draws_tokens else {"equals_verifier": speculative.tokens == own.tokens}),
                 }
+                if name == TRAINED:
+                    texts = token_texts(self._verifier.tokenizer, speculative.tokens)
+                    answer["drafters"][name]["token_texts"] = texts
         return answers

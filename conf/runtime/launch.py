@@ -18,13 +18,17 @@ _LEFT_OUT = """evaluate is left out, evaluate.engine=server has no evaluate.endp
 export, then `fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`"""
 
 
-def run(config: Config) -> None:
+def run(config: Config, arguments: list[str] | None = None) -> None:
     """Run the stages in order; a stage whose artifact is complete and whose inputs are unchanged ends at once.
 
     Evaluation by a server that is not named is left out: it can serve the head once that is exported.
     Exits with the code of the first stage that fails; started again, goes on there.
+
+    Args:
+        arguments: of the command line of every stage; None: the overrides of the command that this process is.
     """
-    overrides, started, stage = list(HydraConfig.get().overrides.task), time.monotonic(), STAGES[0]
+    arguments = list(HydraConfig.get().overrides.task) if arguments is None else arguments
+    started, stage = time.monotonic(), STAGES[0]
     with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
         for number, stage in enumerate(STAGES, 1):
             if signals.received:
@@ -33,7 +37,7 @@ def run(config: Config) -> None:
             print(f"[{number}/{len(STAGES)}] {_LEFT_OUT if is_left_out else stage}", flush=True)
             if is_left_out:
                 continue
-            command = [sys.executable, "-m", "fledge", stage, *overrides]
+            command = [sys.executable, "-m", "fledge", stage, *arguments]
             code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
             if signals.received and code in (EXIT_AGAIN, 128 + signals.received):  # it had none to answer yet
                 signals.stop()

@@ -69,8 +69,8 @@ class StoreIndex:
     incomplete or lacks states (`with_states`), or if a file (named) is missing, truncated or altered.
     """
 
-    def __init__(self, folder: Path, with_states: bool = True) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path, with_states: bool = True) -> None:
+        self.folder = folder = Path(folder)
         self.manifest = read_manifest(folder, "hidden_states")
         self.with_states = with_states
         if with_states and not self.manifest["settings"].get("states", True):

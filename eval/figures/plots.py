@@ -1,10 +1,12 @@
 """The plots of an evaluation and of a comparison."""
 
+import io
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .metrics import question_lengths
 from .records import TRAINED, Record
@@ -18,6 +20,14 @@ _TITLES = {
 }
 
 
+class Plot(NamedTuple):
+    """A plot that was drawn."""
+
+    name: str  # of its file
+    title: str
+    svg: str  # the same, as an element of a page
+
+
 @contextmanager
 def plotting() -> Iterator[Any]:
     """Return matplotlib's pyplot in fledge's style, for files."""
@@ -28,7 +38,7 @@ def plotting() -> Iterator[Any]:
 
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK}
     # Names are the user's: a dollar sign in one is no formula.
-    style |= {"text.parse_math": False, "axes.titlesize": "medium", "savefig.bbox": "tight"}
+    style |= {"text.parse_math": False, "svg.fonttype": "none", "axes.titlesize": "medium", "savefig.bbox": "tight"}
     with plt.rc_context({**style, "font.size": 10, "figure.dpi": 120}):
         yield plt
 
@@ -59,18 +69,28 @@ def error_bar(axes: Any, place: float, bounds: list[float] | None, color: str = 
         axes.plot(bounds, [place, place], color=color, linewidth=1, marker="|", markersize=6)
 
 
-def draw(
-    folder: Path, results: dict[str, Any], records: list[Record], metrics: list[dict[str, Any]]
-) -> list[tuple[str, str]]:
-    """Draw the plots of an evaluation and return their file names and titles."""
+def draw(folder: Path, results: dict[str, Any], records: list[Record], metrics: list[dict[str, Any]]) -> list[Plot]:
+    """Draw the plots of an evaluation into files, and return them."""
+    drawn = []
     with plotting() as plt:
         plots = {"training.png": _training(plt, metrics)} if any("train/loss" in one for one in metrics) else {}
         plots |= {"positions.png": _positions(plt, results), "categories.png": _categories(plt, results)}
         plots["questions.png"] = _questions(plt, results, records)
         for name, figure in plots.items():
             figure.savefig(folder / name)
+            drawn.append(Plot(name, _TITLES[name], _svg(plt, figure, name)))
             plt.close(figure)
-    return [(name, _TITLES[name]) for name in plots]
+    return drawn
+
+
+def _svg(plt: Any, figure: Any, name: str) -> str:
+    """Return a figure as an SVG element, with text as text; ids that nothing refers to would stand in a page twice."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": name}):
+        figure.canvas.print_figure(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r' id="[\w.]+_\d+"', "", svg)
 
 
 def _training(plt: Any, metrics: list[dict[str, Any]]) -> Any:

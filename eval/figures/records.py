@@ -3,8 +3,9 @@
 A record is a line of questions.jsonl: {id, category, turns, answers}, and `images`, how many, if there are any, and
 `left_out`, why there are no answers or no further ones, if so. An answer is {text, prompt_tokens, output_tokens,
 seconds_alone, drafters}. A drafter is {drafted, accepted, output_tokens, seconds, equals_verifier}, the first two lists
-over rounds. A server reports sums instead ({num_drafts, num_draft_tokens, num_accepted_tokens,
-num_accepted_tokens_per_pos}), and seconds_alone is null.
+over rounds; the trained head has `token_texts` too, what each token of its answer adds to the text. A server reports
+sums instead ({num_drafts, num_draft_tokens, num_accepted_tokens, num_accepted_tokens_per_pos}), and seconds_alone is
+null.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ HELDOUT = "heldout"  # the category of held-out conversations
 TRAINED, UNTRAINED, LOOKUP = "trained head", "untrained head", "prompt lookup"
 
 Record = dict[str, Any]  # a line of questions.jsonl
+Part = str | tuple[list[str], list[list[str]]]  # of a report: lines, or a table's head and rows
 
 
 def answered_records(folder: Path) -> list[Record]:

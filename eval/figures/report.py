@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables for the terminal and report.md, and plots."""
+"""The report of an evaluation: tables for the terminal and report.md, plots, and report.html."""
 
 import json
 from pathlib import Path
@@ -6,24 +6,31 @@ from typing import Any
 
 from ...conf.schema import DraftSampling
 from .plots import draw
-from .records import ACCEPTANCE, TRAINED, answered_records
+from .records import ACCEPTANCE, TRAINED, Part, answered_records
 
 NONE = "-"
+REPORT_HTML = "report.html"
 _MOST_LEFT_OUT = 20  # questions that are named
 
 
 def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
-    """Write report.md and its plots next to acceptance.json, and return what that file holds."""
+    """Write report.md, its plots and report.html next to acceptance.json, and return what that file holds."""
+    from .html_report import write_html  # imports transformers, which `compare` does without
+
     results = json.loads((folder / ACCEPTANCE).read_text())
     metrics_file = training_folder / "metrics.jsonl"
     lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
     metrics = [json.loads(line) for line in lines if line.endswith("}")]
-    plots = draw(folder, results, answered_records(folder), metrics)
+    records = answered_records(folder)
+    plots = draw(folder, results, records, metrics)
+    title = f"Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip()
+    conditions = f"{_conditions(results)}. {results['definition']}."
+    write_html(folder / REPORT_HTML, results, records, [title, conditions, *_tables(results)], plots)
     parts = [
-        f"# Acceptance length {figure(results['acceptance_length'])} {interval(results)}".rstrip(),
-        f"{_conditions(results)}. {results['definition']}.",
-        *_tables(results),
-        *(f"![{title}]({name})\n\n{title}." for name, title in plots),
+        f"# {title}",
+        conditions,
+        *_markdown(results),
+        *(f"![{plot.title}]({plot.name})\n\n{plot.title}." for plot in plots),
         "Counted in `questions.jsonl` (every answer, round by round where it was decoded in this process) and summed "
         "in `acceptance.json`.",
     ]
@@ -33,7 +40,7 @@ def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the tables of an evaluation."""
-    print("", "\n\n".join(_tables(results)), "", sep="\n")
+    print("", "\n\n".join(_markdown(results)), "", sep="\n")
 
 
 def figure(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -81,7 +88,11 @@ def _conditions(results: dict[str, Any]) -> str:
     )
 
 
-def _tables(results: dict[str, Any]) -> list[str]:
+def _markdown(results: dict[str, Any]) -> list[str]:
+    return [part if isinstance(part, str) else table(*part) for part in _tables(results)]
+
+
+def _tables(results: dict[str, Any]) -> list[Part]:
     positions = range(len(results["acceptance_rate_per_pos"]))
     drafters = {TRAINED: results, **results["baselines"]}
     head = ["drafter", "acceptance length", "95 % interval", *(f"position {i + 1}" for i in positions)]
@@ -102,20 +113,20 @@ def _tables(results: dict[str, Any]) -> list[str]:
         "by bootstrap over questions."
     )
     return [
-        table([*head, "tokens/s", "speed-up", "rounds"], rows),
+        ([*head, "tokens/s", "speed-up", "rounds"], rows),
         *(_parts_table(title, part, list(results["baselines"])) for title, part in parts if part),
         "\n".join([macro, *_faithfulness(results), *_heldout(results), *_left_out(results)]),
     ]
 
 
-def _parts_table(title: str, parts: dict[str, Any], baselines: list[str]) -> str:
-    """Write what was measured on each part of the questions."""
+def _parts_table(title: str, parts: dict[str, Any], baselines: list[str]) -> Part:
+    """Return what was measured on each part of the questions."""
     rows = []
     for name, drafters in parts.items():
         trained, *others = (drafters[drafter] for drafter in (TRAINED, *baselines))
         lengths = [figure(counts["acceptance_length"]) for counts in (trained, *others)]
         rows.append([name, lengths[0], interval(trained) or NONE, speedup(trained, of_all=False), *lengths[1:]])
-    return table([title, TRAINED, "95 % interval", "speed-up", *baselines], rows)
+    return [title, TRAINED, "95 % interval", "speed-up", *baselines], rows
 
 
 def _faithfulness(results: dict[str, Any]) -> list[str]:

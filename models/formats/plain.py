@@ -94,8 +94,9 @@ def write_head_files(folder: Path, tensors: dict[str, Tensor], config: dict[str,
     write_json(folder / RECORD, record)
 
 
-def load_head(folder: Path) -> tuple[DraftHead, dict[str, Any]]:
+def load_head(folder: str | Path) -> tuple[DraftHead, dict[str, Any]]:
     """Read a head that `save_head` wrote, in float32, and its record; ValueError: what is missing or damaged."""
+    folder = Path(folder)
     for name in (CONFIG, WEIGHTS, RECORD):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a fledge head: {name} is missing; {_CURE}")

@@ -55,10 +55,15 @@ def submissions(run_folder: Path) -> dict[int, Path]:
     return {int(path.name): path for path in (run_folder / JOBS).glob("*") if path.name.isdecimal()}
 
 
-def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Write configuration and code into the folder of a submission; return what is to be recorded of them."""
+def freeze_options(config: Config, folder: Path) -> None:
+    """Write every option, resolved, into a folder: a command has it by --config-dir and --config-name frozen."""
     options = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
     write_atomic(folder / f"{FROZEN}.yaml", (TEMPLATES / "frozen.yaml").read_text() + options)
+
+
+def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Write configuration and code into the folder of a submission; return what is to be recorded of them."""
+    freeze_options(config, folder)
     target = folder / "code" / "fledge"  # templates/head.sh puts code/ on PYTHONPATH
     target.mkdir(parents=True)
     for entry in sorted(PACKAGE.iterdir()):  # tests, environments and runs may lie next to the modules

@@ -35,6 +35,7 @@ def test_the_wheel_installs_in_a_fresh_environment_and_works(tmp_path):
     def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
 
+    assert all((site / "fledge" / name).is_file() for name in ("py.typed", "eval/figures/report.html"))
     assert str(site) in output(str(python), "-c", "import fledge; print(fledge.__file__)")
     assert "fledge COMMAND" in output(fledge, "--help")
     assert "path: embedded" in output(fledge, "train", "--cfg", "job", "experiment=demo", "name=x")

@@ -18,9 +18,9 @@ from ...conf.schema import Config, TrackerName, TrackingConfig
 METRICS = "metrics.jsonl"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Read the metrics of a training folder; a torn last line is left out."""
-    path = folder / METRICS
+    path = Path(folder) / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
