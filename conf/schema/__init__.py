@@ -127,6 +127,10 @@ def _check_conflicts(config: Config) -> None:
         "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
         "DeepSpeed keeps no float32 master weights at stage 0",
     )
+    require(
+        config.export.push_to is None or config.export.format is not ExportFormat.all,
+        "export.format must be plain or speculators with export.push_to, got all: a repository holds one format",
+    )
 
 
 def _check_packages(tracking: TrackingConfig) -> None:
