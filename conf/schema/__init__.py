@@ -136,7 +136,7 @@ def _check_conflicts(config: Config) -> None:
 def _check_packages(tracking: TrackingConfig) -> None:
     packages = [("report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
     if tracking.tensorboard:
-        packages.insert(0, ("tensorboard", "tensorboard", "'fledge[tensorboard]'", "set it to false"))
+        packages.insert(0, ("tensorboard", "tensorboard", "'fledge-eagle[tensorboard]'", "set it to false"))
     for option, package, requirement, cure in packages:
         missing = f"tracking.{option} needs the package {package}, which is not installed: "
         require(find_spec(package), f"{missing}pip install {requirement}, or {cure}")

@@ -1,5 +1,6 @@
 """What is installed is what is here."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,12 +17,24 @@ def test_every_package_folder_is_listed():
     assert listed == {".".join(("fledge", *folder.parts)) for folder in folders}
 
 
+def test_hints_name_the_distribution_and_its_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    texts = [path.read_text() for path in map(ROOT.joinpath, tracked) if path.suffix in (".py", ".md", ".toml", ".yml")]
+    extras = [found for text in texts for found in re.findall(r"\bfledge(?:-eagle)?\[\w[\w,]*\]", text)]
+    assert len(extras) >= 4
+    for hint in extras:
+        name, _, listed = hint.rstrip("]").partition("[")
+        assert name == project["name"], hint
+        assert set(listed.split(",")) <= set(project["optional-dependencies"]), hint
+
+
 def test_the_wheel_installs_in_a_fresh_environment_and_works(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     copy = tmp_path / "source"  # building writes beside the sources
     subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)], check=True)
-    wheel = next(tmp_path.glob("fledge-*.whl"))
+    wheel = next(tmp_path.glob("fledge_eagle-*.whl"))
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     # The dependencies are borrowed from this environment; .pth files in it (the editable install) are not followed.
@@ -37,6 +50,8 @@ def test_the_wheel_installs_in_a_fresh_environment_and_works(tmp_path):
 
     assert str(site) in output(str(python), "-c", "import fledge; print(fledge.__file__)")
     assert "fledge COMMAND" in output(fledge, "--help")
+    metadata = output(str(python), "-m", "pip", "show", "fledge-eagle")
+    assert f"Version: {output(fledge, '--version').strip()}" in metadata
     assert "path: embedded" in output(fledge, "train", "--cfg", "job", "experiment=demo", "name=x")
     top_level = {path.name for path in site.iterdir()}
     assert not top_level & {"models", "eval", "train", "conf", "tests", "slurm", "data_synthesis"}
