@@ -7,16 +7,22 @@ from typing import Any
 
 from ..conf.runtime.artifact import MANIFEST, commit, digest, file_digest, held, write_atomic, write_json
 from ..conf.schema import Config, ExportFormat
+from .formats.model_card import license_of, model_card
 from .formats.plain import WEIGHTS, head_folder, load_head
 from .formats.serving_formats import SERVING_FORMATS, ExportedHead, vllm_command
-from .formats.serving_notes import model_card, serving_files, unserved
+from .formats.serving_notes import serving_files, unserved
 from .head.draft_head import DraftHead
-from .verifier.config import load_whole_config, verifier_location
+from .hub import push
+from .verifier.config import checkpoint_file, load_whole_config, verifier_location
 from .verifier.weights import check_identity
 
 
 def export(config: Config) -> None:
-    """Write runs/<name>/exports/<format>/ from a head, in one format or all; a half-written export is never seen."""
+    """Write runs/<name>/exports/<format>/ from a head, in one format or all, and upload it if asked to.
+
+    A half-written export is never seen.
+    """
+    base_model = _base_model(config)
     source = head_folder(config.export.checkpoint, config.training_folder)
     head, record = load_head(source)
     check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
@@ -27,27 +33,62 @@ def export(config: Config) -> None:
         )
     choice = config.export.format
     for format_ in SERVING_FORMATS if choice is ExportFormat.all else [choice.value]:
-        _export_one(config, format_, source, head, record)
+        _export_one(config, format_, source, head, record, base_model)
 
 
-def _export_one(config: Config, format_: str, source: Path, head: DraftHead, record: dict[str, Any]) -> None:
-    folder = config.run_folder / "exports" / format_
+def _base_model(config: Config) -> str | None:
+    """Return the verifier's hub id; None if it has none. ValueError: an export for the hub needs one."""
+    location = verifier_location(config.verifier)
+    base_model = config.export.base_model or (None if Path(location).exists() else location)
+    if config.export.push_to and base_model is None:
+        raise ValueError(
+            f"export.base_model is required with export.push_to and verifier.path={config.verifier.path}, a folder "
+            "here: give the verifier's hub id"
+        )
+    return base_model
+
+
+def _export_one(
+    config: Config, format_: str, source: Path, head: DraftHead, record: dict[str, Any], base_model: str | None
+) -> None:
+    options, folder = config.export, config.run_folder / "exports" / format_
     exported = ExportedHead(
         head=head.config,
-        folder=str(folder),
+        folder=options.push_to or str(folder),
         format=format_,
-        dtype=config.export.dtype.value,
-        verifier=verifier_location(config.verifier),
+        dtype=options.dtype.value,
+        verifier=base_model or verifier_location(config.verifier),
         architectures=list(load_whole_config(config.verifier).architectures or []),
         verifier_layers=record["verifier"]["num_layers"],
         revision=config.verifier.revision,
         num_draft_tokens=config.evaluate.draft_depth,  # a chain as deep as the tree that was evaluated
         imported_from=record.get("imported_from"),
+        base_model=base_model,
+        on_hub=options.push_to is not None,
     )
-    card = model_card(exported, _acceptance(config, source), _conversations(config, source))
-    texts = {**serving_files(exported), "README.md": card}
+    texts = {**serving_files(exported), "README.md": _card(config, source, exported)}
     settings: dict[str, Any] = {"head": file_digest(source / WEIGHTS), "dtype": exported.dtype}
     settings |= {"format": format_, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
+    if _write(folder, exported, head, record, texts, settings):
+        refused = unserved(exported)
+        for engine, reason in refused.items():
+            print(f"export: {engine} cannot serve this head: {reason}")
+        in_vllm = "vLLM" in {engine.name for engine in SERVING_FORMATS[format_].engines} - refused.keys()
+        command = f", served by `{vllm_command(exported)}`" if in_vllm else ""
+        print(f"export: {folder}{command}; more in {folder / 'SERVING.md'}")
+    if options.push_to:
+        print(f"export: uploaded to {push(folder, options.push_to, options.private)}")
+
+
+def _write(
+    folder: Path,
+    exported: ExportedHead,
+    head: DraftHead,
+    record: dict[str, Any],
+    texts: dict[str, str],
+    settings: dict[str, Any],
+) -> bool:
+    """Write an export; return whether it was not there already."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.with_name(f".{folder.name}.lock"), f"{folder} is being written by"):
         manifest = _manifest(folder)
@@ -55,22 +96,28 @@ def _export_one(config: Config, format_: str, source: Path, head: DraftHead, rec
             raise ValueError(f"{folder} is not an export of fledge's: move it away")
         if manifest.get("settings") == settings and all((folder / name).is_file() for name in (WEIGHTS, *texts)):
             print(f"export: {folder} is complete")
-            return
+            return False
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        SERVING_FORMATS[format_].write(temporary, head, record, exported)
+        SERVING_FORMATS[exported.format].write(temporary, head, record, exported)
         for name, text in texts.items():
             write_atomic(temporary / name, text)
         write_json(temporary / MANIFEST, {"kind": "export", "settings": settings, "complete": True})
         shutil.rmtree(folder, ignore_errors=True)
         commit(temporary, folder)
-    refused = unserved(exported)
-    for engine, reason in refused.items():
-        print(f"export: {engine} cannot serve this head: {reason}")
-    in_vllm = "vLLM" in {engine.name for engine in SERVING_FORMATS[format_].engines} - refused.keys()
-    command = f", served by `{vllm_command(exported)}`" if in_vllm else ""
-    print(f"export: {folder}{command}; more in {folder / 'SERVING.md'}")
+    return True
+
+
+def _card(config: Config, source: Path, exported: ExportedHead) -> str:
+    """Return the model card, with what the run measured of this very head and trained it on."""
+    trained_here = (config.training_folder / "checkpoints").resolve() in source.resolve().parents
+    conversations = _manifest(config.conversations_folder) if trained_here else {}
+    prompts = _manifest(config.prompts_folder) if trained_here else {}
+    sources = prompts["settings"]["sources"].values() if prompts else []
+    datasets = sorted({source["path"] for source in sources if "path" in source})  # the others have no hub id
+    licence = license_of(checkpoint_file(config.verifier, "README.md"), exported.base_model)
+    return model_card(exported, licence, _acceptance(config, source), conversations or None, datasets)
 
 
 def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
@@ -79,13 +126,6 @@ def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
     measured = (_manifest(path.parent).get("settings") or {}).get("head")
     this = path.is_file() and measured == file_digest(source / WEIGHTS)
     return json.loads(path.read_text()) if this else None
-
-
-def _conversations(config: Config, source: Path) -> dict[str, Any] | None:
-    """Return the manifest of the run's conversations if the head is a checkpoint of the run's own training."""
-    own = (config.training_folder / "checkpoints").resolve() in source.resolve().parents
-    manifest = _manifest(config.conversations_folder) if own else {}
-    return manifest or None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

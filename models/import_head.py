@@ -7,14 +7,16 @@ from ..conf.runtime.artifact import artifact, file_digest
 from ..conf.schema import Config, HeadImportConfig
 from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
 from .formats.published import read_published_head, weight_files
+from .hub import fetch_head
 from .verifier.config import load_config
 from .verifier.weights import VerifierWeights, verifier_identity
 
 
 def import_head(config: Config) -> None:
-    """Write runs/<name>/imports/<source folder's name>/ from the head at head_import.source."""
+    """Write runs/<name>/imports/<source's name>/ from the head at head_import.source."""
     options, source = config.head_import, source_folder(config.head_import)
-    folder = config.run_folder / "imports" / source.name
+    origin = source.name if Path(str(options.source)).is_dir() else str(options.source)
+    folder = config.run_folder / "imports" / Path(origin).name
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
     files = weight_files(source)
@@ -31,7 +33,7 @@ def import_head(config: Config) -> None:
         if target.complete and all((folder / name).is_file() for name in (CONFIG, WEIGHTS, RECORD)):
             print(f"import: {folder} is complete")
             return
-        record = {"verifier": settings["verifier"], "step": 0, "imported_from": source.name}
+        record = {"verifier": settings["verifier"], "step": 0, "imported_from": origin}
         save_head(folder, published.head, record, published.dtype)
         target.finish()
     head = published.head.config
@@ -47,13 +49,10 @@ def import_head(config: Config) -> None:
 
 
 def source_folder(options: HeadImportConfig) -> Path:
-    """Return the folder of the published head, refusing what is none."""
+    """Return the folder of the published head, fetched from the hub if need be; ValueError: there is none."""
     if options.source is None:
-        raise ValueError("head_import.source is required: give the folder of a head (config.json and weights)")
-    folder = Path(options.source).resolve()
-    if not folder.is_dir():
         raise ValueError(
-            f"head_import.source {options.source!r} is not a folder: a head on the hub is fetched with "
-            "`hf download ID --local-dir FOLDER`"
+            "head_import.source is required: give the folder of a head (config.json and weights) or its hub id"
         )
-    return folder
+    folder = Path(options.source).resolve()
+    return folder if folder.is_dir() else fetch_head(options.source, options.revision)

@@ -127,12 +127,16 @@ def _check_conflicts(config: Config) -> None:
         "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
         "DeepSpeed keeps no float32 master weights at stage 0",
     )
+    require(
+        config.export.push_to is None or config.export.format is not ExportFormat.all,
+        "export.format must be plain or speculators with export.push_to, got all: a repository holds one format",
+    )
 
 
 def _check_packages(tracking: TrackingConfig) -> None:
     packages = [("report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
     if tracking.tensorboard:
-        packages.insert(0, ("tensorboard", "tensorboard", "'fledge[tensorboard]'", "set it to false"))
+        packages.insert(0, ("tensorboard", "tensorboard", "'fledge-eagle[tensorboard]'", "set it to false"))
     for option, package, requirement, cure in packages:
         missing = f"tracking.{option} needs the package {package}, which is not installed: "
         require(find_spec(package), f"{missing}pip install {requirement}, or {cure}")

@@ -1,5 +1,6 @@
 """The verifier, the draft head, and the heads that are written and read."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
@@ -16,6 +17,10 @@ ExportFormat = Enum("ExportFormat", {"plain": "plain", "speculators": "speculato
 AuxNumbering = Enum("AuxNumbering", {"zero_based": "zero_based", "vllm": "vllm"})
 
 Size = Annotated[int, at_least(1, cure="; null takes the verifier's")]
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HubId = Annotated[str, Limit("be a hub id, ORG/NAME", lambda name: _HUB_ID.fullmatch(name))]
 
 
 def _different_layers(cure: str = "") -> Limit:
@@ -73,13 +78,17 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.plain
     dtype: Dtype = Dtype.bfloat16  # type of the weights that are written
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
+    push_to: HubId | None = None  # upload the export to this hub id, ORG/NAME; the token is read from HF_TOKEN
+    private: bool = False  # a repository that push_to creates is private
+    base_model: HubId | None = None  # the verifier's hub id for card and commands, if verifier.path is a folder
 
 
 @dataclass
 class HeadImportConfig:
     """A head made elsewhere, for `fledge import` and `fledge doctor`."""
 
-    source: str | None = None  # folder of a published head: config.json and weights
+    source: str | None = None  # folder of a published head (config.json and weights), or its hub id, ORG/HEAD
+    revision: str | None = None  # branch, tag or commit of source on the hub
     # numbering of the layer ids in its config.json; only if the file leaves it open
     aux_numbering: AuxNumbering | None = None
     # 0-based layers the head reads; only if its config.json names none

@@ -39,6 +39,8 @@ _PLACEHOLDER = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 
+_SPEED_BENCH = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # in a row of nvidia/SPEED-Bench without a text
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -99,6 +101,12 @@ def check_beside(row: dict[str, Any], texts: list[str], read: Collection[str] = 
                     f"has {BESIDE[name]} beside its messages (in {name!r}), which are not read: write them into the "
                     "messages, or remove the field if the question needs none"
                 )
+    if any(_SPEED_BENCH in text for text in texts):
+        raise ValueError(
+            "is a placeholder of SPEED-Bench, whose texts are other datasets': fetch them by examples/specdec_bench of "
+            "NVIDIA's Model-Optimizer, `python prepare_data.py --config qualitative --output_dir data`, and give the "
+            "Parquet file that it writes"
+        )
     if mark := next(filter(None, map(_PLACEHOLDER.search, texts)), None):
         kind = mark[1] or mark[2]
         raise ValueError(f"begins or ends a message with the placeholder <{kind}>, but fledge reads no {kind} for it")

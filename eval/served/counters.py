@@ -1,8 +1,9 @@
 """What servers count of speculation, and how they tell it.
 
 vLLM tells sums over all requests at /metrics, and with --per-request-spec-decode-metrics those of an answer in its
-`metrics.speculative_decoding`; SGLang tells those of an answer in the `meta_info` of /generate. An answer has a
-histogram: entry n says how many rounds accepted n draft tokens, the bonus token not among them.
+`metrics.speculative_decoding`; SGLang tells those of an answer in the `meta_info` of /generate; TensorRT-LLM in the
+`speculative_decoding` of a choice, with per_request_spec_decode_stats. An answer has a histogram: entry n says how many
+rounds accepted n draft tokens, the bonus token not among them.
 """
 
 from __future__ import annotations
@@ -106,4 +107,29 @@ def read_sglang_answer(meta: dict[str, Any], num_draft_tokens: int, num_position
             f"its counts do not fit the answer: spec_verify_ct {rounds}, histogram {histogram}, {written} tokens, "
             f"{num_positions} draft tokens that a round can accept"
         )
+    return counts
+
+
+def read_tensorrt_llm_answer(told: dict[str, Any] | None, written: int, num_draft_tokens: int) -> ServedCounts:
+    """Read the `speculative_decoding` of one of TensorRT-LLM's choices; an answer of one token may have none.
+
+    ValueError: it tells nothing, or drafts otherwise, or its counts contradict each other.
+    """
+    if told is None and written <= 1:
+        return ServedCounts(0, 0, 0, [0] * num_draft_tokens)
+    if told is None:
+        raise ValueError(
+            "its answers do not tell speculative_decoding: set per_request_spec_decode_stats: true in the file of "
+            "--extra_llm_api_options, with the head and the PyTorch backend, in a release that has the field"
+        )
+    histogram, drafted = told["acceptance_histogram"], told["num_spec_tokens"]
+    if drafted != num_draft_tokens:
+        raise ValueError(
+            f"it drafts {drafted or 'a varying number of'} tokens a round, and evaluate.num_draft_tokens is "
+            f"{num_draft_tokens}: set it to max_draft_len, without a draft_len_schedule"
+        )
+    counts = ServedCounts.of_histogram(histogram, int(told["total_draft_tokens"]), num_draft_tokens)
+    sums = counts.num_drafts, counts.num_accepted_tokens
+    if len(histogram) != drafted + 1 or sums != (told["num_spec_steps"], told["total_accepted_draft_tokens"]):
+        raise ValueError(f"its counts contradict each other: {told}")
     return counts

@@ -1,4 +1,4 @@
-"""vLLM and SGLang as evaluation sees them: one answer to a prompt of tokens, and what speculation did for it."""
+"""Serving engines as evaluation sees them: one answer to a prompt of tokens, and what speculation did for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from ...data_synthesis.answers.verify_endpoint import find_model
 from ...data_synthesis.tokens.chat_template import answer_text, prompt_tokens
 from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
 from ..figures.results import DEFINITION
-from .counters import ServedCounts, VllmCounters, is_vllms, read_sglang_answer, read_vllm_answer, read_vllm_counters
+from .counters import (
+    ServedCounts,
+    VllmCounters,
+    is_vllms,
+    read_sglang_answer,
+    read_tensorrt_llm_answer,
+    read_vllm_answer,
+    read_vllm_counters,
+)
 
 _POLL_S, _LAG_S, _QUIET_S = 0.01, 20.0, 60.0
 _NO_VERSION = "(version not told)"
@@ -37,7 +45,7 @@ class _Engine:
         self.name = name
         self._options, self._endpoint, self._root = options, endpoint, _root(endpoint)
         self.tokenizer = load_tokenizer(verifier)
-        # Fields of a request that both engines know, with whatever would make greedy less than greedy.
+        # Fields of a request that all engines know, with whatever would make greedy less than greedy.
         self._sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
         self._sampling |= {"top_k": options.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
         self._sampling |= {"stop_token_ids": load_end_token_ids(verifier, self.tokenizer)}
@@ -69,8 +77,9 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
     metrics = await _look(endpoint, "/metrics")
     engine: ServingEngine
     if isinstance(metrics, str) and is_vllms(metrics):
-        version = (await _look(endpoint, "/version")) or {}
-        engine = Vllm(verifier, options, endpoint, f"vllm {version.get('version', _NO_VERSION)}")
+        engine = Vllm(verifier, options, endpoint, f"vllm {await _version(endpoint)}")
+    elif isinstance(metrics, list) or "tensorrt_llm" in [model.get("owned_by") for model in await endpoint.models()]:
+        engine = TensorrtLlm(verifier, options, endpoint, f"tensorrt_llm {await _version(endpoint)}")
     else:
         for path in ("/server_info", "/get_server_info"):  # the second is the older name
             info = await _look(endpoint, path)
@@ -78,12 +87,10 @@ async def open_engine(config: Config, endpoint: Endpoint) -> ServingEngine:
                 engine = Sglang(verifier, options, endpoint, info)
                 break
         else:
-            if isinstance(metrics, list):
-                supported = "which is not supported: serve the head with vLLM or SGLang"
-                raise ValueError(f"{url} answers /metrics as TensorRT-LLM does, {supported}")
             raise ValueError(
                 f"{url} tells nothing of speculation, neither at /metrics, as vLLM does (unless started with "
-                "--disable-log-stats), nor at /server_info, as SGLang does: evaluate.endpoint must be one of these two"
+                "--disable-log-stats), nor at /server_info, as SGLang does, nor is it TensorRT-LLM: evaluate.endpoint "
+                "must be one of these"
             )
     await engine.check()
     trial = prompt_tokens(engine.tokenizer, [{"role": "user", "content": "Name a colour."}])
@@ -103,6 +110,10 @@ async def _look(endpoint: Endpoint, path: str) -> Any:
         if trouble.lasting or trouble.reason == "no JSON":
             return None
         raise
+
+
+async def _version(endpoint: Endpoint) -> str:
+    return str(((await _look(endpoint, "/version")) or {}).get("version", _NO_VERSION))
 
 
 class Vllm(_Engine):
@@ -222,6 +233,32 @@ class Sglang(_Engine):
         return Completion(answer_text(self.tokenizer, tokens, text), written, seconds, counts)
 
 
+class TensorrtLlm(_Engine):
+    """TensorRT-LLM: every answer tells its own counts if the server was started so."""
+
+    definition = (
+        f"{DEFINITION}, as TensorRT-LLM counts: num_drafts are its num_spec_steps, iterations without drafts left out"
+    )
+
+    async def check(self) -> None:
+        """Check that a chain is to be measured; what it drafts its answers tell."""
+        if self._options.tree_depth is not None:
+            raise ValueError("evaluate.tree_depth must be null with a TensorRT-LLM: only chains are read from it")
+
+    async def ask(self, prompt: list[int], max_tokens: int, seed: int) -> Completion:
+        """Have a prompt answered; errors as above."""
+        options = self._options
+        body = {"model": self._endpoint.model, "prompt": prompt, "max_tokens": max_tokens, **self._sampling}
+        body |= {"top_k": options.top_k or 0, "detokenize": False}  # 0 is no limit; without text it tells tokens
+        body |= {"seed": seed} if options.temperature else {}
+        seconds, written, tokens, counted = await self._post("/completions", body, prompt, _read_tensorrt_llm)
+        try:
+            counts = read_tensorrt_llm_answer(counted, written, options.num_draft_tokens)
+        except ValueError as error:
+            raise ValueError(f"{self._endpoint.url} is a TensorRT-LLM that evaluation cannot read: {error}") from None
+        return Completion(answer_text(self.tokenizer, tokens), written, seconds, counts)
+
+
 def _read_vllm(response: Any) -> tuple[Any, ...]:
     choice, usage = response["choices"][0], response["usage"]
     counted = (response.get("metrics") or {}).get("speculative_decoding")
@@ -235,4 +272,10 @@ def _read_sglang(response: Any) -> tuple[Any, ...]:
     return *numbers, response["text"], response.get("output_ids"), meta
 
 
-ServingEngine = Vllm | Sglang
+def _read_tensorrt_llm(response: Any) -> tuple[Any, ...]:
+    choice, usage = response["choices"][0], response["usage"]
+    numbers = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+    return *numbers, choice["token_ids"], choice.get("speculative_decoding")
+
+
+ServingEngine = Vllm | Sglang | TensorrtLlm

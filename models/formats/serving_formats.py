@@ -22,7 +22,7 @@ class ExportedHead:
     """A head and the verifier it serves with."""
 
     head: DraftHeadConfig
-    folder: str  # of the export, as the commands name it
+    folder: str  # of the export, or its hub id, as the commands name it
     format: str
     dtype: str
     verifier: str  # folder or hub id
@@ -31,6 +31,8 @@ class ExportedHead:
     revision: str | None
     num_draft_tokens: int
     imported_from: str | None = None  # the published head it was made of, None if fledge trained it
+    base_model: str | None = None  # the verifier's hub id, None if it has none
+    on_hub: bool = False  # whether `folder` is a hub id
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ def _sglang(exported: ExportedHead) -> str:
 
 
 def _tensorrt_llm(exported: ExportedHead) -> str:
-    options = shlex.quote(f"{exported.folder}/trtllm.yaml")
-    command = f"trtllm-serve {shlex.quote(exported.verifier)} --extra_llm_api_options {options}"
+    options = "trtllm.yaml" if exported.on_hub else shlex.quote(f"{exported.folder}/trtllm.yaml")
+    fetched = f"hf download {exported.folder} trtllm.yaml --local-dir .\n" if exported.on_hub else ""
+    command = f"{fetched}trtllm-serve {shlex.quote(exported.verifier)} --extra_llm_api_options {options}"
     note = (
         "TensorRT-LLM does not read the aux layers of the checkpoint, they stand in `trtllm.yaml`. Older releases want "
         "`decoding_type: Eagle` and `pytorch_eagle_weights_path` in it for `Eagle3` and `speculative_model`."

@@ -17,7 +17,7 @@ def load_processor(config: VerifierConfig) -> ProcessorMixin:
         if "torchvision" in reason:
             raise ValueError(
                 f"verifier.path {config.path!r} reads images by a processor that needs torchvision: "
-                "pip install 'fledge[images]'"
+                "pip install 'fledge-eagle[images]'"
             ) from None
         raise _no_processor(config, reason[:200]) from None
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):

@@ -101,6 +101,8 @@ def test_a_limit_takes_the_first_of_each_category(tmp_path):
         ({"article": " "}, r"line 2 has article ' ': a text or a list"),
         ({"turns": ["a?"], "category": 3}, r"line 2 has category 3: a text is required"),
         ({"turns": ["a?"], "category": "heldout"}, r"line 2 has category 'heldout': .* not heldout"),
+        ({"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"]},
+         r"line 2 is a placeholder of SPEED-Bench, .*specdec_bench.*`python prepare_data\.py --config qualitative"),
         ({"turns": ["a?"], "images": "a.png"}, r"line 2 has images 'a\.png': a list of paths or URLs is required"),
         ({"turns": ["a?"], "images": ["a.png"]}, r"line 2 has images of which .*a\.png is not there"),
     ],

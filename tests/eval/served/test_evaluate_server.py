@@ -1,6 +1,6 @@
 """`fledge evaluate evaluate.engine=server`: whom it asks, what, and what it refuses. vLLM: test_serving_server.py.
 
-SGLang is a double here (sglang_double.py): none runs on a CPU.
+SGLang and TensorRT-LLM are doubles here (sglang_double.py, trtllm_double.py): neither runs on a CPU.
 """
 
 import json
@@ -16,6 +16,7 @@ from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.evaluate import evaluate
 from servers import faulty_server, free_port, model_server
 from sglang_double import ACCEPTED, LETTER, SECRET, rounds, sglang_double
+from trtllm_double import trtllm_double
 
 TRIALS = 2  # requests that are no questions: before anything is written, and before the first question
 QUESTIONS = [
@@ -239,3 +240,35 @@ def test_a_head_of_another_verifier_cannot_be_named(configuration, finished, tmp
     (head / "fledge.json").write_text(record.replace('"chat_template": "', '"chat_template": "0'))
     with pytest.raises(ValueError, match=r"evaluate\.checkpoint: .* was trained for another verifier .*chat_template"):
         evaluate(configuration("http://127.0.0.1:9/v1", checkpoint=str(head)))
+
+
+# -- the double of TensorRT-LLM ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_tensorrt_llms_counts_are_summed(configuration, verifier_config, batch_size):
+    with trtllm_double(verifier_config.path) as server:
+        config = configuration(server.endpoint, batch_size=batch_size)
+        evaluate(config)
+    taken, results = rounds(24) * 3, results_of(config)
+    assert (results["num_drafts"], results["num_accepted_tokens"]) == (len(taken), sum(taken))
+    assert results["num_accepted_tokens_per_pos"] == [sum(n > position for n in taken) for position in range(3)]
+    assert (results["engine"], results["model"]) == ("tensorrt_llm 0.0-double", verifier_config.path)
+    assert "as TensorRT-LLM counts" in results["definition"]
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        ({"stats": False}, {}, "do not tell speculative_decoding: set per_request_spec_decode_stats: true"),
+        ({"num_spec_tokens": 4}, {}, "it drafts 4 tokens a round, and evaluate.num_draft_tokens is 3"),
+        ({"num_spec_tokens": None}, {}, "it drafts a varying number of tokens a round"),
+        ({}, {"num_draft_tokens": 3, "tree_depth": 2}, "evaluate.tree_depth must be null with a TensorRT-LLM"),
+    ],
+)
+def test_a_tensorrt_llm_that_cannot_be_measured(configuration, verifier_config, there, here, words):
+    with trtllm_double(verifier_config.path, **there) as server:
+        config = configuration(server.endpoint, **here)
+        with pytest.raises(ValueError, match=words):
+            evaluate(config)
+    assert not config.run_folder.exists()

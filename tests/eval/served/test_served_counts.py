@@ -1,4 +1,4 @@
-"""What vLLM and SGLang tell of speculation is read as they mean it."""
+"""What vLLM, SGLang and TensorRT-LLM tell of speculation is read as they mean it."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ from fledge.eval.served.counters import (
     ServedCounts,
     is_vllms,
     read_sglang_answer,
+    read_tensorrt_llm_answer,
     read_vllm_answer,
     read_vllm_counters,
 )
 from sglang_double import meta_info, rounds
+from trtllm_double import speculative_decoding
 
 METRICS = Path(__file__).with_name("vllm_metrics.txt").read_text()  # of vLLM 0.32 after some requests, shortened
 DRAFTS, BY_POSITION, TOKENS, REQUESTS = 4326, [1775, 1554, 1527], 9126, 191  # as they stand there
@@ -78,3 +80,19 @@ def test_what_does_not_fit_an_answer_of_sglang_is_refused():
             read_sglang_answer({**meta, **wrong}, 3, 3)
     with pytest.raises(ValueError, match="without a draft head, or is too old"):
         read_sglang_answer({"completion_tokens": 24, "spec_verify_ct": 0}, 3, 3)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9, 24])
+def test_tensorrt_llms_answers_are_read(limit):
+    taken = rounds(limit)
+    by_position = [sum(number > position for number in taken) for position in range(3)]
+    expected = ServedCounts(len(taken), 3 * len(taken), sum(taken), by_position)
+    assert read_tensorrt_llm_answer(speculative_decoding(limit), limit, 3) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_spec_steps": 5}, {"total_accepted_draft_tokens": 1}, {"acceptance_histogram": [9, 4]}]
+)
+def test_counts_of_tensorrt_llm_that_contradict_each_other_are_refused(wrong):
+    with pytest.raises(ValueError, match="contradict each other"):
+        read_tensorrt_llm_answer({**speculative_decoding(24), **wrong}, 24, 3)

@@ -16,6 +16,7 @@ from fledge.models.export import export
 from fledge.models.formats.plain import load_head, save_head
 from fledge.models.import_head import import_head
 from fledge.models.verifier.weights import VerifierWeights, verifier_identity
+from huggingface_hub import ModelCard
 from published_heads import IDS, assert_same_head, published
 from safetensors.torch import load_file
 
@@ -162,10 +163,11 @@ def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, smal
     folder = exported(tmp_path, config)
     card = (folder / "plain" / "README.md").read_text()
     front = card.split("---\n")[1]
-    assert f'base_model: "{small_verifier.name}"\n' in front
-    assert 'license: "other"\n' in front
-    assert '"eagle3"' in front
-    assert 'library_name: "speculators"' in (folder / "speculators" / "README.md").read_text()
+    assert "base_model" not in front, "a folder is no hub id"
+    assert f"# EAGLE-3 draft head for {small_verifier.name}" in card
+    assert "license: other\n" in front
+    assert "- eagle3\n" in front
+    assert "library_name: speculators" in (folder / "speculators" / "README.md").read_text()
     assert str(small_verifier) not in card
     assert "the verifier's licence applies" in card
     assert "Converted with fledge from `published`" in card
@@ -197,6 +199,8 @@ def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, smal
         export(config)
         card = (folder / "plain" / "README.md").read_text()
         assert ("| writing | 2.35 | 0.80 | 0.40 | 0.15 |" in card) is shown
+        found = [(one.dataset_name, one.metric_value) for one in ModelCard(card).data.eval_results or []]
+        assert found == ([("question.jsonl", 2.346), ("question.jsonl (writing)", 2.346)] if shown else [])
         assert "/somewhere" not in card
         assert "## Training data" not in card, "the run's conversations are not what an imported head was trained on"
 
