@@ -6,9 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import yaml
 from fledge.conf.cli import COMMANDS, _with_free_names, overrides_of
-from fledge.conf.runtime.signals import EXIT_AGAIN
 from fledge.conf.schema import Config, validate
 from fledge.conf.schema.describe import describe
 from fledge.train.loss.losses import find_loss
@@ -89,19 +87,6 @@ def test_every_command_that_is_written_down_composes(line):
     config = OmegaConf.to_object(composed)
     validate(config)
     find_loss(config.train.loss)
-
-
-def test_what_is_yaml_parses_and_its_commands_compose():
-    blocks = re.findall(
-        r"^```yaml\n(.*?)^```", (ROOT / "docs/recipes/clusters.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    sky, ray = map(yaml.safe_load, blocks)
-    assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_AGAIN]
-    command = sky["run"].replace("$RUN", sky["envs"]["RUN"]).strip()
-    assert f"runs_dir={next(iter(sky['file_mounts']))}" in command
-    test_every_command_that_is_written_down_composes(command.removeprefix("fledge "))
-    model = ray["applications"][0]["args"]["llm_configs"][0]["model_loading_config"]["model_id"]
-    assert f"path: {model}" in (ROOT / "conf/verifier/llama31_8b.yaml").read_text(), "or synthesize.model is needed"
 
 
 def _anchors(page: Path) -> set[str]:
