@@ -8,9 +8,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-import yaml
 from fledge.conf.cli import COMMANDS, main
-from fledge.conf.runtime.signals import EXIT_AGAIN
 from fledge.conf.schema import Config
 from fledge.conf.schema.describe import describe
 from make_options import PAGE, text
@@ -87,19 +85,6 @@ def test_every_command_that_is_written_down_composes(line, monkeypatch):
         arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
     main([command, *arguments])
     assert isinstance(started[0], Config)
-
-
-def test_what_is_yaml_parses_and_its_commands_compose(monkeypatch):
-    blocks = re.findall(
-        r"^```yaml\n(.*?)^```", (ROOT / "docs/recipes/clusters.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    sky, ray = map(yaml.safe_load, blocks)
-    assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_AGAIN]
-    command = sky["run"].replace("$RUN", sky["envs"]["RUN"]).strip()
-    assert f"runs_dir={next(iter(sky['file_mounts']))}" in command
-    test_every_command_that_is_written_down_composes(command.removeprefix("fledge "), monkeypatch)
-    model = ray["applications"][0]["args"]["llm_configs"][0]["model_loading_config"]["model_id"]
-    assert f"path: {model}" in (ROOT / "conf/verifier/llama31_8b.yaml").read_text(), "or synthesize.model is needed"
 
 
 def _anchors(page: Path) -> set[str]:

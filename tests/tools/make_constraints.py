@@ -13,9 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "constraints.txt"
-HEADER = """# Versions fledge is tested with, compiled by tests/tools/make_constraints.py.
-# pip install -c constraints.txt -e .
-"""
+HEADER = "# Versions fledge is tested with (tests/tools/make_constraints.py): pip install -c constraints.txt -e .\n"
 
 
 def text(report: dict) -> str:
