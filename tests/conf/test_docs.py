@@ -6,9 +6,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from fledge.conf.cli import COMMANDS, overrides_of, with_free_names
+from fledge.conf.cli import COMMANDS, overrides_of
 from fledge.conf.schema import Config, validate
 from fledge.conf.schema.describe import describe
+from fledge.conf.schema.free_names import with_free_names
 from fledge.train.loss.losses import find_loss
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
