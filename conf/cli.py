@@ -4,9 +4,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import is_dataclass
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,6 +18,7 @@ from .errors import USER_ERRORS, explain, fail
 from .runtime.output import Output, readers_may_leave
 from .runtime.signals import answered
 from .schema import Config, validate
+from .schema.free_names import with_free_names
 
 # command -> (module and function that run it, what it does)
 COMMANDS = {
@@ -180,21 +179,6 @@ def run_command(command: str, overrides: list[str]) -> None:
         if show_traceback:
             raise
         fail(explain(error))
-
-
-def with_free_names(overrides: list[str]) -> list[str]:
-    """Let names be given that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`."""
-    free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
-    return [f"++{override}" if override.startswith(free) else override for override in overrides]
-
-
-def _free_options(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yield the options that are dictionaries of any names."""
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            yield from _free_options(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif get_origin(hint) is dict:
-            yield prefix + name
 
 
 def _quiet_libraries(command: str) -> None:

@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...slurm.jobs.records import FROZEN, freeze_options
 from ...train.loss.losses import find_loss
-from ..cli import with_free_names
 from ..errors import explain
 from ..schema import Config, validate
+from ..schema.free_names import with_free_names
 from . import launch
 from .signals import answered
 
