@@ -152,10 +152,8 @@ def run_command(command: str, overrides: list[str]) -> None:
     # Names that the schema cannot know, as in `verifier.chat_template_kwargs={enable_thinking: true}`, are added.
     free = tuple(f"{name}{end}" for name in _free_options(Config) for end in "=.")
     overrides = [f"++{override}" if override.startswith(free) else override for override in overrides]
-    sys.argv = [f"fledge {command}", *overrides]
     jobs = sweep.Sweep(command, overrides)
-    if "hydra/sweeper=optuna" in overrides:
-        sys.argv.insert(1, "hydra.sweeper.direction=maximize")  # its own default minimises
+    sys.argv = [f"fledge {command}", *jobs.arguments()]
 
     def task(composed: Any) -> float | None:
         try:  # in here: Hydra would print the overrides first

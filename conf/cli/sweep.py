@@ -40,6 +40,14 @@ class Sweep:
     overrides: list[str]  # as they were typed
     results: dict[str, float | None] = field(default_factory=dict)  # run folder -> held-out acceptance length
 
+    def arguments(self) -> list[str]:
+        """Return the arguments for Hydra: options in one piece, and a sweep by Optuna maximises, unless it is told."""
+        flags = [text for text in self.overrides if text in ("-m", "--multirun")]
+        others = [text for text in self.overrides if text not in flags]
+        is_optuna = "hydra/sweeper=optuna" in others
+        told = any(text.startswith("hydra.sweeper.direction=") for text in others)
+        return [*flags, *others, *["hydra.sweeper.direction=maximize"] * (is_optuna and not told)]
+
     def job(self, config: Config) -> float | None:
         """Run a job in a process of its own, and return the held-out acceptance length of its best checkpoint."""
         if read_rank_info(os.environ).world > 1:
