@@ -52,6 +52,7 @@ SHORTHANDS = {  # command -> (option that folders and names among its arguments 
     "submit": ("", {"--dry-run": "submit.dry_run=true"}),
 }
 
+
 def main(arguments: list[str] | None = None) -> None:
     """Run `fledge COMMAND [overrides]`; exit code 2 for what the user can fix."""
     _limit_spinning()

@@ -72,10 +72,13 @@ PAGES = {
         (f"fledge import {_RUN} head_import.source=FOLDER", "fledge import --help verifier"),
     ),
     "doctor": Page(
-        "doctor.head, a published head or an export",
+        "head_import.source, a published head or an export",
         "nothing; prints what costs acceptance, and the cure",
-        ("", "doctor"),
-        (f"fledge doctor {_RUN} doctor.head=FOLDER", f"fledge doctor {_RUN} doctor.head=runs/first/exports/plain"),
+        ("", "doctor", "head_import"),
+        (
+            f"fledge doctor {_RUN} head_import.source=FOLDER",
+            f"fledge doctor {_RUN} head_import.source=runs/first/exports/plain",
+        ),
     ),
     "preview": Page(
         "runs/NAME/conversations/, or preview.file; the verifier's chat template",
@@ -104,7 +107,7 @@ PAGES = {
     "run": Page(_SOURCES, _STAGES, ("",), (f"fledge run {_RUN}", f"fledge run {_RUN} train.num_processes=8")),
     "submit": Page(
         _SOURCES,
-        f"{_STAGES}; job files in runs/NAME/jobs/",
+        "jobs/, then what every stage writes, in runs/NAME/",
         ("", "submit", "cluster"),
         (f"fledge submit {_RUN} cluster=slurm_gpu --dry-run", f"fledge submit {_RUN} cluster=slurm_gpu"),
     ),
@@ -161,8 +164,8 @@ def command_help(command: str, what: str) -> str:
 def topic_help(topic: str) -> str:
     """Return the options of a group, or one option; ValueError if there is neither."""
     if options := _options(topic):
-        kind = _groups().get(topic)
-        return "\n".join([f"{topic}: {_first_line(kind)}"] * (kind is not None) + list(_rows(options)))
+        title = [f"{topic}: {_first_line(_groups()[topic])}"] if topic in _groups() else []
+        return "\n".join([*title, *_rows(options)])
     names = [*_groups(), *(option.name for option in describe(Config))]
     raise ValueError(f"--help {topic}: it is no group and no option{did_you_mean(topic, names)}")
 

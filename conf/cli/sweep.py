@@ -79,7 +79,8 @@ class Sweep:
         """Return the name of a job's run and its overrides: those that were typed, and the values it was given."""
         parser = OverridesParser.create()
         typed = [text for text in self.overrides if not text.startswith("-")]
-        fixed = [override for override in parser.parse_overrides(typed) if not override.is_sweep_override()]
+        latest = {override.key_or_group: override for override in parser.parse_overrides(typed)}  # which Hydra takes
+        fixed = [override for override in latest.values() if not override.is_sweep_override()]
         given = parser.parse_overrides(list(HydraConfig.get().overrides.task))
         names = {override.key_or_group for override in fixed}
         chosen = [override for override in given if override.key_or_group not in names]
