@@ -44,6 +44,8 @@ class Sweep:
         """Return the arguments for Hydra: options in one piece, and a sweep by Optuna maximises, unless it is told."""
         flags = [text for text in self.overrides if text in ("-m", "--multirun")]
         others = [text for text in self.overrides if text not in flags]
+        if flags:  # of one option the latest: Optuna would take the first that is fixed
+            others = list({text.partition("=")[0]: text for text in others}.values())
         is_optuna = "hydra/sweeper=optuna" in others
         told = any(text.startswith("hydra.sweeper.direction=") for text in others)
         return [*flags, *others, *["hydra.sweeper.direction=maximize"] * (is_optuna and not told)]
