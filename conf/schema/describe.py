@@ -2,13 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING as ABSENT
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .cluster import STAGES
 from .limits import MISSING, Limit
 
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "any", NoneType: "null"}
@@ -37,6 +38,20 @@ def describe(kind: type, prefix: str = "") -> Iterator[Option]:
         for group in (hint, *get_args(hint)):
             if isinstance(group, type) and is_dataclass(group):
                 yield from describe(group, name + "[]" * (get_origin(hint) is list))
+
+
+def merge_stages(options: Iterable[Option]) -> list[Option]:
+    """Return options with those that every stage has in `cluster` once, as cluster.STAGE."""
+    by_name: dict[str, Option] = {}
+    for option in options:
+        by_name.setdefault(_merged_name(option.name), option)
+    return [replace(option, name=name) for name, option in by_name.items()]
+
+
+def _merged_name(name: str) -> str:
+    group, _, rest = name.partition(".")
+    stage, _, option = rest.partition(".")
+    return f"cluster.STAGE.{option}" if group == "cluster" and stage in STAGES else name
 
 
 def _type(hint: Any) -> str:

@@ -3,17 +3,21 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 from builders import Run
 from fledge.conf.cli import COMMANDS, main
+from fledge.conf.cli.help import PAGES
 from fledge.conf.runtime.artifact import differences
 from fledge.conf.runtime.launch import run as run_stages
 from fledge.conf.schema import STAGES, Config, EvaluateEngine, validate
+from fledge.conf.schema.describe import describe, merge_stages
 from omegaconf import OmegaConf
 
 
@@ -36,15 +40,51 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
     assert len(out.splitlines()) <= 40
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "status"])
-def test_the_help_of_a_command_is_fledges_own(capsys, command):
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_two_screens_examples_and_every_option_of_its_groups(capsys, command):
+    main([command, "--help"])
     out = capsys.readouterr().out
-    assert out.startswith("fledge COMMAND [option=value ...]")
-    assert "train:\n" in out
-    assert "Hydra" not in out
+    lines = out.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 120
+    assert "\n  reads   " in out
+    assert "\n  writes  " in out
+    names = [option.name for option in merge_stages(describe(Config))]
+    for group in filter(None, PAGES[command].groups):
+        assert all(f"\n  {name}" in out for name in names if name.startswith(f"{group}."))
+
+
+def test_every_example_of_a_commands_help_composes(monkeypatch):
+    for command, page in PAGES.items():
+        for example in page.examples:
+            words = shlex.split(example)
+            if words[0] == "torchrun" or {"-m", "--help"} & set(words):
+                continue
+            started = []
+            monkeypatch.setitem(sys.modules, "nothing", SimpleNamespace(runs=started.append))
+            monkeypatch.setitem(COMMANDS, command, ("nothing:runs", ""))
+            main(words[1:])
+            assert isinstance(started[0], Config), example
+
+
+def test_help_has_meaning_default_and_limits_of_every_option(capsys):
+    shown: dict[str, str] = {}
+    for option in merge_stages(describe(Config)):
+        topic = option.name.partition(".")[0]
+        if topic not in shown:
+            main(["train", "--help", topic])
+            shown[topic] = " ".join(capsys.readouterr().out.split())
+        out = shown[topic]
+        assert option.name in out
+        assert " ".join(option.meaning.split()) in out
+        assert option.limits in out
+        assert option.default == "required" or f"{option.name}={option.default}" in out
+
+
+def test_the_help_of_a_group_is_asked_for_by_its_name(capfd):
+    main(["train", "--help", "draft"])
+    assert capfd.readouterr().out.startswith("draft: The draft head to train")
+    assert "did you mean train.lr?" in fails(capfd, "train", "--help", "train.lrr")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +137,9 @@ def test_the_warnings_of_modules_that_were_loaded_before_a_command_are_still_hea
 
 
 def test_an_unknown_command_is_answered_with_the_commands(capfd):
-    assert "synthesize, dump, train" in fails(capfd, "trian")
+    message = fails(capfd, "trian")
+    assert "did you mean train?" in message
+    assert "synthesize, dump, train" in message
 
 
 @pytest.mark.parametrize("experiment", ["demo", "llama31_8b", "llama4_maverick"])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-from fledge.conf.cli import COMMANDS, main
+from fledge.conf.cli import COMMANDS, main, sweep
 from fledge.conf.schema import Config
 from fledge.conf.schema.describe import describe
 from make_options import PAGE, text
@@ -72,11 +72,21 @@ def test_every_make_target_and_script_that_is_written_down_is_there(page):
 
 
 @pytest.mark.parametrize("line", _commands())
-def test_every_command_that_is_written_down_composes(line, monkeypatch):
+def test_every_command_that_is_written_down_composes(line, monkeypatch, tmp_path):
     command, *arguments = shlex.split(line)
     if command in ("--help", "--version") or "--help" in arguments:
         return
     assert command in COMMANDS
+    if "-m" in arguments:
+        if "hydra/sweeper=optuna" in arguments:
+            pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+            arguments.append("hydra.sweeper.n_trials=1")
+        monkeypatch.setattr(sweep, "run_stage", lambda job, _: jobs.append(job[4:]) or 1)
+        jobs: list[list[str]] = []
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            main([command, *arguments])
+        arguments = jobs[0]
     started = []
     monkeypatch.setitem(sys.modules, "nothing", SimpleNamespace(runs=started.append))
     monkeypatch.setitem(COMMANDS, command, ("nothing:runs", ""))

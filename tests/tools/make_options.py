@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import get_type_hints
 
 from fledge.conf.schema import Config
-from fledge.conf.schema.describe import Option, describe
+from fledge.conf.schema.describe import Option, describe, merge_stages
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
-_STAGES = ("synthesize", "dump", "train", "evaluate", "export")  # that have the same options in cluster
 _HEAD = """# Options
 
 ```
@@ -30,7 +29,7 @@ This page is written by `python tests/tools/make_options.py` from `conf/schema/`
 
 def text() -> str:
     """Return the page."""
-    options = list(describe(Config))
+    options = merge_stages(describe(Config))
     run = [option for option in options if "." not in option.name]
     parts = [_HEAD, "## The run\n", "A name, a folder, and what to do with artifacts that differ.\n", *_items(run)]
     for group, kind in get_type_hints(Config).items():
@@ -42,13 +41,8 @@ def text() -> str:
 
 def _items(options: list[Option]) -> Iterator[str]:
     for option in options:
-        name = option.name
-        if name.startswith("cluster.") and name.split(".")[1] in _STAGES:
-            if name.split(".")[1] != _STAGES[0]:
-                continue
-            name = name.replace("synthesize", "STAGE")
         values = [option.limits] if option.type.endswith("or text") else [option.type, option.limits]
-        item = f"- `{name}` (`{option.default}`): {option.meaning} *({', '.join(filter(None, values))})*."
+        item = f"- `{option.name}` (`{option.default}`): {option.meaning} *({', '.join(filter(None, values))})*."
         yield textwrap.fill(item, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 

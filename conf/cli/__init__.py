@@ -8,17 +8,20 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .. import __version__
-from ..train.loss.losses import find_loss
-from .errors import USER_ERRORS, explain, fail
-from .runtime.output import Output, readers_may_leave
-from .runtime.signals import answered
-from .schema import Config, validate
-from .schema.free_names import with_free_names
+from ... import __version__
+from ...train.loss.losses import find_loss
+from ..errors import USER_ERRORS, explain, fail
+from ..runtime.output import Output, readers_may_leave
+from ..runtime.signals import answered
+from ..schema import Config, validate
+from ..schema.free_names import with_free_names
+from . import completion, help, sweep
 
 # command -> (module and function that run it, what it does)
 COMMANDS = {
@@ -48,33 +51,6 @@ SHORTHANDS = {  # command -> (option that folders and names among its arguments 
     "submit": ("", {"--dry-run": "submit.dry_run=true"}),
 }
 
-USAGE = """fledge trains EAGLE-3 draft heads for speculative decoding.
-
-usage: fledge COMMAND [option=value ...]
-
-  prompts --synthesize--> runs/NAME/conversations/
-          --dump--------> runs/NAME/hidden_states/
-          --train-------> runs/NAME/training/
-          --evaluate----> runs/NAME/evaluation/
-          --export------> runs/NAME/exports/FORMAT/
-  a head --import-------> runs/NAME/imports/FOLDER/
-
-commands:
-{commands}
-
-  fledge demo                                        every stage on a laptop, in minutes
-  fledge plan experiment=llama31_8b name=first       disk and memory, before it begins
-  fledge run experiment=llama31_8b name=first        a whole run
-  fledge train experiment=llama31_8b name=first train.lr=5e-5
-  torchrun --nproc-per-node 8 -m fledge.train experiment=llama31_8b name=first        on 8 GPUs
-  srun python -m fledge.train experiment=llama31_8b name=first                        one Slurm task a GPU
-  fledge submit experiment=llama31_8b cluster=slurm_gpu name=first --dry-run      the job files, printed
-  fledge COMMAND --cfg job                           show the resolved configuration
-  fledge COMMAND --help                              groups and options
-
-Every option, with its meaning: conf/schema/. FLEDGE_TRACEBACK=1 shows the traceback of an error.
-"""
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `fledge COMMAND [overrides]`; exit code 2 for what the user can fix."""
@@ -99,15 +75,33 @@ def _leave(code: Any) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items())))
-    elif command == "--version":
-        print(__version__)
-    elif command not in COMMANDS:
-        fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    try:
+        text = _information(command, rest)
+    except ValueError as error:
+        fail(str(error))
+    if text is None:
+        run_command(command, overrides_of(command, rest))
     else:
-        run_command(command, overrides_of(command, arguments[1:]))
+        print(text)
+
+
+def _information(command: str, arguments: list[str]) -> str | None:
+    """Return what is printed without a configuration, None if a command is to run."""
+    if command in ("-h", "--help", "help"):
+        return help.usage(COMMANDS)
+    if command == "--version":
+        return __version__
+    if command == "completion":
+        return completion.completion(arguments, COMMANDS)
+    if command not in COMMANDS:
+        hint = help.did_you_mean(command, [*COMMANDS, "completion"])
+        raise ValueError(f"unknown command {command!r}{hint}; commands are {', '.join(COMMANDS)}")
+    for number, argument in enumerate(arguments, 1):
+        if argument in ("-h", "--help"):
+            topic = arguments[number : number + 1]
+            return help.topic_help(topic[0]) if topic else help.command_help(command, COMMANDS[command][1])
+    return None
 
 
 def _limit_spinning() -> None:
@@ -155,18 +149,22 @@ def run_command(command: str, overrides: list[str]) -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     show_traceback = os.environ.get("FLEDGE_TRACEBACK") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as exceptions, not as Hydra's own text and exit code 1
-    sys.argv = [f"fledge {command}", *with_free_names(overrides)]
+    jobs = sweep.Sweep(command, with_free_names(overrides))
+    sys.argv = [f"fledge {command}", *jobs.arguments()]
 
-    def task(composed: Any) -> None:
+    def task(composed: Any) -> float | None:
         try:  # in here: Hydra would print the overrides first
             config = OmegaConf.to_object(composed)
             assert isinstance(config, Config)
             validate(config)
             find_loss(config.train.loss)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                return jobs.job(config)
             Output.stage = "" if command in PRINTING or config.submit.dry_run else command
             _quiet_libraries(command)
             module, function = COMMANDS[command][0].split(":")
             getattr(importlib.import_module(module), function)(config)
+            return None
         except USER_ERRORS as error:
             if show_traceback:
                 raise
@@ -175,6 +173,11 @@ def run_command(command: str, overrides: list[str]) -> None:
     try:
         with answered(command):
             hydra.main(version_base="1.3", config_path="pkg://fledge.conf", config_name="config")(task)()
+        jobs.report()
+    except sweep.JobError as error:
+        jobs.report()
+        print(f"fledge: error: {error}", file=sys.stderr)
+        sys.exit(error.code)
     except (HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise
