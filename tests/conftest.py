@@ -13,7 +13,7 @@ from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.models.verifier.model import Verifier
 from make_embedded import TINY, shared_embedded
 
-_HELPERS = [str(Path(__file__).parent / name) for name in ("support", "twins", "benchmarks", "tools")]
+_HELPERS = [str(Path(__file__).parent / name) for name in ("support", "doubles", "twins", "benchmarks", "tools")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts
 torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
 
