@@ -33,8 +33,10 @@ def describe(kind: type, prefix: str = "") -> Iterator[Option]:
         name, hint = f"{prefix}.{field.name}".lstrip("."), hints[field.name]
         if not is_dataclass(hint):
             value = field.default if field.default_factory is ABSENT else field.default_factory()
-            limits = "; ".join(dict.fromkeys(_limits(hint)))
-            yield Option(name, _type(hint), _shown(value), limits, meanings.get(field.name, ""))
+            type_, limits = _type(hint), "; ".join(dict.fromkeys(_limits(hint)))
+            if isinstance(value, Enum) and limits:  # some of its values
+                type_, limits = limits, ""
+            yield Option(name, type_, _shown(value), limits, meanings.get(field.name, ""))
         for group in (hint, *get_args(hint)):
             if isinstance(group, type) and is_dataclass(group):
                 yield from describe(group, name + "[]" * (get_origin(hint) is list))
