@@ -41,7 +41,8 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_has_two_screens_examples_and_every_option_of_its_groups(capsys, command):
+def test_the_help_of_a_command_has_two_screens_examples_and_every_option_of_its_groups(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "120")
     main([command, "--help"])
     out = capsys.readouterr().out
     lines = out.splitlines()

@@ -73,7 +73,7 @@ def test_a_format_is_one_entry(tmp_path, config, monkeypatch, capsys):
         assert (f"toy {exported}" in notes) is (exported / "toy.txt").exists() is served
         assert ("Toy cannot serve this head: it knows no window" in said) is not served
         assert f"export: {exported}; more in" in said
-        assert 'library_name: "toy"' in (exported / "README.md").read_text()
+        assert "library_name: toy" in (exported / "README.md").read_text()
         assert json.loads((exported / "config.json").read_text())[AUX_IDS] == [3, 5, 6]
         assert (config.run_folder / "exports" / "plain" / "trtllm.yaml").exists()
         config.head_import.source, config.overwrite = str(exported), True
