@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conf.runtime.python_api import load_config as load_config
-    from .conf.runtime.python_api import run as run
+    from .conf.cli.python_api import load_config as load_config
+    from .conf.cli.python_api import run as run
     from .data_synthesis.store.store import HiddenStateStore as HiddenStateStore
     from .eval.evaluate import evaluate as evaluate
     from .models.formats.plain import load_head as load_head
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "load_config": "conf.runtime.python_api",
-    "run": "conf.runtime.python_api",
+    "load_config": "conf.cli.python_api",
+    "run": "conf.cli.python_api",
     "HiddenStateStore": "data_synthesis.store.store",
     "load_head": "models.formats.plain",
     "evaluate": "eval.evaluate",

@@ -144,6 +144,15 @@ def _with_defaults(overrides: list[str], *defaults: str) -> list[str]:
     return [default for default in defaults if default.split("=")[0] not in named] + overrides
 
 
+def checked(composed: Any) -> Config:
+    """Return a composed configuration as the schema's objects; ValueError if an option's value is not allowed."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    validate(config)
+    find_loss(config.train.loss)
+    return config
+
+
 def run_command(command: str, overrides: list[str]) -> None:
     """Compose the configuration from overrides and hand it to the function of a command."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -154,10 +163,7 @@ def run_command(command: str, overrides: list[str]) -> None:
 
     def task(composed: Any) -> float | None:
         try:  # in here: Hydra would print the overrides first
-            config = OmegaConf.to_object(composed)
-            assert isinstance(config, Config)
-            validate(config)
-            find_loss(config.train.loss)
+            config = checked(composed)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 return jobs.job(config)
             Output.stage = "" if command in PRINTING or config.submit.dry_run else command

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING as ABSENT
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -81,6 +82,7 @@ def _shown(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false", "": '""'}.get(name, name)
 
 
+@cache  # it reads the source of a class
 def _meanings(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner in filter(is_dataclass, reversed(kind.__mro__)):  # inherited options too

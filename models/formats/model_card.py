@@ -54,14 +54,13 @@ def model_card(
         **licence,
     )
     head, source = exported.head, exported.imported_from
-    revision = f" at revision `{exported.revision}`" if exported.revision else ""
     origin = f"Converted with fledge from `{source}`" if source else "Trained with fledge"
     terms = "The head was made from its verifier's output and weights: the verifier's licence applies"
     norms = (f"`{name}` {'yes' if getattr(head, name) else 'no'}" for name in ("fc_norm", "norm_output"))
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# EAGLE-3 draft head for {verifier}",
-        f"A draft head guesses the next tokens of its verifier, `{verifier}`{revision}, which checks them "
+        f"A draft head guesses the next tokens of its verifier, `{verifier}`{exported.at_revision}, which checks them "
         "all in one forward pass and keeps those it would have written itself: the output stays the verifier's. "
         f"{origin}; [SERVING.md](SERVING.md) has the commands.",
         f"- format: {exported.format}, {exported.dtype}\n"

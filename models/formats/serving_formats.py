@@ -34,6 +34,11 @@ class ExportedHead:
     base_model: str | None = None  # the verifier's hub id, None if it has none
     on_hub: bool = False  # whether `folder` is a hub id
 
+    @property
+    def at_revision(self) -> str:
+        """Return what a text says behind the verifier's name."""
+        return f" at revision `{self.revision}`" if self.revision else ""
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -12,9 +12,8 @@ def unserved(exported: ExportedHead) -> dict[str, str]:
 def serving_files(exported: ExportedHead) -> dict[str, str]:
     """Return SERVING.md, with a command for each engine that reads the format, and the files that they need."""
     engines, refused = SERVING_FORMATS[exported.format].engines, unserved(exported)
-    revision = f" at revision `{exported.revision}`" if exported.revision else ""
     parts = [
-        f"# Serving this head\n\nThe verifier is `{exported.verifier}`{revision}.",
+        f"# Serving this head\n\nThe verifier is `{exported.verifier}`{exported.at_revision}.",
         *(
             f"## {engine.name}\n\n{engine.name} cannot serve this head: {refused[engine.name]}."
             if engine.name in refused

@@ -7,17 +7,16 @@ revision, tree and resolve. Writing needs the token. Xet is left out (HF_HUB_DIS
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from json_server import JsonHandler, running
 
 TOKEN = "hf_of_the_double"
 
@@ -56,7 +55,7 @@ def _upload_mode(path: str, there: bytes | None) -> dict[str, Any]:
     return {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, **oid}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler, BaseHTTPRequestHandler):
     server: HubDouble
     protocol_version = "HTTP/1.1"
 
@@ -150,23 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.server.commit_id("/".join(name))
         self.answer(200, {"commitUrl": f"{self.server.endpoint}/{'/'.join(name)}/commit/{commit}", "commitOid": commit})
 
-    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for key, value in {"content-length": str(len(content)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def hub_double() -> Iterator[HubDouble]:
+def hub_double() -> AbstractContextManager[HubDouble]:
     """Run a double in a thread."""
-    with HubDouble() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+    return running(HubDouble())

@@ -5,17 +5,18 @@ Every answer is the same letter over and over, as long as it may be; its rounds 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from json_server import JsonHandler, running
 
 ACCEPTED = (0, 1, 3)
 LETTER = 70  # a token
 SECRET = "the-servers-own-key"
+NOT_FOUND = 404, {"detail": "Not Found"}
 
 
 def rounds(limit: int) -> list[int]:
@@ -70,19 +71,19 @@ class SglangDouble(ThreadingHTTPServer):
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler, BaseHTTPRequestHandler):
     server: SglangDouble
 
     def do_GET(self) -> None:
         card = {"id": self.server.model, "object": "model", "root": self.server.model, "max_model_len": 512}
         info_path = "/get_server_info" if self.server.older else "/server_info"
         known: dict[str, Any] = {"/v1/models": {"object": "list", "data": [card]}, info_path: self.server.info}
-        self.respond(known.get(self.path))
+        self.answer(*(200, known[self.path]) if self.path in known else NOT_FOUND)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path != "/generate":
-            self.respond(None)
+            self.answer(*NOT_FOUND)
             return
         self.server.asked.append(body)
         if len(self.server.asked) > self.server.die_after:
@@ -92,24 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
         limit = body["sampling_params"]["max_new_tokens"]
         meta = meta_info(body["input_ids"], limit, self.server.older)
         meta = meta if self.server.info["speculative_algorithm"] else {**meta, "spec_verify_ct": 0}
-        self.respond({"text": "?", "output_ids": [LETTER] * limit, "meta_info": meta})
-
-    def respond(self, body: Any) -> None:
-        content = json.dumps({"detail": "Not Found"} if body is None else body).encode()
-        self.send_response(404 if body is None else 200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        self.answer(200, {"text": "?", "output_ids": [LETTER] * limit, "meta_info": meta})
 
 
-@contextlib.contextmanager
-def sglang_double(model: str, older: bool = False, die_after: int = 10**9, **info: Any) -> Iterator[SglangDouble]:
+def sglang_double(
+    model: str, older: bool = False, die_after: int = 10**9, **info: Any
+) -> AbstractContextManager[SglangDouble]:
     """Run a double in a thread; `info` are fields of its /server_info."""
-    with SglangDouble(model, older, die_after, **info) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+    return running(SglangDouble(model, older, die_after, **info))

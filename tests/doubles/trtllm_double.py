@@ -5,13 +5,12 @@ Every answer is the same letter over and over; its rounds accept what those of t
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from json_server import JsonHandler, running
 from sglang_double import LETTER, rounds
 
 # Of its CompletionRequest, which forbids others.
@@ -45,20 +44,20 @@ class TrtllmDouble(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler, BaseHTTPRequestHandler):
     server: TrtllmDouble
 
     def do_GET(self) -> None:
         card = {"id": self.server.model, "object": "model", "created": 0, "owned_by": "tensorrt_llm"}
         known = {"/v1/models": {"object": "list", "data": [card]}, "/version": {"version": "0.0-double"}}
         known |= {"/metrics": []} if self.server.stats else {}
-        self.respond(200 if self.path in known else 404, known.get(self.path, {"detail": "Not Found"}))
+        self.answer(200 if self.path in known else 404, known.get(self.path, {"detail": "Not Found"}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append(body)
         if self.path != "/v1/completions" or set(body) - FIELDS or body["top_k"] < 0 or body["detokenize"]:
-            self.respond(400, {"object": "error", "message": "Extra inputs are not permitted", "code": 400})
+            self.answer(400, {"object": "error", "message": "Extra inputs are not permitted", "code": 400})
             return
         limit = body["max_tokens"]
         choice = {"index": 0, "text": "", "token_ids": [LETTER] * limit, "finish_reason": "length"}
@@ -66,24 +65,11 @@ class _Handler(BaseHTTPRequestHandler):
         told = speculative_decoding(limit, self.server.num_spec_tokens) if self.server.stats else None
         choice |= {"speculative_decoding": told} if told else {}
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": limit}
-        self.respond(200, {"object": "text_completion", "choices": [choice], "usage": usage})
-
-    def respond(self, status: int, body: Any) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        self.answer(200, {"object": "text_completion", "choices": [choice], "usage": usage})
 
 
-@contextlib.contextmanager
-def trtllm_double(model: str, stats: bool = True, num_spec_tokens: int | None = 3) -> Iterator[TrtllmDouble]:
+def trtllm_double(
+    model: str, stats: bool = True, num_spec_tokens: int | None = 3
+) -> AbstractContextManager[TrtllmDouble]:
     """Run a double in a thread; `stats` is its per_request_spec_decode_stats."""
-    with TrtllmDouble(model, stats, num_spec_tokens) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+    return running(TrtllmDouble(model, stats, num_spec_tokens))

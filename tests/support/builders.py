@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from commands import run_command
+from fledge.conf.cli import python_api
 from fledge.conf.runtime.artifact import artifact, read_manifest
-from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig, validate
+from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.heldout import is_heldout
 from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
@@ -27,9 +28,6 @@ from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.config import load_config, special_token_ids
 from fledge.models.verifier.weights import verifier_identity
 from fledge.train.metrics.tracking import read_metrics
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from small_heads import leave_out_first_tokens, make_batch, make_head, matrices
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -66,15 +64,7 @@ SMALL_VISION = {  # and a Llama 4 that takes images
     "patch_size": 14,
 }
 
-
-def composed(*overrides: str) -> Config:
-    """Give the configuration of a command with these options."""
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_module(version_base="1.3", config_module="fledge.conf"):
-        config = OmegaConf.to_object(compose(config_name="config", overrides=list(overrides)))
-    assert isinstance(config, Config)
-    validate(config)
-    return config
+composed = python_api.load_config  # the configuration of a command with these options
 
 
 def save_byte_tokenizer(

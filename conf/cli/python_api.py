@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...slurm.jobs.records import FROZEN, freeze_options
-from ...train.loss.losses import find_loss
 from ..errors import explain
-from ..schema import Config, validate
+from ..runtime import launch
+from ..runtime.signals import answered
+from ..schema import Config
 from ..schema.free_names import with_free_names
-from . import launch
-from .signals import answered
+from . import checked
 
 
 def load_config(*overrides: str, file: str | Path | None = None) -> Config:
@@ -35,13 +35,9 @@ def load_config(*overrides: str, file: str | Path | None = None) -> Config:
         else:
             dotted = OmegaConf.from_dotlist(list(overrides))
             composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file), dotted)
-        config = OmegaConf.to_object(composed)
+        return checked(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from None
-    assert isinstance(config, Config)
-    validate(config)
-    find_loss(config.train.loss)
-    return config
 
 
 def run(config: Config) -> Path:
