@@ -1,4 +1,4 @@
-"""Greedy speculation gives what the verifier gives alone: 200 prompts, chains and trees, one and eight at a time."""
+"""Greedy speculation gives what the verifier gives alone, in chains and trees: 200 prompts by eight, 50 one by one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_greedy_speculation_equals_the_verifier_alone(other, prompts, alone, pro
     def drafter_of(places: range) -> Drafter:
         return kind([alone[place] for place in places], *sizes, wrong=0.2, seed=places.start)
 
-    decoded = answers(other, drafter_of, prompts, num_sequences)
-    assert [answer.tokens for answer in decoded] == alone
+    num_prompts = 200 if num_sequences > 1 else 50
+    decoded = answers(other, drafter_of, prompts[:num_prompts], num_sequences)
+    assert [answer.tokens for answer in decoded] == alone[:num_prompts]
     accepted = [number for answer in decoded for number in answer.accepted]
     assert set(accepted) >= {1, 2, 3, 4}

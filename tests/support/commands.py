@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, reduction
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,7 +29,7 @@ from fledge.conf.cli import main
 from fledge.conf.runtime import launch
 from hydra.core.global_hydra import GlobalHydra
 
-_FORKED = [sys.executable, "-m", "fledge"]
+_FORKED, _CODE = [sys.executable, "-m", "fledge"], [sys.executable, "-c"]
 _AT_IMPORT = ("OMP_", "GOMP_", "MKL_", "HF_", "TRITON_", "CUDA_", "TRANSFORMERS_", "TORCH", "PYTHONPATH", "LD_", "HOME")
 _IMPORTED = (
     "conf.cli",
@@ -44,7 +44,7 @@ _context.set_forkserver_preload([f"fledge.{module}" for module in _IMPORTED])
 
 
 def popen(command: Sequence[str], **options: Any) -> Any:
-    """Start a command of fledge's: forked where that is the same, else by `subprocess.Popen`.
+    """Start a command of fledge's, or `python -c`: forked where that is the same, else by `subprocess.Popen`.
 
     Args:
         options: those of `subprocess.Popen`: env, cwd, stdout, stderr, text.
@@ -54,7 +54,7 @@ def popen(command: Sequence[str], **options: Any) -> Any:
         environment.get(name) == parents.get(name) for name in environment | parents if name.startswith(_AT_IMPORT)
     )
     known = options.keys() <= {"env", "cwd", "stdout", "stderr", "text"}
-    if list(command[:3]) != _FORKED or not alike or not known:
+    if (list(command[:3]) != _FORKED and list(command[:2]) != _CODE) or not alike or not known:
         return subprocess.Popen(command, **options)
     return Forked(command, **{**options, "env": environment})
 
@@ -131,7 +131,7 @@ class Forked(_Running):
         self.stdout, out = _pipe(stdout, 1, text)
         self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _pipe(stderr, 2, text)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the parent, which starts with the first command
-        arguments = self.args[3:], env, str(cwd or os.getcwd()), _Descriptor(out), _Descriptor(err)
+        arguments = self.args[1:], env, str(cwd or os.getcwd()), _Descriptor(out), _Descriptor(err)
         self._process = _context.Process(target=_run, args=arguments)
         with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # of the parent, as commands set it before they import
             self._process.start()
@@ -241,12 +241,12 @@ class _Stage(_Running):
     """A stage of a forked `fledge run`: a fork of that process."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str] | None) -> None:
-        arguments = list(command[3:]), env or dict(os.environ)
+        arguments = list(command[1:]), env or dict(os.environ)
         self._process = multiprocessing.get_context("fork").Process(target=_become, args=arguments)
         self._process.start()
 
 
-def _run(arguments: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
+def _run(command: list[str], environment: dict[str, str], folder: str, out: int, err: int) -> None:
     """Be a command that a shell has started."""
     os.setsid()
     forkserver._forkserver.__init__()  # its helpers are its own children
@@ -254,11 +254,14 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, out: in
         os.dup2(descriptor, standard)
     os.chdir(folder)
     launch.subprocess = SimpleNamespace(Popen=_Stage)
-    _become(arguments, environment)
+    _become(command, environment)
 
 
-def _become(arguments: list[str], environment: dict[str, str]) -> None:
-    """Be the command: `python -m fledge ARGUMENTS`. What the process it is forked from has set up is left behind."""
+def _become(command: list[str], environment: dict[str, str]) -> None:
+    """Be the command: `python -m fledge ARGUMENTS` or `python -c CODE ARGUMENTS`.
+
+    What the process it is forked from has set up is left behind.
+    """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
@@ -271,10 +274,14 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     )
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["fledge", *arguments]
+    sys.argv = ["fledge", *command[2:]]
     code: Any = 0
     try:
-        main(arguments)
+        if command[0] == "-c":
+            sys.modules["__main__"] = script = ModuleType("__main__")
+            exec(command[1], script.__dict__)
+        else:
+            main(command[2:])
     except SystemExit as ended:
         code = ended.code
     except BaseException:

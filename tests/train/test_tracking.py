@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from commands import run_command
 from evaluations import evaluation, question_record
 from fledge.conf.cli import main
 from fledge.conf.runtime.artifact import artifact
@@ -29,7 +30,13 @@ UNREACHABLE = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"
 
 def environment(home: Path, changes: dict[str, str | None]) -> dict[str, str]:
     """Give this process's environment, with no settings of W&B but those given (None: without)."""
-    values = {**os.environ, "HOME": str(home), "NETRC": str(home / "none"), "OMP_NUM_THREADS": "1", **changes}
+    values = {
+        **os.environ,
+        "WANDB_CONFIG_DIR": str(home),
+        "NETRC": str(home / "none"),
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -53,13 +60,7 @@ def test_a_run_without_network_is_trained_with_one_warning_and_tensorboard_shows
     run.path.mkdir(parents=True)
     (run.path / "hidden_states").symlink_to(finished.path / "hidden_states")
     options = ["tracking.wandb=online", "tracking.tensorboard=true", "train.max_steps=3", "train.log_every=1"]
-    done = subprocess.run(
-        run.command("train", *options),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(tmp_path, {**NO_KEY, **UNREACHABLE}),
-    )
+    done = run_command(run.command("train", *options), env=environment(tmp_path, {**NO_KEY, **UNREACHABLE}))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B is left out") == 1
     records = read_metrics(run.path / "training")
@@ -111,8 +112,9 @@ track(config, Path(sys.argv[3]), {"of": "the evaluation"}, run / "evaluation", r
 def evaluated(run: Path, mode: str, head: Path, changes: dict[str, str | None]) -> str:
     """Track the evaluation of a run in a process of its own; give its warnings."""
     command = [sys.executable, "-c", EVALUATED, str(run), mode, str(head)]
-    home = environment(run.parent, {**NO_KEY, **changes})
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=home).stderr
+    done = run_command(command, env=environment(run.parent, {**NO_KEY, **changes}))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def wandb_records(path: Path) -> Iterator[Record]:
@@ -184,9 +186,8 @@ def test_wandb_says_nothing_in_the_midst_of_results(tmp_path, packages):
     run = tmp_path / "first"
     evaluation(run, [question_record([3, 1], name=f"q/{i}") for i in range(3)])
     command = [sys.executable, "-c", EVALUATED, str(run), "offline", str(run / "imports" / "head"), *packages]
-    home = environment(run.parent, NO_KEY)
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=home)
-    assert (done.stdout, done.stderr) == ("", "")
+    done = run_command(command, env=environment(run.parent, NO_KEY))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -200,14 +201,8 @@ def test_wandb_says_nothing_in_the_midst_of_results(tmp_path, packages):
     ids=["no key", "unreachable", "its process dies", "offline"],
 )
 def test_wandb_never_stops_training_and_warns_once(tmp_path, mode, changes, kill):
-    done = subprocess.run(
-        [sys.executable, "-c", TRACK, str(tmp_path), mode, kill],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=environment(tmp_path, {**NO_KEY, **changes}),
-    )
+    command = [sys.executable, "-c", TRACK, str(tmp_path), mode, kill]
+    done = run_command(command, env=environment(tmp_path, {**NO_KEY, **changes}))
     assert done.returncode == 0, done.stderr
     works = mode == "offline" and not kill
     assert done.stderr.count("W&B is left out") == (0 if works else 1), done.stderr

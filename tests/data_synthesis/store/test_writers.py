@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import conversation_record, conversations_run, recorded_sequence
+from commands import popen, run_command
 from fledge.conf.runtime.artifact import Artifact, read_manifest
 from fledge.conf.schema import Config, HiddenStates, LastStates, StateDtype
 from fledge.data_synthesis.dump import dump
@@ -80,7 +81,7 @@ def start(config: Config, folder: Path, environment: dict[str, str] | None = Non
     path.write_bytes(pickle.dumps(config))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     command = [sys.executable, "-c", START, str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
+    return popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
 
 
 def test_writers_one_after_another_make_the_store_that_one_makes(config, tmp_path, capsys):
@@ -240,9 +241,7 @@ def test_a_full_disk_is_told_with_the_file_and_the_dump_goes_on_after_it(config,
     path.write_bytes(pickle.dumps(into(config, store)))
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({small}, {small}))"
     assert any(entry["bytes"] > small for entry in read_manifest(tmp_path / "whole", "hidden_states")["shards"])
-    done = subprocess.run(
-        [sys.executable, "-c", f"{limit}; {START}", str(path)], capture_output=True, text=True, check=False
-    )
+    done = run_command([sys.executable, "-c", f"{limit}; {START}", str(path)])
     assert done.returncode != 0
     assert f"{store}" in done.stderr
     assert "cannot be written" in done.stderr
