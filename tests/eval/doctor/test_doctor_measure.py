@@ -13,6 +13,7 @@ import torch
 from builders import Run, make_head, matrices
 from fledge.conf.schema import Config, HeadImportConfig
 from fledge.data_synthesis.conversations import read_conversations
+from fledge.eval.doctor import measure
 from fledge.eval.doctor.doctor import Diagnosis, diagnose, readable_head, report
 from fledge.eval.doctor.measure import (
     STEPS,
@@ -249,7 +250,7 @@ def test_an_absent_flag_in_speculators_format_is_measured(tmp_path, trained, con
     assert verdict.candidates[0].variant.cure == "norm_before_residual: false"
 
 
-def test_the_command_names_the_form_and_a_second_run_finds_nothing(tmp_path, trained, config):
+def test_the_command_names_the_form_and_a_second_run_finds_nothing(tmp_path, trained, config, texts, monkeypatch):
     save_head(tmp_path, trained, {}, torch.float32)
     values = json.loads((tmp_path / "config.json").read_text())
     config.head_import.source = str(tmp_path)
@@ -258,6 +259,7 @@ def test_the_command_names_the_form_and_a_second_run_finds_nothing(tmp_path, tra
     assert [finding.code for finding in diagnosis.findings] == ["trained_otherwise"]
     assert "write norm_before_residual: false; then run doctor again" in report(diagnosis)
     (tmp_path / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(measure, "answers", lambda *_: texts)  # as it has answered already
     diagnosis = diagnose(config)
     assert diagnosis.findings == []
     assert "The weights were trained for: as configured." in report(diagnosis)

@@ -25,7 +25,7 @@ from fledge.models import kernels
 from fledge.models.kernels import choosing
 
 torch.set_num_threads(1)
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 RULES = {
     "warm": AcceptanceRule(0.7),
     "hot": AcceptanceRule(2.5),
