@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -89,7 +90,7 @@ def test_every_command_that_is_written_down_composes(line, monkeypatch, tmp_path
         arguments = jobs[0]
     started = []
     monkeypatch.setitem(sys.modules, "nothing", SimpleNamespace(runs=started.append))
-    monkeypatch.setitem(COMMANDS, command, ("nothing:runs", ""))
+    monkeypatch.setitem(COMMANDS, command, replace(COMMANDS[command], function="nothing:runs"))
     arguments = [word for word in arguments if word not in ("--cfg", "job")]
     for name, value in _STAND_INS.items():
         arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
