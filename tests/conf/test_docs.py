@@ -134,6 +134,11 @@ def test_a_guide_opens_with_a_command_and_ends_with_its_options(page):
     assert "](../reference/" in body.rpartition("\n## ")[2], page
 
 
+def test_a_folder_of_pages_has_at_most_twelve_entries():
+    folders = {page.parent for page in PAGES[1:]}
+    assert [folder for folder in folders if len(list(folder.iterdir())) > 12] == []
+
+
 def test_the_readme_has_at_most_110_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
