@@ -4,8 +4,8 @@ The verifier reads each prompt once and gives the first token. A round then draf
 verifies [last token, drafts] in one forward (verifier_cache.py), accepts the drafts that are what the verifier chose,
 and its last choice with them, the bonus token (acceptance.py, proposal.py), and commits these to both caches.
 
-A round reads nothing back from the device but, at its end, the new tokens and their number. Prompt lookup reads the
-text, before and after what its graph holds. More in docs/internals/speculative_loop.md.
+A round reads nothing back from the device but, at its end, the new tokens, their number and the draft refused. Prompt
+lookup reads the text, before and after what its graph holds. More in docs/internals/speculative_loop.md.
 """
 
 import time
