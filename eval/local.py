@@ -1,5 +1,6 @@
 """Questions answered in this process: by the verifier alone, and speculatively with every drafter."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,10 +20,12 @@ from .decoding.acceptance import AcceptanceRule
 from .decoding.drafters import DRAFTERS, DrafterInputs
 from .decoding.kernel_checks import check_decoding
 from .decoding.prompt_lookup import NoDraft
-from .decoding.speculator import Request, Speculator
+from .decoding.speculator import Answer, Request, Speculator
 from .figures.records import HELDOUT, RECORDS, TRAINED
 from .question_reader import QuestionReader, UnaskableError
 from .questions import Question
+
+_CONTEXT = 4  # tokens before a refused draft, in which its text is written
 
 
 def answer_questions(
@@ -130,6 +133,14 @@ class Answerer:
                     **({} if drafter.draws_tokens else {"equals_verifier": speculative.tokens == own.tokens}),
                 }
                 if name == TRAINED:
-                    texts = token_texts(self._verifier.tokenizer, speculative.tokens)
-                    answer["drafters"][name]["token_texts"] = texts
+                    answer["drafters"][name] |= self._texts(speculative)
         return answers
+
+    def _texts(self, answer: Answer) -> dict[str, list[Any]]:
+        """Return what each token of an answer adds to its text, and what the refused draft of each round would have."""
+        tokenizer, ends = self._verifier.tokenizer, itertools.accumulate(n + 1 for n in answer.accepted)
+        refused = [
+            token_texts(tokenizer, [*answer.tokens[max(0, end - _CONTEXT) : end], token])[-1] if token >= 0 else None
+            for end, token in zip(ends, answer.refused, strict=True)
+        ]
+        return {"token_texts": token_texts(tokenizer, answer.tokens), "refused_texts": refused}

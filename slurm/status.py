@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..conf.runtime.frozen import FROZEN
 from ..conf.schema import STAGES, Config
 from .jobs.queue import HELD, QUEUED, JobState, job_states
-from .jobs.records import FROZEN, JobRecord, read_events, read_submission, submissions
+from .jobs.records import JobRecord, read_events, read_submission, submissions
 from .jobs.render import stage_before
 from .jobs.stage_progress import stage_progress
 

@@ -22,34 +22,7 @@ from ..runtime.signals import answered
 from ..schema import Config, validate
 from ..schema.free_names import with_free_names
 from . import completion, help, sweep
-
-# command -> (module and function that run it, what it does)
-COMMANDS = {
-    "synthesize": ("fledge.data_synthesis.synthesize:synthesize", "the verifier answers every prompt"),
-    "dump": ("fledge.data_synthesis.dump:dump", "record the verifier's hidden states on those conversations"),
-    "train": ("fledge.train.setup:train", "train the draft head on the hidden states"),
-    "evaluate": ("fledge.eval.evaluate:evaluate", "measure acceptance length by decoding"),
-    "compare": ("fledge.eval.compare:compare", "print evaluations side by side, with published figures"),
-    "export": ("fledge.models.export:export", "write the checkpoint that engines serve"),
-    "import": ("fledge.models.import_head:import_head", "read a head made elsewhere, to evaluate or export it"),
-    "doctor": ("fledge.eval.doctor.doctor:doctor", "say why a head loses acceptance, and which field to change"),
-    "preview": ("fledge.data_synthesis.preview:preview", "print a conversation, what the verifier wrote coloured"),
-    "inspect": ("fledge.data_synthesis.inspect_store:inspect_store", "print what a store holds, and if it is sound"),
-    "plan": ("fledge.slurm.plan.plan:plan", "say what a run needs: tokens, disk, GPU memory"),
-    "run": ("fledge.conf.runtime.launch:run", "synthesize to export in order, skipping what is complete"),
-    "submit": ("fledge.slurm.submit:submit", "run every stage as Slurm jobs that follow each other"),
-    "status": ("fledge.slurm.status:status", "print where a submitted run stands"),
-    "demo": ("fledge.conf.runtime.launch:run", "run with experiment=demo: a small verifier that comes with fledge"),
-}
-
-PRINTING = ("compare", "doctor", "preview", "inspect", "plan", "status")  # end when nobody reads them; others go on
-
-SHORTHANDS = {  # command -> (option that folders and names among its arguments are, options that its flags are)
-    "inspect": ("inspect.store", {"--verify": "inspect.verify=true"}),
-    "compare": ("compare.runs", {}),
-    "status": ("status.run", {}),
-    "submit": ("", {"--dry-run": "submit.dry_run=true"}),
-}
+from .commands import COMMANDS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,7 +62,7 @@ def _run(arguments: list[str]) -> None:
 def _information(command: str, arguments: list[str]) -> str | None:
     """Return what is printed without a configuration, None if a command is to run."""
     if command in ("-h", "--help", "help"):
-        return help.usage(COMMANDS)
+        return help.usage()
     if command == "--version":
         return __version__
     if command == "completion":
@@ -100,7 +73,7 @@ def _information(command: str, arguments: list[str]) -> str | None:
     for number, argument in enumerate(arguments, 1):
         if argument in ("-h", "--help"):
             topic = arguments[number : number + 1]
-            return help.topic_help(topic[0]) if topic else help.command_help(command, COMMANDS[command][1])
+            return help.topic_help(topic[0]) if topic else help.command_help(command)
     return None
 
 
@@ -115,8 +88,8 @@ def _limit_spinning() -> None:
 
 
 def overrides_of(command: str, arguments: list[str]) -> list[str]:
-    """Return the overrides that arguments stand for: flags, folders and names by SHORTHANDS, others as they are."""
-    option, flags = SHORTHANDS.get(command, ("", {}))
+    """Return the overrides that arguments stand for: a command's flags, folders and names, others as they are."""
+    option, flags = COMMANDS[command].option, COMMANDS[command].flags
     overrides = [flags.get(argument, argument) for argument in arguments]
     if not option:
         return _with_defaults(overrides, "experiment=demo", "name=demo") if command == "demo" else overrides
@@ -166,9 +139,9 @@ def run_command(command: str, overrides: list[str]) -> None:
             config = checked(composed)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 return jobs.job(config)
-            Output.stage = "" if command in PRINTING or config.submit.dry_run else command
+            Output.stage = "" if COMMANDS[command].prints or config.submit.dry_run else command
             _quiet_libraries(command)
-            module, function = COMMANDS[command][0].split(":")
+            module, function = COMMANDS[command].function.split(":")
             getattr(importlib.import_module(module), function)(config)
             return None
         except USER_ERRORS as error:
@@ -192,7 +165,7 @@ def run_command(command: str, overrides: list[str]) -> None:
 
 def _quiet_libraries(command: str) -> None:
     """Progress and results are ours to print; libraries speak from warnings up. Commands that only read load none."""
-    if command not in PRINTING:
+    if not COMMANDS[command].prints:
         import torch
 
         if not torch.cuda.is_available():

@@ -4,123 +4,12 @@ import difflib
 import shutil
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from typing import get_type_hints
 
 from ..schema import Config
 from ..schema.describe import Option, describe, merge_stages
-
-Table = dict[str, tuple[str, str]]  # command -> (function, what it does)
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the help of one command says beside its options."""
-
-    reads: str
-    writes: str
-    groups: tuple[str, ...]  # whose options it explains; "": the run's own
-    examples: tuple[str, str]
-
-
-_PURPOSES = {
-    "whole runs": ("demo", "run", "submit", "status"),
-    "stages of a run": ("synthesize", "dump", "train", "evaluate", "export"),
-    "heads made elsewhere": ("import", "doctor"),
-    "look": ("plan", "preview", "inspect", "compare"),
-}
-_RUN = "experiment=llama31_8b name=first"
-_TORCHRUN = f"torchrun --nproc-per-node 8 -m fledge.train {_RUN}"
-_STAGES = "prompts/, conversations/, hidden_states/, training/, evaluation/, exports/ in runs/NAME/"
-_SOURCES = "the verifier; the prompts of data.sources"
-_CHECKPOINT = "the best checkpoint of runs/NAME/training/; the verifier"
-PAGES = {
-    "synthesize": Page(
-        _SOURCES,
-        "runs/NAME/prompts/, runs/NAME/conversations/",
-        ("", "synthesize", "data"),
-        (f"fledge synthesize {_RUN}", f"fledge synthesize {_RUN} 'synthesize.endpoints=[http://HOST:8000/v1]'"),
-    ),
-    "dump": Page(
-        "runs/NAME/conversations/; the verifier",
-        "runs/NAME/hidden_states/",
-        ("", "dump", "verifier"),
-        (f"fledge dump {_RUN}", f"fledge dump {_RUN} dump.engine=vllm"),
-    ),
-    "train": Page(
-        "runs/NAME/hidden_states/, or train.stores",
-        "runs/NAME/training/: checkpoints, metrics.jsonl",
-        ("", "train", "deepspeed", "tracking"),
-        (_TORCHRUN, f"fledge train -m {_RUN} train.lr=1e-4,5e-5"),
-    ),
-    "evaluate": Page(
-        _CHECKPOINT,
-        "runs/NAME/evaluation/: acceptance.json, report.md",
-        ("", "evaluate"),
-        (f"fledge evaluate {_RUN}", f"fledge evaluate {_RUN} evaluate.num_draft_tokens=5"),
-    ),
-    "export": Page(
-        "the best checkpoint of runs/NAME/training/",
-        "runs/NAME/exports/FORMAT/",
-        ("", "export"),
-        (f"fledge export {_RUN}", f"fledge export {_RUN} overwrite=true"),
-    ),
-    "import": Page(
-        "head_import.source, a published head",
-        "runs/NAME/imports/FOLDER/",
-        ("", "head_import", "verifier"),
-        (f"fledge import {_RUN} head_import.source=FOLDER", "fledge import --help verifier"),
-    ),
-    "doctor": Page(
-        "head_import.source, a published head or an export",
-        "nothing; prints what costs acceptance, and the cure",
-        ("", "doctor", "head_import"),
-        (
-            f"fledge doctor {_RUN} head_import.source=FOLDER",
-            f"fledge doctor {_RUN} head_import.source=runs/first/exports/plain",
-        ),
-    ),
-    "preview": Page(
-        "runs/NAME/conversations/, or preview.file; the verifier's chat template",
-        "nothing; prints tokens and loss mask",
-        ("", "preview"),
-        (f"fledge preview {_RUN}", "fledge preview --help synthesize"),
-    ),
-    "inspect": Page(
-        "a store of hidden states",
-        "nothing; exit code 2 if the store is not sound",
-        ("inspect",),
-        ("fledge inspect runs/first/hidden_states", "fledge inspect runs/first/hidden_states --verify"),
-    ),
-    "compare": Page(
-        "runs/NAME/evaluation/ of each run",
-        "nothing; prints them side by side",
-        ("compare",),
-        ("fledge compare runs/first", "fledge compare runs/first runs/second"),
-    ),
-    "plan": Page(
-        "the verifier's config.json",
-        "nothing; prints tokens, disk and GPU memory",
-        ("", "plan"),
-        (f"fledge plan {_RUN}", f"fledge plan {_RUN} plan.gpu=h200"),
-    ),
-    "run": Page(_SOURCES, _STAGES, ("",), (f"fledge run {_RUN}", f"fledge run {_RUN} train.num_processes=8")),
-    "submit": Page(
-        _SOURCES,
-        "jobs/, then what every stage writes, in runs/NAME/",
-        ("", "submit", "cluster"),
-        (f"fledge submit {_RUN} cluster=slurm_gpu --dry-run", f"fledge submit {_RUN} cluster=slurm_gpu"),
-    ),
-    "status": Page(
-        "runs/NAME/",
-        "nothing; prints stages, jobs, progress and logs",
-        ("status",),
-        ("fledge status first", "fledge status runs/first"),
-    ),
-    "demo": Page(
-        "what comes with fledge", _STAGES, ("",), ("fledge demo", "fledge demo train.loss=lk_lambda name=demo2")
-    ),
-}
+from .commands import COMMANDS, PURPOSES, RUN, TORCHRUN
 
 _USAGE = """fledge trains EAGLE-3 draft heads for speculative decoding.
 
@@ -141,18 +30,18 @@ Every option: docs/reference/options.md. FLEDGE_TRACEBACK=1 shows the traceback 
 """
 
 
-def usage(commands: Table) -> str:
+def usage() -> str:
     """Return what `fledge --help` prints: the commands by purpose."""
     lines = []
-    for purpose, names in _PURPOSES.items():
-        lines += [f"{purpose}:", *(f"  {name:<11} {commands[name][1]}" for name in names), ""]
-    return _USAGE.format(commands="\n".join(lines), run=_RUN, torchrun=_TORCHRUN).rstrip()
+    for purpose, commands in PURPOSES.items():
+        lines += [f"{purpose}:", *(f"  {name:<11} {command.what}" for name, command in commands.items()), ""]
+    return _USAGE.format(commands="\n".join(lines), run=RUN, torchrun=TORCHRUN).rstrip()
 
 
-def command_help(command: str, what: str) -> str:
+def command_help(command: str) -> str:
     """Return what `fledge COMMAND --help` prints."""
-    page, kinds = PAGES[command], {"": Config} | _groups()
-    lines = [f"fledge {command} [option=value ...]    {what}", ""]
+    page, kinds = COMMANDS[command], {"": Config} | _groups()
+    lines = [f"fledge {command} [option=value ...]    {page.what}", ""]
     lines += [f"  reads   {page.reads}", f"  writes  {page.writes}", "", *(f"  {line}" for line in page.examples)]
     for group in page.groups:
         lines += ["", f"{group or 'run'}: {_first_line(kinds[group])}", *_rows(_options(group))]

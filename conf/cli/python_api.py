@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ...slurm.jobs.records import FROZEN, freeze_options
 from ..errors import explain
 from ..runtime import launch
+from ..runtime.frozen import FROZEN, freeze_options
 from ..runtime.signals import answered
 from ..schema import Config
 from ..schema.free_names import with_free_names

@@ -4,8 +4,8 @@ The verifier reads each prompt once and gives the first token. A round then draf
 verifies [last token, drafts] in one forward (verifier_cache.py), accepts the drafts that are what the verifier chose,
 and its last choice with them, the bonus token (acceptance.py, proposal.py), and commits these to both caches.
 
-A round reads nothing back from the device but, at its end, the new tokens and their number. Prompt lookup reads the
-text, before and after what its graph holds. More in docs/internals/speculative_loop.md.
+A round reads nothing back from the device but, at its end, the new tokens, their number and the draft refused. Prompt
+lookup reads the text, before and after what its graph holds. More in docs/internals/speculative_loop.md.
 """
 
 import time
@@ -21,7 +21,7 @@ from ...models.verifier.model import Verifier
 from .acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, uniform_draws
 from .graphs import Graphs
 from .prompt_lookup import NoDraft
-from .proposal import Drafter, NewRows, Proposal, accepted_path
+from .proposal import NOTHING, Drafter, NewRows, Proposal, accepted_path
 from .verifier_cache import CachedVerifier, round_up
 
 
@@ -42,6 +42,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)  # end-of-turn included
     drafted: list[int] = field(default_factory=list)  # draft tokens proposed, by round
     accepted: list[int] = field(default_factory=list)  # of them accepted; in the last round those beyond the end too
+    refused: list[int] = field(default_factory=list)  # the draft after these, in a chain; NOTHING if there is none
     # Of its rounds, each shared out among the sequences that it was for. Reading the prompt is left out, by verifier
     # and by head; on a GPU the first rounds of a length, in which a graph is captured, are in.
     seconds: float = 0.0
@@ -156,9 +157,10 @@ class Speculator:
             for place, answer in enumerate(answers):
                 if not going[place]:
                     continue
-                drafted, accepted, *tokens = rows[place]
+                drafted, accepted, refused, *tokens = rows[place]
                 answer.drafted.append(drafted)
                 answer.accepted.append(accepted)
+                answer.refused.append(refused)
                 answer.seconds += share
                 going[place] = answer.extend(tokens[: accepted + 1], ends, limits[place])
                 lengths[place] = lengths[place] + accepted + 1 if going[place] else prompts[place]
@@ -196,14 +198,14 @@ class Speculator:
         lengths = self._lengths.clone()
         rows = self._graphs.run((drafter, num_read), lambda: self._verify(Proposal(tokens), NoDraft(), num_read))
         counts = torch.where(self._going, rows[:, 1] + 1, 1)
-        drafter.extend(NewRows(rows[:, 2:], lengths, counts, num_read), rows.new_empty(*rows[:, 2:].shape, 0))
+        drafter.extend(NewRows(rows[:, 3:], lengths, counts, num_read), rows.new_empty(*rows[:, 3:].shape, 0))
         return rows
 
     def _round(self, drafter: Drafter, num_read: int) -> Tensor:
         return self._verify(drafter.propose(self._numbers(self._depth), num_read), drafter, num_read)
 
     def _verify(self, proposal: Proposal, drafter: Drafter, num_read: int) -> Tensor:
-        """Verify, accept, commit; return of each sequence [drafted, accepted, new tokens ...] (int64)."""
+        """Verify, accept, commit; return of each sequence [drafted, accepted, refused, new tokens ...] (int64)."""
         lengths, going = self._lengths, self._going
         tokens, tree = proposal.tokens, proposal.tree
         fed = torch.cat([self._last[:, None], tokens.clamp(min=0)], 1)  # `NOTHING` cannot be fed
@@ -221,7 +223,9 @@ class Speculator:
         last = path.tokens.gather(1, path.accepted[:, None])[:, 0]
         self._last.copy_(torch.where(going, last, self._last))
         lengths.add_(torch.where(going, counts, 0))
-        return torch.cat([(tokens >= 0).sum(1)[:, None], path.accepted[:, None], path.tokens], 1)
+        ended = torch.full_like(path.accepted[:, None], NOTHING)  # a tree refuses several
+        refused = torch.cat([tokens, ended], 1).gather(1, path.accepted[:, None]) if tree is None else ended
+        return torch.cat([(tokens >= 0).sum(1)[:, None], path.accepted[:, None], refused, path.tokens], 1)
 
     def _numbers(self, number: int, depths: Tensor | None = None) -> Tensor:
         """Return the uniform numbers for the tokens after nodes of depths [B, number]; 0, 1, ... if None."""

@@ -1,8 +1,8 @@
 """report.html: an evaluation as one page, every token coloured by how it came about; it loads nothing.
 
 A round is an element `b`: an `i` for each draft token that was accepted, then what the verifier chose itself, a `u`
-where it refused the next draft, an `s` (the bonus token) where it accepted all. The first token, `em`, precedes all
-rounds. Elements of one letter and no classes keep a page of 150,000 tokens below 2.5 MB.
+where it refused the next draft (`data-r`), an `s` (the bonus token) where it accepted all. The first token, `em`,
+precedes all rounds. Elements of one letter and no classes keep a page of 150,000 tokens below 2.5 MB.
 """
 
 from collections import Counter
@@ -32,6 +32,7 @@ class Round(NamedTuple):
     own: str | None  # the verifier's own token; None if the answer had ended before it
     is_bonus: bool
     accepted: int
+    refused: str | None  # the draft in place of the verifier's own token; None if it is not known
 
     @property
     def text(self) -> str:
@@ -75,6 +76,7 @@ def write_html(
         questions=sorted(questions, key=lambda question: question["length"]),
         categories=list(results["by_category"]),
         worst=worst,
+        refused=any(one.refused is not None for stretch in worst for one in stretch.rounds),
         served=results["engine"] if "model" in results else None,
         plain=[answer["rounds"] is None for question in questions for answer in question["answers"]],
     )
@@ -106,10 +108,11 @@ def _rounds(drafter: dict[str, Any], results: dict[str, Any]) -> list[Round] | N
     if "token_texts" not in drafter:
         return None
     texts, place, rounds = drafter["token_texts"], 1, []
-    for drafted, accepted in zip(drafter["drafted"], drafter["accepted"], strict=True):
+    all_refused = drafter.get("refused_texts") or [None] * len(drafter["accepted"])
+    for drafted, accepted, refused in zip(drafter["drafted"], drafter["accepted"], all_refused, strict=True):
         new = texts[place : place + accepted + 1]
         own = new[accepted] if len(new) > accepted else None
-        rounds.append(Round(new[:accepted], own, accepted == results.get("tree_depth", drafted), accepted))
+        rounds.append(Round(new[:accepted], own, accepted == results.get("tree_depth", drafted), accepted, refused))
         place += len(new)
     return rounds
 

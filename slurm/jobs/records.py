@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ... import __version__
-from ...conf.runtime.artifact import write_atomic, write_json
+from ...conf.runtime.artifact import write_json
+from ...conf.runtime.frozen import freeze_options
 from ...conf.schema import Config
 from ...train.metrics.tracking import git_state
-from .render import TEMPLATES
 
 PACKAGE = Path(__file__).parents[2]
 JOBS = "jobs"
 LOGS = "logs"
-FROZEN = "frozen"  # the configuration that jobs take: --config-name frozen
 _SUBMISSION = "submission.json"
 
 
@@ -53,12 +50,6 @@ class Event:
 def submissions(run_folder: Path) -> dict[int, Path]:
     """Return the folders of a run's submissions by number."""
     return {int(path.name): path for path in (run_folder / JOBS).glob("*") if path.name.isdecimal()}
-
-
-def freeze_options(config: Config, folder: Path) -> None:
-    """Write every option, resolved, into a folder: a command has it by --config-dir and --config-name frozen."""
-    options = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-    write_atomic(folder / f"{FROZEN}.yaml", (TEMPLATES / "frozen.yaml").read_text() + options)
 
 
 def freeze(config: Config, folder: Path, overrides: list[str]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 from builders import Run
 from fledge.conf.cli import COMMANDS, main
-from fledge.conf.cli.help import PAGES
 from fledge.conf.runtime.artifact import differences
 from fledge.conf.runtime.launch import run as run_stages
 from fledge.conf.schema import STAGES, Config, EvaluateEngine, validate
@@ -51,19 +51,19 @@ def test_the_help_of_a_command_has_two_screens_examples_and_every_option_of_its_
     assert "\n  reads   " in out
     assert "\n  writes  " in out
     names = [option.name for option in merge_stages(describe(Config))]
-    for group in filter(None, PAGES[command].groups):
+    for group in filter(None, COMMANDS[command].groups):
         assert all(f"\n  {name}" in out for name in names if name.startswith(f"{group}."))
 
 
 def test_every_example_of_a_commands_help_composes(monkeypatch):
-    for command, page in PAGES.items():
-        for example in page.examples:
+    for name, command in COMMANDS.items():
+        for example in command.examples:
             words = shlex.split(example)
             if words[0] == "torchrun" or {"-m", "--help"} & set(words):
                 continue
             started = []
             monkeypatch.setitem(sys.modules, "nothing", SimpleNamespace(runs=started.append))
-            monkeypatch.setitem(COMMANDS, command, ("nothing:runs", ""))
+            monkeypatch.setitem(COMMANDS, name, replace(command, function="nothing:runs"))
             main(words[1:])
             assert isinstance(started[0], Config), example
 

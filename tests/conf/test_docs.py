@@ -1,21 +1,27 @@
-"""The documentation is true: options are the schema's, commands compose, links lead somewhere."""
+"""The documentation is true: options are the schema's, commands compose, links lead somewhere.
 
+tests/stories/test_documentation.py runs the commands.
+"""
+
+import itertools
 import re
 import shlex
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-from fledge.conf.cli import COMMANDS, main, sweep
+from doc_commands import PAGES, ROOT, code_lines, doc_commands
+from fledge.conf.cli import COMMANDS, main
 from fledge.conf.schema import Config
 from fledge.conf.schema.describe import describe
-from make_options import PAGE, text
+from make_options import PAGE
+from make_options import text as options_page
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _START = re.compile(r"\s*(?:(?:torchrun|srun|deepspeed) .*?(?:-m|--module) )?fledge(?:\.train)? ")
 # Placeholders of texts; each stands for a value.
 _STAND_INS = {"ORG/VERIFIER": "embedded", "HEAD": "head", "FOLDER": "folder", "VERIFIER": "embedded", "NAME": "x"}
@@ -38,32 +44,26 @@ def test_every_option_is_described():
 
 
 def test_the_page_of_options_is_the_schemas():
-    assert PAGE.read_text() == text(), "run python tests/tools/make_options.py"
-
-
-def _code(page: Path) -> list[str]:
-    """Return the lines of a page's code blocks; a line that is continued is one."""
-    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert PAGE.read_text() == options_page(), "run python tests/tools/make_options.py"
 
 
 def _commands() -> list:
-    """Return every line in a code block that starts a command of fledge's, with its page."""
-    found = []
+    """Return the lines in code blocks that start a command of fledge's and that no test runs, with their first page."""
+    found, seen = [], {command.text for command in doc_commands() if not command.needs}
     for page in PAGES:
-        for line in _code(page):
-            if match := _START.match(line):
-                started = line[match.end() :].partition("  #")[0]
-                command = "train" if "fledge.train " in match[0] else ""
-                name = f"{page.relative_to(ROOT)}: {' '.join(started.split())[:60]}"
-                found.append(pytest.param(f"{command} {started}".strip(), id=name))
+        for line in itertools.chain(*code_lines(page)):
+            text = " ".join(line.partition("#")[0].split())
+            if (match := _START.match(text)) and text not in seen:
+                seen.add(text)
+                words = ["train"] * ("fledge.train " in match[0]) + shlex.split(text[match.end() :])
+                found.append(pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words)[:60]}"))
     return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_make_target_and_script_that_is_written_down_is_there(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for line in _code(page):
+    for line in itertools.chain(*code_lines(page)):
         words = line.partition("  #")[0].split()
         if words[:1] == ["make"]:
             assert set(words[1:]) <= set(targets), line
@@ -71,26 +71,26 @@ def test_every_make_target_and_script_that_is_written_down_is_there(page):
         assert not missing, f"{page}: {missing}"
 
 
-@pytest.mark.parametrize("line", _commands())
-def test_every_command_that_is_written_down_composes(line, monkeypatch, tmp_path):
-    command, *arguments = shlex.split(line)
-    if command in ("--help", "--version") or "--help" in arguments:
-        return
-    assert command in COMMANDS
-    if "-m" in arguments:
-        if "hydra/sweeper=optuna" in arguments:
-            pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-            arguments.append("hydra.sweeper.n_trials=1")
-        monkeypatch.setattr(sweep, "run_stage", lambda job, _: jobs.append(job[4:]) or 1)
-        jobs: list[list[str]] = []
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit):
-            main([command, *arguments])
-        arguments = jobs[0]
+def test_a_command_of_the_demo_needs_nothing():
+    """What has a mark is not run by tests/stories/test_documentation.py."""
+    assert [command for command in doc_commands() if command.needs and "experiment=demo" in command.text] == []
+
+
+def test_what_is_installed_is_what_there_is():
+    """`make` installs the same way."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = re.compile(rf"pip install -c constraints\.txt -e ('\.\[({'|'.join(extras)})\]'|\.)")
+    commands = [command.text for command in doc_commands() if command.text.startswith("pip ")]
+    assert commands
+    assert [command for command in commands if not installed.fullmatch(command)] == []
+
+
+@pytest.mark.parametrize("words", _commands())
+def test_every_command_that_no_test_runs_composes(words, monkeypatch):
+    command, *arguments = words
     started = []
     monkeypatch.setitem(sys.modules, "nothing", SimpleNamespace(runs=started.append))
-    monkeypatch.setitem(COMMANDS, command, ("nothing:runs", ""))
-    arguments = [word for word in arguments if word not in ("--cfg", "job")]
+    monkeypatch.setitem(COMMANDS, command, replace(COMMANDS[command], function="nothing:runs"))
     for name, value in _STAND_INS.items():
         arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
     main([command, *arguments])
@@ -121,7 +121,7 @@ def test_every_link_leads_to_a_page_that_is_there(page):
 def test_lines_of_prose_have_at_most_120_columns(page):
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)  # what commands print is not wrapped
     long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
-    assert not long or page.name == "experiments.md"  # the log, as it was written
+    assert not long
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "guide").glob("*.md")), ids=lambda page: page.stem)
@@ -132,6 +132,11 @@ def test_a_guide_opens_with_a_command_and_ends_with_its_options(page):
     assert rest.startswith("```"), page
     assert re.search(r"^## Options$", body, re.MULTILINE), page
     assert "](../reference/" in body.rpartition("\n## ")[2], page
+
+
+def test_a_folder_of_pages_has_at_most_twelve_entries():
+    folders = {page.parent for page in PAGES[1:]}
+    assert [folder for folder in folders if len(list(folder.iterdir())) > 12] == []
 
 
 def test_the_readme_has_at_most_110_lines():

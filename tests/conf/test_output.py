@@ -76,6 +76,7 @@ def test_a_stream_that_is_closed_is_written_to_by_nobody(closed, said):
 
 STAGE = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from fledge.conf import cli
 from fledge.conf.runtime.progress import Progress
@@ -88,7 +89,7 @@ def work(config):
     progress.update(3)
     progress.close()
     made.write_text("all")
-cli.COMMANDS[sys.argv[1]] = ("__main__:work", "")
+cli.COMMANDS[sys.argv[1]] = replace(cli.COMMANDS[sys.argv[1]], function="__main__:work")
 cli.main()
 """
 

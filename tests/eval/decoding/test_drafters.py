@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from fledge.conf.runtime.journal import Journal
 from fledge.conf.schema import Config, DraftConfig, EvaluateConfig
+from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.decoding.drafters import DRAFTERS
-from fledge.eval.decoding.proposal import NewRows, Proposal
+from fledge.eval.decoding.proposal import NOTHING, NewRows, Proposal
+from fledge.eval.decoding.speculator import Request, Speculator, answer_alone
 from fledge.eval.decoding.verifier_cache import round_up
 from fledge.eval.figures.records import RECORDS
 from fledge.eval.figures.report import print_table
@@ -18,6 +22,7 @@ from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.weights import VerifierWeights
+from oracles import Oracle, TreeOracle
 
 NAME = "nearest state"
 
@@ -83,3 +88,24 @@ def test_a_drafter_is_one_entry(verifier, verifier_config, tmp_path, capsys, mon
     assert results["by_category"]["all"][NAME]["acceptance_length"] == found["acceptance_length"]
     print_table(results)
     assert capsys.readouterr().out.count(NAME) == 2  # a row of all questions, a column of the categories
+
+
+def test_the_draft_that_a_round_refused_is_kept_of_a_chain(verifier):
+    turn = {"role": "user", "content": "Name three rivers, and say where they begin."}
+    prompt = prompt_tokens(verifier.tokenizer, [turn])
+    answer = answer_alone(verifier, prompt, 60)
+    chain, tree = Oracle([answer], 3, wrong=0.3), TreeOracle([answer], 9, 3, wrong=0.3)
+    speculator = Speculator(verifier, [chain, tree])
+    speculator.prefill([Request(prompt, 60)])
+    found, of_tree = (speculator.decode(drafter)[0] for drafter in (chain, tree))
+    assert found.tokens == answer
+    ends = list(accumulate(accepted + 1 for accepted in found.accepted))
+    within = [
+        (accepted, refused, answer[end])
+        for accepted, refused, end in zip(found.accepted, found.refused, ends, strict=True)
+        if end < len(answer)
+    ]
+    assert {accepted == 3 for accepted, *_ in within} == {True, False}
+    for accepted, refused, own in within:
+        assert refused == (NOTHING if accepted == 3 else (own + 1) % 100), "what the oracle says in its place"
+    assert set(of_tree.refused) == {NOTHING}

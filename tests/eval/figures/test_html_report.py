@@ -57,6 +57,10 @@ def written(run: Path) -> Page:
     return Page((run / "evaluation" / "report.html").read_text(encoding="utf-8"))
 
 
+def of_head(record: dict) -> list[dict]:
+    return [answer["drafters"]["trained head"] for answer in record["answers"]]
+
+
 def with_texts(record: dict, *texts: list[str]) -> dict:
     """Give the answers of a record the texts of their tokens."""
     for answer, own in zip(record["answers"], texts, strict=True):
@@ -79,6 +83,10 @@ def test_every_token_of_a_run_is_shown_as_it_came_about(finished):
     assert 0 < kinds.count("draft") <= results["num_accepted_tokens"], "those after the end of an answer are not in it"
     assert kinds.count("refused") > 0
     assert kinds.count("bonus") > 0
+    known = [drafter["refused_texts"] for record in records for drafter in of_head(record)]
+    accepted = [drafter["accepted"] for record in records for drafter in of_head(record)]
+    assert [[text is None for text in texts] for texts in known] == [[n == 3 for n in counts] for counts in accepted]
+    assert all("data-r" in attributes for attributes in page.named("u"))
     assert [option["value"] for option in page.named("option")][1:9] == list(results["by_category"])
 
 
@@ -91,6 +99,15 @@ def test_a_round_is_its_drafts_and_what_the_verifier_chose_up_to_the_answers_end
     assert page.tokens["q0"] == [
         ("first", "A"), ("draft", "b"), ("draft", "c"), ("refused", "D"), *drafts, *last
     ]  # fmt: skip
+
+
+def test_the_draft_that_was_refused_stands_at_the_verifiers_token(tmp_path):
+    record = with_texts(question_record([1, 3]), [*"AbCdefG"])
+    of_head(record)[0]["refused_texts"] = [' "x"\n', None]
+    evaluation(tmp_path / "run", [record])
+    page = written(tmp_path / "run")
+    assert page.named("u") == [{"data-r": ' "x"\u21b5'}] * 2, "in the list of the worst rounds and in the answer"
+    assert [attributes["id"] for attributes in page.named("button")].count("drafts") == 1
 
 
 def test_the_bonus_token_of_a_tree_follows_its_deepest_node(tmp_path):
@@ -119,6 +136,8 @@ def test_nothing_that_a_model_or_a_user_wrote_becomes_markup_and_nothing_is_load
         for text in ("x", HOSTILE)
     )
     for record in (harmless, hostile):
+        for drafter in of_head(record):
+            drafter["refused_texts"] = [record["id"]]
         record["turns"] = [record["id"], [{"type": "text", "text": record["id"]}]]
         evaluation(tmp_path / str(record is hostile), [record, {**record, "left_out": record["id"], "id": "q/2"}])
     plain, page = written(tmp_path / "False"), written(tmp_path / "True")
