@@ -8,7 +8,7 @@ import make_engine_forms
 import pytest
 import torch
 from builders import make_head
-from fledge.conf.schema import Config, ExportFormat
+from fledge.conf.schema import Config, Dtype, ExportFormat
 from fledge.models.export import export
 from fledge.models.formats.engine_forms import ENGINES, FORMS, Form, Kind, ServedHead, flags, forms_of, obstacles
 from fledge.models.formats.plain import load_head, save_head
@@ -110,7 +110,8 @@ def own_lm_head(config: Config, folder, **changes: object) -> None:
         for row, value in changes.items():
             head.lm_head.weight[int(row.removeprefix("row"))] += value
     save_head(folder, head, {"verifier": verifier_identity(config.verifier), "step": 0}, torch.float32)
-    config.export.checkpoint, config.export.lm_head, config.export.format = str(folder), False, ExportFormat.all
+    config.export.checkpoint, config.export.lm_head = str(folder), False
+    config.export.format, config.export.dtype = ExportFormat.all, Dtype.float32
 
 
 def test_an_lm_head_that_is_the_verifiers_can_be_left_to_it(tmp_path, config):
@@ -128,7 +129,7 @@ def test_an_lm_head_that_is_the_verifiers_can_be_left_to_it(tmp_path, config):
         config.head_import.source = str(folder)
         import_head(config)
         head = load_head(tmp_path)[0]
-        assert_same_head(load_head(config.run_folder / "imports" / name)[0], head, torch.bfloat16)
+        assert_same_head(load_head(config.run_folder / "imports" / name)[0], head, torch.float32)
     config.export.checkpoint = str(config.run_folder / "exports" / "plain")
     with pytest.raises(ValueError, match=r"without lm_head\.weight, .*fledge import"):
         export(config)
