@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
 
-from .limits import MISSING, Limit, PositiveInt, at_least
+from .limits import MISSING, Limit, at_least, between
 
 # Floating-point formats, named as in torch.
 Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"})
@@ -55,7 +55,7 @@ class DraftConfig:
     aux_layers: Annotated[list[int], _different_layers("; null takes the default ones")] | None = None
     # tokens the head can propose, the most frequent ones; null: the verifier's whole vocabulary
     vocab_size: Size | None = 32000
-    num_layers: PositiveInt = 1  # decoder layers of the head; only heads of one layer can be exported
+    num_layers: Annotated[int, between(1, 8)] = 1  # decoder layers of the head
     # width of the head; other than the verifier's, the head trains an embedding of its own
     hidden_size: Size | None = None
     # width of the head's MLP; null: the verifier's, or that of the experts one token meets
@@ -67,6 +67,13 @@ class DraftConfig:
     norm_output: bool = True  # EAGLE-3.1: the state that is fed onward is the normed one
     # the first layer's residual is the normed state; SGLang and TensorRT-LLM ignore it
     norm_before_residual: bool = False
+    norm_before_fc: bool = False  # one RMSNorm over all aux states before fc, as Speculators' heads have it
+    attention_bias: bool = False  # biases of q_proj, k_proj, v_proj and o_proj
+    qk_norm: bool = False  # RMSNorms of queries and keys, as in Qwen3; only vLLM serves them
+    # positions a layer sees, its own included; null: all up to its own
+    sliding_window: Annotated[int, at_least(16, cure="; null: no window")] | None = None
+    # layers of the head with the window, 0-based; null: all, if there is a window
+    window_layers: Annotated[list[int], _different_layers("; null takes all")] | None = None
     train_lm_head: bool = True  # train the head's lm_head; false: keep the verifier's rows, times its logit scale
 
 
@@ -77,6 +84,8 @@ class ExportConfig:
     # checkpoint to write; vLLM, SGLang and TensorRT-LLM read plain, vLLM reads speculators
     format: ExportFormat = ExportFormat.plain
     dtype: Dtype = Dtype.bfloat16  # type of the weights that are written
+    # write the head's lm_head; false: engines take the verifier's, which must be the same (draft.train_lm_head=false)
+    lm_head: bool = True
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
     push_to: HubId | None = None  # upload the export to this hub id, ORG/NAME; the token is read from HF_TOKEN
     private: bool = False  # a repository that push_to creates is private

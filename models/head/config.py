@@ -57,6 +57,11 @@ class DraftHeadConfig:
     norm_output: bool = True
     norm_before_residual: bool = False
     own_embedding: bool = False  # if not, the head reads the verifier's
+    norm_before_fc: bool = False  # one RMSNorm over the concatenated aux states
+    attention_bias: bool = False  # of q, k, v and o
+    qk_norm: bool = False  # an RMSNorm of head_dim for queries and one for keys, before the rotation, as in Qwen3
+    sliding_window: int | None = None  # positions that the layers below see, their own included
+    window_layers: tuple[int, ...] = ()
 
     @classmethod
     def from_verifier(cls, draft: DraftConfig, verifier: Any) -> DraftHeadConfig:
@@ -70,6 +75,11 @@ class DraftHeadConfig:
             raise ValueError(
                 f"draft.train_lm_head must be true with draft.hidden_size={hidden}: the verifier's lm_head has rows of "
                 f"{width}"
+            )
+        window_layers = draft.window_layers if draft.window_layers is not None else range(draft.num_layers)
+        if not set(window_layers) <= set(range(draft.num_layers)):
+            raise ValueError(
+                f"draft.window_layers must be layers of the head, 0 to {draft.num_layers - 1}, got {window_layers}"
             )
         positions = required_size(verifier, "max_position_embeddings", "write there how many tokens it reads")
         return cls(
@@ -86,7 +96,16 @@ class DraftHeadConfig:
             norm_output=draft.norm_output,
             norm_before_residual=draft.norm_before_residual,
             own_embedding=hidden != width,
+            norm_before_fc=draft.norm_before_fc,
+            attention_bias=draft.attention_bias,
+            qk_norm=draft.qk_norm,
+            sliding_window=draft.sliding_window,
+            window_layers=tuple(sorted(window_layers)) if draft.sliding_window else (),
         )
+
+    def window(self, layer: int) -> int | None:
+        """Return how many positions a layer sees, its own included; None: all up to its own."""
+        return self.sliding_window if layer in self.window_layers else None
 
     def llama_config(self) -> LlamaConfig:
         """Return the Llama configuration of the head's layers, for the rotary embedding."""
