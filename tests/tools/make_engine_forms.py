@@ -9,8 +9,16 @@ from fledge.models.formats.engine_forms import ENGINES, FORMS, Kind, Verdict
 from fledge.models.head.config import DraftHeadConfig
 
 _ROOT = Path(__file__).parents[2]
-_MARKS = "<!-- written by tests/tools/make_engine_forms.py -->", "<!-- end -->"
 _WINDOWED = DraftHeadConfig(1, 1, 1, 1, 1, 1, 1, 1, (), 1, sliding_window=2048, window_layers=(0,))
+
+_PUBLISHED = {  # by column of README.md, the rows it joins
+    "EAGLE-3.1": ("`fc_norm` (EAGLE-3.1)", "`norm_output` (EAGLE-3.1)"),
+    "`norm_before_residual`": ("`norm_before_residual`",),
+    "`norm_before_fc`": ("`norm_before_fc`",),
+    "several layers": ("several layers",),
+    "window": ("`sliding_window` in every layer",),
+    "q/k norms": ("`qk_norm`",),
+}
 
 
 def _cell(verdict: Verdict) -> str:
@@ -27,14 +35,14 @@ def by_form() -> str:
 
 
 def by_engine() -> str:
-    """Return the table of README.md: a row an engine."""
-    rows = [["engine", "read", "serves otherwise than trained, or not", "needs a flag"], ["---"] * 4]
-    for column, (engine, release) in enumerate(ENGINES.items()):
-        lost, flagged = (
-            "; ".join(form.name for form in FORMS if form.verdicts[column].kind in kinds)
-            for kinds in ((Kind.ignored, Kind.refused), (Kind.flag,))
-        )
-        rows.append([engine, release, lost, flagged])
+    """Return the table of README.md: a row an engine, of the forms that published heads have."""
+    rows = [["engine", "EAGLE-3", *_PUBLISHED], ["---"] * (2 + len(_PUBLISHED))]
+    for column, (engine, release) in enumerate(list(ENGINES.items())[:-1]):  # llama.cpp needs its own converter
+        cells = []
+        for names in _PUBLISHED.values():
+            kinds = {form.verdicts[column].kind for form in FORMS if form.name in names}
+            cells.append("yes" if kinds == {Kind.served} else "by a flag" if kinds == {Kind.flag} else "no")
+        rows.append([f"{engine} {release}", "yes", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -45,10 +53,10 @@ TABLES: dict[Path, Callable[[], str]] = {
 
 
 def text(page: Path) -> str:
-    """Return a page with its table as the rows are now."""
-    begin, end = _MARKS
-    block = f"{begin}\n\n{TABLES[page]()}\n\n{end}"
-    found, count = re.subn(f"{begin}.*?{end}", lambda _: block, page.read_text(), flags=re.DOTALL)
+    """Return a page with its table, which is known by its first cell, as the rows are now."""
+    table = TABLES[page]()
+    begin = re.escape(f"|{table.split('|')[1]}|")
+    found, count = re.subn(rf"^{begin}.*?(?=\n\n)", lambda _: table, page.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert count == 1, f"{page} needs one place for its table"
     return found
 
