@@ -1,19 +1,21 @@
 """vLLM as the judge: it must count what `fledge evaluate` counts. Run by `make test-serving`."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run, copy_until_dump
 from fledge.models.embedded.verifier import conversations
 from fledge.models.formats.fields import LAYER, vllm_layer_ids, written_fields
-from fledge.models.formats.plain import load_head
+from fledge.models.formats.plain import CONFIG, load_head
 from make_embedded import TINY, make_document, train
 from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
 pytestmark = pytest.mark.serving
+WINDOW, BEFORE_FC = "draft.sliding_window=16", "draft.norm_before_fc=true"
 HEADS = {
     "EAGLE-3.1": [],
     "EAGLE-3": ["draft=eagle3"],
@@ -21,6 +23,25 @@ HEADS = {
     "full vocabulary": ["draft.vocab_size=null"],
     "the verifier's lm_head": ["draft.vocab_size=null", "draft.train_lm_head=false"],
     "another width": ["draft.hidden_size=96", "draft.num_attention_heads=4", "draft.num_key_value_heads=2"],
+    "norm before fc": ["draft=eagle3", BEFORE_FC],
+    "norm before fc and norms of aux states": [BEFORE_FC],
+    "window": [WINDOW],
+    "4 aux layers": ["draft.aux_layers=[1,2,4,7]"],
+    "biases": ["draft.attention_bias=true"],
+    "q and k norms": ["draft.qk_norm=true"],
+    "2 layers": ["draft.num_layers=2"],
+    "3 layers": ["draft.num_layers=3"],
+    "5 layers": ["draft.num_layers=5"],
+    "Speculators' default": [
+        *("draft=eagle3", BEFORE_FC, "draft.norm_output=true", "draft.norm_before_residual=true"),
+        *(WINDOW, "draft.train_lm_head=false"),
+    ],
+    "norm before fc, window": ["draft=eagle3", BEFORE_FC, WINDOW],
+    "3 layers, window, 150 tokens": ["draft.num_layers=3", WINDOW, "draft.vocab_size=150"],
+    "2 layers, window in one": ["draft.num_layers=2", WINDOW, "draft.window_layers=[1]"],
+    "2 layers, q and k norms, window, 4 aux layers": [
+        *("draft.num_layers=2", "draft.qk_norm=true", WINDOW, "draft.aux_layers=[1,2,4,7]"),
+    ],
 }
 SIZES = {
     **SMALL_DECODER,
@@ -86,11 +107,25 @@ def check_read_by_speculators(run: Run) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
-    for name in ("conversations", "hidden_states"):
-        shutil.copytree(finished.path / name, run.path / name)
+    copy_until_dump(finished, run)
     for stage in ("dump", "train", "evaluate"):
         run(stage, *HEADS[head], "evaluate.baselines=false")
     run.options = HEADS[head]
+    judge(run, tmp_path)
+
+
+def test_vllm_counts_what_fledge_counts_with_a_head_that_rotates_half_of_each_head_dimension(finished, run, tmp_path):
+    """No option trains one from nothing: a published one is imported and trained on."""
+    published = tmp_path / "published"
+    shutil.copytree(finished.path / "exports" / "plain", published)
+    values = json.loads((published / CONFIG).read_text())
+    values["rope_parameters"]["partial_rotary_factor"] = 0.5
+    (published / CONFIG).write_text(json.dumps(values))
+    copy_until_dump(finished, run)
+    run("import", f"head_import.source={published}")
+    run.options = [f"train.init_from={run.path / 'imports' / 'published'}"]
+    for stage in ("train", "evaluate"):
+        run(stage, "evaluate.baselines=false")
     judge(run, tmp_path)
 
 
