@@ -50,6 +50,7 @@ class Options:
     counted_share: float = 1.0  # of the tokens of a turn
     ttt_steps: int = 7
     num_layers: int = 1
+    sliding_window: int = 0  # of every layer; 0: none
     num_aux: int = 3
     dtype: str = "float32"
     device: str = "cpu"
@@ -126,6 +127,8 @@ def head_config(options: Options) -> DraftHeadConfig:
         aux_layers=tuple(range(options.num_aux)),
         max_position_embeddings=options.seq_len + options.ttt_steps,
         num_layers=options.num_layers,
+        sliding_window=options.sliding_window or None,
+        window_layers=tuple(range(options.num_layers)) if options.sliding_window else (),
     )
 
 
