@@ -53,7 +53,7 @@ class Options:
     ttt_steps: int = 7
     num_layers: int = 1
     depths: str = ""  # several num_layers, as 1,2,3
-    sliding_window: int = 0  # positions that every layer sees; 0: all
+    sliding_window: int = 0  # of every layer; 0: none
     num_aux: int = 3
     dtype: str = "float32"
     device: str = "cpu"

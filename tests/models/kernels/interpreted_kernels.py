@@ -32,8 +32,10 @@ def here(monkeypatch):
         ([150], (4, 1), 128, {"ttt_steps": 2}),
         ([9, 40, 1], (5, 1), 64, {"ttt_steps": 3, "counted": 0.7, "num_layers": 2}),
         ([31, 33, 63, 20], (2, 1), 96, {"ttt_steps": 1}),
+        ([9, 1, 130], (2, 1), 32, {"ttt_steps": 2, "window": 90, "num_layers": 2}),
+        ([40, 2, 33], (2, 1), 32, {"ttt_steps": 4, "window": 4, "counted": 0.8}),
     ],
-    ids=["all_steps", "no_useful_row", "torn_rows", "one_document", "every_row", "first_step"],
+    ids=["all_steps", "no_useful_row", "torn_rows", "one_document", "every_row", "first_step", "window", "narrow"],
 )
 def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, head_dim, options, dtype):
     outputs, gradients = attention_errors(lengths, heads, head_dim, dtype, "cpu", **options)
