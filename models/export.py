@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..conf.runtime.artifact import MANIFEST, commit, digest, file_digest, held, write_atomic, write_json
 from ..conf.schema import Config, ExportFormat
+from .formats.engine_forms import VLLM
 from .formats.model_card import license_of, model_card
 from .formats.plain import WEIGHTS, head_folder, load_head
 from .formats.serving_formats import SERVING_FORMATS, ExportedHead, vllm_command
-from .formats.serving_notes import serving_files, unserved
+from .formats.serving_notes import engines_of, serving_files, unserved
 from .head.draft_head import DraftHead
 from .hub import push
 from .verifier.config import checkpoint_file, load_whole_config, verifier_location
-from .verifier.weights import check_identity
+from .verifier.weights import VerifierWeights, check_identity
 
 
 def export(config: Config) -> None:
@@ -26,14 +29,39 @@ def export(config: Config) -> None:
     source = head_folder(config.export.checkpoint, config.training_folder)
     head, record = load_head(source)
     check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
-    if head.config.num_layers > 1:
-        raise ValueError(
-            f"{source} has {head.config.num_layers} layers: engines disagree on how they norm the second, "
-            "only heads of one layer (draft.num_layers=1) can be served"
-        )
+    if not config.export.lm_head:
+        _check_lm_head(config, head, source)
     choice = config.export.format
-    for format_ in SERVING_FORMATS if choice is ExportFormat.all else [choice.value]:
-        _export_one(config, format_, source, head, record, base_model)
+    formats = SERVING_FORMATS if choice is ExportFormat.all else [choice.value]
+    exports = [_exported(config, format_, head, record, base_model) for format_ in formats]
+    without = [exported for exported in exports if len(unserved(exported)) == len(engines_of(exported))]
+    for exported in without:
+        reasons = "; ".join(f"{engine}: {reason}" for engine, reason in unserved(exported).items())
+        problem = f"export.format={exported.format} is read by no engine that serves {source} as trained: {reasons}"
+        if without == exports:
+            raise ValueError(f"{problem}. Train a head of another form (draft)")
+        print(f"export: {problem}. It is left out")
+    for exported in exports:
+        if exported not in without:
+            _export_one(config, exported, source, head, record)
+
+
+def _check_lm_head(config: Config, head: DraftHead, source: Path) -> None:
+    """Raise ValueError if the head's lm_head is not, row by row, the one that the verifier's file holds."""
+    if (
+        head.config.draft_vocab_size < head.config.vocab_size
+        or head.config.hidden_size != head.config.verifier_hidden_size
+    ):
+        differs = f"{head.config.draft_vocab_size} rows of {head.config.hidden_size}"
+    else:
+        dtype, theirs = getattr(torch, config.export.dtype.value), VerifierWeights(config.verifier).lm_head()
+        rows = (head.lm_head.weight.to(dtype) != theirs.to(dtype)).any(dim=1)
+        differs = f"{int(rows.sum())} rows that differ" if rows.any() else ""
+    if differs:
+        raise ValueError(
+            f"export.lm_head=false leaves the head to its verifier's lm_head, and that of {source} has {differs}: set "
+            "export.lm_head=true, or train with draft.vocab_size=null draft.train_lm_head=false"
+        )
 
 
 def _base_model(config: Config) -> str | None:
@@ -48,13 +76,14 @@ def _base_model(config: Config) -> str | None:
     return base_model
 
 
-def _export_one(
-    config: Config, format_: str, source: Path, head: DraftHead, record: dict[str, Any], base_model: str | None
-) -> None:
-    options, folder = config.export, config.run_folder / "exports" / format_
-    exported = ExportedHead(
+def _exported(
+    config: Config, format_: str, head: DraftHead, record: dict[str, Any], base_model: str | None
+) -> ExportedHead:
+    options = config.export
+    return ExportedHead(
         head=head.config,
-        folder=options.push_to or str(folder),
+        lm_head=options.lm_head,
+        folder=options.push_to or str(config.run_folder / "exports" / format_),
         format=format_,
         dtype=options.dtype.value,
         verifier=base_model or verifier_location(config.verifier),
@@ -66,14 +95,19 @@ def _export_one(
         base_model=base_model,
         on_hub=options.push_to is not None,
     )
+
+
+def _export_one(config: Config, exported: ExportedHead, source: Path, head: DraftHead, record: dict[str, Any]) -> None:
+    options, folder = config.export, config.run_folder / "exports" / exported.format
     texts = {**serving_files(exported), "README.md": _card(config, source, exported)}
     settings: dict[str, Any] = {"head": file_digest(source / WEIGHTS), "dtype": exported.dtype}
-    settings |= {"format": format_, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
+    settings |= {"format": exported.format, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
+    settings |= {} if exported.lm_head else {"lm_head": False}
     if _write(folder, exported, head, record, texts, settings):
         refused = unserved(exported)
         for engine, reason in refused.items():
             print(f"export: {engine} cannot serve this head: {reason}")
-        in_vllm = "vLLM" in {engine.name for engine in SERVING_FORMATS[format_].engines} - refused.keys()
+        in_vllm = VLLM in engines_of(exported) - refused.keys()
         command = f", served by `{vllm_command(exported)}`" if in_vllm else ""
         print(f"export: {folder}{command}; more in {folder / 'SERVING.md'}")
     if options.push_to:

@@ -84,6 +84,8 @@ class ExportConfig:
     # checkpoint to write; vLLM, SGLang and TensorRT-LLM read plain, vLLM reads speculators
     format: ExportFormat = ExportFormat.plain
     dtype: Dtype = Dtype.bfloat16  # type of the weights that are written
+    # write the head's lm_head; false: engines take the verifier's, which must be the same (draft.train_lm_head=false)
+    lm_head: bool = True
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
     push_to: HubId | None = None  # upload the export to this hub id, ORG/NAME; the token is read from HF_TOKEN
     private: bool = False  # a repository that push_to creates is private

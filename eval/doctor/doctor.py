@@ -16,8 +16,9 @@ from ...models.head.draft_head import DraftHead
 from ...models.import_head import source_folder
 from ...models.verifier.config import load_config
 from ...models.verifier.weights import VerifierWeights
+from .findings import Finding
 from .measure import FAR, STEPS, Measured, Verdict, measure, variants
-from .rules import KNOWN_TENSORS, PAIRS, Finding, absolute_ids, engine_notes, static_findings
+from .rules import KNOWN_TENSORS, PAIRS, absolute_ids, engine_notes, static_findings
 
 
 @dataclass
@@ -185,4 +186,7 @@ def _corrected_config(files: HeadFiles, tensors: dict[str, Tensor]) -> dict[str,
     values.pop("quantization_config", None)
     values["draft_vocab_size"] = len(tensors[LM_HEAD]) if LM_HEAD in tensors else None
     values["fc_norm"] = any(name.startswith("fc_norm.") for name in tensors)
+    values["norm_before_fc"] = "input_norm.weight" in tensors
+    (values.get(EAGLE) or {}).pop("norm_before_fc", None)
+    (values[LAYER] if files.speculators else values)["attention_bias"] = any(n.endswith(".bias") for n in tensors)
     return values

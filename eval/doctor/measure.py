@@ -173,7 +173,7 @@ def compare(
     for variant in tried:
         formed = _in_form(head, variant.config)
         if PAIRS in variant.changes:
-            formed.load_state_dict(halves_from_pairs(formed.state_dict(), variant.config.head_dim), assign=True)
+            formed.load_state_dict(halves_from_pairs(formed.state_dict(), variant.config), assign=True)
         hits, nats = zip(*(teacher_forced(formed, text, embedding) for text in texts), strict=True)
         measured.append(Measured(variant, list(hits), list(nats)))
     return Verdict(measured)

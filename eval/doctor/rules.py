@@ -6,37 +6,28 @@ Rules and costs are those of the engines' readers; the lengths quoted were count
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...models.formats.fields import AUX_IDS, EAGLE, FIELDS, POST_NORM, TOP, vllm_layer_ids
-from ...models.formats.plain import EMBEDDING, LM_HEAD, other_dtypes
+from ...models.formats.fields import AUX_IDS, EAGLE, FIELDS, LAYER, PARTIAL, POST_NORM, TOP, vllm_layer_ids
+from ...models.formats.plain import EMBEDDING, LM_HEAD, has_qk_norm, other_dtypes
 from ...models.formats.published_config import HeadFiles, rope_parameters
 from ...models.formats.serving_formats import SERVING_FORMATS, ServingFormat
 from ...models.head.config import rope_of
+from .findings import Finding, findings_of
+from .form_rules import QWEN3, UNKNOWN_NAMES, embedding_differs, form_findings, form_notes
 
 PLACES = {EAGLE: f"{EAGLE}.{AUX_IDS}", TOP: f"{AUX_IDS} at the top level"}
 AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, ROPE, PAIRS = "aux", "norm_before_residual", "norm_output", "rope", "pairs"
 KNOWN_TENSORS = re.compile(
-    r"(fc|norm|lm_head|embed_tokens|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\.((input_layernorm|hidden_norm"
-    r"|post_attention_layernorm)|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
+    r"(fc|norm|lm_head|embed_tokens|input_norm|fc_norm\.\d+)\.weight|d2t|t2d|(midlayer|layers\.\d+)\."
+    r"((input_layernorm|hidden_norm|post_attention_layernorm|self_attn\.([qkvo]_proj|[qk]_norm)"
+    r"|mlp\.(gate|up|down)_proj)\.weight|self_attn\.[qkvo]_proj\.bias)"
 )
-_UNKNOWN_NAMES = "vLLM refuses to load them, SGLang drops them silently"
+GPT_OSS = "gpt_oss"
 _LOWER = "aux states one layer lower are taken without an error (3.08 accepted in place of 3.51)"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, why it costs acceptance, and what to do about it."""
-
-    code: str
-    what: str
-    cost: str
-    cure: str
-    suspects: str = ""  # AUX, ...: only a suspicion, which a measurement can settle
 
 
 def _format(head: HeadFiles) -> ServingFormat:
@@ -53,7 +44,8 @@ def engine_layers(head: HeadFiles) -> dict[str, list[int]]:
     taken = {}
     for engine in _format(head).engines:
         ids = next((ids for at in engine.ids_at if (ids := [k for k in head.ids(at) if isinstance(k, int)])), [])
-        taken[engine.name] = [k - engine.first_id for k in ids] or head.default_layers()
+        first = 1 if head.counts_boundaries and head.verifier.model_type == GPT_OSS else engine.first_id
+        taken[engine.name] = [k - first for k in ids] or head.default_layers()
     return taken
 
 
@@ -61,7 +53,7 @@ def static_findings(head: HeadFiles) -> list[Finding]:
     """Compare a head's files with its verifier and the engines' rules; every problem is named."""
     if prefix := head.prefix:
         what = f"the names of the tensors begin with {prefix!r}"
-        finding = Finding("prefixed", what, _UNKNOWN_NAMES, f"remove {prefix!r} from the names")
+        finding = Finding("prefixed", what, UNKNOWN_NAMES, f"remove {prefix!r} from the names")
         bare = replace(head, tensors={name.removeprefix(prefix): tensor for name, tensor in head.tensors.items()})
         return [finding, *static_findings(bare)]
     if others := other_dtypes(head.tensors):
@@ -71,12 +63,8 @@ def static_findings(head: HeadFiles) -> list[Finding]:
         of_tensors = [Finding("dtype", "; ".join(others[:5]), cost, "fetch the head unquantised, in bfloat16")]
     else:
         of_tensors = [*_vocabulary_findings(head), *_tensor_findings(head)]
-    return [*_aux_findings(head), *_field_findings(head), *_rope_findings(head), *of_tensors]
-
-
-def _findings(*rows: tuple[Any, ...]) -> Iterator[Finding]:
-    """Return the findings of a table: of each row whose first entry is true, the others."""
-    return (Finding(*row) for applies, *row in rows if applies)
+    of_fields = [*_field_findings(head), *form_findings(head), *_rope_findings(head)]
+    return [*_aux_findings(head), *of_fields, *of_tensors]
 
 
 def _aux_findings(head: HeadFiles) -> Iterator[Finding]:
@@ -93,17 +81,18 @@ def _aux_findings(head: HeadFiles) -> Iterator[Finding]:
     write = "write " + " and ".join(written_ids(head, layers))
     places = " and ".join(PLACES[at] for at in _format(head).first_ids)
     ask = f"ask who trained it, or measure the likely ones by head_import.aux_layers=[...]; then write {places}"
-    taken = ", ".join(f"{engine} {ids}" for engine, ids in engine_layers(head).items())
+    by_engine = engine_layers(head)
+    taken = ", ".join(f"{engine} {ids}" for engine, ids in by_engine.items())
     differ = f"engines take different layers (0-based): {taken}; {_LOWER}"
     anew = "" if nested else "; if they count from 0, write both places anew: the measurement tells"
-    numbering = _findings(
+    numbering = findings_of(
         (not nested and not top, "aux_absent", "config.json does not say on which layers the head was trained",
          f"engines take their default layers, {default} (0-based): lost, if the head was trained on others",
          write if head.names_layers else ask),
-        (plain and not (nested and top), "aux_one_numbering",
+        (plain and not (nested and top) and any(ids != layers for ids in by_engine.values()), "aux_one_numbering",
          f"aux layer ids stand in one place only: {PLACES[EAGLE if nested else TOP]} {nested or top}", differ,
          write + anew),
-        (plain and top != vllm_layer_ids(nested), "aux_contradictory",
+        (plain and nested and top and top != vllm_layer_ids(layers), "aux_contradictory",
          f"{PLACES[EAGLE]} {nested} and {PLACES[TOP]} {top} contradict each other: the second must be one higher",
          differ, write),
         (default and layers in ([k + 1 for k in default], [k - 1 for k in default]), "aux_one_off",
@@ -113,15 +102,15 @@ def _aux_findings(head: HeadFiles) -> Iterator[Finding]:
          AUX),
     )  # fmt: skip
     yield from itertools.islice(numbering, 1)
-    other, count = len(layers) != 3, f"{len(layers)} aux layers"
-    yield from _findings(
-        (plain and num_layers - 1 in layers, "aux_last_layer", "the aux layers hold the verifier's last one",
+    uncounted = len(layers) != 3 and head.layer.get("num_aux_hidden_states") != len(layers)
+    count = f"{len(layers)} aux layers without num_aux_hidden_states"
+    yield from findings_of(
+        (plain and num_layers - 1 in layers and head.verifier.model_type != GPT_OSS, "aux_last_layer",
+         "the aux layers hold the verifier's last one",
          "SGLang cannot take its output", "serve with another engine, or train on other layers"),
-        (not plain and other, "aux_count", f"{count} in Speculators format",
-         "vLLM's releases (to 0.33) build fc for 3 in this format, and fail to load it",
-         "`fledge import`, then `fledge export export.format=plain`"),
-        (plain and other and head.values.get("num_aux_hidden_states") != len(layers), "aux_count",
-         f"{count} without num_aux_hidden_states", "engines expect 3", f"write num_aux_hidden_states: {len(layers)}"),
+        (uncounted and plain, "aux_count", count, "engines expect 3", f"write num_aux_hidden_states: {len(layers)}"),
+        (uncounted and not plain and head.layer.get("model_type") != QWEN3, "aux_count", count,
+         "vLLM builds fc for 3, and fails to load it", f"write {LAYER}.num_aux_hidden_states: {len(layers)}"),
     )  # fmt: skip
 
 
@@ -131,20 +120,19 @@ def _field_findings(head: HeadFiles) -> Iterator[Finding]:
     absent = [row.name for row in FIELDS if row.needed_by and row.name not in values]
     needed, positions = head.verifier.max_position_embeddings, layer.get("max_position_embeddings")
     nested_alone = (values.get(EAGLE) or {}).get(POST_NORM) and not values.get("norm_output")
-    return _findings(
+    return findings_of(
         (not plain and values.get("norm_before_residual") is None, "norm_before_residual_absent",
          "norm_before_residual is absent",
          "vLLM takes it for true in this format: 2.09 accepted in place of 3.51 if the head was trained without",
          "write norm_before_residual: false (or true, if the measurement as configured is best)", NORM_BEFORE_RESIDUAL),
-        (plain and values.get("model_type") != "llama", "model_type", f"model_type is {values.get('model_type')!r}",
+        (plain and values.get("model_type") not in ("llama", *([QWEN3] if has_qk_norm(head.tensors) else [])),
+         "model_type", f"model_type is {values.get('model_type')!r}",
          "engines read other fields for the head's sizes", "write model_type: llama"),
         (any(place.get("quantization_config") for place in (values, layer)), "quantization",
          "quantization_config stands in config.json", "engines quantize the head, or look for scales that it has not",
          "remove quantization_config"),
         (declared != held, "layer_count", f"num_hidden_layers is {declared}, the weights hold {held}",
          "engines look for others than are there", f"write num_hidden_layers: {held}"),
-        (declared == held != 1, "layers", f"{held} draft layers",
-         "engines norm the input of further layers differently", "train a head of one layer"),
         (nested_alone, "norm_output_nested", f"{EAGLE}.{POST_NORM}, TensorRT-LLM's name of norm_output, stands alone",
          "vLLM and SGLang read norm_output at the top level alone, and feed the un-normed state onward",
          "write norm_output: true at the top level too"),
@@ -170,9 +158,11 @@ def _rope_findings(head: HeadFiles) -> Iterator[Finding]:
     except ValueError as error:
         what, _, cure = str(error).rpartition(": ")
         return iter([Finding("rope_contradictory", what, "engines read something else, or different ones", cure)])
-    differs = {name: value for name, value in ours.items() if not name.startswith("mrope_")} != theirs  # equal on text
+    # Sections by image axis are equal on text; `theirs` is of the whole of each head's dimensions.
+    kept = {name: value for name, value in ours.items() if not name.startswith("mrope_") and name != PARTIAL}
+    differs = kept != theirs
     old_absent = head.layer.get("rope_theta") is None and ours["rope_theta"] != 10000.0
-    return _findings(
+    return findings_of(
         (differs, "rope", f"the rotary fields are {ours}, the verifier's {theirs}",
          "lost where the head was trained on the verifier's; on short texts little of it shows",
          f"if the head was trained on the verifier's, write rope_theta, rope_scaling, rope_parameters: {theirs}", ROPE),
@@ -193,7 +183,7 @@ def absolute_ids(tensors: dict[str, Tensor], vocab_size: int) -> bool:
 def _vocabulary_findings(head: HeadFiles) -> Iterator[Finding]:
     tensors, size, shared = head.tensors, head.values.get("draft_vocab_size"), head.shares_lm_head
     rows = len(tensors[LM_HEAD]) if LM_HEAD in tensors else size
-    yield from _findings(
+    yield from findings_of(
         (shared and size is not None, "lm_head_shared", "reuse_target_lm_head stands for a missing lm_head",
          "releases of SGLang that do not know the field take random weights, without an error (1.0 accepted)",
          "write draft_vocab_size: null"),
@@ -220,14 +210,14 @@ def _map_findings(head: HeadFiles, rows: int | None) -> Iterator[Finding]:
     offsets = "target id = draft id + d2t[draft id]"
     if "d2t" not in tensors:
         made_of = " (t2d holds what it is made of)" if "t2d" in tensors else ""
-        return _findings(
+        return findings_of(
             ((rows or vocab_size) < vocab_size, "d2t_absent", "d2t is missing, and the draft vocabulary is reduced",
              silent, f"ship d2t, int64 offsets: {offsets}{made_of}"),
         )  # fmt: skip
     d2t, t2d = tensors["d2t"].long().flatten(), tensors.get("t2d")
     ids = torch.arange(len(d2t)) + d2t
     low, high = int(ids.min()), int(ids.max())
-    return _findings(
+    return findings_of(
         (absolute_ids(tensors, vocab_size), "d2t_absolute", "d2t holds target ids", f"index errors, or {silent}",
          f"subtract 0, 1, 2 ... from it: {offsets}"),
         (len(d2t) == vocab_size, "d2t_full", "d2t is shipped with a full vocabulary", "vLLM refuses to load it",
@@ -251,27 +241,17 @@ def _tensor_findings(head: HeadFiles) -> Iterator[Finding]:
     def named(names: list[str], what: str) -> str:
         return f"{len(names)} tensors {what}: {', '.join(sorted(names)[:5])}"
 
-    return _findings(
+    return findings_of(
         (broken, "not_finite", named(broken, "hold numbers that are not finite"), "nothing is accepted (1.0)",
          "train the head again, from before it diverged"),
-        (prefixed, "prefixed", named(prefixed, "that engines do not know"), _UNKNOWN_NAMES,
+        (prefixed, "prefixed", named(prefixed, "that engines do not know"), UNKNOWN_NAMES,
          "remove `model.` from the names"),
-        (unknown, "unknown_tensors", named(unknown, "that engines do not know"), _UNKNOWN_NAMES,
+        (unknown, "unknown_tensors", named(unknown, "that engines do not know"), UNKNOWN_NAMES,
          "remove them, or set the field that declares them"),
-        (_embedding_differs(head), "embedding", f"{EMBEDDING} differs from the verifier's",
+        (embedding_differs(head), "embedding", f"{EMBEDDING} differs from the verifier's",
          "SGLang and TensorRT-LLM replace it by the verifier's: lost there, if it was trained",
          "serve it in vLLM only; if the verifier is not the one the head was trained for, set that one"),
     )  # fmt: skip
-
-
-def _embedding_differs(head: HeadFiles) -> bool:
-    """Return whether the head has an embedding that engines replace: of another width it has its own in all of them."""
-    own = head.tensors.get(EMBEDDING)
-    if own is None or head.weights is None:
-        return False
-    theirs = head.weights.embedding()
-    wider = own.shape[-1] != theirs.shape[-1] and own.shape[-1] == head.layer.get("hidden_size")
-    return not wider and (own.shape != theirs.shape or not torch.equal(own, theirs.to(own.dtype)))
 
 
 def engine_notes(head: HeadFiles, trained: list[int] | None = None) -> list[str]:
@@ -288,7 +268,7 @@ def engine_notes(head: HeadFiles, trained: list[int] | None = None) -> list[str]
         taken[engine] = f"{engine}: takes layers {ids} (0-based), {verdict}"
     if head.speculators:
         notes = [
-            taken["vLLM"] if len(head.aux_layers()) == 3 else "vLLM: fails to load it, its fc is for 3 aux layers",
+            taken["vLLM"],
             "SGLang, TensorRT-LLM: do not read this format, `fledge import` and `fledge export` give the plain one",
         ]
     else:
@@ -299,8 +279,7 @@ def engine_notes(head: HeadFiles, trained: list[int] | None = None) -> list[str]
             "is quantized too",
             f"TensorRT-LLM: ignores ids in the checkpoint, its YAML needs eagle3_layers_to_capture: {named}",
         ]
-        if head.values.get("norm_before_residual"):
-            notes.append("SGLang, TensorRT-LLM: ignore norm_before_residual, acceptance is lost if it was trained so")
+    notes += form_notes(head)
     if head.values.get("fc_norm") or head.values.get("norm_output"):
         notes.append("every engine: releases that do not know fc_norm and norm_output (EAGLE-3.1) lose acceptance")
     return notes

@@ -15,6 +15,8 @@ from ..head.config import DraftHeadConfig
 TOP, LAYER, EAGLE = "", "transformer_layer_config", "eagle_config"  # where fields stand
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 POST_NORM = "return_hidden_post_norm"  # TensorRT-LLM's name of norm_output, in eagle_config
+FULL, SLIDING = "full_attention", "sliding_attention"  # entries of layer_types
+PARTIAL = "partial_rotary_factor"
 ANY = object()
 
 
@@ -28,6 +30,8 @@ class Field:
     only: Any = ANY  # the one value with which the arithmetic is fledge's
     value: Callable[[Any], Any] | None = None  # what fledge writes of a head if neither of these two
     at: str | None = None  # where fledge writes it if not at home
+    of: Callable[[DraftHeadConfig], bool] = lambda config: True  # the heads of which fledge writes it
+    nested: bool = False  # a plain head may have it in eagle_config alone
     absent: Callable[[dict[str, Any], Any], Any] | None = None  # its default, by the layer's fields and the verifier
     required: bool = False  # a published head must have it
     needed_by: str = ""  # an engine that reads it without a default, in plain format
@@ -40,6 +44,18 @@ class Field:
 def _rope_scaling(config: DraftHeadConfig) -> dict[str, Any] | None:
     scaling = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
     return None if scaling.get("rope_type", "default") == "default" else scaling
+
+
+def _layer_types(config: DraftHeadConfig) -> list[str]:
+    return [SLIDING if config.window(layer) else FULL for layer in range(config.num_layers)]
+
+
+def _has_window(config: DraftHeadConfig) -> bool:
+    return bool(config.window_layers)
+
+
+def _rotates_in_part(config: DraftHeadConfig) -> bool:
+    return PARTIAL in config.rope_parameters
 
 
 # What served training or describes the verifier, and what would show in tensors, which are all checked.
@@ -55,8 +71,8 @@ _WITHOUT_EFFECT = """
     torch_dtype torchscript use_bfloat16 use_cla use_mrope use_qk_norm
 """
 FIELDS = (
-    # Of the layers, a Llama's, in the order in which they are written.
-    Field("model_type", value=lambda _: "llama", at=LAYER),
+    # Of the layers, in the order in which they are written. The norms of q and k show in tensors.
+    Field("model_type", value=lambda head: "qwen3" if head.qk_norm else "llama", at=LAYER),
     Field("hidden_size", LAYER, "hidden_size", required=True),
     Field("intermediate_size", LAYER, "intermediate_size", required=True),
     Field("num_hidden_layers", LAYER, "num_layers", absent=lambda layer, verifier: 1),
@@ -73,19 +89,27 @@ FIELDS = (
     Field("rope_theta", LAYER, value=lambda head: head.rope_parameters.get("rope_theta")),
     Field("rope_parameters", LAYER, "rope_parameters", value=lambda head: dict(head.rope_parameters)),
     Field("rope_scaling", LAYER, value=_rope_scaling),
-    Field("attention_bias", only=False, at=LAYER, needed_by="TensorRT-LLM"),
+    # SGLang and TensorRT-LLM read it here, vLLM in rope_parameters.
+    Field(PARTIAL, LAYER, value=lambda head: head.rope_parameters[PARTIAL], of=_rotates_in_part),
+    Field("attention_bias", LAYER, "attention_bias", absent=lambda *_: False, needed_by="TensorRT-LLM"),
     Field("mlp_bias", only=False, at=LAYER, needed_by="TensorRT-LLM"),
     Field("tie_word_embeddings", value=lambda _: False, at=LAYER, needed_by="TensorRT-LLM"),
+    # A Qwen3 forgets its window without the last of the three.
+    Field("layer_types", LAYER, value=_layer_types, of=_has_window),
+    Field("sliding_window", LAYER, value=lambda head: head.sliding_window, of=_has_window),
+    Field("use_sliding_window", LAYER, value=lambda _: True, of=_has_window),
+    # In Speculators format vLLM gets the layer's fields, and reads it among them.
+    Field("num_aux_hidden_states", value=lambda head: len(head.aux_layers), at=LAYER,
+          of=lambda head: len(head.aux_layers) != 3),
     # Of the head.
     Field("draft_vocab_size", TOP, "draft_vocab_size"),
     Field("norm_before_residual", TOP, "norm_before_residual"),
-    Field("norm_before_fc", only=False, at=TOP),
+    Field("norm_before_fc", TOP, "norm_before_fc", absent=lambda *_: False, nested=True),
     Field("fc_norm", TOP, "fc_norm"),
     Field("norm_output", TOP, "norm_output"),
     # Read, and not written, or in one format alone.
-    *(Field(name, TOP) for name in ("num_aux_hidden_states", "reuse_target_lm_head", "target_hidden_size",
-                                    "use_aux_norm")),
-    *(Field(name, LAYER) for name in ("intermediate_size_mlp", "layer_types", "no_rope_layers", "sliding_window")),
+    *(Field(name, TOP) for name in ("reuse_target_lm_head", "target_hidden_size", "use_aux_norm")),
+    *(Field(name, LAYER) for name in ("intermediate_size_mlp", "no_rope_layers")),
     Field(POST_NORM, EAGLE),
     # What changes the arithmetic, and the only value with which it is fledge's.
     Field("quantization_config", only=None),
@@ -97,9 +121,9 @@ FIELDS = (
         "is_causal", "use_rotary_pos_emb", "use_aux_hidden_state", "use_input_layernorm_in_first_layer",
         "use_last_layernorm", "next_layer_regular")),
     *(Field(name, only=False) for name in (
-        "qkv_bias", "bias", "additional_fc", "eh_proj_before_attn", "eh_proj_bias", "use_sliding_window",
-        "rope_interleave", "rope_interleaved", "use_mtp_layernorm", "parallel_drafting")),
-    *(Field(name, only=1.0) for name in ("partial_rotary_factor", "logit_scale")),
+        "qkv_bias", "bias", "additional_fc", "eh_proj_before_attn", "eh_proj_bias", "rope_interleave",
+        "rope_interleaved", "use_mtp_layernorm", "parallel_drafting")),
+    Field("logit_scale", only=1.0),
     *(Field(name, only=1) for name in ("parallel_draft_step", "parallel_draft_heads_num_layers")),
     *map(Field, _WITHOUT_EFFECT.split()),
 )  # fmt: skip
@@ -122,8 +146,15 @@ def written_fields(config: DraftHeadConfig, place: str, more: Iterable[Field] = 
     return {
         row.name: row.value(config) if row.value else getattr(config, row.ours) if row.ours else row.only
         for row in (*FIELDS, *more)
-        if place == (row.home if row.at is None and (row.ours or row.value) else row.at)
+        if row.of(config) and place == (row.home if row.at is None and (row.ours or row.value) else row.at)
     }
+
+
+def window_of(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return the window among the attributes of `DraftHeadConfig`, by the layer's fields."""
+    types = (layer.get("layer_types") or [])[: layer.get("num_hidden_layers") or 1]
+    layers = tuple(number for number, kind in enumerate(types) if kind == SLIDING)
+    return {"sliding_window": layer.get("sliding_window") if layers else None, "window_layers": layers}
 
 
 def vllm_layer_ids(aux_layers: Iterable[int]) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .engine_forms import forms_of
 from .serving_formats import SERVING_FORMATS, ExportedHead
 
 _HUB = "https://huggingface.co"
@@ -66,7 +67,8 @@ def model_card(
         f"- format: {exported.format}, {exported.dtype}\n"
         f"- reads the outputs of the verifier's layers {', '.join(map(str, head.aux_layers))} (0-based)\n"
         f"- draft vocabulary: {head.draft_vocab_size:,} of the verifier's {head.vocab_size:,} tokens\n"
-        f"- EAGLE-3.1 norms: {', '.join(norms)}",
+        f"- EAGLE-3.1 norms: {', '.join(norms)}"
+        + "".join(f"\n- {form}" for form in forms_of(exported) if "EAGLE-3.1" not in form),
         *([_acceptance(acceptance)] if acceptance else []),
         *([_sources(conversations)] if conversations else []),
         f"## License\n\n{terms}{', and that of the head it was converted from' if source else ''}.",

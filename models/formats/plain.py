@@ -5,6 +5,7 @@ Next to `config.json` and `model.safetensors` stands `fledge.json`, which names 
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from ..head.architectures import architecture_of, build_head, named_architecture
 from ..head.config import DraftHeadConfig
 from ..head.draft_head import DraftHead
 from ..head.vocabulary import VocabularyMap
-from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, TOP, vllm_layer_ids, written_fields
+from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, TOP, vllm_layer_ids, window_of, written_fields
 
 LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+INPUT_NORM, HIDDEN_NORM = "input_layernorm.weight", "hidden_norm.weight"  # of a layer
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -29,20 +31,27 @@ LATEST, BEST = "latest", "best"  # names of training checkpoints
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
 
 
-def plain_config(config: DraftHeadConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the `config.json` in plain format: aux layers 0-based in `eagle_config`, one higher at the top level."""
+def plain_config(config: DraftHeadConfig, dtype: torch.dtype, lm_head: bool = True) -> dict[str, Any]:
+    """Return the `config.json` in plain format: aux layers 0-based in `eagle_config`, one higher at the top level.
+
+    Without an `lm_head` of its own the head declares the verifier's by `draft_vocab_size: null`.
+    """
     architecture = architecture_of(config)
     values: dict[str, Any] = {
-        "architectures": [architecture.names["plain"]],
+        "architectures": [architecture.names["qwen3" if config.qk_norm else "plain"]],
         **written_fields(config, LAYER, architecture.fields),
         "draft_vocab_size": config.draft_vocab_size,
         "torch_dtype": dtype_name(dtype),
-        EAGLE: {AUX_IDS: list(config.aux_layers), "use_aux_hidden_state": True, "norm_before_fc": False},
+        EAGLE: {
+            AUX_IDS: list(config.aux_layers),
+            "use_aux_hidden_state": True,
+            "norm_before_fc": config.norm_before_fc,
+        },
         AUX_IDS: vllm_layer_ids(config.aux_layers),
         **written_fields(config, TOP, architecture.fields),
     }
-    if len(config.aux_layers) != 3:
-        values["num_aux_hidden_states"] = len(config.aux_layers)
+    if not lm_head:
+        values["draft_vocab_size"] = None
     if config.verifier_hidden_size != config.hidden_size:
         values["target_hidden_size"] = config.verifier_hidden_size
     return values
@@ -53,37 +62,61 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def config_from_plain(values: dict[str, Any], own_embedding: bool) -> DraftHeadConfig:
-    """Read a `config.json` that `plain_config` wrote; `own_embedding` is known by the tensors."""
+def config_from_plain(values: dict[str, Any], tensors: Iterable[str]) -> DraftHeadConfig:
+    """Read a `config.json` that `plain_config` wrote; the names of the tensors tell what it does not."""
     architecture = named_architecture(values)
     return architecture.config(
         **{field.ours: values[field.name] for field in (*FIELDS, *architecture.fields) if field.ours},
         verifier_hidden_size=values.get("target_hidden_size", values["hidden_size"]),
         aux_layers=tuple(values[EAGLE][AUX_IDS]),
-        own_embedding=own_embedding,
+        **window_of(values),
+        own_embedding=EMBEDDING in tensors,
+        qk_norm=has_qk_norm(tensors),
     )
 
 
-def head_tensors(head: DraftHead, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def has_qk_norm(tensors: Iterable[str]) -> bool:
+    """Return whether queries and keys are normed, by the names of the tensors."""
+    return any(name.endswith((".q_norm.weight", ".k_norm.weight")) for name in tensors)
+
+
+def head_tensors(
+    head: DraftHead, weights: dict[str, Tensor], dtype: torch.dtype, lm_head: bool = True
+) -> dict[str, Tensor]:
     """Return a head's full state dict cast for a file, and its vocabulary map if the vocabulary is reduced."""
-    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    tensors = {
+        name: weight.detach().to("cpu", dtype).contiguous()
+        for name, weight in weights.items()
+        if lm_head or name != LM_HEAD
+    }
     if head.config.draft_vocab_size < head.config.vocab_size:
         tensors |= {"d2t": head.d2t.cpu(), "t2d": head.t2d.cpu()}
     return tensors
 
 
 def save_head(
-    folder: Path, head: DraftHead, record: dict[str, Any], dtype: torch.dtype, weights: dict[str, Tensor] | None = None
+    folder: Path,
+    head: DraftHead,
+    record: dict[str, Any],
+    dtype: torch.dtype,
+    weights: dict[str, Tensor] | None = None,
+    lm_head: bool = True,
 ) -> None:
     """Write a head in plain format into an existing folder.
+
+    The one layer is called midlayer.*, several layers.i.*, each of them as every engine knows it.
 
     Args:
         record: what `fledge.json` keeps; `verifier` (its identity) among it.
         weights: the head's full state dict if the module's own is partitioned.
+        lm_head: whether to write it; if not, the verifier's must be the same.
     """
-    tensors = head_tensors(head, head.state_dict() if weights is None else weights, dtype)
-    named = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
-    write_head_files(folder, named, plain_config(head.config, dtype), record)
+    tensors = head_tensors(head, head.state_dict() if weights is None else weights, dtype, lm_head)
+    if head.config.num_layers == 1:
+        tensors = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
+    for layer in range(1, head.config.num_layers):  # vLLM norms with the one, SGLang and TensorRT-LLM with the other
+        tensors[f"layers.{layer}.{HIDDEN_NORM}"] = tensors[f"layers.{layer}.{INPUT_NORM}"].clone()
+    write_head_files(folder, tensors, plain_config(head.config, dtype, lm_head), record)
 
 
 def write_head_files(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], record: dict[str, Any]) -> None:
@@ -106,7 +139,9 @@ def load_head(folder: str | Path) -> tuple[DraftHead, dict[str, Any]]:
             raise ValueError(f"{folder} holds a head in Speculators format, plain format is required; {_CURE}")
         record = json.loads((folder / RECORD).read_text())
         tensors = load_file(folder / WEIGHTS)
-        config = config_from_plain(values, own_embedding=EMBEDDING in tensors)
+        if LM_HEAD not in tensors:
+            raise ValueError(f"{folder} holds a head without {LM_HEAD}, made for its verifier's; {_CURE}")
+        config = config_from_plain(values, tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds a damaged head ({type(error).__name__}: {error})") from None
     if config.draft_vocab_size != config.vocab_size and not {"d2t", "t2d"} <= tensors.keys():
@@ -121,6 +156,7 @@ def assemble(place: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -
     """
     renamed = [re.sub(r"^midlayer\.", "layers.0.", name) for name in tensors]
     weights = dict(zip(renamed, tensors.values(), strict=True))
+    problems = _join_norms(weights)
     maps = {"d2t": [config.draft_vocab_size], "t2d": [config.vocab_size]}
     with torch.device("meta"):
         head = build_head(config, VocabularyMap(*map(torch.empty, maps.values())))
@@ -135,7 +171,9 @@ def assemble(place: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -
         ),
     ]
     twice = {name for name in renamed if renamed.count(name) > 1}
-    problems = other_dtypes(weights) + sorted(differing) + [f"{name} stands twice, as midlayer.* too" for name in twice]
+    problems += (
+        other_dtypes(weights) + sorted(differing) + [f"{name} stands twice, as midlayer.* too" for name in twice]
+    )
     if "d2t" not in weights and ("t2d" in weights or config.draft_vocab_size != config.vocab_size):
         problems.append("d2t is missing, and the draft vocabulary is reduced")
     if not config.own_embedding and config.hidden_size != config.verifier_hidden_size:
@@ -146,6 +184,19 @@ def assemble(place: Path, config: DraftHeadConfig, tensors: dict[str, Tensor]) -
     head = build_head(config, None if d2t is None else _vocabulary(place, config.vocab_size, d2t, t2d))
     head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return head
+
+
+def _join_norms(weights: dict[str, Tensor]) -> list[str]:
+    """Leave the norm of a later layer under one of its two names; return what is wrong if they differ."""
+    problems = []
+    for name in [name for name in weights if re.fullmatch(rf"layers\.[1-9]\d*\.{re.escape(HIDDEN_NORM)}", name)]:
+        norm, twin = weights.pop(name), name.replace(HIDDEN_NORM, INPUT_NORM)
+        if not torch.equal(weights.setdefault(twin, norm).float(), norm.float()):
+            problems.append(
+                f"{name} and {twin} differ, of which vLLM applies the second, SGLang and TensorRT-LLM the first: "
+                "remove the one that the head was trained without"
+            )
+    return problems
 
 
 def other_dtypes(tensors: dict[str, Tensor]) -> list[str]:

@@ -18,14 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...conf.schema import HeadImportConfig
+from ..head.config import DraftHeadConfig
 from ..head.draft_head import DraftHead
 from ..verifier.weights import VerifierWeights
+from .fields import PARTIAL
 from .plain import CONFIG, EMBEDDING, FLOATS, LM_HEAD, WEIGHTS, assemble
 from .published_config import HeadFiles, head_config
 from .serving_formats import SERVING_FORMATS
 
 INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
-_ROTATED = re.compile(r"layers\.\d+\.self_attn\.[qk]_proj\.weight")
+_ROTATED = re.compile(r"layers\.\d+\.self_attn\.[qk]_(proj|norm)\.(weight|bias)")
 
 
 class PublishedHead(NamedTuple):
@@ -71,19 +73,21 @@ def assemble_head(files: HeadFiles) -> PublishedHead:
     config = replace(head_config(files, tensors[LM_HEAD].shape[0]), own_embedding=EMBEDDING in tensors)
     head = assemble(folder, config, tensors)
     if files.options.interleaved_rotary:
-        head.load_state_dict(halves_from_pairs(head.state_dict(), config.head_dim))
+        head.load_state_dict(halves_from_pairs(head.state_dict(), config))
     dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in ("d2t", "t2d"))
     return PublishedHead(head, reduce(torch.promote_types, dtypes))
 
 
-def halves_from_pairs(weights: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+def halves_from_pairs(weights: dict[str, Tensor], config: DraftHeadConfig) -> dict[str, Tensor]:
     """Reorder q and k of a head that rotates neighbouring dimensions as pairs, as Llama 4 and GPT-J do.
 
-    Dimensions 2i and 2i+1 of each attention head become i and i + head_dim / 2, which fledge rotates together.
+    Of each attention head's R rotated dimensions 2i and 2i+1 become i and i + R / 2, which fledge rotates together.
     """
-    order = torch.arange(head_dim).unflatten(0, (-1, 2)).T.flatten()
+    order = torch.arange(config.head_dim)
+    rotated = int(config.head_dim * config.rope_parameters.get(PARTIAL, 1))
+    order[:rotated] = order[:rotated].unflatten(0, (-1, 2)).T.flatten()
     return {
-        name: weight.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1) if _ROTATED.fullmatch(name) else weight
+        name: weight.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1) if _ROTATED.fullmatch(name) else weight
         for name, weight in weights.items()
     }
 

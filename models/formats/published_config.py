@@ -18,8 +18,23 @@ from ..head.architectures import named_architecture
 from ..head.config import DraftHeadConfig
 from ..verifier.config import default_aux_layers
 from ..verifier.weights import VerifierWeights
-from .fields import AUX_IDS, EAGLE, FIELDS, LAYER, POST_NORM, ROPE_FIELDS, TOP, Field, has_no_effect, vllm_layer_ids
-from .plain import CONFIG, LM_HEAD
+from .fields import (
+    AUX_IDS,
+    EAGLE,
+    FIELDS,
+    FULL,
+    LAYER,
+    PARTIAL,
+    POST_NORM,
+    ROPE_FIELDS,
+    SLIDING,
+    TOP,
+    Field,
+    has_no_effect,
+    vllm_layer_ids,
+    window_of,
+)  # fmt: skip
+from .plain import CONFIG, LM_HEAD, has_qk_norm
 
 _LAYER = re.compile(r"(midlayer|layers\.\d+)\.")
 _CURE = "serve the head in the engine it was made for, or correct the field if it was trained otherwise"
@@ -57,6 +72,11 @@ class HeadFiles:
         return sorted(found) if all(isinstance(k, int) for k in found) else found
 
     @property
+    def counts_boundaries(self) -> bool:
+        """Return whether nested ids are vLLM's: one is as high as the number of layers, as NVIDIA numbers gpt-oss."""
+        return self.ids(EAGLE)[-1:] == [self.verifier.num_hidden_layers]
+
+    @property
     def names_layers(self) -> bool:
         """Return whether config.json, or the option, says on which layers the head was trained."""
         return bool(self.ids(EAGLE) or self.ids(TOP) or self.options.aux_layers)
@@ -72,7 +92,7 @@ class HeadFiles:
         """Return the layers meant, 0-based; ids at the top level alone are taken as vLLM numbers them."""
         nested, top = self.ids(EAGLE), self.ids(TOP)
         if nested and not self.speculators:
-            return nested
+            return [k - 1 for k in nested if isinstance(k, int)] if self.counts_boundaries else nested
         if self.options.aux_numbering is AuxNumbering.zero_based and not self.speculators:
             return top
         return [k - 1 for k in top if isinstance(k, int)] or sorted(self.options.aux_layers or self.default_layers())
@@ -125,8 +145,10 @@ def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
             raise ValueError(
                 f"{folder} is made for a verifier of {name} {has}, verifier.path has {needs}: set the head's verifier"
             )
+    nested = {} if files.speculators else values.get(EAGLE) or {}
     read: dict[str, Any] = {
         field.ours: (layer if field.home == LAYER else values).get(field.name)
+        or (field.nested and nested.get(field.name))
         or (field.absent and field.absent(layer, verifier))
         for field in fields.values()
         if field.ours
@@ -138,6 +160,8 @@ def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
         "verifier_hidden_size": width,
         "aux_layers": _aux_layers(files),
         "rope_parameters": rope_parameters(folder, layer),
+        **window_of(layer),
+        "qk_norm": has_qk_norm(files.tensors),
         "fc_norm": bool(values.get("fc_norm") or values.get("use_aux_norm")),
         "norm_output": _norm_output(folder, values),
         "norm_before_residual": bool(values.get("norm_before_residual", files.speculators)),
@@ -166,6 +190,8 @@ def _check_fields(files: HeadFiles, fields: dict[str, Field]) -> None:
         if field.home is not None:
             home = places[TOP if layer is values and field.home == LAYER else field.home]
             absent = field.name == "norm_before_residual" and files.speculators  # means true there
+            if field.nested and path.startswith(EAGLE) and not files.speculators and home.get(field.name) is None:
+                continue
             if value != home.get(field.name, absent):
                 where = "at the top level" if home is values else f"in {field.home}"
                 raise ValueError(
@@ -184,18 +210,24 @@ def _check_fields(files: HeadFiles, fields: dict[str, Field]) -> None:
 
 
 def _check_attention(folder: Path, layer: dict[str, Any]) -> None:
-    """Refuse a head that does not attend to all earlier positions, or not by their rotary positions."""
-    window, types = layer.get("sliding_window"), layer.get("layer_types")
+    """Refuse a head that attends otherwise than to all positions, or those of a window, by rotary positions."""
+    window, kinds, switch = (layer.get(name) for name in ("sliding_window", "layer_types", "use_sliding_window"))
+    known, layers = kinds or [], layer.get("num_hidden_layers") or 1
+    slides = SLIDING in known[:layers]
     kind = CONFIG_MAPPING[layer["model_type"]] if layer.get("model_type") in CONFIG_MAPPING else None
-    narrow = window and types is None and "use_sliding_window" not in layer and hasattr(kind, "sliding_window")
-    for name, restricts in (
-        ("layer_types", any(entry != "full_attention" for entry in types or [])),
-        ("sliding_window", narrow and not hasattr(kind, "use_sliding_window")),
-        ("no_rope_layers", not all(layer.get("no_rope_layers") or [])),
+    narrow = window and kinds is None and switch is None and hasattr(kind, "sliding_window")
+    full = "fledge's head has full attention, or layer_types and a sliding_window"
+    for name, refused, why in (
+        ("layer_types", any(entry not in (FULL, SLIDING) for entry in known), full),
+        ("layer_types", slides and len(known) != layers, f"one for each of {layers} layers is required"),
+        ("sliding_window", slides and not window, "layer_types names layers that have one"),
+        ("use_sliding_window", slides and switch is False, "layer_types names layers that have one"),
+        ("use_sliding_window", switch and kinds is None, "layer_types must say which layers have it"),
+        ("sliding_window", narrow and not hasattr(kind, "use_sliding_window"), "layer_types must say which layers"),
+        ("no_rope_layers", not all(layer.get("no_rope_layers") or []), "fledge's head rotates in every layer"),
     ):
-        if restricts:
-            full = "fledge's head has full attention with rotary positions only"
-            raise ValueError(f"{folder}: {name} is {layer[name]!r}, {full}: {_CURE}")
+        if refused:
+            raise ValueError(f"{folder}: {name} is {layer.get(name)!r}, {why}: {_CURE}")
 
 
 def _norm_output(folder: Path, values: dict[str, Any]) -> bool:
@@ -211,10 +243,10 @@ def _norm_output(folder: Path, values: dict[str, Any]) -> bool:
 
 def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
     """Join the rotary fields, in the form of transformers 5 (`rope_parameters`) or the older one (two fields)."""
-    joined: dict[str, Any] = {"rope_theta": layer["rope_theta"]} if layer.get("rope_theta") else {}
+    joined = {name: layer[name] for name in ("rope_theta", PARTIAL) if layer.get(name)}
     found = [(name, *item) for name in ("rope_parameters", "rope_scaling") for item in (layer.get(name) or {}).items()]
     for name, field, value in found:
-        if not ROPE_FIELDS.fullmatch(field) or (field == "partial_rotary_factor" and value not in (None, 1)):
+        if not ROPE_FIELDS.fullmatch(field):
             cure = "which fledge's head does not know: remove it if the head was trained without"
             raise ValueError(f"{folder}: {name}.{field} is {value!r}, {cure}")
         if field in ("rope_type", "type"):
@@ -225,6 +257,10 @@ def rope_parameters(folder: Path, layer: dict[str, Any]) -> dict[str, Any]:
                 "was trained with"
             )
     joined = {"rope_type": "default", "rope_theta": 10000.0, **joined}
+    if (factor := joined.get(PARTIAL, 1)) == 1:
+        joined.pop(PARTIAL, None)
+    elif not 0 < factor < 1:
+        raise ValueError(f"{folder}: {PARTIAL} is {factor}, a share between 0 and 1 is required: {_CURE}")
     if joined["rope_type"] not in ["default", *ROPE_INIT_FUNCTIONS]:
         raise ValueError(f"{folder}: rope_type is {joined['rope_type']!r}, fledge's head does not know it: {_CURE}")
     return joined
@@ -266,15 +302,16 @@ def _aux_layers(files: HeadFiles) -> tuple[int, ...]:
             f"{folder}: {AUX_IDS} is {top} at the top level alone, which projects number in two ways: set "
             "head_import.aux_numbering=zero_based if id k is the output of layer k, =vllm if of layer k-1"
         )
-    layers = nested or files.aux_layers()
+    layers = nested if files.speculators and nested else files.aux_layers()
     if len(set(layers)) != len(layers) or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise ValueError(
             f"{folder}: the aux layers are {layers} (0-based), different ones from 0 to {num_layers - 1}, the "
             "verifier's, are required"
         )
-    if files.values.get("num_aux_hidden_states") not in (None, len(layers)):
-        raise ValueError(
-            f"{folder}: num_aux_hidden_states is {files.values['num_aux_hidden_states']}, and the aux layers are "
-            f"{layers} (0-based): correct config.json to what the head was trained with"
-        )
+    for place in (files.values, files.layer):
+        if (number := place.get("num_aux_hidden_states")) not in (None, len(layers)):
+            raise ValueError(
+                f"{folder}: num_aux_hidden_states is {number}, and the aux layers are {layers} (0-based): correct "
+                "config.json to what the head was trained with"
+            )
     return tuple(layers)

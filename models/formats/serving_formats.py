@@ -4,30 +4,28 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..head.config import DraftHeadConfig
 from ..head.draft_head import DraftHead
+from .engine_forms import SGLANG, TENSORRT_LLM, VLLM, ServedHead, flags, obstacles
 from .fields import EAGLE, TOP
 from .plain import save_head
 from .speculators import save_speculators
 
 
-@dataclass(frozen=True)
-class ExportedHead:
+@dataclass(frozen=True, kw_only=True)
+class ExportedHead(ServedHead):
     """A head and the verifier it serves with."""
 
-    head: DraftHeadConfig
     folder: str  # of the export, or its hub id, as the commands name it
     format: str
     dtype: str
     verifier: str  # folder or hub id
-    architectures: list[str]  # the verifier's
-    verifier_layers: int
     revision: str | None
     num_draft_tokens: int
     imported_from: str | None = None  # the published head it was made of, None if fledge trained it
@@ -46,7 +44,7 @@ class Engine:
 
     name: str
     section: Callable[[ExportedHead], str]  # of SERVING.md: the command
-    obstacles: Callable[[ExportedHead], list[str]]  # why it cannot serve the head as it was trained
+    obstacles: Callable[[ServedHead], list[str]]  # why it cannot serve the head as it was trained
     ids_at: tuple[str, ...] = ()  # the places of config.json where it looks for aux layer ids, in this order
     first_id: int = 0  # what it calls the output of layer 0
     files: Callable[[ExportedHead], dict[str, str]] = lambda exported: {}  # further ones that it reads
@@ -67,7 +65,8 @@ class ServingFormat:
 def vllm_command(exported: ExportedHead) -> str:
     """Return the command that serves the verifier with the head in vLLM."""
     options = {"method": "eagle3", "model": exported.folder, "num_speculative_tokens": exported.num_draft_tokens}
-    return f"vllm serve {_verifier(exported)} --speculative-config {shlex.quote(json.dumps(options))}"
+    command = f"vllm serve {_verifier(exported)} --speculative-config {shlex.quote(json.dumps(options))}"
+    return command + flags(VLLM, exported)
 
 
 def _verifier(exported: ExportedHead) -> str:
@@ -80,8 +79,9 @@ def _section(engine: str, command: str, note: str = "") -> str:
 
 
 def _vllm_by_itself(exported: ExportedHead) -> str:
-    by_itself = f"or, as the checkpoint names its verifier:\n\n```\nvllm serve {shlex.quote(exported.folder)}\n```"
-    return _section("vLLM", vllm_command(exported), "" if exported.revision else by_itself)
+    command = f"vllm serve {shlex.quote(exported.folder)}{flags(VLLM, exported)}"
+    by_itself = f"or, as the checkpoint names its verifier:\n\n```\n{command}\n```"
+    return _section(VLLM, vllm_command(exported), "" if exported.revision else by_itself)
 
 
 def _sglang(exported: ExportedHead) -> str:
@@ -89,10 +89,10 @@ def _sglang(exported: ExportedHead) -> str:
         f"python -m sglang.launch_server --model-path {_verifier(exported)} "
         f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(exported.folder)} "
         f"--speculative-num-steps {exported.num_draft_tokens} --speculative-eagle-topk 1 "
-        f"--speculative-num-draft-tokens {exported.num_draft_tokens + 1}"
+        f"--speculative-num-draft-tokens {exported.num_draft_tokens + 1}{flags(SGLANG, exported)}"
     )
     note = "Beside an explicit `--quantization`, add `--speculative-draft-model-quantization unquant`."
-    return _section("SGLang", command, note)
+    return _section(SGLANG, command, note)
 
 
 def _tensorrt_llm(exported: ExportedHead) -> str:
@@ -103,7 +103,7 @@ def _tensorrt_llm(exported: ExportedHead) -> str:
         "TensorRT-LLM does not read the aux layers of the checkpoint, they stand in `trtllm.yaml`. Older releases want "
         "`decoding_type: Eagle` and `pytorch_eagle_weights_path` in it for `Eagle3` and `speculative_model`."
     )
-    return _section("TensorRT-LLM", command, note)
+    return _section(TENSORRT_LLM, command, note)
 
 
 def _trtllm_yaml(exported: ExportedHead) -> dict[str, str]:
@@ -117,43 +117,33 @@ def _trtllm_yaml(exported: ExportedHead) -> dict[str, str]:
     return {"trtllm.yaml": "speculative_config:\n" + "".join(f"  {name}: {value}\n" for name, value in options.items())}
 
 
-def _own_embedding_or_residual(exported: ExportedHead) -> list[str]:
-    head = exported.head
-    replaced = head.own_embedding and head.hidden_size == head.verifier_hidden_size
-    embedding = ["it takes the verifier's embedding in place of the head's own"] if replaced else []
-    return embedding + (["it ignores norm_before_residual"] if head.norm_before_residual else [])
-
-
-def _last_layer(exported: ExportedHead) -> list[str]:
-    last = exported.verifier_layers - 1 in exported.head.aux_layers
-    return ["it cannot take the output of the verifier's last layer"] if last else []
-
-
-def _other_than_three_layers(exported: ExportedHead) -> list[str]:
-    fc = f"releases up to 0.33 build fc for 3 aux layers in this format, and it has {len(exported.head.aux_layers)}"
-    return [] if len(exported.head.aux_layers) == 3 else [f"{fc}: set export.format=plain"]
-
-
 def _write_speculators(folder: Path, head: DraftHead, record: dict[str, Any], exported: ExportedHead) -> None:
     verifier = {"name_or_path": exported.verifier, "architectures": exported.architectures}
-    save_speculators(folder, head, record, getattr(torch, exported.dtype), verifier, exported.num_draft_tokens)
+    dtype = getattr(torch, exported.dtype)
+    save_speculators(folder, head, record, dtype, verifier, exported.num_draft_tokens, exported.lm_head)
 
 
-_VLLM = Engine("vLLM", lambda e: _section("vLLM", vllm_command(e)), lambda _: [], ids_at=(TOP, EAGLE), first_id=1)
+def _write_plain(folder: Path, head: DraftHead, record: dict[str, Any], exported: ExportedHead) -> None:
+    save_head(folder, head, record, getattr(torch, exported.dtype), lm_head=exported.lm_head)
+
+
+_VLLM = Engine(
+    VLLM, lambda e: _section(VLLM, vllm_command(e)), partial(obstacles, VLLM), ids_at=(TOP, EAGLE), first_id=1
+)
 # By the value of export.format.
 SERVING_FORMATS = {
     "plain": ServingFormat(
-        lambda folder, head, record, exported: save_head(folder, head, record, getattr(torch, exported.dtype)),
+        _write_plain,
         engines=(
             _VLLM,
-            Engine("SGLang", _sglang, lambda e: [*_own_embedding_or_residual(e), *_last_layer(e)], ids_at=(EAGLE,)),
-            Engine("TensorRT-LLM", _tensorrt_llm, _own_embedding_or_residual, files=_trtllm_yaml),
+            Engine(SGLANG, _sglang, partial(obstacles, SGLANG), ids_at=(EAGLE,)),
+            Engine(TENSORRT_LLM, _tensorrt_llm, partial(obstacles, TENSORRT_LLM), files=_trtllm_yaml),
         ),
         first_ids={EAGLE: 0, TOP: 1},
     ),
     "speculators": ServingFormat(
         _write_speculators,
-        engines=(replace(_VLLM, section=_vllm_by_itself, obstacles=_other_than_three_layers),),
+        engines=(replace(_VLLM, section=_vllm_by_itself),),
         first_ids={TOP: 1},
         library="speculators",
     ),

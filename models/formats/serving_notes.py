@@ -3,6 +3,11 @@
 from .serving_formats import SERVING_FORMATS, ExportedHead
 
 
+def engines_of(exported: ExportedHead) -> set[str]:
+    """Return the engines that read an export's format."""
+    return {engine.name for engine in SERVING_FORMATS[exported.format].engines}
+
+
 def unserved(exported: ExportedHead) -> dict[str, str]:
     """Return the engines that read an export's format and cannot serve the head as it was trained, and why."""
     obstacles = {engine.name: engine.obstacles(exported) for engine in SERVING_FORMATS[exported.format].engines}
@@ -26,5 +31,7 @@ def serving_files(exported: ExportedHead) -> dict[str, str]:
             "The head is of the EAGLE-3.1 form (`fc_norm`, `norm_output`): releases that do not know these two fields "
             "either refuse it or accept fewer tokens than they should."
         )
+    if not exported.lm_head:
+        parts.append("The head has no `lm_head` of its own: every engine takes the verifier's, which is the same.")
     files = [engine.files(exported) for engine in engines if engine.name not in refused]
     return {"SERVING.md": "\n\n".join(parts) + "\n", **{name: text for some in files for name, text in some.items()}}

@@ -20,12 +20,14 @@ def save_speculators(
     dtype: torch.dtype,
     verifier: dict[str, Any],
     num_draft_tokens: int,
+    lm_head: bool = True,
 ) -> None:
     """Write a head in Speculators format into an existing folder; aux layers are in vLLM's numbering.
 
     `norm_before_residual` is always written (absent means true there), and there is no `model_type` at the top level.
 
-    `verifier` has `name_or_path` and `architectures` of the model that serves with the head.
+    `verifier` has `name_or_path` and `architectures` of the model that serves with the head. Without `lm_head` that of
+    the verifier, which must be the same, is left to it.
     """
     config, architecture, width = head.config, architecture_of(head.config), head.config.verifier_hidden_size
     proposal = {"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}
@@ -40,7 +42,10 @@ def save_speculators(
         AUX_IDS: vllm_layer_ids(config.aux_layers),
         "tie_word_embeddings": False,
         "torch_dtype": dtype_name(dtype),
-        LAYER: {"architectures": ["LlamaForCausalLM"], **written_fields(config, LAYER, architecture.fields)},
+        LAYER: {
+            "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+            **written_fields(config, LAYER, architecture.fields),
+        },
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
@@ -48,5 +53,7 @@ def save_speculators(
             "verifier": verifier,
         },
     }
-    tensors = head_tensors(head, head.state_dict(), dtype)  # named layers.0.* in the head as in the format
+    if not lm_head:
+        values["reuse_target_lm_head"] = True
+    tensors = head_tensors(head, head.state_dict(), dtype, lm_head)  # named layers.0.* in the head as in the format
     write_head_files(folder, tensors, values, record)

@@ -17,14 +17,16 @@ class HeadArchitecture:
     and `lm_head` of its module, and read `config`, `target_ids`, `d2t` and `t2d`.
     """
 
-    names: dict[str, str]  # in config.json, by serving format
+    names: dict[str, str]  # in config.json, by serving format; "qwen3" in plain format, if q and k are normed
     config: type[DraftHeadConfig]
     module: type[DraftHead]
     fields: tuple[Field, ...] = ()  # its rows next to those of models/formats/fields.py
 
 
 EAGLE3 = HeadArchitecture(
-    {"plain": "LlamaForCausalLMEagle3", "speculators": "Eagle3DraftModel"}, DraftHeadConfig, DraftHead
+    {"plain": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM", "speculators": "Eagle3DraftModel"},
+    DraftHeadConfig,
+    DraftHead,
 )
 ARCHITECTURES = [EAGLE3]
 
