@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from ...conf.schema import Config
 from ...models.formats.published import halves_from_pairs
@@ -186,7 +186,7 @@ def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
     formed.config = config
     for layer in formed.layers:
         cast(DraftLayer, layer).norm_before_residual = config.norm_before_residual
-    formed._rotary = (LlamaRotaryEmbedding(config.llama_config()),)
+    formed._rotary = (PhiRotaryEmbedding(config.llama_config()),)
     return formed
 
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding, rotate_half
 
 from .config import DraftHeadConfig
 from .vocabulary import VocabularyMap
 
 # (layer index, queries [T, heads, D], keys [T, kv_heads, D], values [T, kv_heads, D]) -> [T, heads, D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Rotary = tuple[Tensor, Tensor]  # cosine and sine, [T, D] each
+Rotary = tuple[Tensor, Tensor]  # cosine and sine, [T, D] each, or fewer dimensions: the first ones are rotated
 Projected = tuple[Tensor, Tensor, Tensor]  # what the embedding adds to layer 0's q, k and v, [T, heads*D] each
 
 
@@ -37,10 +37,10 @@ EmbeddingInput = Tensor | Projected | Lookup  # [T, H], or as `DraftHead.project
 
 
 class PartialLinear(nn.Linear):
-    """A linear map that also takes some of its input columns alone."""
+    """A linear map that also takes some of its input columns alone; the bias comes with the last of them."""
 
     def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        return nn.functional.linear(x, self.weight[:, columns])
+        return nn.functional.linear(x, self.weight[:, columns], self.bias if columns.stop is None else None)
 
 
 class SelfAttention(nn.Module):
@@ -52,10 +52,12 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         width = config.hidden_size * (2 if layer == 0 else 1)
         of_queries, of_keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = PartialLinear(width, of_queries, bias=False)
-        self.k_proj = PartialLinear(width, of_keys, bias=False)
-        self.v_proj = PartialLinear(width, of_keys, bias=False)
-        self.o_proj = nn.Linear(of_queries, config.hidden_size, bias=False)
+        self.q_proj = PartialLinear(width, of_queries, bias=config.attention_bias)
+        self.k_proj = PartialLinear(width, of_keys, bias=config.attention_bias)
+        self.v_proj = PartialLinear(width, of_keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(of_queries, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -72,6 +74,8 @@ class SelfAttention(nn.Module):
         if projected is not None:
             q, k, v = q + _rows(projected[0], rows), k + projected[1], v + projected[2]
         q, k, v = (values.unflatten(-1, (-1, self.head_dim)) for values in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = _rotated(q, *(_rows(values, rows) for values in rotary)), _rotated(k, *rotary)
         return self.o_proj(attention(self.layer, q, k, v).flatten(-2))
 
@@ -81,7 +85,9 @@ def _rows(values: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys [T, heads, D] to their positions."""
+    """Rotate queries or keys [T, heads, D] to their positions; dimensions beyond those of `cos` stay as they are."""
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([_rotated(x[..., :size], cos, sin), x[..., size:]], dim=-1)
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
@@ -169,6 +175,7 @@ class DraftHead(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None
         num_aux, width = len(config.aux_layers), config.verifier_hidden_size
+        self.input_norm = nn.RMSNorm(num_aux * width, config.rms_norm_eps) if config.norm_before_fc else None
         norms = (nn.RMSNorm(width, config.rms_norm_eps) for _ in range(num_aux))
         self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
         self.fc = nn.Linear(num_aux * width, config.hidden_size, bias=False)
@@ -181,8 +188,8 @@ class DraftHead(nn.Module):
             vocabulary = VocabularyMap(torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens).bool())
         self.register_buffer("d2t", vocabulary.d2t, persistent=False)
         self.register_buffer("t2d", vocabulary.t2d, persistent=False)
-        # In a tuple, so that a cast of the head to bf16 does not round the frequencies.
-        self._rotary = (LlamaRotaryEmbedding(config.llama_config()),)
+        # Llama's, and of a part of the dimensions. In a tuple, so that a cast to bf16 does not round the frequencies.
+        self._rotary = (PhiRotaryEmbedding(config.llama_config()),)
 
     @property
     def target_ids(self) -> Tensor:
@@ -206,13 +213,18 @@ class DraftHead(nn.Module):
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """Return the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
+        if self.input_norm is not None:
+            aux_hidden_states = self.input_norm(aux_hidden_states)
         if self.fc_norm is not None:
             parts = aux_hidden_states.split(self.config.verifier_hidden_size, dim=-1)
             aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(aux_hidden_states)
 
     def project_embedding(self, embedding: Tensor) -> Projected:
-        """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step."""
+        """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step.
+
+        Biases are not among it: they come with the states.
+        """
         first: Any = self.layers[0]
         x, attention, columns = first.input_layernorm(embedding), first.self_attn, slice(embedding.shape[-1])
         return attention.q_proj(x, columns), attention.k_proj(x, columns), attention.v_proj(x, columns)
@@ -247,7 +259,7 @@ def initialise(head: DraftHead, verifier_embedding: Tensor, verifier_lm_head: Te
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             elif name == "lm_head.weight":
                 parameter.copy_(of_width(verifier_lm_head[head.target_ids.cpu()], width))
             elif name == "embed_tokens.weight":

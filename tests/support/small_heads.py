@@ -8,6 +8,27 @@ from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.train.loss.rows import PackedBatch
 
+_PARTIAL = {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_SPECULATORS = {"norm_before_fc": True, "fc_norm": False, "norm_output": True, "norm_before_residual": True}
+# Forms of heads next to the default one and EAGLE-3: what each changes of `make_head`'s.
+FORMS: dict[str, dict[str, object]] = {
+    "norm_before_fc": {"norm_before_fc": True, "fc_norm": False},
+    "norm_before_fc_and_fc_norm": {"norm_before_fc": True},
+    "attention_bias": {"attention_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "partial_rotation": {"rope_parameters": {"rope_type": "default", **_PARTIAL}},
+    "partial_rotation_yarn": {"rope_parameters": {**_YARN, **_PARTIAL}},
+    "speculators": _SPECULATORS,
+    "three_layers": {"num_layers": 3},
+    "five_layers_full_vocabulary": {"num_layers": 5, "draft_vocab_size": None},
+    "four_aux_states": {"aux_layers": (0, 1, 3, 4)},
+    "deep_with_all": {
+        **{"num_layers": 3, "attention_bias": True, "qk_norm": True, "aux_layers": (0, 1, 3, 4)},
+        **{"rope_parameters": {"rope_type": "default", **_PARTIAL}, **_SPECULATORS},
+    },
+}
+
 
 def make_batch(
     lengths: list[int],

@@ -1,6 +1,8 @@
 """The head's arithmetic and its checkpoint format."""
 
+import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,12 @@ from fledge.models.head.ttt_attention import TTTAttention
 from fledge.models.head.vocabulary import build_vocabulary, coverage
 from fledge.models.verifier.config import default_aux_layers, special_token_ids
 from safetensors.torch import load_file, save_file
+from small_heads import FORMS
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 
 def test_attention_equals_softmax_over_the_keys_written_out_row_by_row():
@@ -41,21 +47,60 @@ def test_attention_equals_softmax_over_the_keys_written_out_row_by_row():
             start += length
 
 
-def test_a_further_layer_equals_transformers_llama_layer():
-    head = make_head(num_layers=2, num_key_value_heads=2)
-    ours = head.layers[1]
-    config = head.config.llama_config()
+PEERS = {  # transformers' own: what a further layer is in each form
+    "llama": ({}, llama.LlamaConfig, llama.LlamaDecoderLayer, llama.LlamaRotaryEmbedding),
+    "biases": ({"attention_bias": True}, llama.LlamaConfig, llama.LlamaDecoderLayer, llama.LlamaRotaryEmbedding),
+    "qk_norm": ({"qk_norm": True}, qwen3.Qwen3Config, qwen3.Qwen3DecoderLayer, qwen3.Qwen3RotaryEmbedding),
+    "partial_rotation": (
+        {"qk_norm": True, **FORMS["partial_rotation"]},
+        partial(glm4_moe.Glm4MoeConfig, use_qk_norm=True, first_k_dense_replace=2),
+        glm4_moe.Glm4MoeDecoderLayer,
+        glm4_moe.Glm4MoeRotaryEmbedding,
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "config_class", "layer_class", "rotary_class"), PEERS.values(), ids=PEERS)
+def test_a_further_layer_equals_transformers_own(changes, config_class, layer_class, rotary_class):
+    head = make_head(num_layers=2, **changes)
+    names = [*("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")]
+    names += ["rms_norm_eps", "max_position_embeddings", "attention_bias", "rope_parameters"]
+    config = config_class(**{name: copy.deepcopy(getattr(head.config, name)) for name in names})
     config._attn_implementation = "eager"
-    theirs = LlamaDecoderLayer(config, layer_idx=1)
+    ours, theirs = head.layers[1], layer_class(config, layer_idx=1)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
-    rotary = head.rotary(torch.arange(9), x)
+    x, positions = torch.randn(9, 32, generator=torch.Generator().manual_seed(1)), torch.arange(9)
     with torch.no_grad():
-        mine = ours(x, x, rotary, TTTAttention([9], 2))
+        mine = ours(x, x, head.rotary(positions, x), TTTAttention([9], 2))
         mask = torch.full((9, 9), float("-inf")).triu(1)[None, None]
-        expected = theirs(x[None], attention_mask=mask, position_embeddings=tuple(t[None] for t in rotary))
-    expected = expected[0] if isinstance(expected, tuple) else expected
+        rotary = rotary_class(config)(x, positions[None])
+        expected = theirs(x[None], attention_mask=mask, position_embeddings=rotary)
     torch.testing.assert_close(mine, expected.squeeze(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fc_norm", [True, False])
+def test_aux_states_are_normed_together_then_each_by_itself_and_joined(fc_norm):
+    head = make_head(norm_before_fc=True, fc_norm=fc_norm)
+    aux = 3 * torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
+
+    def normed(x, norm):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+
+    expected = normed(aux, head.input_norm)
+    if fc_norm:
+        expected = torch.cat([normed(*pair) for pair in zip(expected.chunk(3, -1), head.fc_norm, strict=True)], -1)
+    torch.testing.assert_close(head.fuse(aux), expected @ head.fc.weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", FORMS.values(), ids=FORMS)
+def test_a_new_head_of_any_form_has_norms_of_ones_biases_of_zeros_and_the_matrices_of_the_default_form(changes):
+    head, default = make_head(**changes, noise=0.0), make_head(noise=0.0)
+    vectors = {name: p for name, p in head.named_parameters() if p.dim() == 1}
+    assert all(torch.equal(p, torch.full_like(p, float("norm" in name))) for name, p in vectors.items())
+    assert sum("bias" in name for name in vectors) == 4 * head.config.num_layers * head.config.attention_bias
+    if len(head.config.aux_layers) == 3:  # of more fc draws more numbers
+        drawn = {name: p for name, p in default.named_parameters() if p.dim() > 1 and name != "lm_head.weight"}
+        assert all(torch.equal(head.state_dict()[name], matrix) for name, matrix in drawn.items())
 
 
 def test_rms_norm_equals_llamas():
