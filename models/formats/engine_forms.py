@@ -116,7 +116,7 @@ FORMS = (
          lambda served: bool(served.head.window_layers) and not _in_some_layers(served),
          (SERVED, _SGLANG_WINDOW, _NO_WINDOW, UNREAD)),
     Form("`sliding_window` in some layers", _in_some_layers,
-         (_ONE_CACHE, _refused("its window is one of all layers"), _NO_WINDOW, UNREAD)),
+         (_ONE_CACHE, _ignored("its window is one of all layers"), _NO_WINDOW, UNREAD)),
     Form("rotation of a part of each head's dimensions", lambda served: "partial_rotary_factor" in
          served.head.rope_parameters, (SERVED, SERVED, SERVED, UNREAD)),
     Form("several layers", lambda served: served.head.num_layers > 1,

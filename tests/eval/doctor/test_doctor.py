@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from builders import make_head, matrices
+from builders import make_head
 from commands import run_command
+from doctored_heads import EMBEDDING, as_published, change_config, change_tensors, codes, head_in
 from fledge.conf.schema import Config, validate
 from fledge.eval.doctor.doctor import diagnose, report
 from fledge.eval.doctor.rules import engine_notes, static_findings
 from fledge.models.formats.fields import AUX_IDS as IDS
 from fledge.models.formats.plain import load_head, save_head
-from fledge.models.formats.published import read_files
-from fledge.models.formats.published_config import HeadFiles
-from fledge.models.formats.speculators import save_speculators
+from published_heads import ABSENT, SHAPE
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
-
-SHAPE = LlamaConfig(
-    hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=120,
-    num_hidden_layers=8, max_position_embeddings=256,
-)  # fmt: skip
-EMBEDDING, _ = matrices()
-ABSENT = object()
-VERIFIER = {"name_or_path": "some/verifier", "architectures": ["LlamaForCausalLM"]}
-
-
-def head_in(folder: Path, speculators: bool = False, **changes: Any) -> Path:
-    if speculators:
-        save_speculators(folder, make_head(**changes), {}, torch.bfloat16, VERIFIER, 3)
-    else:
-        save_head(folder, make_head(**changes), {}, torch.bfloat16)
-    return folder
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text()) | changes
-    kept = {name: value for name, value in values.items() if value is not ABSENT}
-    (folder / "config.json").write_text(json.dumps(kept))
-
-
-def change_tensors(folder: Path, changes: dict[str, Any]) -> None:
-    tensors = load_file(folder / "model.safetensors") | changes
-    save_file({n: t for n, t in tensors.items() if t is not ABSENT}, folder / "model.safetensors")
-
-
-def as_published(folder: Path) -> HeadFiles:
-    return read_files(folder, SHAPE, weights=SimpleNamespace(embedding=lambda: EMBEDDING))
-
-
-def codes(folder: Path) -> list[str]:
-    findings = static_findings(as_published(folder))
-    assert engine_notes(as_published(folder))
-    assert all(finding.what and finding.cost and finding.cure for finding in findings)
-    return [finding.code for finding in findings]
 
 
 @pytest.mark.parametrize("speculators", [False, True])
@@ -246,17 +203,6 @@ def test_layers_that_config_json_does_not_name_are_called_right_nowhere(tmp_path
     assert "vLLM: takes layers [1, 3, 4] (0-based), NOT [0, 2, 6]" in "\n".join(engine_notes(published))
 
 
-@pytest.mark.parametrize("num_layers", [2, 4])
-def test_engines_are_said_not_to_load_other_than_three_aux_layers_in_speculators_format(tmp_path, num_layers):
-    head_in(tmp_path, True, aux_layers=tuple(range(num_layers)))
-    assert "vLLM: fails to load it" in engine_notes(as_published(tmp_path))[0]
-
-
-def test_engines_that_ignore_norm_before_residual_are_named(tmp_path):
-    head_in(tmp_path, norm_before_residual=True)
-    assert any("ignore norm_before_residual" in note for note in engine_notes(as_published(tmp_path)))
-
-
 @pytest.fixture
 def config(tmp_path, finished, verifier_config) -> Config:
     """The trained head of a finished run, in a folder of its own, to be damaged."""
@@ -304,7 +250,7 @@ def test_a_quantised_head_is_diagnosed_without_measurement(config, tmp_path, dty
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layer_types": ["sliding_attention"], "sliding_window": 16}, "layer_types is"),
+        ({"layer_types": ["chunked_attention"], "sliding_window": 16}, "layer_types is"),
         ({"attention_chunk_size": 64}, "attention_chunk_size is 64"),
         ({"gated_residual": True}, "fields that fledge does not know: gated_residual = True"),
     ],

@@ -19,10 +19,14 @@ from transformers import LlamaConfig, Qwen3Config
         ({"hidden_size": 64, "target_hidden_size": 32}, "norm.weight has shape"),
         ({"target_hidden_size": 64}, "verifier of hidden size 64, verifier.path has 32"),
         ({"intermediate_size": ABSENT}, "no usable intermediate_size"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": True}, "q_proj.bias is missing"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"norm_before_fc": True}, "norm_before_fc is True"),
+        ({"norm_before_fc": True}, "input_norm.weight is missing"),
+        (
+            {"norm_before_fc": True, "eagle_config": {"norm_before_fc": False}},
+            "eagle_config.norm_before_fc is False, and",
+        ),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is False"),
         ({"eagle_config": {"use_mtp_layernorm": True}}, "use_mtp_layernorm is True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is"),
@@ -39,9 +43,10 @@ from transformers import LlamaConfig, Qwen3Config
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}}, "rope_scaling.alpha is 1000.0"),
         (
-            {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
-            "rope_scaling.partial_rotary_factor is 0.5",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 0.25},
+            "rotary_factor is 0.25, and",
         ),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5, a share"),
         ({"fc_norm": True}, "fc_norm.0.weight is missing"),
     ],
 )
@@ -57,7 +62,9 @@ IDS_OF_HEAD = {IDS: [1, 3, 4]}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"layer_types": ["sliding_attention"], "sliding_window": 16}, "layer_types is .'sliding_attention'."),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 16}, "layer_types is .*one for each of 1 layers"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_window is None"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 16, "use_sliding_window": False}, "window is False"),
         ({"layer_types": ["chunked_attention"]}, "layer_types is .'chunked_attention'."),
         ({"layer_types": ["linear_attention"]}, "layer_types is .'linear_attention'."),
         ({"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window is True"),
@@ -101,7 +108,7 @@ def test_a_window_that_is_switched_off_changes_nothing(tmp_path, change):
     ("change", "words"),
     [
         ({"eagle_config": {**IDS_OF_HEAD, "eh_proj_before_attn": True}}, "eagle_config.eh_proj_before_attn is True"),
-        ({"eagle_config": {**IDS_OF_HEAD, "norm_before_fc": True}}, "eagle_config.norm_before_fc is True"),
+        ({"eagle_config": {**IDS_OF_HEAD, "norm_before_fc": True}}, "input_norm.weight is missing"),
         (
             {"eagle_config": {**IDS_OF_HEAD, "fc_norm": True}},
             "eagle_config.fc_norm is True, and fc_norm is read at the top",
@@ -117,7 +124,6 @@ def test_a_window_that_is_switched_off_changes_nothing(tmp_path, change):
         ({"num_aux_hidden_states": 4}, "num_aux_hidden_states is 4"),
         ({"eagle_config": [1, 3, 4]}, "eagle_config is .1, 3, 4., fields with values"),
         ({"logit_scale": 0.0625}, "logit_scale is 0.0625"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"qkv_bias": True}, "qkv_bias is True"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
     ],

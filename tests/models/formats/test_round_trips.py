@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import make_head
 from fledge.conf.schema import (
+    ExportFormat,
     HeadImportConfig,
 )
 from fledge.models.export import export
@@ -14,7 +15,7 @@ from fledge.models.formats.plain import load_head, save_head
 from fledge.models.formats.published import read_published_head
 from fledge.models.formats.speculators import save_speculators
 from fledge.models.import_head import import_head
-from published_heads import ABSENT, SHAPE, VERIFIER, Published, assert_same_head, published
+from published_heads import ABSENT, SHAPE, VERIFIER, Published, assert_same_head, published, refused
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -35,6 +36,21 @@ FORMS = [
     },
     {"hidden_size": 24, "own_embedding": True},
     {"own_embedding": True},
+    {"norm_before_fc": True},
+    {"attention_bias": True},
+    {"qk_norm": True, "num_layers": 2},
+    {"qk_norm": True, "sliding_window": 32, "window_layers": (0,), "aux_layers": (0, 1, 3, 4)},
+    {"num_layers": 3, "draft_vocab_size": None},
+    {"num_layers": 3, "sliding_window": 32, "window_layers": (0, 2), "attention_bias": True},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    {  # Speculators' default, in 0.9
+        "fc_norm": False,
+        "norm_before_fc": True,
+        "norm_before_residual": True,
+        "sliding_window": 2048,
+        "window_layers": (0,),
+        "aux_layers": (1, 3, 4, 7),
+    },
 ]
 
 
@@ -43,6 +59,7 @@ FORMS = [
 def test_each_format_reads_back_bit_for_bit(tmp_path, changes, dtype):
     head = make_head(**changes)
     save_head(tmp_path, head, {}, dtype)
+    assert_same_head(load_head(tmp_path)[0], head, dtype)
     plain = read_published_head(tmp_path, SHAPE)
     save_speculators(tmp_path, head, {}, dtype, VERIFIER, 3)
     speculators = read_published_head(tmp_path, SHAPE)
@@ -200,11 +217,47 @@ def test_an_early_speculators_head_is_read_with_the_formats_defaults(tmp_path):
     assert_same_head(read_published_head(theirs.folder, SHAPE, layers).head, head, torch.bfloat16)
 
 
-def test_more_than_one_layer_is_read_and_not_exported(tmp_path, config):
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_each_engine_finds_the_layers_and_norms_that_it_looks_for(tmp_path, num_layers):
+    head = make_head(num_layers=num_layers)
+    save_head(tmp_path, head, {}, torch.float32)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert any(name.startswith("midlayer.") for name in names) is (num_layers == 1)
+    assert {name.split(".")[1] for name in names if name.startswith("layers.")} == set("012" if num_layers > 1 else "")
+    for layer in range(1, num_layers):
+        both = [load_file(tmp_path / "model.safetensors")[f"layers.{layer}.{norm}.weight"] for norm in NORMS]
+        assert torch.equal(*both)
+        assert torch.equal(both[0], head.state_dict()[f"layers.{layer}.input_layernorm.weight"])
+    save_speculators(tmp_path, head, {}, torch.float32, VERIFIER, 3)  # vLLM's alone
+    assert set(load_file(tmp_path / "model.safetensors")) == {*head.state_dict(), "d2t", "t2d"}
+
+
+NORMS = ("input_layernorm", "hidden_norm")
+
+
+@pytest.mark.parametrize("left_out", NORMS)
+def test_the_norm_of_a_later_layer_is_read_by_either_name(tmp_path, left_out):
+    theirs = published(tmp_path, num_layers=2)
+    theirs.change_tensors(**{f"layers__1__{left_out}__weight": ABSENT})
+    head = make_head(fc_norm=False, norm_output=False, num_layers=2)
+    assert_same_head(read_published_head(theirs.folder, SHAPE).head, head, torch.bfloat16)
+
+
+def test_two_different_norms_of_a_later_layer_are_refused(tmp_path):
+    theirs = published(tmp_path, num_layers=2)
+    theirs.change_tensors(layers__1__hidden_norm__weight=torch.ones(32))
+    refused(theirs, "layers.1.hidden_norm.weight and layers.1.input_layernorm.weight differ, .*remove the one")
+
+
+def test_a_head_of_several_layers_is_imported_exported_and_imported_again(tmp_path, config):
     theirs = published(tmp_path, num_layers=2)
     config.head_import.source = str(theirs.folder)
     import_head(config)
     config.export.checkpoint = str(config.run_folder / "imports" / "published")
-    assert load_head(Path(config.export.checkpoint))[0].config.num_layers == 2
-    with pytest.raises(ValueError, match="only heads of one layer"):
-        export(config)
+    head = load_head(Path(config.export.checkpoint))[0]
+    config.export.format = ExportFormat.all
+    export(config)
+    for name in ("plain", "speculators"):
+        config.head_import.source = str(config.run_folder / "exports" / name)
+        import_head(config)
+        assert_same_head(load_head(config.run_folder / "imports" / name)[0], head, torch.bfloat16)
