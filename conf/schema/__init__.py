@@ -143,7 +143,7 @@ def _check_window(config: Config) -> None:
     ):
         require(
             window is None or steps <= window,
-            f"{option} must be at most draft.sliding_window={window}, or its last step sees no state of the verifier, "
+            f"{option} must be at most draft.sliding_window={window}, so that every step sees a state of the verifier, "
             f"got {steps}",
         )
 

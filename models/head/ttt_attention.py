@@ -50,7 +50,8 @@ def _reach(window: int | None, step: int) -> int:
     reach = (window or sys.maxsize) - step
     if reach < 1:
         raise ValueError(
-            f"train.ttt_steps and evaluate's draft tokens must be at most the head's window of {window}, got {step + 1}"
+            f"train.ttt_steps and evaluate's draft tokens must be at most the head's sliding_window of {window}, "
+            f"got {step + 1}"
         )
     return reach
 
@@ -153,9 +154,10 @@ class JoinedAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
         for queries, keys, kind in blocks:
             inputs = _in_order(kind, q[queries], k[keys], v[keys])
-            part = _in_order(kind, *flash_forward(*inputs, kind is not Kind.EVERY))
-            is_first = kind is Kind.UP_TO_OWN
-            out[queries], lse[queries] = part if is_first else _join((out[queries], lse[queries]), part)
+            out_here, lse_here = _in_order(kind, *flash_forward(*inputs, causal=kind is not Kind.EVERY))
+            if kind is not Kind.UP_TO_OWN:
+                out_here, lse_here = _join((out[queries], lse[queries]), (out_here, lse_here))
+            out[queries], lse[queries] = out_here, lse_here
         if own:
             scores = _own_scores(q, own[::2], places)  # [n, heads, own steps]
             joined = torch.cat([scores, lse[..., None]], dim=-1).logsumexp(-1)
@@ -178,7 +180,7 @@ class JoinedAttention(torch.autograd.Function):
         dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over blocks
         for queries, keys, kind in ctx.blocks:
             inputs = _in_order(kind, grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries])
-            gradients = flash_backward(*inputs, kind is not Kind.EVERY)
+            gradients = flash_backward(*inputs, causal=kind is not Kind.EVERY)
             dq_here, dk_here, dv_here = _in_order(kind, *gradients)
             dq[queries] = dq_here if kind is Kind.UP_TO_OWN else dq[queries] + dq_here
             dk[keys] += dk_here
@@ -255,7 +257,7 @@ def _join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
 # -- one block of queries and keys: PyTorch's flash kernel on the CPU, products in blocks of rows elsewhere ------------
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Attend with queries [n, heads, D] to keys and values [m, kv_heads, D]; causal (n = m) or to all.
 
     Returns outputs [n, heads, D] and log-sum-exps of the scores [n, heads], at least float32.
@@ -272,7 +274,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v if `out` and `lse` are those of a softmax these keys are a part of.
 

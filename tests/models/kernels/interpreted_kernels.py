@@ -6,6 +6,7 @@ Not in bfloat16, with which the interpreter computes as if it were integers.
 import pytest
 import torch
 from fledge.models import kernels as kernels_module
+from fledge.models.kernels.ttt_attention import _seers
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss.kernel_checks import attention_errors
 from fledge.train.loss.unroll import TTTModule
@@ -41,6 +42,16 @@ def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, he
     outputs, gradients = attention_errors(lengths, heads, head_dim, dtype, "cpu", **options)
     assert outputs <= TOLERANCES[dtype]
     assert gradients <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("window", [1, 10, 50, 1000])
+def test_a_block_of_keys_walks_the_queries_that_see_any_of_them_and_no_other(window):
+    rows = torch.tensor([row for row in range(150) if row % 7])
+    firsts = torch.tensor([0, 20, 33, 120])[torch.bucketize(rows, torch.tensor([19, 32, 119]))]  # of documents
+    firsts = torch.maximum(firsts, rows - window + 1)
+    for block, (begin, end) in enumerate(_seers(rows, firsts, 150, 16).T.tolist()):
+        sees = (rows >= 16 * block) & (firsts < 16 * block + 16)
+        assert list(range(begin, end)) == sees.nonzero().squeeze(1).tolist()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

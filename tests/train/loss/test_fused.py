@@ -215,12 +215,12 @@ def test_gradients_of_keys_are_summed_over_blocks_in_float32(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(512, 2, 16, generator=generator).to(torch.bfloat16) for _ in range(4))
     exact = [x.double() for x in (q, k, v)]
-    out, lse = ttt_attention.flash_forward(*exact, True)
-    expected = ttt_attention.flash_backward(grad.double(), *exact, out, lse, True)[1:]
+    out, lse = ttt_attention.flash_forward(*exact, causal=True)
+    expected = ttt_attention.flash_backward(grad.double(), *exact, out, lse, causal=True)[1:]
     monkeypatch.setattr(ttt_attention, "_has_kernel", lambda _: False)
 
     def errors() -> list[float]:
-        found = ttt_attention.flash_backward(grad, q, k, v, out.to(q.dtype), lse.float(), True)[1:]
+        found = ttt_attention.flash_backward(grad, q, k, v, out.to(q.dtype), lse.float(), causal=True)[1:]
         return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
 
     whole = errors()

@@ -207,5 +207,5 @@ def test_ttt_step_k_gives_the_logits_of_every_node_of_a_tree_at_depth_k(changes)
 def test_more_draft_steps_than_the_window_has_positions_are_refused():
     head, batch = make_head(sliding_window=3, window_layers=(0,)), make_batch([30])
     TTTModule(head, 3, 0.8)(batch, *matrices())
-    with pytest.raises(ValueError, match=r"train\.ttt_steps .* at most the head's window of 3, got 4"):
+    with pytest.raises(ValueError, match=r"train\.ttt_steps .* at most the head's sliding_window of 3, got 4"):
         TTTModule(head, 4, 0.8)(batch, *matrices())
