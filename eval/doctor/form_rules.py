@@ -20,7 +20,6 @@ def form_findings(head: HeadFiles) -> Iterator[Finding]:
     """Return where files name the head's form otherwise than the engines that serve it read it."""
     values, layer, tensors, plain = head.values, head.layer, head.tensors, not head.speculators
     nested = (values.get(EAGLE) or {}).get(NORM_BEFORE_FC) if plain else None
-    declared = values.get(NORM_BEFORE_FC) if nested is None else nested
     normed, biased = has_qk_norm(tensors), any(name.endswith(".bias") for name in tensors)
     named = [str(name) for name in values.get("architectures") or []]
     qwen3 = _QWEN3_HEAD in named if plain else layer.get("model_type") == QWEN3
@@ -31,7 +30,7 @@ def form_findings(head: HeadFiles) -> Iterator[Finding]:
          f"norm_before_fc is {values.get(NORM_BEFORE_FC)} at the top level and {nested} in {EAGLE}",
          f"TensorRT-LLM reads it in {EAGLE} alone, and vLLM there first: the norm is left out",
          f"write {EAGLE}.norm_before_fc: true too"),
-        ("input_norm.weight" in tensors and not declared, "norm_before_fc",
+        ("input_norm.weight" in tensors and not (nested or values.get(NORM_BEFORE_FC)), "norm_before_fc",
          "input_norm.weight is there, and norm_before_fc is not", "engines drop it, without an error",
          f"write norm_before_fc: true{f' at the top level and in {EAGLE}' if plain else ''}"),
         (normed and not qwen3, "qk_norm", "q_norm and k_norm are there, and config.json is that of a Llama head",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.formats.fields import AUX_IDS, EAGLE, FIELDS, LAYER, PARTIAL, POST_NORM, TOP, vllm_layer_ids
 from ...models.formats.plain import EMBEDDING, LM_HEAD, has_qk_norm, other_dtypes
-from ...models.formats.published_config import HeadFiles, rope_parameters
+from ...models.formats.published_config import GPT_OSS, HeadFiles, rope_parameters
 from ...models.formats.serving_formats import SERVING_FORMATS, ServingFormat
 from ...models.head.config import rope_of
 from .findings import Finding, findings_of
@@ -26,7 +26,6 @@ KNOWN_TENSORS = re.compile(
     r"((input_layernorm|hidden_norm|post_attention_layernorm|self_attn\.([qkvo]_proj|[qk]_norm)"
     r"|mlp\.(gate|up|down)_proj)\.weight|self_attn\.[qkvo]_proj\.bias)"
 )
-GPT_OSS = "gpt_oss"
 _LOWER = "aux states one layer lower are taken without an error (3.08 accepted in place of 3.51)"
 
 
@@ -44,7 +43,7 @@ def engine_layers(head: HeadFiles) -> dict[str, list[int]]:
     taken = {}
     for engine in _format(head).engines:
         ids = next((ids for at in engine.ids_at if (ids := [k for k in head.ids(at) if isinstance(k, int)])), [])
-        first = 1 if head.counts_boundaries and head.verifier.model_type == GPT_OSS else engine.first_id
+        first = 1 if head.counts_boundaries else engine.first_id
         taken[engine.name] = [k - first for k in ids] or head.default_layers()
     return taken
 
@@ -81,15 +80,14 @@ def _aux_findings(head: HeadFiles) -> Iterator[Finding]:
     write = "write " + " and ".join(written_ids(head, layers))
     places = " and ".join(PLACES[at] for at in _format(head).first_ids)
     ask = f"ask who trained it, or measure the likely ones by head_import.aux_layers=[...]; then write {places}"
-    by_engine = engine_layers(head)
-    taken = ", ".join(f"{engine} {ids}" for engine, ids in by_engine.items())
+    taken = ", ".join(f"{engine} {ids}" for engine, ids in engine_layers(head).items())
     differ = f"engines take different layers (0-based): {taken}; {_LOWER}"
     anew = "" if nested else "; if they count from 0, write both places anew: the measurement tells"
     numbering = findings_of(
         (not nested and not top, "aux_absent", "config.json does not say on which layers the head was trained",
          f"engines take their default layers, {default} (0-based): lost, if the head was trained on others",
          write if head.names_layers else ask),
-        (plain and not (nested and top) and any(ids != layers for ids in by_engine.values()), "aux_one_numbering",
+        (plain and not (nested and top) and not head.counts_boundaries, "aux_one_numbering",
          f"aux layer ids stand in one place only: {PLACES[EAGLE if nested else TOP]} {nested or top}", differ,
          write + anew),
         (plain and nested and top and top != vllm_layer_ids(layers), "aux_contradictory",

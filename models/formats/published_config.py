@@ -38,6 +38,7 @@ from .plain import CONFIG, LM_HEAD, has_qk_norm
 
 _LAYER = re.compile(r"(midlayer|layers\.\d+)\.")
 _CURE = "serve the head in the engine it was made for, or correct the field if it was trained otherwise"
+GPT_OSS = "gpt_oss"  # a verifier's model_type
 _ROPE_ALIASES = {"mrope": "default", "su": "longrope"}  # equal on text, and an older name
 
 
@@ -73,8 +74,8 @@ class HeadFiles:
 
     @property
     def counts_boundaries(self) -> bool:
-        """Return whether nested ids are vLLM's: one is as high as the number of layers, as NVIDIA numbers gpt-oss."""
-        return self.ids(EAGLE)[-1:] == [self.verifier.num_hidden_layers]
+        """Return whether nested ids are vLLM's: those of gpt-oss are, if one is as high as its number of layers."""
+        return self.verifier.model_type == GPT_OSS and self.ids(EAGLE)[-1:] == [self.verifier.num_hidden_layers]
 
     @property
     def names_layers(self) -> bool:
@@ -285,10 +286,10 @@ def _aux_layers(files: HeadFiles) -> tuple[int, ...]:
         if value is not None and not is_open:
             cure = "leaves nothing open: drop the option"
             raise ValueError(f"head_import.{name} is {value}, and {folder / CONFIG} {cure}")
-    if nested and top and top not in (vllm_layer_ids(nested), nested):
+    if nested and top and top != nested and (files.counts_boundaries or top != vllm_layer_ids(nested)):
         raise ValueError(
-            f"{folder}: {AUX_IDS} is {top} at the top level and {nested} in eagle_config, which is neither the same "
-            "nor one higher: correct config.json to the layers the head was trained with"
+            f"{folder}: {AUX_IDS} is {top} at the top level and {nested} in eagle_config, which are not the same "
+            "layers in any numbering: correct config.json to those the head was trained with"
         )
     if not files.names_layers:
         default = files.default_layers()

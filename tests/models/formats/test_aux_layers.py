@@ -38,8 +38,8 @@ def test_aux_ids_are_read_as_numbered(tmp_path, nested, top, numbering, layers):
     ("nested", "top", "numbering", "words"),
     [
         (None, [1, 3, 4], None, "head_import.aux_numbering=zero_based .* =vllm"),
-        ([1, 3, 4], [2, 4, 6], None, "neither the same nor one higher"),
-        ([1, 3, 4], [0, 2, 3], None, "neither the same nor one higher"),
+        ([1, 3, 4], [2, 4, 6], None, "not the same layers"),
+        ([1, 3, 4], [0, 2, 3], None, "not the same layers"),
         ([1, 3, 4], None, AuxNumbering.vllm, "leaves nothing open"),
         ([1, 3, 8], None, None, "0 to 7"),
         ([1, 3, 3], None, None, "different ones"),

@@ -24,8 +24,8 @@ EXAMPLES = (
     {"norm_output": False},
     {"fc_norm": False},
     {"norm_before_residual": True},
-    {"norm_before_fc": True, "fc_norm": False},
     {"norm_before_fc": True},
+    {"norm_before_fc": True, "fc_norm": True},
     {"attention_bias": True},
     {"qk_norm": True},
     {"qk_norm": True, "attention_bias": True},
@@ -97,7 +97,7 @@ def test_serving_commands_have_the_flags_that_a_form_needs(tmp_path, config):
 
 def test_a_head_that_no_engine_serves_is_refused_with_every_reason(tmp_path, config):
     config.export.format = ExportFormat.all
-    with pytest.raises(ValueError, match=r"export\.format=speculators is read by no engine.*vLLM: its head with norms"):
+    with pytest.raises(ValueError, match=r"export\.format=plain is read by no engine.*vLLM: its head with norms"):
         exported(tmp_path, config, qk_norm=True, attention_bias=True)
     assert not (config.run_folder / "exports").exists()
 

@@ -1,5 +1,6 @@
 """Heads of further forms as other projects write them, built of plain dictionaries and tensors."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,23 +35,24 @@ QWEN3 = {
     "max_window_layers": 28, "sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"],
     "eagle_config": {IDS: [1, 4], "use_aux_hidden_state": True}, "partial_rotary_factor": 0.5,
 }  # fmt: skip
-# As the default of Speculators 0.9 is written by its own classes, which leave out what is a LlamaConfig's default.
+# As the classes of Speculators 0.9 write their default, and a layer without its window.
 SPECULATORS = {
-    "architectures": ["Eagle3DraftModel"], "auto_map": {"": "eagle3.Eagle3SpeculatorConfig"}, "draft_vocab_size": 100,
-    IDS: [2, 4, 5, 8], "embed_requires_grad": False, "fc_norm": False, "has_no_defaults_at_init": False,
-    "norm_before_fc": True, "norm_before_residual": True, "norm_output": True, "speculators_model_type": "eagle3",
-    "speculators_version": "0.9.0", "target_hidden_size": None, "tie_word_embeddings": False,
-    "transformers_version": "5.3.0", "speculators_config": {
+    "architectures": ["Eagle3DraftModel"], "auto_map": {"": "config.Eagle3SpeculatorConfig"}, "draft_vocab_size": 100,
+    "dtype": "float32", IDS: [2, 4, 5, 8], "embed_requires_grad": False, "fc_norm": False, "norm_before_fc": True,
+    "norm_before_residual": True, "norm_output": True, "speculators_config": {
         "algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [
             {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1},
         ], "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": "some/verifier"},
-    }, "transformer_layer_config": {
-        "_attn_implementation_autoset": True, "head_dim": 16, "hidden_size": 32, "intermediate_size": 48,
-        "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 256, "model_type": "llama",
-        "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "sliding_window": 2048,
-        "tie_word_embeddings": False, "use_sliding_window": True, "vocab_size": 120,
-    },
+    }, "speculators_model_type": "eagle3", "speculators_version": "0.9.0", "target_hidden_size": None,
+    "tie_word_embeddings": False, "transformer_layer_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 16,
+        "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 48,
+        "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 256, "mlp_bias": False,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": None,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "sliding_window": 2048, "tie_word_embeddings": False, "use_cache": True, "use_sliding_window": True,
+        "vocab_size": 120,
+    }, "transformers_version": "5.19.0",
 }  # fmt: skip
 
 
@@ -73,13 +75,16 @@ def tensors(first: str, layers: int = 1, aux: int = 3, rows: int | None = 100) -
     return found | ({"d2t": d2t} if rows else {})
 
 
-def read(folder: Path, values: dict, weights: dict[str, torch.Tensor], **options: object) -> PublishedHead:
+def read(
+    folder: Path, values: dict, weights: dict[str, torch.Tensor], model_type: str = "llama", **options: object
+) -> PublishedHead:
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(values))
     generator = torch.Generator().manual_seed(7)
     matrix = torch.randn(120, 32, generator=generator)
     verifier = SimpleNamespace(embedding=lambda: matrix, lm_head=lambda: -matrix)
-    return read_published_head(folder, SHAPE, HeadImportConfig(**options), verifier)
+    shape = SimpleNamespace(**{**SHAPE.to_dict(), "model_type": model_type})
+    return read_published_head(folder, shape, HeadImportConfig(**options), verifier)
 
 
 def assert_holds(found: PublishedHead, weights: dict[str, torch.Tensor]) -> None:
@@ -92,14 +97,16 @@ def assert_holds(found: PublishedHead, weights: dict[str, torch.Tensor]) -> None
 
 def test_nvidias_head_for_gpt_oss(tmp_path):
     weights = tensors("midlayer", rows=None) | {"input_norm.weight": torch.rand(96)}
-    found = read(tmp_path, GPT_OSS, weights)
+    found = read(tmp_path, GPT_OSS, weights, "gpt_oss")
     config = found.head.config
     assert (config.aux_layers, config.norm_before_fc, config.norm_output) == ((1, 5, 7), True, False)
     assert config.draft_vocab_size == 120
     assert_holds(found, weights)
-    assert_holds(read(tmp_path, {**GPT_OSS, IDS: [2, 6, 8]}, weights), weights)
+    assert_holds(read(tmp_path, {**GPT_OSS, IDS: [2, 6, 8]}, weights, "gpt_oss"), weights)
     with pytest.raises(ValueError, match=r"\[3, 7, 9\] at the top level and \[2, 6, 8\] in eagle_config"):
-        read(tmp_path, {**GPT_OSS, IDS: [3, 7, 9]}, weights)
+        read(tmp_path, {**GPT_OSS, IDS: [3, 7, 9]}, weights, "gpt_oss")
+    with pytest.raises(ValueError, match=r"the aux layers are \[2, 6, 8\] \(0-based\), different ones from 0 to 7"):
+        read(tmp_path, GPT_OSS, weights)
 
 
 @pytest.mark.parametrize("norm", ["input_layernorm", "hidden_norm"])
@@ -133,11 +140,17 @@ def test_a_head_in_the_shape_of_qwen3(tmp_path, pairs):
     ]
 
 
-def test_a_head_of_speculators_by_its_defaults_with_a_full_layer(tmp_path):
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_head_of_speculators_by_its_defaults_with_a_full_layer(tmp_path, model_type):
+    layer = {**SPECULATORS["transformer_layer_config"], "model_type": model_type}
     weights = tensors("layers.0", layers=2, aux=4) | {"input_norm.weight": torch.rand(128)}
-    found = read(tmp_path, SPECULATORS, weights)
+    if model_type == "qwen3":
+        norms = itertools.product(range(2), "qk")
+        weights |= {f"layers.{i}.self_attn.{name}_norm.weight": torch.rand(16) for i, name in norms}
+    found = read(tmp_path, {**SPECULATORS, "transformer_layer_config": layer}, weights)
     config = found.head.config
     assert (config.sliding_window, config.window_layers) == (2048, (0,))
     assert (config.aux_layers, config.norm_before_fc, config.norm_before_residual) == ((1, 3, 4, 7), True, True)
     assert (config.fc_norm, config.norm_output, config.own_embedding) == (False, True, False)
+    assert config.qk_norm is (model_type == "qwen3")
     assert_holds(found, weights)

@@ -26,7 +26,7 @@ def test_every_wrong_tensor_is_named_in_one_refusal(tmp_path):
     for words in (
         "fc.weight has shape [32, 64], [32, 96] is required",
         "layers.0.self_attn.q_proj.bias is unknown",
-        "layers.0.self_attn.q_norm.weight is unknown",
+        "layers.0.self_attn.k_norm.weight is missing",
         "layers.0.mlp.up_proj.bias is unknown",
         "model.norm.weight is unknown",
         "layers.0.hidden_norm.weight stands twice",

@@ -64,18 +64,24 @@ def test_a_format_is_one_entry(tmp_path, config, monkeypatch, capsys):
     monkeypatch.setitem(SERVING_FORMATS, "toy", TOY)
     folder, exported = tmp_path / "head", config.run_folder / "exports" / "toy"
     folder.mkdir()
-    for norms, served in ((False, True), (True, False)):
+    for norms, served in ((True, False), (False, True)):
         head = make_head(fc_norm=norms, norm_output=norms)
         save_head(folder, head, {"verifier": verifier_identity(config.verifier), "step": 0}, torch.float32)
         config.export.checkpoint, config.export.format = str(folder), ExportFormat.all
         export(config)
-        said, notes = capsys.readouterr().out, (exported / "SERVING.md").read_text()
-        assert (f"toy {exported}" in notes) is (exported / "toy.txt").exists() is served
-        assert ("Toy cannot serve this head: it knows no window" in said) is not served
+        said = capsys.readouterr().out
+        assert (
+            "read by no engine that serves" in said and "Toy: it knows no window. It is left out" in said
+        ) is not served
+        assert (config.run_folder / "exports" / "plain" / "trtllm.yaml").exists()
+        if not served:
+            assert not exported.exists()
+            continue
+        assert f"toy {exported}" in (exported / "SERVING.md").read_text()
+        assert (exported / "toy.txt").exists()
         assert f"export: {exported}; more in" in said
         assert "library_name: toy" in (exported / "README.md").read_text()
         assert json.loads((exported / "config.json").read_text())[AUX_IDS] == [3, 5, 6]
-        assert (config.run_folder / "exports" / "plain" / "trtllm.yaml").exists()
         config.head_import.source, config.overwrite = str(exported), True
         import_head(config)
         assert_same_head(load_head(config.run_folder / "imports" / "toy")[0], head, torch.float32)
