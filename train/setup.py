@@ -101,8 +101,8 @@ def _initial_head(config: Config, folder: str) -> DraftHead:
         raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
     head, record = load_head(Path(folder))
     check_identity(record["verifier"], config.verifier, folder, "set the verifier it was trained for")
-    sizes = {"vocab_size": head.config.draft_vocab_size, "aux_layers": list(head.config.aux_layers)}
-    has = asdict(head.config) | sizes
+    has = asdict(head.config) | {"vocab_size": head.config.draft_vocab_size}
+    has |= {name: list(has[name]) for name in ("aux_layers", "window_layers")}
     options = {name: option for name, option in asdict(config.draft).items() if name in has and option is not None}
     if changes := [f"draft.{name}={json.dumps(has[name])}" for name in options if options[name] != has[name]]:
         raise ValueError(f"draft must describe the head at train.init_from: set {' '.join(changes)}")

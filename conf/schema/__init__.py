@@ -83,6 +83,7 @@ def validate(config: Config) -> None:
     _check_parts(config)
     _check_data(config.data)
     _check_conflicts(config)
+    _check_window(config)
     _check_packages(config.tracking)
     _check_evaluation(config.evaluate)
 
@@ -131,6 +132,20 @@ def _check_conflicts(config: Config) -> None:
         config.export.push_to is None or config.export.format is not ExportFormat.all,
         "export.format must be plain or speculators with export.push_to, got all: a repository holds one format",
     )
+
+
+def _check_window(config: Config) -> None:
+    """Check that every draft step sees the row that it starts from."""
+    window, of_draft = config.draft.sliding_window, "tree_depth" if config.evaluate.tree_depth else "num_draft_tokens"
+    for option, steps in (
+        ("train.ttt_steps", config.train.ttt_steps),
+        (f"evaluate.{of_draft}", config.evaluate.draft_depth),
+    ):
+        require(
+            window is None or steps <= window,
+            f"{option} must be at most draft.sliding_window={window}, so that every step sees a state of the verifier, "
+            f"got {steps}",
+        )
 
 
 def _check_packages(tracking: TrackingConfig) -> None:

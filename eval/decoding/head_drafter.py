@@ -60,6 +60,7 @@ class DraftDecoder(Drafter):
         self.num_slots = round_up(num_slots)
         shape = (len(self._last), self.num_slots, config.num_key_value_heads, config.head_dim)
         self._cache = like.new_zeros(config.num_layers, 2, *shape)
+        self._positions = torch.zeros(shape[:2], dtype=torch.int64, device=like.device)  # of what slots hold
         self._rotary = self.head.rotary(torch.arange(self.num_slots, device=like.device), like)
         return True
 
@@ -138,7 +139,7 @@ class DraftDecoder(Drafter):
     ) -> tuple[Tensor, Tensor]:
         """Run tokens [b, n] with states [b, n, H] in slots of the cache; return the states that `step` does."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        mask, num_read = seen[:, None], seen.shape[-1]
+        masks, num_read = self._masks(seen, rows, slots, positions, sequences), seen.shape[-1]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (values.unflatten(0, tokens.shape) for values in (q, k, v))
@@ -147,7 +148,7 @@ class DraftDecoder(Drafter):
             q, k, v = (states.transpose(1, 2) for states in (q, keys[:, :num_read], values[:, :num_read]))
             if q.is_cuda:  # for which torch has no fast kernel for grouped queries with a mask
                 k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=not q.is_cuda)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masks[layer], enable_gqa=not q.is_cuda)
             return out.transpose(1, 2).flatten(0, 1)
 
         cos, sin = (table[positions.flatten()] for table in self._rotary)
@@ -156,6 +157,17 @@ class DraftDecoder(Drafter):
         outputs = self.head.step(embedding, state.flatten(0, 1), (cos, sin), attend)
         after, normed = (values.unflatten(0, tokens.shape) for values in outputs)
         return after, normed
+
+    def _masks(self, seen: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, sequences: slice) -> list[Tensor]:
+        """Return each layer's mask [b, 1, n, slots read]: of the slots seen, those within its window of positions."""
+        config = self.head.config
+        masks: dict[int | None, Tensor] = {None: seen[:, None]}
+        if window := config.sliding_window:
+            held = self._positions[sequences]
+            held[rows, slots] = positions
+            near = held[:, None, : seen.shape[-1]] > positions[:, :, None] - window
+            masks[window] = (seen & near)[:, None]
+        return [masks[config.window(layer)] for layer in range(config.num_layers)]
 
     def _of_verifiers_vocabulary(self, probabilities: Tensor) -> Tensor:
         """Spread probabilities [..., Vd] over the verifier's tokens [..., V]."""

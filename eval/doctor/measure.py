@@ -225,7 +225,7 @@ def teacher_forced(head: DraftHead, text: Text, embedding: Tensor) -> tuple[Tens
     device = embedding.device
     tokens, rows = torch.tensor(text.tokens, device=device), _rows(text)
     positions = torch.arange(len(tokens), device=device)
-    attention = TTTAttention([len(tokens)], head.config.num_layers)
+    attention = TTTAttention([len(tokens)], head.config.num_layers, head.config.window)
     state = head.fuse(torch.cat([text.aux[layer] for layer in head.config.aux_layers], dim=-1).to(device))
     hits = torch.zeros(len(rows), STEPS, dtype=torch.bool)
     nats = torch.zeros(len(rows))

@@ -2,11 +2,14 @@
 
 At step k a row attends to step 0's keys at rows <= its own in the same document, and to the keys of steps 1 ... k at
 its own row alone: plainly in `TTTAttention`, as training does in `SplitAttention`
-(docs/internals/split_attention.md derives it).
+(docs/internals/split_attention.md derives it). In a layer with a window of W it stands at position r + k, and so sees
+step 0's keys at rows > r + k - W: those of its *reach* of W - k rows, its own included.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import run_on
 
 MAX_HEAD_DIM = 128  # of the Triton kernels
+Window = Callable[[int], int | None]  # positions a layer sees, its own included; None: all (`DraftHeadConfig.window`)
 
 
 class Span(NamedTuple):
@@ -36,11 +40,27 @@ class QueryRows(Protocol):
     documents: list[Span]  # every row
 
 
+def no_window(layer: int) -> int | None:
+    """Let every layer see all positions up to its own."""
+    return None
+
+
+def _reach(window: int | None, step: int) -> int:
+    """Return how many of step 0's rows a query of a step sees, its own included."""
+    reach = (window or sys.maxsize) - step
+    if reach < 1:
+        raise ValueError(
+            f"train.ttt_steps and evaluate's draft tokens must be at most the head's sliding_window of {window}, "
+            f"got {step + 1}"
+        )
+    return reach
+
+
 class TTTAttention:
     """The plain form for documents of `lengths` rows, O(T^2) memory in them; called by step, then by layer."""
 
-    def __init__(self, lengths: list[int], num_layers: int) -> None:
-        self._lengths = lengths
+    def __init__(self, lengths: list[int], num_layers: int, window: Window = no_window) -> None:
+        self._lengths, self._window = lengths, window
         self._held: list[list[tuple[Sequence[Tensor], ...]]] = [[] for _ in range(num_layers)]  # by document
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,14 +68,15 @@ class TTTAttention:
         group, held = q.shape[1] // k.shape[1], self._held[layer]
         held.append(tuple(x.repeat_interleave(group, dim=1).split(self._lengths) for x in (k, v)))
         keys, values = (zip(*steps, strict=True) for steps in zip(*held, strict=True))
-        return torch.cat([_attend(*part) for part in zip(q.split(self._lengths), keys, values, strict=True)])
+        reach = _reach(self._window(layer), len(held) - 1)
+        return torch.cat([_attend(reach, *part) for part in zip(q.split(self._lengths), keys, values, strict=True)])
 
 
-def _attend(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
+def _attend(reach: int, q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
     """Attend within one document; `keys` and `values` hold one tensor [T, heads, D] per step so far."""
     num_rows = len(q)
-    future = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device).triu(1)
-    causal = torch.einsum("thd,shd->hts", q, keys[0]).masked_fill(future, float("-inf"))
+    seen = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device).tril().triu(1 - min(reach, num_rows))
+    causal = torch.einsum("thd,shd->hts", q, keys[0]).masked_fill(~seen, float("-inf"))
     own_row = [torch.einsum("thd,thd->ht", q, key)[..., None] for key in keys[1:]]
     scores = torch.cat([causal, *own_row], dim=-1).to(wide_dtype(q.dtype)) * q.shape[-1] ** -0.5
     weights = scores.softmax(dim=-1).to(q.dtype)
@@ -72,8 +93,8 @@ class SplitAttention:
     `kernels` uses those in Triton where they can run.
     """
 
-    def __init__(self, rows: QueryRows, num_layers: int, kernels: bool = False) -> None:
-        self._rows, self._num_layers, self._kernels = rows, num_layers, kernels
+    def __init__(self, rows: QueryRows, num_layers: int, kernels: bool = False, window: Window = no_window) -> None:
+        self._rows, self._num_layers, self._kernels, self._window = rows, num_layers, kernels, window
         self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and step
 
     def at(self, step: int) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
@@ -82,7 +103,7 @@ class SplitAttention:
 
     def _attend(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._keys[layer, step] = k, v
-        rows, steps = self._rows, self._rows.steps
+        rows, steps, reach = self._rows, self._rows.steps, _reach(self._window(layer), step)
         every_row = step == 0 and layer < self._num_layers - 1
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]
         inputs = places, q, *self._keys[layer, 0], *(x for j in range(1, step + 1) for x in self._keys[layer, j])
@@ -90,9 +111,9 @@ class SplitAttention:
             from ..kernels.ttt_attention import KernelAttention
 
             at = torch.arange(len(q), device=q.device) if every_row else rows.rows[steps[step]]
-            return cast(Tensor, KernelAttention.apply(at, rows.firsts[at], *inputs))
-        spans = rows.documents if every_row else rows.spans[step]
-        return cast(Tensor, JoinedAttention.apply(spans, *inputs))
+            return cast(Tensor, KernelAttention.apply(at, torch.maximum(rows.firsts[at], at - (reach - 1)), *inputs))
+        blocks = list(_blocks(rows.documents if every_row else rows.spans[step], reach))
+        return cast(Tensor, JoinedAttention.apply(blocks, *inputs))
 
 
 def _has_triton(q: Tensor) -> bool:
@@ -100,24 +121,43 @@ def _has_triton(q: Tensor) -> bool:
     return fits and run_on(q.device)
 
 
+class Kind(Enum):
+    """Which keys of a block its queries see: query i all, or those j <= i, or those j >= i."""
+
+    EVERY = auto()
+    UP_TO_OWN = auto()
+    FROM_OWN = auto()
+
+
+class Block(NamedTuple):
+    """Queries that follow each other, and rows of step 0 whose keys they see."""
+
+    queries: slice  # where they lie in q
+    keys: slice
+    kind: Kind
+
+
 class JoinedAttention(torch.autograd.Function):
-    """One softmax over the causal scores with a document's keys and the scores with the row's own keys.
+    """One softmax over the scores with a document's keys and the scores with the row's own keys.
 
     Args of `apply`:
-        spans: of the queries, in the order in which they lie in q.
+        blocks: that make up what the queries see of step 0; each query's first is of the kind UP_TO_OWN.
         places: for each of the row's own steps int64 [n], where the queries stand among that step's keys.
         q: [n, heads, D]; k, v: [T, kv_heads, D]; then keys and values [n_j, kv_heads, D] of each own step j.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, spans: list[Span], places: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *own: Tensor
+        ctx: Any, blocks: list[Block], places: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *own: Tensor
     ) -> Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-        for queries, blocks in _queries_and_keys(spans):
-            parts = [flash_forward(q[queries], k[keys], v[keys], causal) for keys, causal in blocks]
-            out[queries], lse[queries] = reduce(_join, parts)
+        for queries, keys, kind in blocks:
+            inputs = _in_order(kind, q[queries], k[keys], v[keys])
+            out_here, lse_here = _in_order(kind, *flash_forward(*inputs, causal=kind is not Kind.EVERY))
+            if kind is not Kind.UP_TO_OWN:
+                out_here, lse_here = _join((out[queries], lse[queries]), (out_here, lse_here))
+            out[queries], lse[queries] = out_here, lse_here
         if own:
             scores = _own_scores(q, own[::2], places)  # [n, heads, own steps]
             joined = torch.cat([scores, lse[..., None]], dim=-1).logsumexp(-1)
@@ -127,7 +167,7 @@ class JoinedAttention(torch.autograd.Function):
                 weight, value_here = weights[..., j : j + 1], value.index_select(0, place).unsqueeze(2)
                 _grouped(out, v).addcmul_(_grouped(weight, v), value_here)
             lse = joined
-        ctx.spans, ctx.places = spans, places
+        ctx.blocks, ctx.places = blocks, places
         ctx.save_for_backward(q, k, v, out, lse, *own)
         return out
 
@@ -137,14 +177,14 @@ class JoinedAttention(torch.autograd.Function):
         q, k, v, out, lse, *own = ctx.saved_tensors
         grad = grad.contiguous()
         dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over spans
-        for queries, blocks in _queries_and_keys(ctx.spans):
-            for keys, causal in blocks:
-                inputs = grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries]
-                dq_here, dk_here, dv_here = flash_backward(*inputs, causal)
-                dq[queries] = dq_here if causal else dq[queries] + dq_here
-                dk[keys] += dk_here
-                dv[keys] += dv_here
+        dk, dv = (torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (k, v))  # sums over blocks
+        for queries, keys, kind in ctx.blocks:
+            inputs = _in_order(kind, grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries])
+            gradients = flash_backward(*inputs, causal=kind is not Kind.EVERY)
+            dq_here, dk_here, dv_here = _in_order(kind, *gradients)
+            dq[queries] = dq_here if kind is Kind.UP_TO_OWN else dq[queries] + dq_here
+            dk[keys] += dk_here
+            dv[keys] += dv_here
         own_grads: list[Tensor] = []
         if own:
             scale = q.shape[-1] ** -0.5
@@ -167,13 +207,29 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _queries_and_keys(spans: list[Span]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-    """Yield where each span's queries lie, and the keys they see: causally those of the span, and all before it."""
+def _blocks(spans: list[Span], reach: int) -> Iterator[Block]:
+    """Yield what the queries of spans see: the last `reach` rows of their document, their own included.
+
+    Rows that see their whole document are cut nowhere, later ones so that none is out of the reach of another.
+    """
     start = 0
     for document, first, rows in spans:
-        past = [(slice(document, first), False)] if first > document else []
-        yield slice(start, start + rows), [(slice(first, first + rows), True), *past]
-        start += rows
+        end = first + rows
+        while first < end:
+            whole = first < document + reach  # they see from the first row of the document on
+            num = min(end, (document if whole else first) + reach) - first
+            queries, past = slice(start, start + num), document if whole else first + num - reach
+            yield Block(queries, slice(first, first + num), Kind.UP_TO_OWN)
+            if past < first:
+                yield Block(queries, slice(past, first), Kind.EVERY)
+            if not whole and num > 1:  # the last query sees none of these
+                yield Block(slice(start, start + num - 1), slice(first + 1 - reach, past), Kind.FROM_OWN)
+            first, start = first + num, start + num
+
+
+def _in_order(kind: Kind, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Return rows last first if the kind is FROM_OWN, which then is UP_TO_OWN."""
+    return tuple(x.flip(0) for x in rows) if kind is Kind.FROM_OWN else rows
 
 
 def _grouped(x: Tensor, keys: Tensor) -> Tensor:
@@ -201,7 +257,7 @@ def _join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
 # -- one block of queries and keys: PyTorch's flash kernel on the CPU, products in blocks of rows elsewhere ------------
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Attend with queries [n, heads, D] to keys and values [m, kv_heads, D]; causal (n = m) or to all.
 
     Returns outputs [n, heads, D] and log-sum-exps of the scores [n, heads], at least float32.
@@ -218,7 +274,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v if `out` and `lse` are those of a softmax these keys are a part of.
 

@@ -1,8 +1,8 @@
 """Attention of the training-time-test unroll in Triton (docs/internals/split_attention.md derives the formulas).
 
-A query carries its own bounds: of step 0's keys it sees those from `first`, the first row of its document, to its own
-`row`. A tile of queries walks the blocks of keys from its smallest `first` to its largest `row`, each query masked by
-its own bounds. The keys of its later steps, gathered next to the query, join the same softmax.
+A query carries its own bounds: of step 0's keys it sees those from `first`, the first row of its document or of its
+window, to its own `row`. A tile of queries walks the blocks of keys from its smallest `first` to its largest `row`,
+each query masked by its own bounds. The keys of its later steps, gathered next to the query, join the same softmax.
 
 A tile holds *pairs* of a query and one of the heads that share a kv head: pair i is query i // group and head i % group
 of the kv head's group. Pairs beyond the last one repeat it: they write the same values to the same place.
@@ -62,10 +62,11 @@ def _own_offsets(step, num_queries, query, head_dim: tl.constexpr):
 
 @triton.jit
 def _walked(row, first, block: tl.constexpr):
-    """Return the bounds of a tile's walk: where it begins, up to where every query sees every key, and its end."""
+    """Return the bounds of a tile's walk: its begin, from and up to where every query sees every key, and its end."""
     begin = tl.min(first, 0)
-    whole = (tl.min(row, 0) + 1 - begin) // block * block
-    return begin, begin + tl.where(begin == tl.max(first, 0), whole, 0), tl.max(row, 0) + 1
+    inner = begin + tl.cdiv(tl.max(first, 0) - begin, block) * block
+    whole = inner + tl.maximum(tl.min(row, 0) + 1 - inner, 0) // block * block
+    return begin, inner, whole, tl.max(row, 0) + 1
 
 
 @triton.jit
@@ -123,13 +124,12 @@ def forward_kernel(
         acc = acc * shrink[:, None] + weight[:, None] * value
         total = total * shrink + weight
         peak = higher
-    begin, whole, end = _walked(row, first, block)
-    acc, total, peak = _attend_blocks(
-        begin, whole, acc, total, peak, q_here, row, first, k, v, num_keys, scale, head_dim, width, block, False
-    )
-    acc, total, peak = _attend_blocks(
-        whole, end, acc, total, peak, q_here, row, first, k, v, num_keys, scale, head_dim, width, block, True
-    )
+    bounds = _walked(row, first, block)
+    for part in tl.static_range(3):
+        acc, total, peak = _attend_blocks(
+            bounds[part], bounds[part + 1], acc, total, peak, q_here, row, first, k, v, num_keys, scale,
+            head_dim, width, block, part != 1,
+        )  # fmt: skip
     _store_rows(out, at * head_dim, acc / total[:, None], head_dim, width)
     tl.store(lse + at, peak + tl.log2(total))
 
@@ -176,15 +176,12 @@ def dq_kernel(
         weight = tl.exp2(tl.sum(q_here.to(tl.float32) * key, 1) * (scale * LOG2E) - lse_here)
         dscore = weight * (tl.sum(grad_here.to(tl.float32) * value, 1) - delta_here)
         acc += dscore[:, None] * key
-    begin, whole, end = _walked(row, first, block)
-    acc = _dq_blocks(
-        begin, whole, acc, q_here, grad_here, lse_here, delta_here, row, first, k, v, num_keys, scale,
-        head_dim, width, block, False,
-    )  # fmt: skip
-    acc = _dq_blocks(
-        whole, end, acc, q_here, grad_here, lse_here, delta_here, row, first, k, v, num_keys, scale,
-        head_dim, width, block, True,
-    )  # fmt: skip
+    bounds = _walked(row, first, block)
+    for part in tl.static_range(3):
+        acc = _dq_blocks(
+            bounds[part], bounds[part + 1], acc, q_here, grad_here, lse_here, delta_here, row, first, k, v, num_keys,
+            scale, head_dim, width, block, part != 1,
+        )  # fmt: skip
     _store_rows(dq, at * head_dim, acc * scale, head_dim, width)
 
 
@@ -275,7 +272,7 @@ class KernelAttention(torch.autograd.Function):
     """What `JoinedAttention` of ../ttt_attention.py computes, in four kernels.
 
     Args of `apply`:
-        rows, firsts: int64 [n], ascending: each query's row, and the first row of its document.
+        rows, firsts: int64 [n], ascending: each query's row, and the first row that it sees.
         places and what follows: as `JoinedAttention`'s.
     """
 

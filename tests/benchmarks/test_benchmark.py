@@ -20,10 +20,18 @@ def test_both_implementations_are_measured_and_lose_the_same(capsys):
     main([*TINY, "implementation=both", "counted_share=0.5", "documents=2"])
     result = json.loads(capsys.readouterr().out)
     assert result["fused"]["loss"] == pytest.approx(result["plain"]["loss"], rel=1e-5)
-    assert result["cpu_ratio"] > 0
+    assert result["fused"]["cpu_ratio"] > 0
     for name in ("cpu_s", "wall_s", "tokens_per_s", "utilisation", "loss"):
         assert result["fused"][name] > 0
     assert result["options"]["draft_vocab_size"] == 120
+
+
+def test_heads_of_several_depths_are_measured_in_turn(capsys):
+    main([*TINY, "depths=1,3", "sliding_window=16"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["3"]["plain_tflop"] > result["1"]["plain_tflop"]
+    assert result["1"]["cpu_ratio"] == 1
+    assert result["3"]["cpu_ratio"] > 0
 
 
 @pytest.mark.parametrize(

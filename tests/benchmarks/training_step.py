@@ -1,7 +1,8 @@
 """Measure a training step on random inputs: `python tests/benchmarks/training_step.py [option=value ...]`.
 
 Prints one JSON line. Needs torch and transformers only. `implementation=plain` measures the plain twin
-(tests/twins/plain_ttt.py), `both` the two and their ratios: only figures of one process compare.
+(tests/twins/plain_ttt.py), `both` the two and their ratios, `depths=1,2,3` heads of so many layers and their ratios to
+the first: only figures of one process compare.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ class Options:
     counted_share: float = 1.0  # of the tokens of a turn
     ttt_steps: int = 7
     num_layers: int = 1
+    depths: str = ""  # several num_layers, as 1,2,3
+    sliding_window: int = 0  # of every layer; 0: none
     num_aux: int = 3
     dtype: str = "float32"
     device: str = "cpu"
@@ -126,6 +130,8 @@ def head_config(options: Options) -> DraftHeadConfig:
         aux_layers=tuple(range(options.num_aux)),
         max_position_embeddings=options.seq_len + options.ttt_steps,
         num_layers=options.num_layers,
+        sliding_window=options.sliding_window or None,
+        window_layers=tuple(range(options.num_layers)) if options.sliding_window else (),
     )
 
 
@@ -276,6 +282,17 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
+def compare(option: str, values: Sequence[Any], options: Options) -> dict[str, Any]:
+    """Measure with each value of an option in turn, and each one's ratios to the first."""
+    found = {str(value): measure(dataclasses.replace(options, **{option: value})) for value in values}
+    first = found[str(values[0])]
+    for result in found.values():
+        result["cpu_ratio"] = round(result["cpu_s"] / first["cpu_s"], 3)
+        if result["peak_memory_mb"] is not None:
+            result["memory_ratio"] = round(result["peak_memory_mb"] / first["peak_memory_mb"], 3)
+    return found
+
+
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON line."""
     options = parse(arguments)
@@ -285,14 +302,12 @@ def main(arguments: list[str]) -> None:
         raise ValueError("loss_kernel needs device=cuda and loss=kl: set it to false")
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = list(IMPLEMENTATIONS) if options.implementation == "both" else [options.implementation]
-    found = {name: measure(dataclasses.replace(options, implementation=name)) for name in names}
-    result: dict[str, Any] = found[names[0]]
-    if len(names) == 2:
-        fused, plain = found["fused"], found["plain"]
-        result = {**found, "cpu_ratio": round(fused["cpu_s"] / plain["cpu_s"], 3)}
-        if fused["peak_memory_mb"] is not None:
-            result["memory_ratio"] = round(fused["peak_memory_mb"] / plain["peak_memory_mb"], 3)
+    if options.depths:
+        result = compare("num_layers", [int(depth) for depth in options.depths.split(",")], options)
+    elif options.implementation == "both":
+        result = compare("implementation", ["plain", "fused"], options)
+    else:
+        result = measure(options)
     print(json.dumps({**result, "options": dataclasses.asdict(options)}))
 
 

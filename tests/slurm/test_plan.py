@@ -71,6 +71,32 @@ def test_parameters_are_those_published(experiment):
     assert active_with_embedding / 1e9 == pytest.approx(active, rel=0.02)
 
 
+H, Q, K = 4096, 4096, 1024  # of Llama-3.1-8B: widths of the state, of queries, and of keys
+FURTHER = H * (Q + 2 * K) + Q * H + 3 * H * 14336 + 2 * H  # parameters of a further layer
+BIASES = Q + 2 * K + H
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        (["norm_before_fc=true"], 3 * H),
+        (["norm_before_fc=true", "fc_norm=false", "norm_before_residual=true"], 0),  # as Speculators
+        (["attention_bias=true"], BIASES),
+        (["qk_norm=true"], 2 * 128),
+        (["aux_layers=[1,5,9,28]"], H * H + H),
+        (["num_layers=3"], 2 * FURTHER),
+        (["num_layers=5", "attention_bias=true", "qk_norm=true"], 4 * FURTHER + 5 * (BIASES + 2 * 128)),
+        (["sliding_window=2048"], 0),
+    ],
+)
+def test_parameters_of_a_head_are_those_of_its_form(options, more):
+    default, head = (
+        make_plan(composed("experiment=llama31_8b", "name=x", *(f"draft.{option}" for option in given)))["head"]
+        for given in ([], options)
+    )
+    assert head["parameters"] - default["parameters"] == head["trained"] - default["trained"] == more
+
+
 EXPERTS = 24 * 128 * 3 * 5120 * 8192  # of Maverick's 24 layers with experts
 
 

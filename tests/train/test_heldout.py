@@ -12,6 +12,7 @@ from fledge.train.heldout import HeldoutCounts, acceptance, count_heldout, teach
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss.unroll import TTTModule
 from one_sequence import OneSequence
+from small_heads import FORMS
 
 
 def decoded_row(head, ids, aux, last, row, num, transform):
@@ -32,13 +33,22 @@ def decoded_row(head, ids, aux, last, row, num, transform):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("vocabulary", "first_outside"), [(None, False), (60, False), (100, True)])
+@pytest.mark.parametrize(
+    ("changes", "first_outside"),
+    [
+        ({"draft_vocab_size": None}, False),
+        ({"draft_vocab_size": 60}, False),
+        ({}, True),
+        ({"draft_vocab_size": 60, "sliding_window": 4, "window_layers": (0,)}, False),
+        *((FORMS[form], False) for form in ("speculators", "five_layers_full_vocabulary", "deep_with_all")),
+    ],
+)
 @pytest.mark.parametrize("chunk_bytes", [128 << 20, 40_000])
-def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, first_outside, chunk_bytes, monkeypatch):
+def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(changes, first_outside, chunk_bytes, monkeypatch):
     monkeypatch.setitem(fused_loss.CHUNK_BYTES, "cpu", chunk_bytes)
-    head = make_head(draft_vocab_size=vocabulary)
+    head = make_head(**changes)
     transform = LogitTransform(scale=0.5, softcap=4.0)
-    batch, num = make_batch([13, 1, 9], seed=8), 3
+    batch, num = make_batch([13, 1, 9], seed=8, aux=len(head.config.aux_layers)), 3
     if first_outside:
         leave_out_first_tokens(head, batch, matrices()[1])
     module = TTTModule(head, 2, 0.8, transform=transform)  # trained on another number of steps

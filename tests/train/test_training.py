@@ -45,18 +45,25 @@ def optimizer_state(checkpoint) -> list[torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize(("zero_stage", "loss"), [(1, "kl"), (3, "lk_lambda")])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, tmp_path, zero_stage, loss):
+DEEP = ("draft.num_layers=3", "draft.norm_before_fc=true", "draft.attention_bias=true", "draft.qk_norm=true")
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "loss", "form"),
+    [(1, "kl", ()), (3, "lk_lambda", DEEP), pytest.param(1, "kl", DEEP, marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, tmp_path, zero_stage, loss, form):
     import shutil
 
+    options = [f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}", *form]
     copy_until_dump(finished, run)
-    run("train", f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}")
+    run("train", *options)
     whole = run.path / "training"
     resumed = Run(tmp_path / "resumed", run.verifier)
     copy_until_dump(finished, resumed)
     shutil.copytree(whole, resumed.path / "training")
     as_if_killed_after(resumed, 9)
-    done = resumed("train", f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}")
+    done = resumed("train", *options)
     assert "going on from step 9" in done.stdout
 
     first, second = (folder / "training" / "checkpoints" / "step-24" for folder in (run.path, resumed.path))

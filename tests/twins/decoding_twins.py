@@ -31,9 +31,12 @@ SMALL = Options(
 class Loop:
     """A small random verifier and head, and prompts of several lengths."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", max_tokens: int = 24) -> None:
+    def __init__(
+        self, device: str = "cpu", dtype: str = "float32", max_tokens: int = 24, window: int | None = None
+    ) -> None:
         self.max_tokens = max_tokens
         self.verifier, self.head = make_models(replace(SMALL, device=device, dtype=dtype))
+        self.head.config = replace(self.head.config, sliding_window=window, window_layers=(0,) if window else ())
         with torch.no_grad():
             self.verifier.model.lm_head.weight.mul_(20)  # sharper than chance
         self.embedding = self.verifier.model.get_input_embeddings().weight

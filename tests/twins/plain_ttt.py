@@ -43,7 +43,7 @@ def counted_rows(loss_mask: Tensor, document: Tensor, ttt_steps: int) -> Tensor:
 
 def plain_unroll(head: DraftHead, batch: PackedBatch, embedding: Tensor, ttt_steps: int) -> Iterator[Tensor]:
     """Run K draft steps on every row and yield each step's normed states [T, H]."""
-    attention = TTTAttention(batch.lengths, head.config.num_layers)
+    attention = TTTAttention(batch.lengths, head.config.num_layers, head.config.window)
     state = head.fuse(batch.states[0])
     for step in range(ttt_steps):
         fed = head.embed(ahead(batch.input_ids, step + 1), embedding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "attention"
 LENGTHS = [300, 1, 37, 2, 129]  # rows of a case's documents: of one row, of two, and of several blocks of keys
+WINDOW = 70  # of a case, at most, if layers have a window: its borders lie within blocks
 
 
 def check_training(options: TrainConfig, head: DraftHeadConfig, ranks: Ranks) -> Checked:
@@ -35,9 +37,15 @@ def compare_attention(
     if head.head_dim > MAX_HEAD_DIM:
         raise ValueError(f"it is made for heads of up to {MAX_HEAD_DIM}, and these have {head.head_dim}")
     heads = head.num_attention_heads, head.num_key_value_heads
+    windows = {head.window(layer) for layer in range(head.num_layers)}
+    cases = itertools.product(range(1, min(2, head.num_layers) + 1), windows)
     errors = [
-        attention_errors(LENGTHS, heads, head.head_dim, dtype, device, ttt_steps, num_layers=num_layers)
-        for num_layers in range(1, min(2, head.num_layers) + 1)
+        attention_errors(
+            *(LENGTHS, heads, head.head_dim, dtype, device, ttt_steps),
+            num_layers=num_layers,
+            window=window and min(window, max(WINDOW, ttt_steps)),
+        )
+        for num_layers, window in cases
     ]
     outputs, gradients = torch.tensor(errors, dtype=torch.float64).amax(0).tolist()  # no number if any is none
     return {"outputs": Figure(outputs, TOLERANCES[dtype]), "gradients": Figure(gradients, TOLERANCES[dtype])}
@@ -53,6 +61,7 @@ def attention_errors(
     counted: float = 0.9,
     num_layers: int = 1,
     kernels: bool = True,
+    window: int | None = None,
 ) -> tuple[float, float]:
     """Return the largest errors of the outputs, and of the gradients relative to their largest entry.
 
@@ -66,7 +75,10 @@ def attention_errors(
     drawn = [torch.randn(ttt_steps, num_rows, width, head_dim, generator=generator) for width in (*heads, heads[1])]
     inputs = [values.to(device, dtype).requires_grad_() for values in drawn]
     exact = [values.detach().double().requires_grad_() for values in inputs]
-    split, plain = SplitAttention(rows, num_layers, kernels), TTTAttention(lengths, 1)
+    split, plain = (
+        SplitAttention(rows, num_layers, kernels, lambda _: window),
+        TTTAttention(lengths, 1, lambda _: window),
+    )
     found, expected = [], []
     for step in range(ttt_steps):
         at = rows.rows[rows.steps[step]]

@@ -36,7 +36,7 @@ def unroll(
     `embedding` [V, H] is the verifier's. With `recompute` only a step's inputs are kept, and it runs again in the
     backward pass; with `kernels` Triton does the attention, on a GPU.
     """
-    attention = SplitAttention(rows, head.config.num_layers, kernels)
+    attention = SplitAttention(rows, head.config.num_layers, kernels, head.config.window)
     # The embedding's share of the first layer's projections, of every token: step k reads it k rows further on.
     projected = head.project_embedding(head.embed(batch.input_ids, embedding))
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)

@@ -57,9 +57,9 @@ def test_a_look_at_values_is_found_out(look):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("shape", [*SHAPES, "none"])
-def test_a_round_looks_at_no_value(shape, rule):
-    speculator, drafter = Loop().speculator("chain" if shape == "none" else shape, rule)
+@pytest.mark.parametrize(("shape", "window"), [*((shape, None) for shape in [*SHAPES, "none"]), ("tree", 6)])
+def test_a_round_looks_at_no_value(shape, window, rule):
+    speculator, drafter = Loop(window=window).speculator("chain" if shape == "none" else shape, rule)
     drafter = NoDraft() if shape == "none" else drafter
     speculator.decode(drafter)
     with torch.no_grad(), NoLook():
@@ -77,7 +77,8 @@ class Recorded:
         self.known.clear()
 
     def run(self, key, function):
-        caches = [*self.speculator.cached.cache.tensors, self.drafter._cache, *self.drafter._rotary]
+        drafter = self.drafter
+        caches = [*self.speculator.cached.cache.tensors, drafter._cache, drafter._positions, *drafter._rotary]
         own = self.speculator._draws, self.speculator._proposed, self.drafter._state
         at = [tensor.data_ptr() for tensor in (*caches, *own)]
         assert self.known.setdefault(key, at) == at, "a graph would use memory that is gone"
@@ -87,7 +88,7 @@ class Recorded:
 
 
 def test_a_round_that_is_known_finds_its_memory_where_it_was():
-    loop, alone = Loop(), NoDraft()
+    loop, alone = Loop(window=12), NoDraft()
     speculator, drafter = loop.speculator("tree", RULES["sampled"])
     speculator._graphs = Recorded(speculator, drafter)
     for length in (9, 90, 20, 200, 30):

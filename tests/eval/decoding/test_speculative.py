@@ -25,6 +25,7 @@ from fledge.models.verifier.model import Verifier
 from fledge.models.verifier.weights import VerifierWeights
 from one_sequence import OneSequence
 from oracles import Oracle, TreeOracle
+from small_heads import FORMS
 
 SHAPES = {"chain": {"num_draft_tokens": 4}, "tree": {"num_draft_tokens": 12, "tree_depth": 4, "tree_top_k": 4}}
 
@@ -263,11 +264,18 @@ def naive_tree(head: DraftHead, embedding, fed, aux, num_nodes: int, depth: int,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("num_nodes", "depth", "top_k"), [(12, 4, 3), (20, 3, 5), (5, 1, 8), (4, 4, 2)])
-def test_the_tree_of_a_head_is_that_of_eagle_2(num_nodes, depth, top_k):
-    head = make_head()
+@pytest.mark.parametrize(
+    ("changes", "num_nodes", "depth", "top_k"),
+    [
+        *(({}, *sizes) for sizes in [(12, 4, 3), (20, 3, 5), (5, 1, 8), (4, 4, 2)]),
+        ({"sliding_window": 2, "window_layers": (0,)}, 40, 5, 4),  # deeper than the window
+        *((FORMS[form], 12, 4, 3) for form in ("speculators", "five_layers_full_vocabulary", "deep_with_all")),
+    ],
+)
+def test_the_tree_of_a_head_is_that_of_eagle_2(changes, num_nodes, depth, top_k):
+    head = make_head(**changes)
     embedding = torch.randn(120, 32, generator=torch.Generator().manual_seed(4))
-    aux = torch.randn(9, 96, generator=torch.Generator().manual_seed(5))
+    aux = torch.randn(9, 32 * len(head.config.aux_layers), generator=torch.Generator().manual_seed(5))
     fed = list(range(10, 19))
     decoder = OneSequence(head, embedding, num_nodes, tree_depth=depth, tree_top_k=top_k)
     decoder.extend(fed[:6], aux[:6])

@@ -36,16 +36,19 @@ from fledge.models.verifier.config import load_config
 from fledge.models.verifier.weights import VerifierWeights
 from one_sequence import OneSequence
 from safetensors.torch import load_file, save_file
+from small_heads import FORMS
 
 EMBEDDING, _ = matrices()
 
 
-def test_teacher_forced_steps_are_those_of_cached_decoding():
-    head, start = make_head(), 6
+@pytest.mark.parametrize("form", [None, "speculators", "partial_rotation", "qk_norm", "five_layers_full_vocabulary"])
+def test_teacher_forced_steps_are_those_of_cached_decoding(form):
+    trained, start = make_head(**FORMS.get(form, {})), 6
+    head = _in_form(trained, trained.config)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, 120, (20,), generator=generator).tolist()
     aux = {layer: torch.randn(20, 32, generator=generator) for layer in (1, 3, 4)}
-    log_p = torch.randn(20 - start, 100, generator=generator).log_softmax(-1)
+    log_p = torch.randn(20 - start, head.config.draft_vocab_size, generator=generator).log_softmax(-1)
     hits, nats = teacher_forced(head, Text(tokens, start, aux, log_p), EMBEDDING)
     rows = range(start - 1, 20 - 1 - STEPS)
     assert len(hits) == len(nats) == len(rows)

@@ -22,7 +22,9 @@ from fledge.eval.decoding.kernel_checks import (
 )
 from fledge.eval.decoding.proposal import accepted_path
 from fledge.models import kernels
+from fledge.models.head.ttt_attention import TTTAttention
 from fledge.models.kernels import choosing
+from small_heads import FORMS, make_head, matrices
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
@@ -44,6 +46,19 @@ def here(monkeypatch):
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 96), (2, 80), (5, 33), (3, 5120), (7, 1)])
 def test_the_input_of_a_draft_step_equals_its_definition(num_rows, width, dtype):
     assert joined_error(num_rows, width, dtype, "cpu") <= (2e-6 if dtype == torch.float32 else 4e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", FORMS.values(), ids=FORMS)
+def test_a_step_that_looks_its_embeddings_up_equals_one_that_is_given_them(changes):
+    head, embedding = make_head(**changes), matrices()[0]
+    tokens, state = torch.arange(40, 47), torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    rotary, layers = head.rotary(torch.arange(7), state), head.config.num_layers
+    found, expected = (
+        head.step(given, state, rotary, TTTAttention([7], layers))
+        for given in (head.lookup(tokens, embedding), head.embed(tokens, embedding))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

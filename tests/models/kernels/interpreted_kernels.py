@@ -6,6 +6,7 @@ Not in bfloat16, with which the interpreter computes as if it were integers.
 import pytest
 import torch
 from fledge.models import kernels as kernels_module
+from fledge.models.kernels.ttt_attention import _seers
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss.kernel_checks import attention_errors
 from fledge.train.loss.unroll import TTTModule
@@ -32,13 +33,25 @@ def here(monkeypatch):
         ([150], (4, 1), 128, {"ttt_steps": 2}),
         ([9, 40, 1], (5, 1), 64, {"ttt_steps": 3, "counted": 0.7, "num_layers": 2}),
         ([31, 33, 63, 20], (2, 1), 96, {"ttt_steps": 1}),
+        ([9, 1, 130], (2, 1), 32, {"ttt_steps": 2, "window": 90, "num_layers": 2}),
+        ([40, 2, 33], (2, 1), 32, {"ttt_steps": 4, "window": 4, "counted": 0.8}),
     ],
-    ids=["all_steps", "no_useful_row", "torn_rows", "one_document", "every_row", "first_step"],
+    ids=["all_steps", "no_useful_row", "torn_rows", "one_document", "every_row", "first_step", "window", "narrow"],
 )
 def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, head_dim, options, dtype):
     outputs, gradients = attention_errors(lengths, heads, head_dim, dtype, "cpu", **options)
     assert outputs <= TOLERANCES[dtype]
     assert gradients <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("window", [1, 10, 50, 1000])
+def test_a_block_of_keys_walks_the_queries_that_see_any_of_them_and_no_other(window):
+    rows = torch.tensor([row for row in range(150) if row % 7])
+    firsts = torch.tensor([0, 20, 33, 120])[torch.bucketize(rows, torch.tensor([19, 32, 119]))]  # of documents
+    firsts = torch.maximum(firsts, rows - window + 1)
+    for block, (begin, end) in enumerate(_seers(rows, firsts, 150, 16).T.tolist()):
+        sees = (rows >= 16 * block) & (firsts < 16 * block + 16)
+        assert list(range(begin, end)) == sees.nonzero().squeeze(1).tolist()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

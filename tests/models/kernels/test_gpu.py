@@ -57,8 +57,9 @@ def kernels_only(monkeypatch):
         ([31] * 20, (4, 2), 32, {"ttt_steps": 7}),
         ([257, 255], (2, 1), 96, {"ttt_steps": 2}),
         ([1, 2, 1], (4, 2), 64, {"ttt_steps": 3}),
+        ([900, 1, 37, 1100], (8, 2), 128, {"ttt_steps": 7, "window": 300}),
     ],
-    ids=["packed", "one_document", "every_row", "d64", "short_documents", "d96", "no_useful_row"],
+    ids=["packed", "one_document", "every_row", "d64", "short_documents", "d96", "no_useful_row", "window"],
 )
 def test_attention_equals_the_plain_form_forward_and_backward(lengths, heads, head_dim, options, dtype):
     outputs, gradients = attention_errors(lengths, heads, head_dim, dtype, "cuda", **options)
@@ -202,11 +203,12 @@ def test_the_way_is_the_twins_and_its_slots_come_together_as_by_the_twin(make, n
 
 
 LOOPS = [(shape, name) for shape in SHAPES for name in ("greedy", "sampled", "cut")] + [("chain", "drawn")]
+WINDOWS = [(*loop, None) for loop in LOOPS] + [(shape, "greedy", 20) for shape in SHAPES]
 
 
-@pytest.mark.parametrize(("shape", "name"), LOOPS)
-def test_the_loop_with_graphs_and_kernels_equals_the_loop_without(shape, name, capsys):
-    loop = Loop("cuda", max_tokens=40)
+@pytest.mark.parametrize(("shape", "name", "window"), WINDOWS)
+def test_the_loop_with_graphs_and_kernels_equals_the_loop_without(shape, name, window, capsys):
+    loop = Loop("cuda", max_tokens=40, window=window)
     found, alone = loop.answers(shape, RULES[name], kernels=True, cuda_graphs=True)
     expected, _ = loop.answers(shape, RULES[name], kernels=False, cuda_graphs=False)
     assert "no CUDA graphs" not in capsys.readouterr().err

@@ -31,6 +31,8 @@ LAYER_FIELDS = (
     "rope_parameters",
     "attention_bias",
     "mlp_bias",
+    "layer_types",
+    "sliding_window",
 )
 VERIFIERS_OWN = {"embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight"}  # read from the verifier
 
@@ -48,7 +50,7 @@ def main() -> None:
     answer = {
         "class": type(model).__name__,
         "fields": {name: getattr(config, name) for name in FIELDS},
-        "layer": {name: getattr(config.transformer_layer_config, name) for name in LAYER_FIELDS},
+        "layer": {name: getattr(config.transformer_layer_config, name, None) for name in LAYER_FIELDS},
         "verifier": config.speculators_config.verifier.model_dump(),
         "num_draft_tokens": config.speculators_config.proposal_methods[0].speculative_tokens,
         "num_tensors": len(tensors),

@@ -1,19 +1,22 @@
 """vLLM as the judge: it must count what `fledge evaluate` counts. Run by `make test-serving`."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run
-from fledge.models.embedded.verifier import conversations
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run, copy_until_dump
+from fledge.models.embedded.verifier import conversations, questions
 from fledge.models.formats.fields import LAYER, vllm_layer_ids, written_fields
-from fledge.models.formats.plain import load_head
+from fledge.models.formats.plain import CONFIG, load_head
 from make_embedded import TINY, make_document, train
 from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
 pytestmark = pytest.mark.serving
+WINDOW, BEFORE_FC = "draft.sliding_window=16", "draft.norm_before_fc=true"
+FOUR = ["draft.aux_layers=[1,2,4,7]", "overwrite=true"]  # which the copied states are not of
 HEADS = {
     "EAGLE-3.1": [],
     "EAGLE-3": ["draft=eagle3"],
@@ -21,7 +24,25 @@ HEADS = {
     "full vocabulary": ["draft.vocab_size=null"],
     "the verifier's lm_head": ["draft.vocab_size=null", "draft.train_lm_head=false"],
     "another width": ["draft.hidden_size=96", "draft.num_attention_heads=4", "draft.num_key_value_heads=2"],
+    "norm before fc": ["draft=eagle3", BEFORE_FC],
+    "norm before fc and norms of aux states": [BEFORE_FC],
+    "window": [WINDOW],
+    "4 aux layers": FOUR,
+    "biases": ["draft.attention_bias=true"],
+    "q and k norms": ["draft.qk_norm=true"],
+    "2 layers": ["draft.num_layers=2"],
+    "3 layers": ["draft.num_layers=3"],
+    "5 layers": ["draft.num_layers=5"],
+    "Speculators' default": [
+        *("draft=eagle3", BEFORE_FC, "draft.norm_output=true", "draft.norm_before_residual=true"),
+        *(WINDOW, "draft.train_lm_head=false"),
+    ],
+    "norm before fc, window": ["draft=eagle3", BEFORE_FC, WINDOW],
+    "3 layers, window, 150 tokens": ["draft.num_layers=3", WINDOW, "draft.vocab_size=150"],
+    "2 layers, window in one": ["draft.num_layers=2", WINDOW, "draft.window_layers=[1]"],
+    "2 layers, q and k norms, window, 4 aux layers": ["draft.num_layers=2", "draft.qk_norm=true", WINDOW, *FOUR],
 }
+ENGINE = {"2 layers, window in one": {"disable_hybrid_kv_cache_manager": True}}  # as SERVING.md says
 SIZES = {
     **SMALL_DECODER,
     "max_position_embeddings": 1024,
@@ -49,11 +70,13 @@ def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engi
         head = run.path / "exports" / format_
         counted, log = decode_in_vllm(folder, {**request, "head": str(head), "engine": engine})
         assert counted is not None, log[-6000:]
-        print(format_, {name: counted[name] for name in COUNTS})
+        tokens = [len(prompt) for prompt in request["prompts"]]
+        print(f"{format_}, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens:", counted)
         assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
         assert counted["texts"] == texts
         assert counted["architecture"] == architecture
-    if not load_head(run.path / "exports" / "plain")[0].config.own_embedding:  # its model has no other widths
+    head = load_head(run.path / "exports" / "plain")[0].config
+    if not head.own_embedding and not (head.norm_before_fc and head.fc_norm):  # which its model has not
         check_read_by_speculators(run)
 
 
@@ -69,7 +92,7 @@ def check_read_by_speculators(run: Run) -> None:
     assert [answer[name] for name in ("missing", "unexpected", "unequal", "not_finite")] == [[], [], [], []]
     assert answer["fields"] == {
         "norm_before_residual": config.norm_before_residual,
-        "norm_before_fc": False,
+        "norm_before_fc": config.norm_before_fc,
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         "embed_requires_grad": False,
@@ -78,19 +101,46 @@ def check_read_by_speculators(run: Run) -> None:
         "eagle_aux_hidden_state_layer_ids": vllm_layer_ids(config.aux_layers),
     }
     layer = written_fields(config, LAYER)
-    assert answer["layer"] == {name: layer[name] for name in answer["layer"]}
+    assert {name: answer["layer"][name] for name in answer["layer"] if name in layer} == {
+        name: layer[name] for name in answer["layer"] if name in layer
+    }
     assert answer["verifier"]["name_or_path"] == str(run.verifier)
     assert answer["num_draft_tokens"] == 3
     print("speculators library: all", answer["num_tensors"], "tensors and", len(answer["fields"]), "fields as meant")
 
 
+def write_long_questions(path: Path) -> None:
+    """Write questions of many times a window's tokens: six of the embedded ones at a time."""
+    turns = [question["turns"] for question in questions()]
+    rows = [{"turns": [" ".join(asked) for asked in zip(*turns[k : k + 6], strict=True)]} for k in range(0, 48, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
-    for name in ("conversations", "hidden_states"):
-        shutil.copytree(finished.path / name, run.path / name)
-    for stage in ("dump", "train", "evaluate"):
-        run(stage, *HEADS[head], "evaluate.baselines=false")
+    copy_until_dump(finished, run)
     run.options = HEADS[head]
+    if WINDOW in run.options:
+        write_long_questions(tmp_path / "long.jsonl")
+        more = ["train.max_steps=100", "evaluate.questions_per_category=null"]
+        run.options = [*run.options, *more, f"evaluate.questions={tmp_path / 'long.jsonl'}"]
+    for stage in ("dump", "train", "evaluate"):
+        run(stage, "evaluate.baselines=false")
+    judge(run, tmp_path, **ENGINE.get(head, {}))
+
+
+def test_vllm_counts_what_fledge_counts_with_a_head_that_rotates_half_of_each_head_dimension(finished, run, tmp_path):
+    """No option trains one from nothing: a published one is imported and trained on."""
+    published = tmp_path / "published"
+    shutil.copytree(finished.path / "exports" / "plain", published)
+    values = json.loads((published / CONFIG).read_text())
+    values["rope_parameters"]["partial_rotary_factor"] = 0.5
+    (published / CONFIG).write_text(json.dumps(values))
+    copy_until_dump(finished, run)
+    run("import", f"head_import.source={published}")
+    run.options = [f"train.init_from={run.path / 'imports' / 'published'}"]
+    for stage in ("train", "evaluate"):
+        run(stage, "evaluate.baselines=false")
     judge(run, tmp_path)
 
 

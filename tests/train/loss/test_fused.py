@@ -13,6 +13,7 @@ from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import find_useful_rows
 from fledge.train.loss.unroll import TTTModule, unroll
 from plain_ttt import PlainTTTModule, counted_rows, plain_unroll
+from small_heads import FORMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNNING = torch.tensor([0.5, 0.3, 0.2, 0.1])  # acceptance so far, for the losses that blend
@@ -78,6 +79,7 @@ def test_every_loss_equals_its_definition_and_autograds_gradient(loss, draft_voc
         ({"aux_layers": (0, 1, 2, 5, 6), "num_key_value_heads": 1}, [5, 6, 7]),
         ({"aux_layers": (2,), "num_key_value_heads": 4}, [19, 3]),
         ({"hidden_size": 24, "own_embedding": True}, [19, 3]),
+        *((changes, [13, 1, 22]) for changes in FORMS.values()),
     ],
     ids=[
         "single_rows",
@@ -87,6 +89,7 @@ def test_every_loss_equals_its_definition_and_autograds_gradient(loss, draft_voc
         "five_aux_states",
         "one_aux_state_no_gqa",
         "narrow",
+        *FORMS,
     ],
 )
 def test_the_engine_equals_its_plain_twin(changes, lengths, budget, monkeypatch):
@@ -98,10 +101,11 @@ def test_the_engine_equals_its_plain_twin(changes, lengths, budget, monkeypatch)
     assert_close(results(fused, batch, embedding, lm_head), results(plain, batch, embedding, lm_head), 1e-5)
 
 
-def test_a_frozen_lm_head_and_recomputed_steps_change_no_gradient():
-    head = make_head(num_layers=2)
+@pytest.mark.parametrize("changes", [{"num_layers": 2}, FORMS["deep_with_all"]], ids=["two_layers", "deep_with_all"])
+def test_a_frozen_lm_head_and_recomputed_steps_change_no_gradient(changes):
+    head = make_head(**changes)
     head.lm_head.weight.requires_grad_(False)
-    batch = make_batch([21, 9], seed=7)
+    batch = make_batch([21, 9], seed=7, aux=len(head.config.aux_layers))
     embedding, lm_head = matrices()
     fused, plain = twins(head, recompute=True)
     found = results(fused, batch, embedding, lm_head)
@@ -172,10 +176,10 @@ def test_bfloat16_is_no_further_from_float64_than_the_plain_twin():
     assert sum(far["fused"]) <= 1.02 * sum(far["plain"])
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_gathered_rows_equal_all_rows(num_layers):
-    head = make_head(num_layers=num_layers)
-    batch = make_batch([14, 1, 30], seed=11)
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 2}, *FORMS.values()], ids=["eagle3_1", "two_layers", *FORMS])
+def test_gathered_rows_equal_all_rows(changes):
+    head = make_head(**changes)
+    batch = make_batch([14, 1, 30], seed=11, aux=len(head.config.aux_layers))
     embedding, _ = matrices()
     rows = batch.useful_rows(5)
     with torch.no_grad():
@@ -211,12 +215,12 @@ def test_gradients_of_keys_are_summed_over_blocks_in_float32(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(512, 2, 16, generator=generator).to(torch.bfloat16) for _ in range(4))
     exact = [x.double() for x in (q, k, v)]
-    out, lse = ttt_attention.flash_forward(*exact, True)
-    expected = ttt_attention.flash_backward(grad.double(), *exact, out, lse, True)[1:]
+    out, lse = ttt_attention.flash_forward(*exact, causal=True)
+    expected = ttt_attention.flash_backward(grad.double(), *exact, out, lse, causal=True)[1:]
     monkeypatch.setattr(ttt_attention, "_has_kernel", lambda _: False)
 
     def errors() -> list[float]:
-        found = ttt_attention.flash_backward(grad, q, k, v, out.to(q.dtype), lse.float(), True)[1:]
+        found = ttt_attention.flash_backward(grad, q, k, v, out.to(q.dtype), lse.float(), causal=True)[1:]
         return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
 
     whole = errors()

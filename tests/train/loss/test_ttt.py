@@ -9,6 +9,7 @@ from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule, count_rows, find_targets, unroll
 from one_sequence import OneSequence
 from plain_ttt import counted_rows
+from small_heads import FORMS
 
 
 def states_of(head, batch, embedding, ttt_steps):
@@ -70,6 +71,7 @@ def test_no_row_is_counted_across_documents():
         {"hidden_size": 24, "own_embedding": True},
         {"hidden_size": 48, "own_embedding": True},
         *({"rope_parameters": {"rope_theta": 500.0, **ROPE[kind]}} for kind in ROPE),
+        *FORMS.values(),
     ],
     ids=[
         "eagle3_1",
@@ -81,6 +83,7 @@ def test_no_row_is_counted_across_documents():
         "narrow",
         "wide",
         *ROPE,
+        *FORMS,
     ],
 )
 def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes):
@@ -141,11 +144,12 @@ def test_loss_equals_the_definition_row_by_row(draft_vocab_size):
     torch.testing.assert_close(sums[:, SUMS.index("counted")], num_counted(head, batch, lm_head, 4))
 
 
-def test_packed_documents_give_the_sums_and_gradients_of_documents_alone():
-    head = make_head().double()
+@pytest.mark.parametrize("changes", [{}, *FORMS.values()], ids=["eagle3_1", *FORMS])
+def test_packed_documents_give_the_sums_and_gradients_of_documents_alone(changes):
+    head = make_head(**changes).double()
     embedding, lm_head = (matrix.double() for matrix in matrices())
     module = TTTModule(head, 3, 0.8)
-    packed = make_batch([12, 7, 15], seed=5, dtype=torch.float64)
+    packed = make_batch([12, 7, 15], seed=5, aux=len(head.config.aux_layers), dtype=torch.float64)
     num = num_counted(head, packed, lm_head, 3)
     module(packed, embedding, lm_head, num_counted=num)[0].backward()
     together = {name: p.grad.clone() for name, p in head.named_parameters()}
