@@ -32,16 +32,11 @@ def decoded_row(head, ids, aux, last, row, num, transform):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("vocabulary", "first_outside", "window"),
-    [(None, False, None), (60, False, None), (100, True, None), (60, False, 4)],
-)
+@pytest.mark.parametrize(("vocabulary", "first_outside"), [(None, False), (60, False), (100, True)])
 @pytest.mark.parametrize("chunk_bytes", [128 << 20, 40_000])
-def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(
-    vocabulary, first_outside, window, chunk_bytes, monkeypatch
-):
+def test_each_row_accepts_what_a_decoder_fed_the_text_accepts(vocabulary, first_outside, chunk_bytes, monkeypatch):
     monkeypatch.setitem(fused_loss.CHUNK_BYTES, "cpu", chunk_bytes)
-    head = make_head(draft_vocab_size=vocabulary, sliding_window=window, window_layers=(0,) if window else ())
+    head = make_head(draft_vocab_size=vocabulary)
     transform = LogitTransform(scale=0.5, softcap=4.0)
     batch, num = make_batch([13, 1, 9], seed=8), 3
     if first_outside:
