@@ -108,6 +108,7 @@ class SplitAttention:
         every_row = step == 0 and layer < self._num_layers - 1
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]
         inputs = places, q, *self._keys[layer, 0], *(x for j in range(1, step + 1) for x in self._keys[layer, j])
+        reach = _reach(self._window(layer), step)
         if self._kernels and _has_triton(q):
             from ..kernels.ttt_attention import KernelAttention
 
