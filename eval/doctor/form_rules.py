@@ -59,7 +59,9 @@ def _layer_findings(head: HeadFiles) -> Iterator[Finding]:
     """Return what is wrong with the names of several layers, and with the norms of the later ones."""
     tensors, plain, layers = head.tensors, not head.speculators, range(1, head.layer_counts[1])
     pairs = [(f"layers.{layer}.{INPUT_NORM}", f"layers.{layer}.{HIDDEN_NORM}") for layer in layers]
-    differ = [pair for pair in pairs if tensors.keys() >= set(pair) and not torch.equal(*(tensors[n] for n in pair))]
+    differ = [
+        pair for pair in pairs if tensors.keys() >= set(pair) and not torch.equal(*(tensors[n].float() for n in pair))
+    ]
     lacking = [name for ours, theirs in pairs for name in (ours, *([theirs] if plain else [])) if name not in tensors]
     return findings_of(
         (differ, "later_norms", f"{' and '.join(' differs from '.join(pair) for pair in differ)}",
