@@ -29,7 +29,7 @@ def _cell(verdict: Verdict) -> str:
 
 def by_form() -> str:
     """Return the table of docs/guide/export.md: a row a form."""
-    head = ["head", *(f"{engine} {release}" for engine, release in ENGINES.items())]
+    head = ["form of head", *(f"{engine} {release}" for engine, release in ENGINES.items())]
     rows = [head, ["---"] * len(head), *([form.name, *map(_cell, form.verdicts)] for form in FORMS)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

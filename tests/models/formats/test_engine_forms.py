@@ -96,7 +96,9 @@ def test_serving_commands_have_the_flags_that_a_form_needs(tmp_path, config):
 
 
 def test_a_head_that_no_engine_serves_is_refused_with_every_reason(tmp_path, config, capsys):
-    reasons = r"no engine.*vLLM: its head with norms.*SGLang: it drops the biases.*TensorRT-LLM: it drops the norms"
+    reasons = (
+        r"no engine.*vLLM: it drops the bias of o_proj.*SGLang: it drops the biases.*TensorRT-LLM: it drops the norms"
+    )
     with pytest.raises(ValueError, match=rf"export\.format=plain is read by {reasons}"):
         exported(tmp_path, config, qk_norm=True, attention_bias=True)
     config.export.format = ExportFormat.all
