@@ -1,14 +1,21 @@
-"""Heads as other projects publish them, and a verifier that they fit."""
+"""Heads as other projects publish them, damaged or not, a verifier that they fit, and what the doctor finds."""
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from builders import make_head
+from builders import make_head, matrices
+from fledge.eval.doctor.rules import engine_notes, static_findings
 from fledge.models.formats.plain import save_head
-from fledge.models.formats.published import read_published_head
+from fledge.models.formats.published import read_files, read_published_head
+from fledge.models.formats.published_config import HeadFiles
+from fledge.models.formats.speculators import save_speculators
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -26,16 +33,13 @@ class Published:
     folder: Path
 
     def change_config(self, **changes: object) -> None:
-        values = json.loads((self.folder / "config.json").read_text()) | changes
-        kept = {name: value for name, value in values.items() if value is not ABSENT}
-        (self.folder / "config.json").write_text(json.dumps(kept))
+        change_config(self.folder, **changes)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model.safetensors")
 
     def change_tensors(self, **changes: object) -> None:
-        tensors = self.tensors() | {name.replace("__", "."): value for name, value in changes.items()}
-        save_file({n: t for n, t in tensors.items() if t is not ABSENT}, self.folder / "model.safetensors")
+        change_tensors(self.folder, {name.replace("__", "."): value for name, value in changes.items()})
 
 
 ABSENT = object()
@@ -77,3 +81,38 @@ def refused(theirs: Published, words: str) -> str:
     with pytest.raises(ValueError, match=words) as error:
         read_published_head(theirs.folder, SHAPE)
     return str(error.value)
+
+
+# -- damaged in one way or another, and what the doctor finds in their files -------------------------------------------
+
+EMBEDDING, _ = matrices()
+
+
+def head_in(folder: Path, speculators: bool = False, **changes: Any) -> Path:
+    if speculators:
+        save_speculators(folder, make_head(**changes), {}, torch.bfloat16, VERIFIER, 3)
+    else:
+        save_head(folder, make_head(**changes), {}, torch.bfloat16)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def change_tensors(folder: Path, changes: dict[str, Any]) -> None:
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({n: t for n, t in tensors.items() if t is not ABSENT}, folder / "model.safetensors")
+
+
+def as_published(folder: Path) -> HeadFiles:
+    return read_files(folder, SHAPE, weights=SimpleNamespace(embedding=lambda: EMBEDDING))
+
+
+def codes(folder: Path) -> list[str]:
+    findings = static_findings(as_published(folder))
+    assert engine_notes(as_published(folder))
+    assert all(finding.what and finding.cost and finding.cure for finding in findings)
+    return [finding.code for finding in findings]

@@ -22,6 +22,7 @@ FORMS: dict[str, dict[str, object]] = {
     "speculators": _SPECULATORS,
     "three_layers": {"num_layers": 3},
     "five_layers_full_vocabulary": {"num_layers": 5, "draft_vocab_size": None},
+    "window": {"num_layers": 2, "sliding_window": 6, "window_layers": (1,)},
     "four_aux_states": {"aux_layers": (0, 1, 3, 4)},
     "deep_with_all": {
         **{"num_layers": 3, "attention_bias": True, "qk_norm": True, "aux_layers": (0, 1, 3, 4)},

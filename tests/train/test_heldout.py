@@ -39,7 +39,7 @@ def decoded_row(head, ids, aux, last, row, num, transform):
         ({"draft_vocab_size": None}, False),
         ({"draft_vocab_size": 60}, False),
         ({}, True),
-        *((FORMS[form], False) for form in ("speculators", "five_layers_full_vocabulary", "deep_with_all")),
+        *((FORMS[form], False) for form in ("speculators", "five_layers_full_vocabulary", "window", "deep_with_all")),
     ],
 )
 @pytest.mark.parametrize("chunk_bytes", [128 << 20, 40_000])

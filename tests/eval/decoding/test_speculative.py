@@ -268,7 +268,10 @@ def naive_tree(head: DraftHead, embedding, fed, aux, num_nodes: int, depth: int,
     ("changes", "num_nodes", "depth", "top_k"),
     [
         *(({}, *sizes) for sizes in [(12, 4, 3), (20, 3, 5), (5, 1, 8), (4, 4, 2)]),
-        *((FORMS[form], 12, 4, 3) for form in ("speculators", "five_layers_full_vocabulary", "deep_with_all")),
+        *(
+            (FORMS[form], 12, 4, 3)
+            for form in ("speculators", "five_layers_full_vocabulary", "window", "deep_with_all")
+        ),
     ],
 )
 def test_the_tree_of_a_head_is_that_of_eagle_2(changes, num_nodes, depth, top_k):

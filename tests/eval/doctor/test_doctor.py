@@ -9,13 +9,12 @@ import pytest
 import torch
 from builders import make_head
 from commands import run_command
-from doctored_heads import EMBEDDING, as_published, change_config, change_tensors, codes, head_in
 from fledge.conf.schema import Config, validate
 from fledge.eval.doctor.doctor import diagnose, report
 from fledge.eval.doctor.rules import engine_notes, static_findings
 from fledge.models.formats.fields import AUX_IDS as IDS
 from fledge.models.formats.plain import load_head, save_head
-from published_heads import ABSENT, SHAPE
+from published_heads import ABSENT, EMBEDDING, SHAPE, as_published, change_config, change_tensors, codes, head_in
 from safetensors.torch import load_file, save_file
 
 

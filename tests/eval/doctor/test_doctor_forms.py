@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from doctored_heads import as_published, change_config, change_tensors, codes, head_in
 from fledge.eval.doctor.doctor import readable_head
 from fledge.eval.doctor.rules import engine_notes
 from fledge.models.formats.fields import AUX_IDS as IDS
-from published_heads import ABSENT, SHAPE
+from published_heads import ABSENT, SHAPE, as_published, change_config, change_tensors, codes, head_in
 from safetensors.torch import load_file
 
 FORMS = [

@@ -41,7 +41,9 @@ from small_heads import FORMS
 EMBEDDING, _ = matrices()
 
 
-@pytest.mark.parametrize("form", [None, "speculators", "partial_rotation", "qk_norm", "five_layers_full_vocabulary"])
+@pytest.mark.parametrize(
+    "form", [None, "speculators", "partial_rotation", "qk_norm", "window", "five_layers_full_vocabulary"]
+)
 def test_teacher_forced_steps_are_those_of_cached_decoding(form):
     trained, start = make_head(**FORMS.get(form, {})), 6
     head = _in_form(trained, trained.config)
