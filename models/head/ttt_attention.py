@@ -102,7 +102,8 @@ class SplitAttention:
         return partial(self._attend, step)
 
     def _attend(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._keys[layer, step] = k, v
+        # Those of the forward pass: made again, they would keep all of the layers below that was made again for them.
+        self._keys.setdefault((layer, step), (k, v))
         rows, steps, reach = self._rows, self._rows.steps, _reach(self._window(layer), step)
         every_row = step == 0 and layer < self._num_layers - 1
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]

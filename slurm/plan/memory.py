@@ -139,17 +139,18 @@ def _activations(shape: TrainingShape) -> int:
     queries, keys = head.num_attention_heads * head.head_dim, head.num_key_value_heads * head.head_dim
     aux = len(head.aux_layers) * head.verifier_hidden_size
     of_aux = _WIDE * (1 + shape.narrow) if on_cpu else 0  # the input itself is the batch's
-    fused = aux * (of_aux + item) if head.fc_norm else 0
-    every_row = rows * (fused + 2 * width * (norm + item) + 2 * keys * item)
-    tail = width * (2 * norm + item) + 3 * head.intermediate_size * item + 2 * queries * item
-    further = (tail + width * item + 2 * keys * item) * (head.num_layers - 1)
+    fused = aux * (of_aux + item) * (head.fc_norm + head.norm_before_fc)
+    of_keys = 2 * keys * item + keys * norm * head.qk_norm
+    every_row = rows * (fused + 2 * width * (norm + item) + of_keys)
+    tail = width * (2 * norm + item) + 3 * head.intermediate_size * item + queries * (2 * item + norm * head.qk_norm)
+    further = (tail + width * item + of_keys) * (head.num_layers - 1)
     first = useful * (tail + width * item) + (rows if head.num_layers > 1 else useful) * further
-    later = useful * (width * (norm + item) + 2 * keys * item + tail + further)
+    later = useful * (width * (norm + item) + of_keys + tail + further)
     projected = rows * (queries + 2 * keys) * item
     normed = steps * useful * width * item
     if not shape.train.checkpoint_activations:
         return every_row + first + (steps - 1) * later + projected + normed
-    inputs = useful * (width + queries + 4 * keys + 2 * head.head_dim) * item
+    inputs = useful * (width + queries + 2 * keys * (1 + head.num_layers) + 2 * head.head_dim) * item
     return every_row + steps * inputs + max(first, later) + projected + normed
 
 

@@ -60,6 +60,20 @@ SHAPES = {
             zero_stage=3,
         ),
     ),
+    "float32, ZeRO 1, three layers with every norm and bias": (
+        1,
+        Spec(
+            hidden_size=384,
+            intermediate_size=1024,
+            num_heads=6,
+            num_kv_heads=2,
+            vocab_size=4000,
+            draft_vocab_size=2000,
+            ttt_steps=4,
+            batch_tokens=1536,
+            form={"num_layers": 3, "norm_before_fc": True, "attention_bias": True, "qk_norm": True},
+        ),
+    ),
     "float32, ZeRO 1, where the update needs most": (
         1,
         Spec(

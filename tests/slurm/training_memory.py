@@ -14,8 +14,9 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from architectures import make_model, save_verifier
@@ -63,6 +64,7 @@ class Spec:
     packs_per_step: int = 1
     zero_stage: int = 1
     recompute: bool = False
+    form: dict[str, Any] = field(default_factory=dict)  # of the head: options of `draft`
 
 
 def prepare(spec: Spec, folder: Path, tokenizer_of: str) -> None:
@@ -89,7 +91,7 @@ def configuration(spec: Spec, folder: Path) -> Config:
         name="run",
         runs_dir=str(folder),
         verifier=VerifierConfig(path=str(folder / "verifier"), dtype=Dtype(spec.dtype), device=Device.cpu),
-        draft=DraftConfig(vocab_size=spec.draft_vocab_size),
+        draft=DraftConfig(vocab_size=spec.draft_vocab_size, **spec.form),
         train=TrainConfig(
             ttt_steps=spec.ttt_steps,
             batch_tokens=spec.batch_tokens,

@@ -71,7 +71,7 @@ def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engi
         counted, log = decode_in_vllm(folder, {**request, "head": str(head), "engine": engine})
         assert counted is not None, log[-6000:]
         tokens = [len(prompt) for prompt in request["prompts"]]
-        print(f"{format_}, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens:", counted)
+        print(f"{format_}, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens: {[counted[n] for n in COUNTS]}")
         assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
         assert counted["texts"] == texts
         assert counted["architecture"] == architecture
