@@ -104,10 +104,11 @@ class SplitAttention:
     def _attend(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Those of the forward pass: made again, they would keep all of the layers below that was made again for them.
         self._keys.setdefault((layer, step), (k, v))
-        rows, steps, reach = self._rows, self._rows.steps, _reach(self._window(layer), step)
+        rows, steps = self._rows, self._rows.steps
         every_row = step == 0 and layer < self._num_layers - 1
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]
         inputs = places, q, *self._keys[layer, 0], *(x for j in range(1, step + 1) for x in self._keys[layer, j])
+        reach = _reach(self._window(layer), step)
         if self._kernels and _has_triton(q):
             from ..kernels.ttt_attention import KernelAttention
 

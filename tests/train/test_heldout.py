@@ -39,7 +39,6 @@ def decoded_row(head, ids, aux, last, row, num, transform):
         ({"draft_vocab_size": None}, False),
         ({"draft_vocab_size": 60}, False),
         ({}, True),
-        ({"draft_vocab_size": 60, "sliding_window": 4, "window_layers": (0,)}, False),
         *((FORMS[form], False) for form in ("speculators", "five_layers_full_vocabulary", "deep_with_all")),
     ],
 )

@@ -268,7 +268,6 @@ def naive_tree(head: DraftHead, embedding, fed, aux, num_nodes: int, depth: int,
     ("changes", "num_nodes", "depth", "top_k"),
     [
         *(({}, *sizes) for sizes in [(12, 4, 3), (20, 3, 5), (5, 1, 8), (4, 4, 2)]),
-        ({"sliding_window": 2, "window_layers": (0,)}, 40, 5, 4),  # deeper than the window
         *((FORMS[form], 12, 4, 3) for form in ("speculators", "five_layers_full_vocabulary", "deep_with_all")),
     ],
 )

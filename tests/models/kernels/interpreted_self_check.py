@@ -48,8 +48,8 @@ def plant(monkeypatch, tmp_path):
     return put
 
 
-def attention(dtype=torch.float32, num_layers=2):
-    head = make_head(num_layers=num_layers).config
+def attention(dtype=torch.float32, num_layers=2, **window):
+    head = make_head(num_layers=num_layers, **window).config
     return [Check("attention", lambda: compare_attention(head, 3, dtype, CPU))]
 
 
@@ -61,6 +61,7 @@ def decoding(rule, is_tree=False, dtype=torch.float32):
 KINDS = {
     "attention": attention,
     "attention of one layer": lambda dtype=torch.float32: attention(dtype, 1),
+    "attention of a window": lambda dtype=torch.float32: attention(dtype, 1, sliding_window=9, window_layers=(0,)),
     "kl": lambda dtype=torch.float32: [Check("kl", lambda: kl_kernel.compare_kl(300, dtype, CPU, 5, 64))],
     "greedy": lambda dtype=torch.float32: decoding(AcceptanceRule(), dtype=dtype),
     "sampled tree": lambda dtype=torch.float32: decoding(AcceptanceRule(0.7), is_tree=True, dtype=dtype),

@@ -70,8 +70,8 @@ def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engi
         head = run.path / "exports" / format_
         counted, log = decode_in_vllm(folder, {**request, "head": str(head), "engine": engine})
         assert counted is not None, log[-6000:]
-        tokens = [len(prompt) for prompt in request["prompts"]]
-        print(f"{format_}, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens: {[counted[n] for n in COUNTS]}")
+        lengths = sorted(map(len, request["prompts"]))
+        print(format_, len(lengths), "prompts", lengths[0], "to", lengths[-1], [counted[name] for name in COUNTS])
         assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
         assert counted["texts"] == texts
         assert counted["architecture"] == architecture

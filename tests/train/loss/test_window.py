@@ -174,34 +174,48 @@ def test_ttt_step_k_gives_the_logits_of_cached_decoding_at_draft_token_k(changes
         torch.testing.assert_close(decoder.logits(), expected[step], rtol=1e-9, atol=1e-9)
 
 
-@of_every_form
-@torch.no_grad()
-def test_ttt_step_k_gives_the_logits_of_every_node_of_a_tree_at_depth_k(changes):
-    """By its depth a node stands within the window, and not by its slot: four nodes a level, and windows as narrow."""
-    head, embedding = make_head(**changes).double(), matrices()[0].double()
-    (ids, aux), row = text_of(30), 19
+def tree_nodes(head, embedding, ids, aux, row):
+    """Every node that a tree of depth 4 and 4 nodes a level feeds after a row: the tokens on its path, its logits."""
     decoder = OneSequence(head, embedding, 12, tree_depth=4, tree_top_k=4)
     decoder.extend(ids[1 : row + 2], aux[: row + 1])
-    run, fed, checked = decoder._decoder._run, {}, 0
-    levels = []
+    run, fed, nodes = decoder._decoder._run, {}, []
 
     def recorded(tokens, state, slots, positions, seen, sequences):
         after, normed = run(tokens, state, slots, positions, seen, sequences)
         fed.update(zip(slots[0].tolist(), tokens[0].tolist(), strict=True))
-        levels.append((seen[0], normed[0]))
+        for sees, logits in zip(seen[0], head.lm_head(normed[0]), strict=True):
+            nodes.append(([fed[slot] for slot in sees.nonzero().squeeze(1).tolist() if slot > row], logits))
         return after, normed
 
     decoder._decoder._run = recorded
     decoder.propose()
-    for depth, (seen, normed) in enumerate(levels, 1):
-        for node, state in zip(seen, normed, strict=True):
-            path = [fed[slot] for slot in node.nonzero().squeeze(1).tolist() if slot > row]
-            assert len(path) == depth
-            text = [*ids[: row + 2], *path, 0, 0]
-            expected = trained_logits(head, text, aux[: row + 1], row, depth + 1, embedding)[depth]
-            torch.testing.assert_close(head.lm_head(state), expected, rtol=1e-9, atol=1e-9)
-            checked += 1
-    assert checked == 12
+    assert sorted(len(path) for path, _ in nodes) == [1] * 4 + [2] * 4 + [3] * 4
+    return nodes
+
+
+@of_every_form
+@torch.no_grad()
+def test_ttt_step_k_gives_the_logits_of_every_node_of_a_tree_at_depth_k(changes):
+    head, embedding = make_head(**changes).double(), matrices()[0].double()
+    (ids, aux), row = text_of(30), 19
+    for path, logits in tree_nodes(head, embedding, ids, aux, row):
+        text = [*ids[: row + 2], *path, 0, 0]
+        expected = trained_logits(head, text, aux[: row + 1], row, len(path) + 1, embedding)[len(path)]
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@torch.no_grad()
+def test_a_node_deeper_than_the_window_has_the_logits_of_a_chain(window):
+    """It is within the window of others by depth, and not by slot."""
+    head, embedding = make_head(sliding_window=window, window_layers=(0,)).double(), matrices()[0].double()
+    (ids, aux), row = text_of(30), 19
+    for path, logits in tree_nodes(head, embedding, ids, aux, row):
+        decoder = OneSequence(head, embedding)
+        decoder.extend(ids[1 : row + 2], aux[: row + 1])
+        for step, token in enumerate(path, 1):
+            decoder.feed(token, step)
+        torch.testing.assert_close(logits, decoder.logits(), rtol=1e-9, atol=1e-9)
 
 
 def test_more_draft_steps_than_the_window_has_positions_are_refused():
