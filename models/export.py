@@ -34,16 +34,28 @@ def export(config: Config) -> None:
     choice = config.export.format
     formats = SERVING_FORMATS if choice is ExportFormat.all else [choice.value]
     exports = [_exported(config, format_, head, record, base_model) for format_ in formats]
-    without = [exported for exported in exports if len(unserved(exported)) == len(engines_of(exported))]
-    for exported in without:
-        reasons = "; ".join(f"{engine}: {reason}" for engine, reason in unserved(exported).items())
+    for exported in _served(exports, source):
+        _export_one(config, exported, source, head, record)
+
+
+def _served(exports: list[ExportedHead], source: Path) -> list[ExportedHead]:
+    """Return the exports that an engine serves as trained, and print why others are left out; ValueError: none is."""
+    found = []
+    for exported in exports:
+        refused = unserved(exported)
+        if engines_of(exported) - refused.keys():
+            found.append(exported)
+            continue
+        reasons = "; ".join(f"{engine}: {reason}" for engine, reason in refused.items())
         problem = f"export.format={exported.format} is read by no engine that serves {source} as trained: {reasons}"
-        if without == exports:
+        if len(exports) == 1:
             raise ValueError(f"{problem}. Train a head of another form (draft)")
         print(f"export: {problem}. It is left out")
-    for exported in exports:
-        if exported not in without:
-            _export_one(config, exported, source, head, record)
+    if not found:
+        raise ValueError(
+            f"{source} is served as trained by no engine, in no format: train a head of another form (draft)"
+        )
+    return found
 
 
 def _check_lm_head(config: Config, head: DraftHead, source: Path) -> None:

@@ -39,7 +39,8 @@ def form_findings(head: HeadFiles) -> Iterator[Finding]:
          "vLLM norms queries and keys with ones, without an error",
          f"write model_type: llama{', architectures: [LlamaForCausalLMEagle3]' if plain else ''}"),
         (biased and not layer.get("attention_bias"), "attention_bias",
-         "biases are there, and attention_bias is not", UNKNOWN_NAMES, "write attention_bias: true"),
+         "biases are there, and attention_bias is not", "engines drop them, without an error",
+         "write attention_bias: true"),
         (window and layer.get("layer_types") is None and switch is not False and layer.get("model_type") == "llama",
          "window", f"sliding_window is {window}, and there is no layer_types",
          "vLLM gives the head no window: lost on long texts, if it was trained with one",
@@ -58,7 +59,9 @@ def _layer_findings(head: HeadFiles) -> Iterator[Finding]:
     """Return what is wrong with the names of several layers, and with the norms of the later ones."""
     tensors, plain, layers = head.tensors, not head.speculators, range(1, head.layer_counts[1])
     pairs = [(f"layers.{layer}.{INPUT_NORM}", f"layers.{layer}.{HIDDEN_NORM}") for layer in layers]
-    differ = [pair for pair in pairs if tensors.keys() >= set(pair) and not torch.equal(*(tensors[n] for n in pair))]
+    differ = [
+        pair for pair in pairs if tensors.keys() >= set(pair) and not torch.equal(*(tensors[n].float() for n in pair))
+    ]
     lacking = [name for ours, theirs in pairs for name in (ours, *([theirs] if plain else [])) if name not in tensors]
     return findings_of(
         (differ, "later_norms", f"{' and '.join(' differs from '.join(pair) for pair in differ)}",

@@ -111,7 +111,7 @@ FORMS = (
          (SERVED, _ignored("it drops the biases of q, k and v"), SERVED, UNREAD)),
     Form("`qk_norm`", lambda served: served.head.qk_norm, (SERVED, *_NO_QK_NORM)),
     Form("`qk_norm` and `attention_bias`", lambda served: served.head.qk_norm and served.head.attention_bias,
-         (_refused("its head with norms of q and k has no bias of o_proj"), *_NO_QK_NORM)),
+         (_ignored("it drops the bias of o_proj in a head with norms of q and k"), *_NO_QK_NORM)),
     Form("`sliding_window` in every layer",
          lambda served: bool(served.head.window_layers) and not _in_some_layers(served),
          (SERVED, _SGLANG_WINDOW, _NO_WINDOW, UNREAD)),

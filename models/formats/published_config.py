@@ -33,7 +33,7 @@ from .fields import (
     has_no_effect,
     vllm_layer_ids,
     window_of,
-)  # fmt: skip
+)
 from .plain import CONFIG, LM_HEAD, has_qk_norm
 
 _LAYER = re.compile(r"(midlayer|layers\.\d+)\.")

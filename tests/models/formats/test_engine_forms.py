@@ -95,10 +95,16 @@ def test_serving_commands_have_the_flags_that_a_form_needs(tmp_path, config):
     assert "SGLang cannot serve this head: its window is one of all layers" in notes
 
 
-def test_a_head_that_no_engine_serves_is_refused_with_every_reason(tmp_path, config):
-    config.export.format = ExportFormat.all
-    with pytest.raises(ValueError, match=r"export\.format=plain is read by no engine.*vLLM: its head with norms"):
+def test_a_head_that_no_engine_serves_is_refused_with_every_reason(tmp_path, config, capsys):
+    reasons = (
+        r"no engine.*vLLM: it drops the bias of o_proj.*SGLang: it drops the biases.*TensorRT-LLM: it drops the norms"
+    )
+    with pytest.raises(ValueError, match=rf"export\.format=plain is read by {reasons}"):
         exported(tmp_path, config, qk_norm=True, attention_bias=True)
+    config.export.format = ExportFormat.all
+    with pytest.raises(ValueError, match="by no engine, in no format"):
+        exported(tmp_path, config, qk_norm=True, attention_bias=True)
+    assert re.search(reasons, capsys.readouterr().out)
     assert not (config.run_folder / "exports").exists()
 
 

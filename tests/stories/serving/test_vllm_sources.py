@@ -58,6 +58,7 @@ FACTS = [
     (f"{MODELS}/qwen3.py", "Qwen3Attention.__init__", "self.q_norm = RMSNorm(self.head_dim"),
     (f"{MODELS}/qwen3.py", "Qwen3Attention.__init__", "self.k_norm = RMSNorm(self.head_dim"),
     (f"{MODELS}/qwen3.py", "Qwen3Attention.__init__", "hidden_size, bias=False, quant_config"),  # of o_proj
+    (f"{MODELS}/utils.py", "AutoWeightsLoader.load_weights", "self.ignore_unexpected_suffixes.append('.bias')"),
     # A window, by layer.
     (f"{MODELS}/llama.py", "LlamaAttention.__init__", "layer_types[effective_layer_idx] == 'sliding_attention'"),
     (f"{MODELS}/llama.py", "LlamaAttention.__init__", "sliding_window = config.sliding_window"),
