@@ -16,6 +16,7 @@ from serving import COUNTS, decode_in_vllm, evaluated, in_vllms_environment
 
 pytestmark = pytest.mark.serving
 WINDOW, BEFORE_FC = "draft.sliding_window=16", "draft.norm_before_fc=true"
+LONGER = "train.max_steps=100"  # until weights that begin as zeros and ones count
 FOUR = ["draft.aux_layers=[1,2,4,7]", "overwrite=true"]  # which the copied states are not of
 HEADS = {
     "EAGLE-3.1": [],
@@ -25,11 +26,11 @@ HEADS = {
     "the verifier's lm_head": ["draft.vocab_size=null", "draft.train_lm_head=false"],
     "another width": ["draft.hidden_size=96", "draft.num_attention_heads=4", "draft.num_key_value_heads=2"],
     "norm before fc": ["draft=eagle3", BEFORE_FC],
-    "norm before fc and norms of aux states": [BEFORE_FC],
+    "norm before fc and norms of aux states": [BEFORE_FC, LONGER],
     "window": [WINDOW],
     "4 aux layers": FOUR,
-    "biases": ["draft.attention_bias=true"],
-    "q and k norms": ["draft.qk_norm=true"],
+    "biases": ["draft.attention_bias=true", LONGER],
+    "q and k norms": ["draft.qk_norm=true", LONGER],
     "2 layers": ["draft.num_layers=2"],
     "3 layers": ["draft.num_layers=3"],
     "5 layers": ["draft.num_layers=5"],
@@ -70,8 +71,8 @@ def judge(run: Run, folder: Path, architecture: str = "LlamaForCausalLM", **engi
         head = run.path / "exports" / format_
         counted, log = decode_in_vllm(folder, {**request, "head": str(head), "engine": engine})
         assert counted is not None, log[-6000:]
-        tokens = [len(prompt) for prompt in request["prompts"]]
-        print(f"{format_}, {len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens:", counted)
+        lengths = sorted(map(len, request["prompts"]))
+        print(format_, len(lengths), "prompts", lengths[0], "to", lengths[-1], [counted[name] for name in COUNTS])
         assert {name: counted[name] for name in COUNTS} == {name: results[name] for name in COUNTS}, format_
         assert counted["texts"] == texts
         assert counted["architecture"] == architecture
@@ -122,7 +123,7 @@ def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
     run.options = HEADS[head]
     if WINDOW in run.options:
         write_long_questions(tmp_path / "long.jsonl")
-        more = ["train.max_steps=100", "evaluate.questions_per_category=null"]
+        more = [LONGER, "evaluate.questions_per_category=null"]
         run.options = [*run.options, *more, f"evaluate.questions={tmp_path / 'long.jsonl'}"]
     for stage in ("dump", "train", "evaluate"):
         run(stage, "evaluate.baselines=false")

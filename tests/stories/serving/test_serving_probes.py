@@ -24,6 +24,8 @@ FORMS = {
     "EAGLE-3": ["draft=eagle3"],
     "EAGLE-3.1": [],
     "full vocabulary": ["draft=eagle3", "draft.vocab_size=null", "train.max_steps=300"],
+    "norm before fc": ["draft=eagle3", "draft.norm_before_fc=true"],
+    "window": ["draft=eagle3", "draft.sliding_window=16"],
 }
 TALKER = replace(  # a verifier that has more to say than the tests' tiny one, so that a head has something to lose
     TINY,
@@ -92,8 +94,20 @@ def needless_d2t(values, tensors):
     tensors["d2t"] = torch.zeros(values["vocab_size"], dtype=torch.int64)
 
 
-def unknown_tensor(values, tensors):
+def unknown_tensor(_, tensors):
+    tensors["midlayer.self_attn.sinks"] = torch.ones(3)
+
+
+def norm_of_queries(values, tensors):
     tensors["midlayer.self_attn.q_norm.weight"] = torch.ones(values["head_dim"])
+
+
+def no_norm_before_fc(values, _):
+    values["norm_before_fc"] = values["eagle_config"]["norm_before_fc"] = False
+
+
+def no_window(values, _):
+    del values["layer_types"]
 
 
 def prefixed_tensor(_, tensors):
@@ -121,7 +135,10 @@ PROBES = {
     "d2t beside a full vocabulary": Probe(
         needless_d2t, "d2t_full", error=UNKNOWN + "'draft_id_to_target_id'", form="full vocabulary"
     ),
-    "unknown tensor": Probe(unknown_tensor, "unknown_tensors", error="q_norm"),
+    "unknown tensor": Probe(unknown_tensor, "unknown_tensors", error="sinks"),
+    "norm of queries in a Llama head": Probe(norm_of_queries, "qk_norm", error="q_norm"),
+    "norm_before_fc: false": Probe(no_norm_before_fc, "norm_before_fc", most=0.8, form="norm before fc"),
+    "no layer_types": Probe(no_window, "window", form="window"),
     "model. before a tensor": Probe(prefixed_tensor, "prefixed", error=UNKNOWN + "'model'"),
     "rope_theta x 50": Probe(other_rope_theta, "rope", most=1.1),  # little of it shows on short texts
 }
