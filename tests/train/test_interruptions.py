@@ -14,7 +14,7 @@ import torch
 from builders import Run, as_if_killed_after, assert_same_record, copy_until_dump, make_head, metrics_of
 from commands import popen
 from fledge.conf.schema import Config, DraftConfig
-from fledge.models.formats.plain import checkpoint_steps, head_folder, load_head
+from fledge.models.formats.plain import checkpoint_steps, head_folder, load_head, save_head
 from fledge.train import setup
 from safetensors.torch import load_file
 
@@ -201,7 +201,7 @@ def test_several_processes_started_by_run_stop_together_with_their_own_exit_code
 
 def test_a_warm_start_is_of_a_form_that_every_option_of_draft_agrees_with(monkeypatch, tmp_path):
     head = make_head(num_layers=2, qk_norm=True, norm_before_fc=True, sliding_window=64, window_layers=(1,))
-    monkeypatch.setattr(setup, "load_head", lambda _: (head, {"verifier": {}}))
+    save_head(tmp_path, head, {"verifier": {}}, torch.float32)
     monkeypatch.setattr(setup, "check_identity", lambda *_: None)
     form = {"vocab_size": 100, "num_layers": 2, "qk_norm": True, "norm_before_fc": True}
 
@@ -209,7 +209,7 @@ def test_a_warm_start_is_of_a_form_that_every_option_of_draft_agrees_with(monkey
         config = Config(name="x", runs_dir=str(tmp_path / "runs"), draft=DraftConfig(**form | changes))
         return setup._initial_head(config, str(tmp_path))
 
-    assert taken() is taken(sliding_window=64, window_layers=[1], aux_layers=[1, 3, 4]) is head
+    assert taken().config == taken(sliding_window=64, window_layers=[1], aux_layers=[1, 3, 4]).config == head.config
     with pytest.raises(ValueError, match=r"draft must describe the head at train.init_from: set draft.qk_norm=true$"):
         taken(qk_norm=False)
     with pytest.raises(ValueError, match=r"set draft.sliding_window=64 draft.window_layers=\[1\]$"):
