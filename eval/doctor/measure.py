@@ -15,13 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from ...conf.schema import Config
 from ...models.formats.published import halves_from_pairs
 from ...models.formats.published_config import HeadFiles
 from ...models.head.config import DraftHeadConfig, rope_of
-from ...models.head.draft_head import DraftHead, DraftLayer
+from ...models.head.draft_head import DraftHead, DraftLayer, rotary_embedding
 from ...models.head.ttt_attention import TTTAttention
 from ...models.verifier.config import torch_device
 from ...models.verifier.model import Verifier
@@ -186,7 +185,7 @@ def _in_form(head: DraftHead, config: DraftHeadConfig) -> DraftHead:
     formed.config = config
     for layer in formed.layers:
         cast(DraftLayer, layer).norm_before_residual = config.norm_before_residual
-    formed._rotary = (PhiRotaryEmbedding(config.llama_config()),)
+    formed._rotary = (rotary_embedding(config),)
     return formed
 
 

@@ -10,11 +10,12 @@ Sequences are laid end to end without a batch dimension: T rows.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PhiConfig
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding, rotate_half
 
 from .config import DraftHeadConfig
@@ -161,6 +162,11 @@ class OutputHead(nn.Linear):
         return super().forward(states) if reduce is None else reduce(states, self.weight)
 
 
+def rotary_embedding(config: DraftHeadConfig) -> PhiRotaryEmbedding:
+    """Return Llama's rotary embedding; Phi's is the same, and knows heads that rotate a part of their dimensions."""
+    return PhiRotaryEmbedding(cast(PhiConfig, config.llama_config()))
+
+
 class DraftHead(nn.Module):
     """The trained network: `fuse` once per position, then `step` per draft token, then `lm_head` on the normed state.
 
@@ -188,8 +194,8 @@ class DraftHead(nn.Module):
             vocabulary = VocabularyMap(torch.zeros(num_tokens, dtype=torch.int64), torch.ones(num_tokens).bool())
         self.register_buffer("d2t", vocabulary.d2t, persistent=False)
         self.register_buffer("t2d", vocabulary.t2d, persistent=False)
-        # Llama's, and of a part of the dimensions. In a tuple, so that a cast to bf16 does not round the frequencies.
-        self._rotary = (PhiRotaryEmbedding(config.llama_config()),)
+        # In a tuple, so that a cast of the head to bf16 does not round the frequencies.
+        self._rotary = (rotary_embedding(config),)
 
     @property
     def target_ids(self) -> Tensor:

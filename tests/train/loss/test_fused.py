@@ -1,5 +1,7 @@
 """The fused engine against its plain twin: values, gradients, metrics, on ugly shapes."""
 
+import weakref
+
 import pytest
 import torch
 from builders import leave_out_first_tokens, make_batch, make_head, matrices
@@ -111,6 +113,19 @@ def test_a_frozen_lm_head_and_recomputed_steps_change_no_gradient(changes):
     found = results(fused, batch, embedding, lm_head)
     assert_close(found, results(plain, batch, embedding, lm_head), 1e-5)
     assert "head.lm_head.weight" not in found[1]
+
+
+def test_attention_that_is_made_again_keeps_nothing_new():
+    """What is made again in the backward pass would keep all that the layers below it were made of."""
+    rows = find_useful_rows(torch.ones(9, dtype=torch.bool), [9], 1)
+    q, k, v = torch.randn(9, 2, 8)[rows.rows], torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    attend = SplitAttention(rows, 1).at(0)
+    attend(0, q, k, v)
+    again = k.clone()
+    attend(0, q, again, v)
+    left = weakref.ref(again)
+    del again
+    assert left() is None
 
 
 def test_capped_logits_of_the_verifier_are_the_targets():
