@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fledge.models.formats.engine_forms import ENGINES, FORMS, Kind, Verdict
+from fledge.models.formats.engine_forms import ENGINES, FORMS, VLLM, Kind, Verdict
 from fledge.models.head.config import DraftHeadConfig
 
 _ROOT = Path(__file__).parents[2]
-_MARKS = "<!-- written by tests/tools/make_engine_forms.py -->", "<!-- end -->"
+_LINK = "[serving engine](docs/guide/export.md#which-head-which-engine-serves)"
 _WINDOWED = DraftHeadConfig(1, 1, 1, 1, 1, 1, 1, 1, (), 1, sliding_window=2048, window_layers=(0,))
 
 
@@ -21,20 +21,20 @@ def _cell(verdict: Verdict) -> str:
 
 def by_form() -> str:
     """Return the table of docs/guide/export.md: a row a form."""
-    head = ["head", *(f"{engine} {release}" for engine, release in ENGINES.items())]
+    head = ["form of head", *(f"{engine} {release}" for engine, release in ENGINES.items())]
     rows = [head, ["---"] * len(head), *([form.name, *map(_cell, form.verdicts)] for form in FORMS)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def by_engine() -> str:
     """Return the table of README.md: a row an engine."""
-    rows = [["engine", "read", "serves otherwise than trained, or not", "needs a flag"], ["---"] * 4]
-    for column, (engine, release) in enumerate(ENGINES.items()):
+    rows = [[_LINK, "release", "serves otherwise than trained, or not", "needs a flag"], ["---"] * 4]
+    for column, (engine, release) in enumerate(list(ENGINES.items())[:3]):  # those that fledge exports for
         lost, flagged = (
             "; ".join(form.name for form in FORMS if form.verdicts[column].kind in kinds)
             for kinds in ((Kind.ignored, Kind.refused), (Kind.flag,))
         )
-        rows.append([engine, release, lost, flagged])
+        rows.append([engine, f"{release}, {'run' if engine == VLLM else 'read'}", lost, flagged])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -45,11 +45,11 @@ TABLES: dict[Path, Callable[[], str]] = {
 
 
 def text(page: Path) -> str:
-    """Return a page with its table as the rows are now."""
-    begin, end = _MARKS
-    block = f"{begin}\n\n{TABLES[page]()}\n\n{end}"
-    found, count = re.subn(f"{begin}.*?{end}", lambda _: block, page.read_text(), flags=re.DOTALL)
-    assert count == 1, f"{page} needs one place for its table"
+    """Return a page with its table, known by the first words of its head, as the rows are now."""
+    table = TABLES[page]()
+    begin = re.escape(table[: table.index("|", 2)])
+    found, count = re.subn(rf"^{begin}.*?(?=\n\n)", lambda _: table, page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert count == 1, f"{page} needs one table that begins with {table[: table.index('|', 2)]}"
     return found
 
 
