@@ -14,6 +14,7 @@ from ..models.verifier.weights import verifier_identity
 from .answers.answer_log import AnswerLog, summarise
 from .answers.local import answer_here
 from .answers.remote import answer_by_servers
+from .answers.self_prompts import write_self_prompts
 from .conversations import add_digests, content_digest, part_folder
 from .prompts.prepare import PreparedPrompts, prepare_prompts
 from .states.verifier_check import check_verifier
@@ -22,6 +23,7 @@ from .states.verifier_check import check_verifier
 def synthesize(config: Config) -> None:
     """Answer the prompts of `data` with the verifier and write runs/<name>/conversations/."""
     check_verifier(config.verifier, config.draft, for_states=False)
+    write_self_prompts(config)
     prompts = prepare_prompts(config)
     settings = _settings(config, prompts)
     folder, shard, num_shards = config.conversations_folder, config.synthesize.shard, config.synthesize.num_shards

@@ -37,19 +37,9 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
             f"prompt {pictured} has images, which the verifier in this process cannot read: "
             "give synthesize.endpoints of a server that does"
         )
-    if config.verifier.tensor_parallel:
-        raise ValueError(
-            "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
-            "(synthesize.endpoints): the verifier in this process is not divided over ranks"
-        )
-    verifier = Verifier.load(config.verifier, config.draft.aux_layers)
-    if options.max_tokens >= (positions := _positions(verifier)):
-        raise ValueError(
-            f"synthesize.max_tokens must leave room for a prompt in the verifier's {positions} tokens, "
-            f"got {options.max_tokens}"
-        )
+    verifier = load_here(config, options.max_tokens, "synthesize.max_tokens")
     with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
-        deadline = _Deadline(signals, options.grace_s)
+        deadline = Deadline(signals, options.grace_s)
         for temperature, batch in _batches(everything, options, config.data.heldout_share):
             if signals.received:
                 return
@@ -67,6 +57,21 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
                     log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
 
 
+def load_here(config: Config, max_tokens: int, option: str) -> Verifier:
+    """Load the verifier into this process; ValueError if it cannot be, or `max_tokens` leave no room for a prompt."""
+    if config.verifier.tensor_parallel:
+        raise ValueError(
+            "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
+            "(synthesize.endpoints): the verifier in this process is not divided over ranks"
+        )
+    verifier = Verifier.load(config.verifier, config.draft.aux_layers)
+    if max_tokens >= (positions := _positions(verifier)):
+        raise ValueError(
+            f"{option} must leave room for a prompt in the verifier's {positions} tokens, got {max_tokens}"
+        )
+    return verifier
+
+
 def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> Iterator[tuple[float, list[Prompt]]]:
     """Return conversations of similar length together, with their temperature: the held-out share is greedy."""
     for heldout, temperature in ((True, 0.0), (False, options.temperature)):
@@ -76,7 +81,7 @@ def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> 
             yield temperature, split[start : start + options.batch_size]
 
 
-class _Deadline:
+class Deadline:
     """Ends a generation once the grace after a signal is over: a stopping criterion of transformers."""
 
     def __init__(self, signals: StopSignals, grace_s: float) -> None:
@@ -98,7 +103,7 @@ def converse(
     conversations: list[Conversation],
     temperature: float,
     options: SynthesizeConfig,
-    deadline: _Deadline | None = None,
+    deadline: Deadline | None = None,
 ) -> None:
     """Answer conversations turn by turn, all of them at once; each ends at the last turn that fits the context."""
     while True:
@@ -141,7 +146,7 @@ def generate(
     options: SynthesizeConfig,
     temperature: float,
     seed: int,
-    deadline: _Deadline | None = None,
+    deadline: Deadline | None = None,
 ) -> list[tuple[list[int], bool]]:
     """Return an answer to each token context: its tokens, and whether it ended by itself."""
     width = max(map(len, contexts))
