@@ -51,6 +51,7 @@ class SourceConfig:
     temperature: Annotated[float, Limit("be above 0 and at most 10", lambda value: 0 < value <= 10)] = 1.0
     top_p: PositiveShare = 1.0  # of `self`: sample a user turn among the likeliest tokens of this probability together
     max_tokens: PositiveInt = 256  # of `self`: most tokens of a user turn; longer ones are left out
+    turns: PositiveInt = 1  # of `self`: user turns of a conversation; later ones are written after the answers
     min_ascii: Share = 0.0  # of `self`: least share of ASCII characters in a user turn; 0.9 leaves mostly English
 
 

@@ -1,5 +1,6 @@
 """The verifier answers in this process, through transformers: conversations of similar length together."""
 
+import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -17,8 +18,10 @@ from ..prompts.rows import Prompt, images_of
 from ..tokens.chat_template import NoExactSpanError, Turn, prompt_tokens
 from ..tokens.reasoning import split_answer
 from ..tokens.sequences import UnknownTokenError, check_known
+from ..tokens.user_turn import UserTurn, find_user_turn
 from .answer_log import AnswerLog
 from .conversation import CONTEXT_FULL, Answer, Conversation, Failure
+from .user_turns import FurtherTurns, read_turn
 
 
 def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> None:
@@ -38,6 +41,7 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
             "give synthesize.endpoints of a server that does"
         )
     verifier = load_here(config, options.max_tokens, "synthesize.max_tokens")
+    further = FurtherTurns(config.data)
     with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
         deadline = Deadline(signals, options.grace_s)
         for temperature, batch in _batches(everything, options, config.data.heldout_share):
@@ -45,8 +49,10 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
                 return
             if not any(log.wants(prompt.id) for prompt in batch):
                 continue
-            conversations = [Conversation(prompt) for prompt in batch]
+            conversations = [further.begin(prompt) for prompt in batch]
             converse(verifier, conversations, temperature, options, deadline)
+            while not deadline.over and write_turns(verifier, conversations, further, options, deadline):
+                converse(verifier, conversations, temperature, options, deadline)
             if deadline.over:
                 return  # what is there may be half an answer
             new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
@@ -134,6 +140,41 @@ def converse(
             text, reasoning = split_answer(verifier.tokenizer, tokens)
             reason = "stop" if ended else "length"
             conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
+
+
+def write_turns(
+    verifier: Verifier,
+    conversations: list[Conversation],
+    further: FurtherTurns,
+    options: SynthesizeConfig,
+    deadline: Deadline | None = None,
+) -> bool:
+    """Write the next user turn of conversations that want one, a source at a time; return whether any has one now."""
+    wanting = [conversation for conversation in conversations if conversation.wants_turn]
+    for name, source in further.sources.items():
+        asking = list[tuple[Conversation, UserTurn]]()
+        for conversation in (conversation for conversation in wanting if conversation.prompt.source == name):
+            try:
+                turn = find_user_turn(verifier.tokenizer, conversation.history, verifier.end_token_ids)
+            except NoExactSpanError:
+                further.add(conversation, None)
+                continue
+            if len(turn.header) + source.max_tokens <= _positions(verifier):
+                asking.append((conversation, turn))
+            else:
+                further.add(conversation, None)
+        if not asking:
+            continue
+        writer = copy.copy(verifier)
+        writer.end_token_ids = sorted({*verifier.end_token_ids, *(turn.end for _, turn in asking)})
+        own = replace(options, max_tokens=source.max_tokens, top_p=source.top_p)
+        ids = [[conversation.prompt.id, len(conversation.answers)] for conversation, _ in asking]
+        seed = int(digest([options.seed, "user turn", ids]), 16) % 2**63
+        headers = [turn.header for _, turn in asking]
+        drawn = generate(writer, headers, own, source.temperature, seed, deadline)
+        for (conversation, turn), (tokens, ended) in zip(asking, drawn, strict=True):
+            further.add(conversation, read_turn(turn, verifier.tokenizer, tokens, ended))
+    return any(conversation.question is not None for conversation in wanting)
 
 
 def _positions(verifier: Verifier) -> int:

@@ -11,20 +11,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from ...conf.runtime.artifact import digest
 from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
 from ...conf.schema import Config
 from ..heldout import is_heldout
 from ..prompts.rows import Prompt
-from ..tokens.chat_template import Message, fit_content
+from ..tokens.chat_template import Message, NoExactSpanError, fit_content
+from ..tokens.user_turn import find_user_turn
 from .answer_log import AnswerLog
 from .conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
 from .endpoint import Endpoint, Pool, RequestError, Slot
+from .user_turns import Drawn, FurtherTurns, RawPrompts
 from .verify_endpoint import EndpointVerifier, request_body
 
 T = TypeVar("T")
+A = TypeVar("A")
 _TICK_S = 0.1
 _MOST_FILES = 1 << 16  # open at a time
 _LOOK_S = 5.0  # between two looks for new servers
@@ -178,7 +183,7 @@ class ServerWork(ABC, Generic[T]):
             self._pool.wake()
             await endpoint.lost.wait()
 
-    async def _ask(self, slot: Slot, ask: Callable[[Endpoint], Awaitable[Answer]]) -> Answer:
+    async def _ask(self, slot: Slot, ask: Callable[[Endpoint], Awaitable[A]]) -> A:
         """Ask until there is an answer, here or elsewhere; raise RequestError if tried often enough, or in vain."""
         tries, pause_s = 0, _FIRST_PAUSE_S
         while True:
@@ -204,15 +209,20 @@ class _Answers(ServerWork[Prompt]):
     def __init__(self, config: Config, log: AnswerLog) -> None:
         super().__init__(config)
         self._heldout_share, self._log = config.data.heldout_share, log
+        self._further = FurtherTurns(config.data)
+        self._raw = RawPrompts(config.verifier, config.synthesize, self._endpoint_verifier.tokenizer)
 
     async def _work(self, prompt: Prompt, slot: Slot) -> None:
         """Answer one prompt, turn by turn, and write what becomes of it."""
         self._log.in_flight = self.in_flight
-        conversation, passing = Conversation(prompt), False
+        conversation, passing = self._further.begin(prompt), False
         greedy = self.options.temperature == 0 or is_heldout(prompt.id, self._heldout_share)
         try:
-            while (question := conversation.question) is not None:
-                conversation.add(await self._answer(slot, question, greedy))
+            while (question := conversation.question) or conversation.wants_turn:
+                if question:
+                    conversation.add(await self._answer(slot, question, greedy))
+                else:
+                    self._further.add(conversation, await self._write_turn(slot, conversation))
         except RequestError as trouble:
             passing = not trouble.lasting  # another start may do better
             refused = Failure(trouble.reason, trouble.detail, final=trouble.final)
@@ -230,6 +240,15 @@ class _Answers(ServerWork[Prompt]):
             raise ValueError(
                 f"the first {_HOPELESS} conversations all failed, the last with {failure.reason} ({failure.detail})"
             )
+
+    async def _write_turn(self, slot: Slot, conversation: Conversation) -> Drawn | None:
+        prompt, raw = conversation.prompt, self._raw
+        try:
+            turn = find_user_turn(raw.tokenizer, conversation.history, raw.end_token_ids)
+        except NoExactSpanError:
+            return None
+        seed = int(digest([self.options.seed, prompt.id, len(conversation.answers)]), 16)
+        return await self._ask(slot, partial(raw.draw, turn, self._further.sources[prompt.source], seed))
 
     async def _answer(self, slot: Slot, question: list[Message], greedy: bool) -> Answer:
         tokenizer = self._endpoint_verifier.tokenizer

@@ -8,25 +8,21 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from ...conf.runtime.artifact import artifact, digest, file_digest, write_atomic
 from ...conf.runtime.journal import Journal, json_line, read_journal
 from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import EXIT_AGAIN, deferred
 from ...conf.schema import SELF, Config, SourceConfig
-from ...models.verifier.config import load_end_token_ids
 from ...models.verifier.weights import verifier_identity
 from ..prompts.near_duplicates import NearDuplicates, fingerprint
 from ..prompts.prepare import load_questions, prompt_settings, refusal, shares_of
-from ..prompts.rows import Prompt, read_prompt
+from ..prompts.rows import Prompt
 from ..prompts.sources import SELF_FILE, self_folder, source_name
-from ..tokens.user_turn import UserTurn, find_user_turn
-from .conversation import Answer
-from .endpoint import Endpoint, RequestError, Slot
+from ..tokens.user_turn import find_user_turn
+from .endpoint import RequestError, Slot
 from .local import Deadline, generate, load_here
 from .remote import ServerWork, ask_servers
-from .verify_endpoint import refusal as server_refusal
+from .user_turns import Drawn, RawPrompts, read_text, read_turn
 
 FILE = "draws.jsonl"
 _SYNC_EVERY_S = 5.0
@@ -111,15 +107,15 @@ class Draws:
         """Return the numbers of a range that are not drawn yet."""
         return [number for number in range(start, end) if number not in self._drawn]
 
-    def add(self, drawn: dict[int, tuple[str, str | None]]) -> None:
+    def add(self, drawn: dict[int, Drawn]) -> None:
         """Write what was drawn: by its number the text, and why it cannot be taken, if so. Known numbers stay."""
-        new = [
-            {"id": str(number), "text": text, "refused": why}
+        new = {
+            number: {"id": str(number), "text": text, "refused": why}
             for number, (text, why) in drawn.items()
             if number not in self._drawn
-        ]
-        self._journal.append(new)
-        self._drawn |= {int(record["id"]): record for record in new}
+        }
+        self._journal.append(new.values())
+        self._drawn |= new
         before = min(self._limit, len(self.kept))
         self._select()
         self.progress.set_postfix_str(f"{len(self._drawn)} drawn", refresh=False)
@@ -137,14 +133,9 @@ class Draws:
 
     def _refusal(self, number: int, text: str) -> str | None:
         """Return why a user turn is left out; keep it if there is no reason."""
-        if not text or "\ufffd" in text:
-            return "malformed" if text else "too_short"
-        if sum(map(str.isascii, text)) < self._source.min_ascii * len(text):
-            return "not_ascii"
-        try:
-            prompt, _ = read_prompt({"turns": [text], "id": number}, source_name(self._source), None, local=False)
-        except ValueError:
-            return "malformed"
+        prompt = read_text(text, str(number), self._source)
+        if isinstance(prompt, str):
+            return prompt
         if reason := refusal(prompt, self._data, self._questions):
             return reason
         said = fingerprint(prompt)
@@ -163,15 +154,6 @@ class Draws:
         """Make everything durable."""
         self._journal.close()
         self.progress.close()
-
-
-def _read_turn(
-    turn: UserTurn, tokenizer: PreTrainedTokenizerBase, tokens: list[int], ended: bool
-) -> tuple[str, str | None]:
-    """Return the text of a user turn, and why it cannot be taken, from its tokens."""
-    body = tokens[:-1] if ended else tokens
-    why = "not_ended" if not ended else "special_tokens" if turn.marks & set(body) else None
-    return str(tokenizer.decode(body)).strip(), why
 
 
 def _draw_here(config: Config, source: SourceConfig, draws: Draws) -> None:
@@ -195,7 +177,7 @@ def _draw_here(config: Config, source: SourceConfig, draws: Draws) -> None:
                 answers = generate(verifier, [turn.header] * size, options, source.temperature, seed, deadline)
                 if deadline.over:
                     return
-                read = (_read_turn(turn, verifier.tokenizer, *answer) for answer in answers)
+                read = (read_turn(turn, verifier.tokenizer, *answer) for answer in answers)
                 draws.add(dict(zip(range(start, start + size), read, strict=True)))
             start += size
 
@@ -222,69 +204,18 @@ class _ServerDraws(ServerWork[int]):
     def __init__(self, config: Config, source: SourceConfig, draws: Draws) -> None:
         super().__init__(config)
         self._source, self._draws, self._seed = source, draws, config.data.seed
-        self._tokenizer = self._endpoint_verifier.tokenizer
-        self._end_token_ids = load_end_token_ids(config.verifier, self._tokenizer)
-        self._turn = find_user_turn(self._tokenizer, [], self._end_token_ids)
-        self._reads_text = set[Endpoint]()  # those that take no tokens
+        self._raw = RawPrompts(config.verifier, config.synthesize, self._endpoint_verifier.tokenizer)
+        self._turn = find_user_turn(self._raw.tokenizer, [], self._raw.end_token_ids)
         self.trouble: RequestError | None = None
         self.num_failed = 0
 
     async def _work(self, item: int, slot: Slot) -> None:
         try:
-            answer = await self._ask(slot, partial(self._complete, item))
+            seed = int(digest([self._seed, source_name(self._source), item]), 16)
+            drawn = await self._ask(slot, partial(self._raw.draw, self._turn, self._source, seed))
         except RequestError as trouble:
             self.trouble, self.num_failed = trouble, self.num_failed + 1
             return
         finally:
             slot.end()
-        self._draws.add({item: self._read(answer)})
-
-    async def _complete(self, number: int, endpoint: Endpoint) -> Answer:
-        """Ask for the user's turn; by text if the server does not take tokens."""
-        header, source = self._turn.header, self._source
-        body = {
-            **self.options.request,
-            **endpoint.extras,
-            "max_tokens": source.max_tokens,
-            "temperature": source.temperature,
-            "top_p": source.top_p,
-            "seed": int(digest([self._seed, source_name(source), number]), 16) % 2**31,
-            **({} if self._turn.end in self._end_token_ids else {"stop_token_ids": [self._turn.end]}),
-        }
-        as_text = endpoint in self._reads_text
-        try:
-            answer = await endpoint.ask({**body, "prompt": self._text() if as_text else header}, "/completions")
-        except RequestError as trouble:
-            if trouble.final and not as_text:
-                self._reads_text.add(endpoint)
-                return await self._complete(number, endpoint)
-            if trouble.lasting or trouble.lacking:
-                raise ValueError(f"data.sources self: {server_refusal(endpoint, trouble)}") from None
-            raise
-        if answer.prompt_tokens != len(header):
-            raise ValueError(
-                f"data.sources self: {endpoint.url} reads a raw prompt of {len(header)} tokens as "
-                f"{answer.prompt_tokens}: its completions must add none, as vLLM and SGLang do to a list of tokens"
-            )
-        return answer
-
-    def _text(self) -> str:
-        """Return the header as a text that the tokenizer reads as its tokens; it may add the first by itself."""
-        header = self._turn.header
-        for tokens in (header[1:], header):
-            text = str(self._tokenizer.decode(tokens))
-            if self._tokenizer.encode(text) == header:
-                return text
-        raise ValueError("data.sources self: no text gives the tokens of the user header: use a server that takes them")
-
-    def _read(self, answer: Answer) -> tuple[str, str | None]:
-        ended = answer.finish_reason == "stop"
-        if answer.turn is not None:
-            tokens = answer.turn.answer
-            return _read_turn(self._turn, self._tokenizer, tokens, ended and tokens[-1] in self._turn.marks)
-        if self._turn.end not in self._end_token_ids:
-            raise ValueError(
-                "data.sources self: a user's turn ends with a token that ends no answer, so servers must give their "
-                "tokens, as vLLM does"
-            )
-        return answer.text.strip(), None if ended else "not_ended"
+        self._draws.add({item: drawn})

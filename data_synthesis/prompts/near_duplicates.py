@@ -67,8 +67,8 @@ class Questions:
 class NearDuplicates:
     """Prompts that are taken; a further one is nearly one of them by the Jaccard similarity of runs of 5 characters.
 
-    MinHash with locality-sensitive hashing finds which to compare, and misses few: at a threshold of 0.8, 1 of 3,000
-    pairs of that similarity. A prompt takes about 3 kB of memory; its text is read again by `read` if it is compared.
+    MinHash with locality-sensitive hashing finds which to compare; at a threshold of 0.8 it misses 1 of 400 pairs of
+    just that similarity. A prompt takes up to 6 kB of memory; its text is read again by `read` if it is compared.
     """
 
     def __init__(self, threshold: float, read: Callable[[int], Prompt]) -> None:

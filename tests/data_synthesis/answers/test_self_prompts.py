@@ -1,16 +1,20 @@
 """Prompts that the verifier writes itself, in this process and by servers: kept, filtered, killed and gone on with."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, DataConfig, SourceConfig, SynthesizeConfig, VerifierConfig, validate
-from fledge.data_synthesis.answers import self_prompts
+from fledge.data_synthesis.answers import local, self_prompts
+from fledge.data_synthesis.answers.endpoint import Endpoint
 from fledge.data_synthesis.answers.self_prompts import FILE, write_self_prompts
+from fledge.data_synthesis.conversations import read_conversations
 from fledge.data_synthesis.prompts.prepare import prepare_prompts
-from servers import MODEL, faulty_server
+from fledge.data_synthesis.synthesize import synthesize
+from servers import MODEL, answer_to, faulty_server, tokens_of
 
 
 def config_of(folder: Path, verifier: VerifierConfig, limit: int = 20, **fields: object) -> Config:
@@ -175,12 +179,12 @@ def test_servers_write_prompts_from_a_raw_prompt_and_a_later_start_goes_on(tmp_p
 
 
 def test_a_server_that_adds_tokens_to_a_raw_prompt_is_refused(tmp_path, byte_verifier, monkeypatch):
-    complete = self_prompts.Endpoint.ask
+    complete = Endpoint.ask
 
     async def longer(endpoint, body, path="/chat/completions"):
         return await complete(endpoint, {**body, "prompt": [*body["prompt"], 65]} if "prompt" in body else body, path)
 
-    monkeypatch.setattr(self_prompts.Endpoint, "ask", longer)
+    monkeypatch.setattr(Endpoint, "ask", longer)
     with faulty_server() as endpoint:
         verifier = VerifierConfig(path=str(byte_verifier))
         config = config_of(tmp_path, verifier, endpoints=[endpoint], model=MODEL)
@@ -200,3 +204,50 @@ def test_options_of_self_prompts_are_checked(source, message):
     config = Config(name="x", verifier=VerifierConfig(path="embedded"), data=DataConfig(sources=[source]))
     with pytest.raises(ValueError, match=message):
         validate(config)
+
+
+def answered(config: Config) -> list[dict]:
+    config.data.sources[0].turns = 3
+    synthesize(config)
+    return sorted(read_conversations(config.conversations_folder), key=lambda record: record["id"])
+
+
+def test_the_verifier_asks_again_after_an_answer_and_a_killed_start_ends_with_the_same(
+    tmp_path, verifier_config, verifier, monkeypatch
+):
+    whole = answered(config_of(tmp_path / "whole", verifier_config, limit=8, heldout_share=0.3))
+    assert len(whole) == 8
+    users = [[m["content"] for m in record["messages"] if m["role"] == "user"] for record in whole]
+    assert max(map(len, users)) == 3
+    assert all(len(set(turns)) == len(turns) for turns in users)
+    for record, turns in zip(whole, users, strict=True):
+        text = "".join(verifier.tokenizer.decode(sequence["token_ids"]) for sequence in record["sequences"])
+        assert all(f"<|start|>user<|message|>{turn}<|end|>" in text for turn in turns)
+    config, write_turns, num_calls = config_of(tmp_path / "k", verifier_config, limit=8, heldout_share=0.3), [], []
+    write_turns.append(local.write_turns)
+
+    def killed_at_the_third(*arguments: object) -> object:
+        num_calls.append(1)
+        if len(num_calls) == 3:
+            raise KeyboardInterrupt
+        return write_turns[0](*arguments)
+
+    monkeypatch.setattr(local, "write_turns", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        answered(config)
+    assert answered(config) == whole
+
+
+def test_servers_ask_again_after_an_answer(tmp_path, byte_verifier):
+    with faulty_server() as endpoint:
+        verifier = VerifierConfig(path=str(byte_verifier))
+        records = answered(config_of(tmp_path, verifier, limit=12, endpoints=[endpoint], model=MODEL))
+    lengths = Counter(len(record["messages"]) for record in records)
+    assert lengths[6] > 3, "but for the seventh of user turns that do not end"
+    for record in records:
+        messages = record["messages"]
+        for place in range(1, len(messages), 2):
+            assert messages[place]["content"] == answer_to(messages[:place])
+            assert messages[place - 1]["content"].startswith("What is ")
+        (sequence,) = record["sequences"]
+        assert sequence["token_ids"] == [*tokens_of(messages)[: -len(b"assistant:")]]
