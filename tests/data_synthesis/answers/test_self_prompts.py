@@ -1,17 +1,21 @@
 """Prompts that the verifier writes itself, in this process and by servers: kept, filtered, killed and gone on with."""
 
 import json
+import os
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from builders import Run
+from commands import popen
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, DataConfig, SourceConfig, SynthesizeConfig, VerifierConfig, validate
 from fledge.data_synthesis.answers import local, self_prompts
 from fledge.data_synthesis.answers.endpoint import Endpoint
 from fledge.data_synthesis.answers.self_prompts import FILE, write_self_prompts
-from fledge.data_synthesis.conversations import read_conversations
+from fledge.data_synthesis.conversations import content_digest, read_conversations
 from fledge.data_synthesis.prompts.prepare import prepare_prompts
 from fledge.data_synthesis.synthesize import synthesize
 from servers import MODEL, answer_to, faulty_server, tokens_of
@@ -251,3 +255,23 @@ def test_servers_ask_again_after_an_answer(tmp_path, byte_verifier):
             assert messages[place - 1]["content"].startswith("What is ")
         (sequence,) = record["sequences"]
         assert sequence["token_ids"] == [*tokens_of(messages)[: -len(b"assistant:")]]
+
+
+def test_a_stage_that_is_killed_at_any_moment_ends_with_the_same_conversations(tmp_path, tiny_verifier_folder):
+    source = "data.sources=[{path:self,limit:16,max_tokens:48,turns:2}]"
+    whole, run = (Run(tmp_path, tiny_verifier_folder, name, [source]) for name in ("whole", "killed"))
+    small = "synthesize.max_tokens=16"
+    whole("synthesize", small)
+    for journal, num_lines in (("self_prompts/self/draws.jsonl", 8), ("conversations/conversations.jsonl", 1)):
+        process = popen(run.command("synthesize", small), env={**os.environ, "OMP_NUM_THREADS": "1"})
+        path = run.path / journal
+        while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= num_lines):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert 0 < len(path.read_bytes().splitlines()) < 16
+    run("synthesize", small)
+    for name in ("self_prompts/self/prompts.jsonl", "prompts/prompts.jsonl"):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
+    ours, theirs = (content_digest(r.path / "conversations") for r in (run, whole))
+    assert ours == theirs
