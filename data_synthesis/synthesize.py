@@ -9,19 +9,22 @@ from typing import Any
 from ..conf.runtime.artifact import Artifact, artifact, read_manifest
 from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import EXIT_AGAIN
-from ..conf.schema import Config
+from ..conf.schema import SELF, Config
 from ..models.verifier.weights import verifier_identity
 from .answers.answer_log import AnswerLog, summarise
 from .answers.local import answer_here
 from .answers.remote import answer_by_servers
+from .answers.self_prompts import write_self_prompts
 from .conversations import add_digests, content_digest, part_folder
 from .prompts.prepare import PreparedPrompts, prepare_prompts
+from .prompts.sources import source_name
 from .states.verifier_check import check_verifier
 
 
 def synthesize(config: Config) -> None:
     """Answer the prompts of `data` with the verifier and write runs/<name>/conversations/."""
     check_verifier(config.verifier, config.draft, for_states=False)
+    write_self_prompts(config)
     prompts = prepare_prompts(config)
     settings = _settings(config, prompts)
     folder, shard, num_shards = config.conversations_folder, config.synthesize.shard, config.synthesize.num_shards
@@ -38,6 +41,9 @@ def synthesize(config: Config) -> None:
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
     options = config.synthesize
+    written = [source for source in config.data.sources if source.path == SELF and source.turns > 1]
+    names = ("turns", "temperature", "top_p", "max_tokens", "min_ascii")
+    further = {source_name(source): {name: getattr(source, name) for name in names} for source in written}
     here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
     return {
         "verifier": verifier_identity(config.verifier),
@@ -48,6 +54,7 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
             "temperature": options.temperature,
             "top_p": options.top_p,
             **({"request": options.request} if options.by_servers else here),
+            **({"self_turns": further} if further else {}),
         },
     }
 

@@ -23,7 +23,7 @@ _HOLDER = "-holder"  # after the name of a lock: the file that says who holds it
 _OF_LOCK = (".lock", f".lock{_HOLDER}")
 # Commands that make an artifact, if they are not named like it.
 _COMMANDS = {"hidden_states": "dump", "training": "train", "evaluation": "evaluate"}
-_COMMANDS |= dict.fromkeys(("prompts", "conversations"), "synthesize")
+_COMMANDS |= dict.fromkeys(("self_prompts", "prompts", "conversations"), "synthesize")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 from .cluster import STAGES, ClusterConfig, ContainerConfig, ContainerKind, Gpu, JobConfig, PlanConfig
 from .cluster import ServerConfig, ServerKind, StatusConfig, SubmitConfig
 from .data import DataConfig, DumpConfig, DumpEngine, InspectConfig, LastStates, MalformedRows, PreviewConfig
-from .data import SourceConfig, StateDtype, SynthesizeConfig
+from .data import SELF, SourceConfig, StateDtype, SynthesizeConfig
 from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig, EvaluateEngine
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
@@ -64,6 +64,11 @@ class Config:
         return self.run_folder / "prompts"
 
     @property
+    def self_prompts_folder(self) -> Path:
+        """Folder of the prompts that the verifier writes, a folder for each source."""
+        return self.run_folder / "self_prompts"
+
+    @property
     def conversations_folder(self) -> Path:
         return self.run_folder / "conversations"
 
@@ -84,7 +89,7 @@ def validate(config: Config) -> None:
     _check_data(config.data)
     _check_conflicts(config)
     _check_window(config)
-    _check_packages(config.tracking)
+    _check_packages(config)
     _check_evaluation(config.evaluate)
 
 
@@ -105,6 +110,13 @@ def _check_data(data: DataConfig) -> None:
         data.limit is not None or len({source.weight for source in data.sources}) < 2,
         "data.limit is required where sources have different weights: the weights share it out",
     )
+    for number, source in enumerate(data.sources):
+        if source.path == SELF:
+            check(source.name, Annotated[str | None, _IS_FOLDER], f"data.sources[{number}].name")
+            require(
+                source.limit or data.limit,
+                f"data.sources[{number}].limit is required with path=self: the verifier could write prompts for ever",
+            )
     for name, low, high in (("chars", data.min_chars, data.max_chars), ("turns", data.min_turns, data.max_turns)):
         least = f"data.max_{name} must be at least data.min_{name}={low}"
         require(high is None or low <= high, f"{least}, or null for no bound, got {high}")
@@ -148,12 +160,15 @@ def _check_window(config: Config) -> None:
         )
 
 
-def _check_packages(tracking: TrackingConfig) -> None:
-    packages = [("report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
+def _check_packages(config: Config) -> None:
+    tracking = config.tracking
+    packages = [("tracking.report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
     if tracking.tensorboard:
-        packages.insert(0, ("tensorboard", "tensorboard", "'fledge-eagle[tensorboard]'", "set it to false"))
+        packages.insert(0, ("tracking.tensorboard", "tensorboard", "'fledge-eagle[tensorboard]'", "set it to false"))
+    if config.data.near_duplicates is not None:
+        packages.append(("data.near_duplicates", "datasketch", "'fledge-eagle[near-duplicates]'", "set it to null"))
     for option, package, requirement, cure in packages:
-        missing = f"tracking.{option} needs the package {package}, which is not installed: "
+        missing = f"{option} needs the package {package}, which is not installed: "
         require(find_spec(package), f"{missing}pip install {requirement}, or {cure}")
 
 

@@ -12,6 +12,7 @@ from .limits import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PositiveShare,
     Share,
     Temperature,
     at_least,
@@ -29,6 +30,7 @@ StateDtype = Enum(
 # Positions whose last hidden states are stored: all, or those whose distribution training can ask for, inside answers.
 LastStates = Enum("LastStates", {"all": "all", "counted": "counted"})
 
+SELF = "self"  # the path of a source whose prompts the verifier writes
 NumPrompts = Annotated[int, at_least(1, ", or null for all")]
 
 
@@ -36,7 +38,8 @@ NumPrompts = Annotated[int, at_least(1, ", or null for all")]
 class SourceConfig:
     """One source of prompts."""
 
-    path: str = MISSING  # hub id, local JSON, JSONL or Parquet file, folder, or `embedded`
+    # hub id, local JSON, JSONL or Parquet file, folder, `embedded`, or `self`: the verifier writes the prompts
+    path: str = MISSING
     name: str | None = None  # first part of each prompt's id; null: the last part of path
     subset: str | None = None  # configuration of a hub dataset that has several
     split: str = "train"  # split to read
@@ -44,6 +47,12 @@ class SourceConfig:
     streaming: bool = False  # read rows as they arrive instead of downloading first; a limit then takes the first ones
     limit: NumPrompts | None = None  # most prompts taken from this source, chosen by data.seed; null: all
     weight: PositiveFloat = 1.0  # share of data.limit, relative to the other sources
+    # of `self`: sampling temperature of a user turn
+    temperature: Annotated[float, Limit("be above 0 and at most 10", lambda value: 0 < value <= 10)] = 1.0
+    top_p: PositiveShare = 1.0  # of `self`: sample a user turn among the likeliest tokens of this probability together
+    max_tokens: PositiveInt = 256  # of `self`: most tokens of a user turn; longer ones are left out
+    turns: PositiveInt = 1  # of `self`: user turns of a conversation; later ones are written after the answers
+    min_ascii: Share = 0.0  # of `self`: least share of ASCII characters in a user turn; 0.9 leaves mostly English
 
 
 @dataclass
@@ -58,6 +67,8 @@ class DataConfig:
     # evaluation sets, as files or hub ids (id:subset); prompts like their questions are left out
     exclude: list[str] = field(default_factory=list)
     deduplicate: bool = True  # take only one of the prompts that say the same
+    # likeness (Jaccard, of runs of 5 characters) from which only one of two prompts is taken; null: any; 0.8 is usual
+    near_duplicates: Annotated[float, between(0.5, 1.0)] | None = None
     min_chars: NonNegativeInt = 1  # fewest characters of the user's side, all turns together
     max_chars: int | None = None  # most characters of the user's side; null: no bound
     min_turns: NonNegativeInt = 1  # fewest user turns

@@ -44,23 +44,45 @@ EMPTY_ANSWER = Failure("the verifier answered nothing")
 
 
 class Conversation:
-    """A prompt being answered, each turn on the verifier's own earlier answers."""
+    """A prompt being answered, each turn on the verifier's own earlier answers.
 
-    def __init__(self, prompt: Prompt) -> None:
-        self.prompt = prompt
+    The verifier may write further user turns itself, `turns_to_write` of them.
+    """
+
+    def __init__(self, prompt: Prompt, turns_to_write: int = 0) -> None:
+        self.prompt, self._turns_to_write = prompt, turns_to_write
         self.answers: list[Answer] = []
         self.ended_by: Failure | None = None  # if set, the turns that follow stay unanswered
 
     @property
     def question(self) -> list[Message] | None:
         """Return the messages the verifier answers next (earlier reasoning left out, as chats do); None: no further."""
-        truncated = bool(self.answers) and self.answers[-1].finish_reason == "length"  # no question follows on that
-        if self.ended_by or truncated or len(self.answers) == len(self.prompt.turns):
+        if self._ended or len(self.answers) == len(self.prompt.turns):
             return None
-        return [
-            *({key: message[key] for key in ("role", "content")} for message in self.messages),
-            {"role": "user", "content": self.prompt.turns[len(self.answers)]},
-        ]
+        return [*self.history, {"role": "user", "content": self.prompt.turns[len(self.answers)]}]
+
+    @property
+    def history(self) -> list[Message]:
+        """Return the conversation so far as a later turn reads it, without reasoning."""
+        return [{key: message[key] for key in ("role", "content")} for message in self.messages]
+
+    @property
+    def _ended(self) -> bool:
+        truncated = bool(self.answers) and self.answers[-1].finish_reason == "length"  # no question follows on that
+        return self.ended_by is not None or truncated
+
+    @property
+    def wants_turn(self) -> bool:
+        """Return whether the verifier is to write a user turn next."""
+        return self._turns_to_write > 0 and not self._ended and len(self.answers) == len(self.prompt.turns)
+
+    def add_turn(self, text: str | None) -> None:
+        """Take a user turn that the verifier has written; None ends the conversation with what it has."""
+        if text is None:
+            self._turns_to_write = 0
+            return
+        self._turns_to_write -= 1
+        self.prompt = replace(self.prompt, turns=(*self.prompt.turns, text))
 
     def add(self, answer: Answer) -> None:
         """Take the answer to `question`; an empty one ends the conversation before that turn."""

@@ -128,11 +128,11 @@ class Endpoint:
         """Requests that may be sent to it now."""
         return self.window.size - self.in_flight if self.up and not self.paused else 0
 
-    async def ask(self, body: dict[str, Any]) -> Answer:
-        """Return a chat completion, or raise RequestError; several in a row put the endpoint out of service."""
+    async def ask(self, body: dict[str, Any], path: str = "/chat/completions") -> Answer:
+        """Return a completion, or raise RequestError; several in a row put the endpoint out of service."""
         started = time.monotonic()
         try:
-            answer = read_answer(await self.send("POST", "/chat/completions", {"model": self.model, **body}))
+            answer = read_answer(await self.send("POST", path, {"model": self.model, **body}))
             if answer.prompt_tokens + body["max_tokens"] > self.max_context:
                 # vLLM cuts the answer to what is left, others the prompt
                 raise RequestError("context full", "", lasting=True, context_full=True)
@@ -212,12 +212,14 @@ def _environment_proxy(url: str) -> str | None:
 
 
 def read_answer(response: Any) -> Answer:
-    """Read a chat completion, with its tokens if the server gives them (vLLM's `return_token_ids`)."""
+    """Read a completion of a chat or a raw prompt, with its tokens if the server gives them (`return_token_ids`)."""
     try:
         choice = response["choices"][0]
-        message, finish_reason = choice["message"], choice.get("finish_reason")
+        message = {"content": choice["text"]} if "text" in choice else choice["message"]
+        finish_reason = choice.get("finish_reason")
         text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-        prompt, tokens, usage = response.get("prompt_token_ids"), choice.get("token_ids"), response.get("usage") or {}
+        prompt = response.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        tokens, usage = choice.get("token_ids"), response.get("usage") or {}
         turn = Turn(prompt, tokens) if prompt and tokens else None
         counts: list[Any] = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
         counts = [len(turn.prompt), len(turn.answer)] if turn else counts

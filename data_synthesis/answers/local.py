@@ -1,5 +1,6 @@
 """The verifier answers in this process, through transformers: conversations of similar length together."""
 
+import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -17,8 +18,10 @@ from ..prompts.rows import Prompt, images_of
 from ..tokens.chat_template import NoExactSpanError, Turn, prompt_tokens
 from ..tokens.reasoning import split_answer
 from ..tokens.sequences import UnknownTokenError, check_known
+from ..tokens.user_turn import UserTurn, find_user_turn
 from .answer_log import AnswerLog
 from .conversation import CONTEXT_FULL, Answer, Conversation, Failure
+from .user_turns import FurtherTurns, read_turn
 
 
 def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> None:
@@ -37,26 +40,19 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
             f"prompt {pictured} has images, which the verifier in this process cannot read: "
             "give synthesize.endpoints of a server that does"
         )
-    if config.verifier.tensor_parallel:
-        raise ValueError(
-            "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
-            "(synthesize.endpoints): the verifier in this process is not divided over ranks"
-        )
-    verifier = Verifier.load(config.verifier, config.draft.aux_layers)
-    if options.max_tokens >= (positions := _positions(verifier)):
-        raise ValueError(
-            f"synthesize.max_tokens must leave room for a prompt in the verifier's {positions} tokens, "
-            f"got {options.max_tokens}"
-        )
+    verifier = load_here(config, options.max_tokens, "synthesize.max_tokens")
+    further = FurtherTurns(config.data)
     with deferred(f"the conversations being answered have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
-        deadline = _Deadline(signals, options.grace_s)
+        deadline = Deadline(signals, options.grace_s)
         for temperature, batch in _batches(everything, options, config.data.heldout_share):
             if signals.received:
                 return
             if not any(log.wants(prompt.id) for prompt in batch):
                 continue
-            conversations = [Conversation(prompt) for prompt in batch]
+            conversations = [further.begin(prompt) for prompt in batch]
             converse(verifier, conversations, temperature, options, deadline)
+            while not deadline.over and write_turns(verifier, conversations, further, options, deadline):
+                converse(verifier, conversations, temperature, options, deadline)
             if deadline.over:
                 return  # what is there may be half an answer
             new = [conversation for conversation in conversations if log.wants(conversation.prompt.id)]
@@ -65,6 +61,21 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
                 if not conversation.answers:
                     assert conversation.ended_by is not None
                     log.fail(conversation.prompt.id, replace(conversation.ended_by, final=True))
+
+
+def load_here(config: Config, max_tokens: int, option: str) -> Verifier:
+    """Load the verifier into this process; ValueError if it cannot be, or `max_tokens` leave no room for a prompt."""
+    if config.verifier.tensor_parallel:
+        raise ValueError(
+            "verifier.tensor_parallel must be false with `fledge synthesize`, or its prompts be answered by servers "
+            "(synthesize.endpoints): the verifier in this process is not divided over ranks"
+        )
+    verifier = Verifier.load(config.verifier, config.draft.aux_layers)
+    if max_tokens >= (positions := _positions(verifier)):
+        raise ValueError(
+            f"{option} must leave room for a prompt in the verifier's {positions} tokens, got {max_tokens}"
+        )
+    return verifier
 
 
 def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> Iterator[tuple[float, list[Prompt]]]:
@@ -76,7 +87,7 @@ def _batches(prompts: list[Prompt], options: SynthesizeConfig, share: float) -> 
             yield temperature, split[start : start + options.batch_size]
 
 
-class _Deadline:
+class Deadline:
     """Ends a generation once the grace after a signal is over: a stopping criterion of transformers."""
 
     def __init__(self, signals: StopSignals, grace_s: float) -> None:
@@ -98,7 +109,7 @@ def converse(
     conversations: list[Conversation],
     temperature: float,
     options: SynthesizeConfig,
-    deadline: _Deadline | None = None,
+    deadline: Deadline | None = None,
 ) -> None:
     """Answer conversations turn by turn, all of them at once; each ends at the last turn that fits the context."""
     while True:
@@ -131,6 +142,41 @@ def converse(
             conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
 
 
+def write_turns(
+    verifier: Verifier,
+    conversations: list[Conversation],
+    further: FurtherTurns,
+    options: SynthesizeConfig,
+    deadline: Deadline | None = None,
+) -> bool:
+    """Write the next user turn of conversations that want one, a source at a time; return whether any has one now."""
+    wanting = [conversation for conversation in conversations if conversation.wants_turn]
+    for name, source in further.sources.items():
+        asking = list[tuple[Conversation, UserTurn]]()
+        for conversation in (conversation for conversation in wanting if conversation.prompt.source == name):
+            try:
+                turn = find_user_turn(verifier.tokenizer, conversation.history, verifier.end_token_ids)
+            except NoExactSpanError:
+                further.add(conversation, None)
+                continue
+            if len(turn.header) + source.max_tokens <= _positions(verifier):
+                asking.append((conversation, turn))
+            else:
+                further.add(conversation, None)
+        if not asking:
+            continue
+        writer = copy.copy(verifier)
+        writer.end_token_ids = sorted({*verifier.end_token_ids, *(turn.end for _, turn in asking)})
+        own = replace(options, max_tokens=source.max_tokens, top_p=source.top_p)
+        ids = [[conversation.prompt.id, len(conversation.answers)] for conversation, _ in asking]
+        seed = int(digest([options.seed, "user turn", ids]), 16) % 2**63
+        headers = [turn.header for _, turn in asking]
+        drawn = generate(writer, headers, own, source.temperature, seed, deadline)
+        for (conversation, turn), (tokens, ended) in zip(asking, drawn, strict=True):
+            further.add(conversation, read_turn(turn, verifier.tokenizer, tokens, ended))
+    return any(conversation.question is not None for conversation in wanting)
+
+
 def _positions(verifier: Verifier) -> int:
     return int(verifier.model.config.get_text_config().max_position_embeddings)
 
@@ -141,7 +187,7 @@ def generate(
     options: SynthesizeConfig,
     temperature: float,
     seed: int,
-    deadline: _Deadline | None = None,
+    deadline: Deadline | None = None,
 ) -> list[tuple[list[int], bool]]:
     """Return an answer to each token context: its tokens, and whether it ended by itself."""
     width = max(map(len, contexts))

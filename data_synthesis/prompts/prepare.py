@@ -6,7 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,9 +19,19 @@ from ...conf.runtime.artifact import MANIFEST, Artifact, artifact, commit, diges
 from ...conf.runtime.journal import json_line
 from ...conf.runtime.progress import Progress
 from ...conf.schema import Config, DataConfig, MalformedRows, SourceConfig
-from .near_duplicates import Questions, fingerprint, hash64
+from .near_duplicates import NearDuplicates, Questions, fingerprint, hash64
 from .rows import FIELDS, Prompt, prompt_of, read_prompt, text_of
-from .sources import EMBEDDED, READ, is_gone, is_local, local_files, read_rows, source_name, split_names
+from .sources import (
+    EMBEDDED,
+    READ,
+    is_gone,
+    is_local,
+    local_files,
+    read_rows,
+    resolved_sources,
+    source_name,
+    split_names,
+)
 
 FILE = "prompts.jsonl"
 _EXAM_FIELDS = ("question", "article")  # of evaluation questions alone: GSM8K, CNN/DailyMail
@@ -31,7 +41,7 @@ _CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line")])
 # Why a row is not taken: "evaluation" is like a question of data.exclude, instead of "over_limit" others were taken.
 REFUSALS = (
     *("malformed", "too_few_turns", "too_many_turns", "too_short", "too_long"),
-    *("evaluation", "duplicate", "over_limit"),
+    *("evaluation", "duplicate", "near_duplicate", "over_limit"),
 )
 
 
@@ -48,8 +58,7 @@ class PreparedPrompts:
         """Read prompts shard, shard + num_shards, ..., one at a time."""
         with open(self.folder / FILE, "rb") as file:
             for line in islice(file, shard, None, num_shards):
-                row = json.loads(line)
-                yield Prompt(row["id"], row["source"], tuple(row["turns"]), row["system"])
+                yield _prompt(json.loads(line))
 
 
 def prepare_prompts(config: Config) -> PreparedPrompts:
@@ -58,7 +67,7 @@ def prepare_prompts(config: Config) -> PreparedPrompts:
     Prompts that are complete may outlive the files that they were made of. Raises ValueError if a source cannot be
     read, a row is malformed (unless data.malformed_rows=skip), or no prompt is left.
     """
-    data, folder = config.data, config.prompts_folder
+    data, folder = replace(config.data, sources=resolved_sources(config)), config.prompts_folder
     if not data.sources:
         raise ValueError("data.sources is required: choose data=ultrachat_magpie, data=embedded or give sources")
     made = None
@@ -93,7 +102,8 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
         twice = f"data.sources: two are called {max(names, key=names.count)!r}"
         raise ValueError(f"{twice}, and their prompts' ids would clash: set the name of one")
     made = {"sources": {}, "exclude": {}, **(made or {})}
-    unrelated = ("sources", "exclude", "heldout_share", *([] if data.local_images else ["local_images"]))
+    unset = [name for name in ("local_images", "near_duplicates") if not getattr(data, name)]
+    unrelated = ("sources", "exclude", "heldout_share", *unset)
     options = {name: value for name, value in asdict(data).items() if name not in unrelated}
     sources = {}
     for number, (name, source) in enumerate(zip(names, data.sources, strict=True)):
@@ -125,7 +135,7 @@ def _splits(entry: str) -> Iterator[SourceConfig]:
 
 
 def _prepare(data: DataConfig, target: Artifact) -> None:
-    shares = dict(zip(map(source_name, data.sources), _shares(data), strict=True))
+    shares = dict(zip(map(source_name, data.sources), shares_of(data), strict=True))
     counts, unread = dict[str, Counter[str]](), dict[str, list[str]]()
     with TemporaryFile(dir=target.folder) as file:
         selection = _Selection(data, file)
@@ -151,7 +161,7 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
     print(f"prompts: {summary['taken']} in {target.folder} ({taken}); {refused}")
 
 
-def _shares(data: DataConfig) -> list[int | None]:
+def shares_of(data: DataConfig) -> list[int | None]:
     """Return the most prompts to take of each source: data.limit by weight (largest remainder), and its own limit."""
     if data.limit is None:
         return [source.limit for source in data.sources]
@@ -164,7 +174,7 @@ def _shares(data: DataConfig) -> list[int | None]:
     return [share if s.limit is None else min(share, s.limit) for share, s in zip(shares, data.sources, strict=True)]
 
 
-def _load_questions(exclude: list[str]) -> Questions:
+def load_questions(exclude: list[str]) -> Questions:
     """Load evaluation questions of any form that prompts may have, or with a question or article, from all splits."""
     texts: list[str] = []
     for path in exclude:
@@ -182,6 +192,21 @@ def _load_questions(exclude: list[str]) -> Questions:
     return Questions(texts)
 
 
+def refusal(prompt: Prompt, data: DataConfig, questions: Questions) -> str | None:
+    """Return why a prompt is not good by itself, one of REFUSALS, or None."""
+    texts = [text_of(turn) for turn in prompt.turns]
+    chars = sum(map(len, texts))
+    if len(texts) < data.min_turns:
+        return "too_few_turns"
+    if data.max_turns is not None and len(texts) > data.max_turns:
+        return "too_many_turns"
+    if chars < data.min_chars:
+        return "too_short"
+    if data.max_chars is not None and chars > data.max_chars:
+        return "too_long"
+    return "evaluation" if any(map(questions.like, texts)) else None
+
+
 class _Selection:
     """Prompts that are good by themselves, of one source after the other, and those of them that are taken.
 
@@ -190,7 +215,8 @@ class _Selection:
     """
 
     def __init__(self, data: DataConfig, file: IO[bytes]) -> None:
-        self._data, self._file, self._questions = data, file, _load_questions(data.exclude)
+        self._data, self._file, self._questions = data, file, load_questions(data.exclude)
+        self._near = None if data.near_duplicates is None else NearDuplicates(data.near_duplicates, self._read)
         self._new = array("Q")  # candidates of the present source, the fields of a _CANDIDATE each
         self._taken = np.empty(0, _CANDIDATE)  # of the sources before
         self.progress = Progress("prompts", None, "row")
@@ -221,7 +247,8 @@ class _Selection:
                 counts["malformed"] += 1
                 continue
             text = fingerprint(prompt)
-            reason = self._refusal(prompt) or ("duplicate" if data.deduplicate and text in seen else None)
+            again = "duplicate" if data.deduplicate and text in seen else None
+            reason = refusal(prompt, data, self._questions) or again
             if reason:
                 counts[reason] += 1
                 continue
@@ -231,19 +258,6 @@ class _Selection:
         if not counts["rows"] and share != 0:
             raise ValueError(f"data.sources: {source.path} holds no row")
         return counts + self._take(share), sorted(fields - READ if source.path != EMBEDDED else ())
-
-    def _refusal(self, prompt: Prompt) -> str | None:
-        data, texts = self._data, [text_of(turn) for turn in prompt.turns]
-        chars = sum(map(len, texts))
-        if len(texts) < data.min_turns:
-            return "too_few_turns"
-        if data.max_turns is not None and len(texts) > data.max_turns:
-            return "too_many_turns"
-        if chars < data.min_chars:
-            return "too_short"
-        if data.max_chars is not None and chars > data.max_chars:
-            return "too_long"
-        return "evaluation" if any(map(self._questions.like, texts)) else None
 
     def _take(self, share: int | None) -> Counter[str]:
         """Take a share of the present source, of what was not taken before; count what becomes of its candidates."""
@@ -257,9 +271,24 @@ class _Selection:
                 row["key"], row["line"] = self._key(prompt["id"]), self._append(json_line(prompt))
         is_first = _first_equal(rows["text" if self._data.deduplicate else "key"]) == np.arange(len(rows))
         own = rows[before:][is_first[before:]]
-        taken = own[np.argsort(own["key"])][:share]
+        own, near = self._without_near(own[np.argsort(own["key"])], share)
+        taken = own[:share]
         self._taken = np.concatenate([self._taken, taken])
-        return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=len(rows) - before - len(own))
+        duplicate = len(rows) - before - len(own) - near
+        return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=duplicate, near_duplicate=near)
+
+    def _without_near(self, rows: NDArray[np.void], share: int | None) -> tuple[NDArray[np.void], int]:
+        """Leave out rows that are nearly one taken before, until a share is taken; return the rest, and how many."""
+        if self._near is None:
+            return rows, 0
+        is_near, num_taken = np.zeros(len(rows), bool), 0
+        for number, row in enumerate(rows):
+            if num_taken == share:
+                break
+            line = int(row["line"])
+            is_near[number] = not self._near.add(line, self._read(line))
+            num_taken += not is_near[number]
+        return rows[~is_near], int(is_near.sum())
 
     def _key(self, prompt_id: str) -> int:
         return hash64(f"{self._data.seed}/{prompt_id}")
@@ -273,6 +302,10 @@ class _Selection:
         self._file.seek(int(candidate["line"]))
         return self._file.readline()
 
+    def _read(self, line: int) -> Prompt:
+        self._file.seek(line)
+        return _prompt(json.loads(self._file.readline()))
+
     def write(self, path: Path) -> str:
         """Write the lines of those taken to a file, in the order of answering; return its SHA-256."""
         temporary = path.with_name(f".{path.name}.tmp")
@@ -281,6 +314,10 @@ class _Selection:
         sync(temporary)
         commit(temporary, path)
         return file_digest(path)
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    return Prompt(row["id"], row["source"], tuple(row["turns"]), row["system"])
 
 
 def _first_equal(values: NDArray[np.uint64]) -> NDArray[np.int64]:

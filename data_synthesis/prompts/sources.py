@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...conf.schema import SourceConfig
+from ...conf.schema import SELF, Config, SourceConfig
 from ...models.embedded.verifier import prompts as embedded_prompts
 from .rows import BESIDE, FIELDS, ID_FIELDS, SYSTEM_FIELDS
 
@@ -21,6 +22,8 @@ _SHUFFLED_ROWS = 10_000  # that a stream draws from; they are in memory
 _CHUNK = 1 << 20  # characters
 _GAP = re.compile(r"[\s,]*")
 
+SELF_FILE = "prompts.jsonl"  # in the folder of a source `self`
+
 Row = tuple[str, Any]  # where it stands ("chats.jsonl line 7"), and what: a value, or a ValueError where it has none
 
 
@@ -28,6 +31,21 @@ def source_name(source: SourceConfig) -> str:
     """Return the first part of the ids of a source: name/split."""
     path = Path(source.path)
     return f"{source.name or (path.stem if path.suffix in SUFFIXES else path.name)}/{source.split}"
+
+
+def self_folder(config: Config, source: SourceConfig) -> Path:
+    """Return the folder of the prompts that the verifier writes for a source `self`."""
+    return config.self_prompts_folder / (source.name or SELF)
+
+
+def resolved_sources(config: Config) -> list[SourceConfig]:
+    """Return the sources of a run, what the verifier has written itself as the file that it is in."""
+    return [
+        replace(source, path=str(self_folder(config, source) / SELF_FILE), name=source.name or SELF)
+        if source.path == SELF
+        else source
+        for source in config.data.sources
+    ]
 
 
 def read_rows(source: SourceConfig, seed: int = 0, whole: bool = False) -> Iterator[Row]:

@@ -102,7 +102,7 @@ class Faulty:
             writer.write(http(200, dict(self.counts)))
         elif path == "/v1/models":
             writer.write(http(200, {"object": "list", "data": [{"id": self.options.model, "object": "model"}]}))
-        elif path != "/v1/chat/completions":
+        elif path not in ("/v1/chat/completions", "/v1/completions"):
             writer.write(http(404, {"error": {"message": f"no {path} here", "code": 404}}))
         else:
             self.counts["requests"] += 1
@@ -162,7 +162,7 @@ class Faulty:
 
     def completion_or_refusal(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Give the status and body of the right answer."""
-        said = " ".join(str(m["content"]) for m in request["messages"] if m["role"] == "user")
+        said = " ".join(str(m["content"]) for m in request.get("messages", []) if m["role"] == "user")
         if self.counts["requests"] == self.options.rename_after:
             self.options.model = "someone/else"
         if request["model"] != self.options.model:
@@ -171,11 +171,15 @@ class Faulty:
             return 400, {"error": {"message": "This model's maximum context length is 9 tokens.", "code": 400}}
         if "REFUSED" in said:
             return 400, {"error": {"message": "This request is not to our taste.", "code": 400}}
+        if self.options.no_token_ids and isinstance(request.get("prompt"), list):
+            return 400, {"error": {"message": "prompt must be a string.", "code": 400}}
         return 200, completion(request, offers_tokens=not self.options.no_token_ids)
 
 
 def completion(request: dict[str, Any], offers_tokens: bool = True) -> dict[str, Any]:
     """Give the right answer to a request."""
+    if "prompt" in request:
+        return raw_completion(request, offers_tokens)
     last = str(request["messages"][-1]["content"])
     text = "" if "EMPTY" in last else answer_to(request["messages"])
     if "CUT" in last:
@@ -201,6 +205,17 @@ def completion(request: dict[str, Any], offers_tokens: bool = True) -> dict[str,
     if request.get("return_token_ids") and offers_tokens:
         body["prompt_token_ids"], choice["token_ids"] = prompt, answer
     return body
+
+
+def raw_completion(request: dict[str, Any], offers_tokens: bool) -> dict[str, Any]:
+    """Go on after a raw prompt: a question by its seed, one in seven not to its end."""
+    prompt = request["prompt"] if isinstance(request["prompt"], list) else [*request["prompt"].encode()]
+    text, ended = f"What is {request['seed'] % 997} by {request['seed'] % 7}?", request["seed"] % 7 > 0
+    answer = [*text.encode(), *([END] if ended else [])]
+    choice = {"index": 0, "text": text, "finish_reason": "stop" if ended else "length"}
+    if request.get("return_token_ids") and offers_tokens:
+        choice |= {"prompt_token_ids": prompt, "token_ids": answer}
+    return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(answer)}}
 
 
 def http(status: int, body: dict[str, Any] | bytes, *headers: str, length: int | None = None) -> bytes:
@@ -239,7 +254,8 @@ def wrong(fault: str, request: dict[str, Any]) -> bytes:
         return http(200, content.replace("«".encode(), b"\xff\xfe"))
     assert fault == "aborted", fault
     right["choices"][0]["finish_reason"] = "abort"
-    right["choices"][0]["message"]["content"] = "I was"
+    if "message" in right["choices"][0]:
+        right["choices"][0]["message"]["content"] = "I was"
     return http(200, right)
 
 

@@ -8,6 +8,7 @@ import pytest
 import regeneration
 from builders import Run
 from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.runtime.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.models.embedded.verifier import prompts as embedded_prompts
 from servers import free_port, model_server
@@ -53,6 +54,19 @@ def check_same(ours: dict[str, dict], theirs: dict[str, dict], *fields: str) -> 
     assert {len(record["finish_reasons"]) for record in ours.values()} == {1, 2, 3}
 
 
+def check_self_prompts(folder: Path, verifier: Path, endpoint: str, *options: str) -> None:
+    """A server goes on after the user header, and answers what it wrote."""
+    run = Run(folder, verifier)
+    source = "data.sources=[{path:self,limit:6,max_tokens:48}]"
+    run("synthesize", source, f"synthesize.endpoints=[{endpoint}]", "synthesize.max_tokens=8", *options)
+    drawn = list(read_journal(run.path / "self_prompts" / "self" / "draws.jsonl"))
+    kept = {record["text"] for record in drawn if not record["refused"]}
+    conversations = list(read_conversations(run.path / "conversations"))
+    assert len(conversations) == 6
+    assert {record["messages"][0]["content"] for record in conversations} <= kept
+    assert not any("<|" in text for text in kept)
+
+
 def test_transformers_serve_answers_as_the_verifier_in_this_process(tmp_path, tiny_verifier_folder, rows):
     (tmp_path / "hub").mkdir()
     port = free_port()
@@ -61,6 +75,8 @@ def test_transformers_serve_answers_as_the_verifier_in_this_process(tmp_path, ti
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with model_server(command, port, tmp_path / "server.log", environment) as endpoint:
         run, theirs = regenerated(tmp_path / "theirs", tiny_verifier_folder, rows, f"synthesize.endpoints=[{endpoint}]")
+        sampled = """synthesize.request={generation_config:'{"do_sample": true}'}"""  # it samples by this alone
+        check_self_prompts(tmp_path / "self", tiny_verifier_folder, endpoint, sampled)
     _, ours = regenerated(tmp_path / "ours", tiny_verifier_folder, rows)
     check_same(ours, theirs, *SAME)
     run("dump")  # the server gives no tokens: the template tells them
@@ -82,5 +98,6 @@ def test_the_benchmark_measures_the_whole_stage(tiny_verifier_folder):
 def test_vllm_gives_the_tokens_that_the_verifier_in_this_process_gives(tmp_path, tiny_verifier_folder, rows):
     with vllm_server(tmp_path, tiny_verifier_folder) as endpoint:
         _, theirs = regenerated(tmp_path / "theirs", tiny_verifier_folder, rows, f"synthesize.endpoints=[{endpoint}]")
+        check_self_prompts(tmp_path / "self", tiny_verifier_folder, endpoint)
     _, ours = regenerated(tmp_path / "ours", tiny_verifier_folder, rows)
     check_same(ours, theirs, *SAME, "sequences")

@@ -1,10 +1,14 @@
 """Which prompts ask the same, and which texts are like an evaluation question."""
 
+import json
 import random
 from collections import Counter
 
 import pytest
-from fledge.data_synthesis.prompts.near_duplicates import RUN, Questions, canonical, fingerprint
+from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.schema import Config, DataConfig, SourceConfig
+from fledge.data_synthesis.prompts.near_duplicates import RUN, NearDuplicates, Questions, canonical, fingerprint
+from fledge.data_synthesis.prompts.prepare import prepare_prompts
 from fledge.data_synthesis.prompts.rows import Prompt
 
 
@@ -65,3 +69,49 @@ def test_short_questions_are_found_as_whole_turns_alone():
     questions = Questions(["Name a prime."])
     assert questions.like("name a prime!")
     assert not questions.like("Please name a prime.")
+
+
+def jaccard(one: str, other: str) -> float:
+    first, second = ({text[at : at + 5] for at in range(max(1, len(text) - 4))} for text in (one, other))
+    return len(first & second) / len(first | second)
+
+
+def test_near_duplicates_are_those_of_a_plain_comparison():
+    pytest.importorskip("datasketch")
+    drawn, words = random.Random(0), [f"{name}{n}" for n in range(40) for name in ("red", "owl", "mill")]
+    texts = [" ".join(drawn.choices(words, k=12)) for _ in range(60)]
+    for _ in range(240):  # near copies of earlier ones, and of those in turn
+        changed = drawn.choice(texts).split()
+        for place in drawn.sample(range(12), drawn.randrange(4)):
+            changed[place] = drawn.choice(words)
+        texts.append(" ".join(changed))
+    prompts = [Prompt("", "", (text,)) for text in texts]
+    near, expected = NearDuplicates(0.8, prompts.__getitem__), list[str]()
+    for number, text in enumerate(texts):
+        alone = all(jaccard(text, other) < 0.8 for other in expected)
+        assert near.add(number, prompts[number]) == alone, text
+        expected += [text] * alone
+    assert 60 < len(expected) < 240
+
+
+def test_near_duplicates_of_all_sources_are_left_out_and_counted(tmp_path):
+    pytest.importorskip("datasketch")
+    verse = "Write a poem about the sea and all of its waves, for a friend who has never seen it"
+    rows = {"a": [verse, "Name a colour"], "b": [f"{verse}!", verse.replace("poem", "song"), "Name a town"]}
+    sources = []
+    for name, texts in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"id": n, "prompt": text}) + "\n" for n, text in enumerate(texts)))
+        sources.append(SourceConfig(path=str(path)))
+    config = Config(name="run", runs_dir=str(tmp_path), data=DataConfig(sources=sources, near_duplicates=0.8))
+    prepared = prepare_prompts(config)
+    assert sorted(prompt.id for prompt in prepared.read()) == ["a/train/0", "a/train/1", "b/train/2"]
+    assert [prepared.counts["sources"]["b/train"][name] for name in ("duplicate", "near_duplicate", "taken")] == [
+        1,
+        1,
+        1,
+    ]
+    config.data.near_duplicates = None
+    config.name = "all"
+    assert prepare_prompts(config).count == 4
+    assert "near_duplicates" not in read_manifest(config.prompts_folder, "prompts")["settings"]
