@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 # Many tests wait for another process: a third worker uses two cores well.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-gpu test-serving test-slurm lint types clean
 

@@ -15,7 +15,17 @@ from make_embedded import TINY, shared_embedded
 
 _HELPERS = [str(Path(__file__).parent / name) for name in ("support", "doubles", "twins", "benchmarks", "tools")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts
+# Files of a minute or more come first, so that no worker ends with one alone.
+_LONG = [
+    *("test_kernels", "test_training", "test_doctor_measure", "test_lossless", "test_dump_signals", "test_fake_gpu"),
+    *("test_interruptions", "test_sweep", "test_online", "test_tensor_parallel", "test_training_memory", "test_kill"),
+]
 torch.set_num_threads(1)  # tiny tensors; and threads of several processes on few cores wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by how long they take, the long ones first."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
 
 
 @pytest.fixture(scope="session")
