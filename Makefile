@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
-# Many tests wait for another process: a third worker uses two cores well.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Many tests wait for another process: four workers use two cores well.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-gpu test-serving test-slurm lint types clean
 

@@ -27,7 +27,7 @@ def test_hints_name_the_distribution_and_its_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     texts = [path.read_text() for path in map(ROOT.joinpath, tracked) if path.suffix in (".py", ".md", ".toml", ".yml")]
-    extras = [found for text in texts for found in re.findall(r"\bfledge(?:-eagle)?\[\w[\w,]*\]", text)]
+    extras = [found for text in texts for found in re.findall(r"\bfledge(?:-eagle)?\[\w[\w,-]*\]", text)]
     assert len(extras) >= 4
     for hint in extras:
         name, _, listed = hint.rstrip("]").partition("[")
