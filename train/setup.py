@@ -44,6 +44,8 @@ _NOT_DETERMINING = (
     *("num_processes", "data_workers", "collective_timeout_s", "verify_checksums", "checkpoint_activations", "triton"),
     *("stores", "init_from"),  # what is there counts by content
 )
+# Options of `draft` that came later: unset they are left out of the settings, so that older runs go on.
+_LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
 
 
 def train(config: Config) -> None:
@@ -101,9 +103,12 @@ def _initial_head(config: Config, folder: str) -> DraftHead:
         raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
     head, record = load_head(Path(folder))
     check_identity(record["verifier"], config.verifier, folder, "set the verifier it was trained for")
-    has = asdict(head.config) | {"vocab_size": head.config.draft_vocab_size}
-    has |= {name: list(has[name]) for name in ("aux_layers", "window_layers")}
+    has = asdict(head.config) | {"vocab_size": head.config.draft_vocab_size, "aux_layers": list(head.config.aux_layers)}
+    has["window_layers"] = list(head.config.window_layers) or None
     options = {name: option for name, option in asdict(config.draft).items() if name in has and option is not None}
+    options["sliding_window"] = config.draft.sliding_window  # null is no window, and not the head's
+    if has["window_layers"]:
+        options.setdefault("window_layers", list(range(head.config.num_layers)))
     if changes := [f"draft.{name}={json.dumps(has[name])}" for name in options if options[name] != has[name]]:
         raise ValueError(f"draft must describe the head at train.init_from: set {' '.join(changes)}")
     return head
@@ -117,7 +122,7 @@ def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, 
         "hidden_states": data.settings,
         **({"verifier_dtype": config.verifier.dtype.value} if is_online else {}),
         "draft_vocabulary": digest(head.target_ids.tolist()),
-        "draft": asdict(config.draft),
+        "draft": {name: value for name, value in asdict(config.draft).items() if value or name not in _LATER},
         "train": {name: value.value if isinstance(value, Enum) else value for name, value in values.items()},
         "init_from": file_digest(Path(options.init_from) / WEIGHTS) if options.init_from else None,
     }

@@ -148,6 +148,11 @@ def _check_conflicts(config: Config) -> None:
 
 def _check_window(config: Config) -> None:
     """Check that every draft step sees the row that it starts from."""
+    require(
+        config.draft.window_layers is None or config.draft.sliding_window,
+        f"draft.sliding_window is required with draft.window_layers={config.draft.window_layers}: set a window, or "
+        "window_layers to null",
+    )
     window, of_draft = config.draft.sliding_window, "tree_depth" if config.evaluate.tree_depth else "num_draft_tokens"
     for option, steps in (
         ("train.ttt_steps", config.train.ttt_steps),

@@ -50,8 +50,8 @@ def _reach(window: int | None, step: int) -> int:
     reach = (window or sys.maxsize) - step
     if reach < 1:
         raise ValueError(
-            f"train.ttt_steps and evaluate's draft tokens must be at most the head's sliding_window of {window}, "
-            f"got {step + 1}"
+            f"train.ttt_steps and evaluate.num_draft_tokens (or tree_depth) must be at most the head's sliding_window "
+            f"of {window}, got {step + 1}: set them lower"
         )
     return reach
 
@@ -108,7 +108,6 @@ class SplitAttention:
         every_row = step == 0 and layer < self._num_layers - 1
         places = [torch.searchsorted(steps[j], steps[step]) for j in range(1, step + 1)]
         inputs = places, q, *self._keys[layer, 0], *(x for j in range(1, step + 1) for x in self._keys[layer, j])
-        reach = _reach(self._window(layer), step)
         if self._kernels and _has_triton(q):
             from ..kernels.ttt_attention import KernelAttention
 

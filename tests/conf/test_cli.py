@@ -102,6 +102,7 @@ def test_the_help_of_a_group_is_asked_for_by_its_name(capfd):
         ("draft.aux_layers=[1,1,3]", ["draft.aux_layers", "different layers", "[1, 1, 3]"]),
         ("draft.aux_layers=[-1,3]", ["draft.aux_layers", "counted from 0"]),
         ("draft.sliding_window=16 train.ttt_steps=17", ["train.ttt_steps", "draft.sliding_window=16", "got 17"]),
+        ("draft.window_layers=[0]", ["draft.sliding_window is required", "draft.window_layers=[0]"]),
         ("draft.sliding_window=16 evaluate.num_draft_tokens=17", ["evaluate.num_draft_tokens", "window=16", "got 17"]),
         ("data.limit=0", ["data.limit must be at least 1", "got 0"]),
         ("cluster.server.hours=0", ["cluster.server.hours must be above 0", "got 0.0"]),

@@ -209,11 +209,19 @@ def test_a_warm_start_is_of_a_form_that_every_option_of_draft_agrees_with(monkey
         config = Config(name="x", runs_dir=str(tmp_path / "runs"), draft=DraftConfig(**form | changes))
         return setup._initial_head(config, str(tmp_path))
 
-    assert taken().config == taken(sliding_window=64, window_layers=[1], aux_layers=[1, 3, 4]).config == head.config
+    window = {"sliding_window": 64, "window_layers": [1]}
+    assert taken(**window, aux_layers=[1, 3, 4]).config == head.config
     with pytest.raises(ValueError, match=r"draft must describe the head at train.init_from: set draft.qk_norm=true$"):
-        taken(qk_norm=False)
+        taken(**window, qk_norm=False)
     with pytest.raises(ValueError, match=r"set draft.sliding_window=64 draft.window_layers=\[1\]$"):
         taken(sliding_window=32, window_layers=[0])
+    with pytest.raises(ValueError, match=r"set draft.sliding_window=64 draft.window_layers=\[1\]$"):
+        taken()  # no window
+    with pytest.raises(ValueError, match=r"set draft.window_layers=\[1\]$"):
+        taken(sliding_window=64)  # in all layers
+    save_head(tmp_path, make_head(), {"verifier": {}}, torch.float32)
+    with pytest.raises(ValueError, match=r"set draft.sliding_window=null draft.window_layers=null$"):
+        taken(**window, num_layers=1, qk_norm=False, norm_before_fc=False)
 
 
 def test_a_warm_start_begins_where_the_other_head_ended(finished, run):
