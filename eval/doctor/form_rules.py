@@ -28,7 +28,7 @@ def form_findings(head: HeadFiles) -> Iterator[Finding]:
     yield from findings_of(
         (plain and values.get(NORM_BEFORE_FC) and not nested, "norm_before_fc_place",
          f"norm_before_fc is {values.get(NORM_BEFORE_FC)} at the top level and {nested} in {EAGLE}",
-         f"TensorRT-LLM reads it in {EAGLE} alone{'' if nested is None else ', vLLM there first'}: the norm is left out",
+         f"TensorRT-LLM reads it in {EAGLE} alone{'' if nested is None else ', vLLM there first'}: the norm is lost",
          f"write {EAGLE}.norm_before_fc: true too"),
         ("input_norm.weight" in tensors and not (nested or values.get(NORM_BEFORE_FC)), "norm_before_fc",
          "input_norm.weight is there, and norm_before_fc is not", "engines drop it, without an error",
