@@ -44,6 +44,9 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
     written = [source for source in config.data.sources if source.path == SELF and source.turns > 1]
     names = ("turns", "temperature", "top_p", "max_tokens", "min_ascii")
     further = {source_name(source): {name: getattr(source, name) for name in names} for source in written}
+    excluded = read_manifest(prompts.folder, "prompts")["settings"]["exclude"]
+    if further and excluded:
+        further["exclude"] = excluded
     here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
     return {
         "verifier": verifier_identity(config.verifier),

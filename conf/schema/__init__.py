@@ -25,6 +25,8 @@ _IS_FOLDER = Limit(
     lambda name: name not in ("", ".", "..") and "/" not in name,
     "; use runs_dir for the place",
 )
+_OF_SELF = ("temperature", "top_p", "max_tokens", "turns", "min_ascii")  # options of a source, as the next
+_NOT_OF_SELF = ("subset", "split", "revision", "streaming")
 
 
 @dataclass
@@ -110,13 +112,29 @@ def _check_data(data: DataConfig) -> None:
         data.limit is not None or len({source.weight for source in data.sources}) < 2,
         "data.limit is required where sources have different weights: the weights share it out",
     )
+    folders = list[str]()
     for number, source in enumerate(data.sources):
-        if source.path == SELF:
-            check(source.name, Annotated[str | None, _IS_FOLDER], f"data.sources[{number}].name")
-            require(
-                source.limit or data.limit,
-                f"data.sources[{number}].limit is required with path=self: the verifier could write prompts for ever",
-            )
+        option, is_self = f"data.sources[{number}]", source.path == SELF
+        why = "the verifier writes these prompts" if is_self else "it is an option of path=self alone"
+        for name in _NOT_OF_SELF if is_self else _OF_SELF:
+            left_out = f"{option}.{name} must be left out with path={source.path}"
+            value = getattr(source, name)
+            require(value == getattr(SourceConfig, name), f"{left_out}, got {value}: {why}")
+        if not is_self:
+            continue
+        check(source.name, Annotated[str | None, _IS_FOLDER], f"{option}.name")
+        folder = source.name or SELF
+        require(folder not in folders, f"{option}.name must differ from that of another source self, got {folder}")
+        folders.append(folder)
+        require(
+            source.limit or data.limit,
+            f"{option}.limit is required with path=self: the verifier could write prompts for ever",
+        )
+    require(
+        not folders or data.min_turns <= 1,
+        f"data.min_turns must be at most 1 with path=self, whose prompts are one turn, got {data.min_turns}: "
+        "the source's own turns asks for later ones",
+    )
     for name, low, high in (("chars", data.min_chars, data.max_chars), ("turns", data.min_turns, data.max_turns)):
         least = f"data.max_{name} must be at least data.min_{name}={low}"
         require(high is None or low <= high, f"{least}, or null for no bound, got {high}")
@@ -170,8 +188,6 @@ def _check_packages(config: Config) -> None:
     packages = [("tracking.report_to", name.value, name.value, "leave it out") for name in tracking.trackers]
     if tracking.tensorboard:
         packages.insert(0, ("tracking.tensorboard", "tensorboard", "'fledge-eagle[tensorboard]'", "set it to false"))
-    if config.data.near_duplicates is not None:
-        packages.append(("data.near_duplicates", "datasketch", "'fledge-eagle[near-duplicates]'", "set it to null"))
     for option, package, requirement, cure in packages:
         missing = f"{option} needs the package {package}, which is not installed: "
         require(find_spec(package), f"{missing}pip install {requirement}, or {cure}")

@@ -156,7 +156,7 @@ def write_turns(
         for conversation in (conversation for conversation in wanting if conversation.prompt.source == name):
             try:
                 turn = find_user_turn(verifier.tokenizer, conversation.history, verifier.end_token_ids)
-            except NoExactSpanError:
+            except ValueError:  # this history has none
                 further.add(conversation, None)
                 continue
             if len(turn.header) + source.max_tokens <= _positions(verifier):

@@ -20,7 +20,7 @@ from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
 from ...conf.schema import Config
 from ..heldout import is_heldout
 from ..prompts.rows import Prompt
-from ..tokens.chat_template import Message, NoExactSpanError, fit_content
+from ..tokens.chat_template import Message, fit_content
 from ..tokens.user_turn import find_user_turn
 from .answer_log import AnswerLog
 from .conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
@@ -48,7 +48,7 @@ def answer_by_servers(config: Config, prompts: Iterable[Prompt], log: AnswerLog)
 
 
 def ask_servers(work: "ServerWork[T]", items: Iterator[T]) -> None:
-    """Do the work on every item; a signal lets what is in flight end within `synthesize.grace_s`."""
+    """Return once every item is worked on; a signal lets what is in flight end within `synthesize.grace_s`."""
     first = next(items, None)
     if first is None:
         return
@@ -69,7 +69,7 @@ class ServerWork(ABC, Generic[T]):
 
     def __init__(self, config: Config) -> None:
         self.options, self._verifier = config.synthesize, config.verifier
-        self._endpoint_verifier = EndpointVerifier(config.verifier, config.synthesize)
+        self._endpoint_verifier = EndpointVerifier(config.verifier, config.synthesize, config.data.sources)
         self._pool = Pool(config.synthesize.concurrency)
         self._servers: list[asyncio.Task[None]] = []  # one task each
         self._opened = asyncio.Event()  # every server known at the start was tried, and answering begins
@@ -244,11 +244,11 @@ class _Answers(ServerWork[Prompt]):
     async def _write_turn(self, slot: Slot, conversation: Conversation) -> Drawn | None:
         prompt, raw = conversation.prompt, self._raw
         try:
-            turn = find_user_turn(raw.tokenizer, conversation.history, raw.end_token_ids)
-        except NoExactSpanError:
+            turn = await asyncio.to_thread(find_user_turn, raw.tokenizer, conversation.history, raw.end_token_ids)
+        except ValueError:  # this history has none
             return None
         seed = int(digest([self.options.seed, prompt.id, len(conversation.answers)]), 16)
-        return await self._ask(slot, partial(raw.draw, turn, self._further.sources[prompt.source], seed))
+        return await self._ask(slot, partial(raw.draw_further, turn, self._further.sources[prompt.source], seed))
 
     async def _answer(self, slot: Slot, question: list[Message], greedy: bool) -> Answer:
         tokenizer = self._endpoint_verifier.tokenizer

@@ -2,11 +2,13 @@
 
 import sys
 from collections import Counter, deque
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from ...conf.runtime.artifact import artifact, digest, file_digest, write_atomic
 from ...conf.runtime.journal import Journal, json_line, read_journal
@@ -31,7 +33,7 @@ _DRAW = ("temperature", "top_p", "max_tokens")  # options of a source that chang
 
 
 def write_self_prompts(config: Config) -> None:
-    """Make runs/<name>/self_prompts/<source>/ for each source `self`, or find it complete; one process makes it.
+    """Write runs/<name>/self_prompts/<source>/ for each source `self` that is not complete; one process writes it.
 
     Every user turn that the verifier writes is a line of draws.jsonl; those that are kept, as many as are asked for,
     are written to prompts.jsonl in the order of their numbers. A kill loses the draws that were being made. Raises
@@ -82,10 +84,12 @@ class Draws:
     def __init__(self, config: Config, source: SourceConfig, folder: Path, limit: int) -> None:
         self._data, self._source, self._limit = config.data, source, limit
         self._questions = load_questions(config.data.exclude)
-        self._journal = Journal(folder / FILE, sync_every_s=_SYNC_EVERY_S)
-        self._drawn = {int(record["id"]): record for record in read_journal(folder / FILE)}
-        self._seen = set[int]()
         self._near = NearDuplicates(near, self._kept_at) if (near := config.data.near_duplicates) else None
+        self._journal = Journal(folder / FILE, sync_every_s=_SYNC_EVERY_S)
+        self._max_attempts, self._attempts = config.synthesize.max_attempts, Counter[int]()
+        self._drawn = dict[int, dict[str, Any]]()
+        self._take(read_journal(folder / FILE))
+        self._seen = set[int]()
         self._next = 0  # the first number that was not looked at
         self._latest = deque[bool](maxlen=_WINDOW)  # which of the latest draws were kept
         self.kept, self.refused = list[Prompt](), Counter[str]()
@@ -109,20 +113,35 @@ class Draws:
 
     def add(self, drawn: dict[int, Drawn]) -> None:
         """Write what was drawn: by its number the text, and why it cannot be taken, if so. Known numbers stay."""
-        new = {
-            number: {"id": str(number), "text": text, "refused": why}
+        self._write(
+            {"id": str(number), "text": text, "refused": why}
             for number, (text, why) in drawn.items()
             if number not in self._drawn
-        }
-        self._journal.append(new.values())
-        self._drawn |= new
+        )
+
+    def fail(self, number: int, trouble: RequestError) -> bool:
+        """Write why a number could not be drawn; return whether it is given up and refused, as a prompt's answer is."""
+        why = {"refused": trouble.reason, "detail": trouble.detail, "final": trouble.lasting}
+        self._write([{"id": str(number), "text": "", **why}])
+        return number in self._drawn
+
+    def _take(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
+            self._attempts[number := int(record["id"])] += 1
+            if record.get("final", True) or self._attempts[number] >= self._max_attempts:
+                self._drawn[number] = record
+
+    def _write(self, new: Iterable[dict[str, Any]]) -> None:
+        records = list(new)
+        self._journal.append(records)
+        self._take(records)
         before = min(self._limit, len(self.kept))
         self._select()
         self.progress.set_postfix_str(f"{len(self._drawn)} drawn", refresh=False)
         self.progress.update(min(self._limit, len(self.kept)) - before)
 
     def _select(self) -> None:
-        """Look at the draws that follow on those that were looked at, until there are enough."""
+        """Read the draws that follow on those that were read, until enough are kept."""
         while self.missing and self._next in self._drawn:
             record = self._drawn[self._next]
             reason = record["refused"] or self._refusal(self._next, record["text"])
@@ -190,7 +209,7 @@ def _draw_by_servers(config: Config, source: SourceConfig, draws: Draws) -> None
         numbers = first or list(range(draws.most, draws.most + int(missing / share) + 1))
         work = _ServerDraws(config, source, draws)
         ask_servers(work, takewhile(lambda _: draws.missing, numbers))
-        if work.trouble is not None:
+        if work.trouble is not None and draws.missing:
             failed = f"{work.num_failed} prompts could not be drawn, the last: {work.trouble}"
             print(f"fledge: {failed}; what is done is saved, the same command goes on", file=sys.stderr)
             sys.exit(EXIT_AGAIN)
@@ -205,7 +224,7 @@ class _ServerDraws(ServerWork[int]):
         super().__init__(config)
         self._source, self._draws, self._seed = source, draws, config.data.seed
         self._raw = RawPrompts(config.verifier, config.synthesize, self._endpoint_verifier.tokenizer)
-        self._turn = find_user_turn(self._raw.tokenizer, [], self._raw.end_token_ids)
+        self._turn = self._raw.first
         self.trouble: RequestError | None = None
         self.num_failed = 0
 
@@ -214,7 +233,8 @@ class _ServerDraws(ServerWork[int]):
             seed = int(digest([self._seed, source_name(self._source), item]), 16)
             drawn = await self._ask(slot, partial(self._raw.draw, self._turn, self._source, seed))
         except RequestError as trouble:
-            self.trouble, self.num_failed = trouble, self.num_failed + 1
+            if not self._draws.fail(item, trouble):
+                self.trouble, self.num_failed = trouble, self.num_failed + 1
             return
         finally:
             slot.end()

@@ -1,5 +1,9 @@
 """User turns that the verifier writes itself, as a server goes on from a raw prompt, and which of them can be used."""
 
+import asyncio
+from dataclasses import replace
+from functools import cached_property
+
 from transformers import PreTrainedTokenizerBase
 
 from ...conf.schema import SELF, DataConfig, SourceConfig, SynthesizeConfig, VerifierConfig
@@ -8,7 +12,7 @@ from ..prompts.near_duplicates import Questions
 from ..prompts.prepare import load_questions
 from ..prompts.rows import Prompt, read_prompt
 from ..prompts.sources import source_name
-from ..tokens.user_turn import UserTurn
+from ..tokens.user_turn import UserTurn, find_user_turn
 from .conversation import Answer, Conversation
 from .endpoint import Endpoint, RequestError
 from .verify_endpoint import refusal
@@ -63,35 +67,52 @@ class RawPrompts:
     def __init__(self, verifier: VerifierConfig, options: SynthesizeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.end_token_ids = tokenizer, load_end_token_ids(verifier, tokenizer)
         self._options = options
-        self._reads_text = set[Endpoint]()
+        self._reads_text = dict[Endpoint, bool]()  # as the first header was read there
+
+    @cached_property
+    def first(self) -> UserTurn:
+        """Return the first user's turn; ValueError if the template has none."""
+        return find_user_turn(self.tokenizer, [], self.end_token_ids)
+
+    async def draw_further(self, turn: UserTurn, source: SourceConfig, seed: int, endpoint: Endpoint) -> Drawn | None:
+        """Return a user turn that follows a history, None if this history gives none; raise as `draw`."""
+        if endpoint not in self._reads_text:
+            await self.draw(self.first, replace(source, max_tokens=1), seed, endpoint)
+        try:
+            return await self.draw(turn, source, seed, endpoint)
+        except ValueError:
+            return None
 
     async def draw(self, turn: UserTurn, source: SourceConfig, seed: int, endpoint: Endpoint) -> Drawn:
         """Return a user turn; RequestError if there is none now, ValueError if this server can give none."""
         body = {
-            **self._options.request,
             **endpoint.extras,
+            **({"skip_special_tokens": False} if endpoint.extras else {}),  # `_read` looks for them
+            **self._options.request,
             "max_tokens": source.max_tokens,
             "temperature": source.temperature,
             "top_p": source.top_p,
             "seed": seed % 2**31,
             **({} if turn.end in self.end_token_ids else {"stop_token_ids": [turn.end]}),
         }
-        as_text = endpoint in self._reads_text
-        prompt = self._text(turn.header) if as_text else turn.header
+        as_text = self._reads_text.get(endpoint, False)
+        prompt = await asyncio.to_thread(self._text, turn.header) if as_text else turn.header
         try:
             answer = await endpoint.ask({**body, "prompt": prompt}, "/completions")
         except RequestError as trouble:
             if trouble.context_full or not (trouble.lasting or trouble.lacking):
                 raise
-            if trouble.final and not as_text:
-                self._reads_text.add(endpoint)
-                return await self.draw(turn, source, seed, endpoint)
+            if trouble.final and not as_text and turn is self.first:
+                if self._reads_text.setdefault(endpoint, True):
+                    return await self.draw(turn, source, seed, endpoint)
+                raise  # it has read the same tokens before
             raise ValueError(f"data.sources self: {refusal(endpoint, trouble)}") from None
         if answer.prompt_tokens != len(turn.header):
             raise ValueError(
                 f"data.sources self: {endpoint.url} reads a raw prompt of {len(turn.header)} tokens as "
                 f"{answer.prompt_tokens}: its completions must add none, as vLLM and SGLang do to a list of tokens"
             )
+        self._reads_text.setdefault(endpoint, as_text)
         return self._read(turn, answer)
 
     def _text(self, header: list[int]) -> str:
@@ -112,4 +133,6 @@ class RawPrompts:
                 "data.sources self: a user's turn ends with a token that ends no answer, so servers must give their "
                 "tokens, as vLLM does"
             )
-        return answer.text.strip(), None if ended else "not_ended"
+        text = answer.text.strip().removesuffix(str(self.tokenizer.decode([turn.end]))).strip()
+        marked = not turn.marks.isdisjoint(self.tokenizer.encode(text, add_special_tokens=False))
+        return text, "not_ended" if not ended else "special_tokens" if marked else None

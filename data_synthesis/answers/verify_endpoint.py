@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from ...conf.schema import SynthesizeConfig, VerifierConfig
+from ...conf.schema import SELF, SourceConfig, SynthesizeConfig, VerifierConfig
 from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
 from ..tokens.chat_template import Message, check_template, prompt_tokens
 from .conversation import Answer
@@ -23,8 +23,12 @@ _T = TypeVar("_T")
 class EndpointVerifier:
     """Opens endpoints; a request is sent only to one that serves the verifier and reads chats as its template says."""
 
-    def __init__(self, verifier: VerifierConfig, options: SynthesizeConfig) -> None:
+    def __init__(
+        self, verifier: VerifierConfig, options: SynthesizeConfig, sources: Sequence[SourceConfig] = ()
+    ) -> None:
         self._verifier, self._options = verifier, options
+        written = {f"data.sources[{n}].max_tokens": s.max_tokens for n, s in enumerate(sources) if s.path == SELF}
+        self._most_tokens = {"synthesize.max_tokens": options.max_tokens, **written}
         self._positions = load_config(verifier).max_position_embeddings
         self.tokenizer = load_tokenizer(verifier)
 
@@ -37,12 +41,12 @@ class EndpointVerifier:
         try:
             ours = prompt_tokens(self.tokenizer, _PROBE)  # anew each time: a template may write the date
             await self._patiently(partial(find_model, endpoint, options.model, self._verifier, self._positions))
-            if len(ours) + options.max_tokens > endpoint.max_context:
-                room = f"no room for a prompt in the {endpoint.max_context} tokens of {endpoint.url}"
-                raise ValueError(
-                    f"synthesize.max_tokens={options.max_tokens} leaves {room}: lower it, or start the server with a "
-                    "longer context"
-                )
+            for option, most in self._most_tokens.items():
+                if len(ours) + most > endpoint.max_context:
+                    raise ValueError(
+                        f"{option}={most} leaves no room for a prompt in the {endpoint.max_context} tokens of "
+                        f"{endpoint.url}: lower it, or start the server with a longer context"
+                    )
             answer = await self._probe(endpoint)
         except RequestError as trouble:
             if trouble.lasting or trouble.lacking:

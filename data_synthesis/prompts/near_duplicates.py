@@ -72,8 +72,13 @@ class NearDuplicates:
     """
 
     def __init__(self, threshold: float, read: Callable[[int], Prompt]) -> None:
-        from datasketch import MinHashLSH
-
+        try:
+            from datasketch import MinHashLSH
+        except ImportError:
+            raise ValueError(
+                "data.near_duplicates needs the package datasketch, which is not installed: "
+                "pip install 'fledge-eagle[near-duplicates]', or set it to null"
+            ) from None
         self._threshold, self._read = threshold, read
         self._lsh = MinHashLSH(threshold - _MARGIN, _NUM_PERM, weights=(0.1, 0.9))
 

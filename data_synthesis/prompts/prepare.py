@@ -278,7 +278,7 @@ class _Selection:
         return Counter(taken=len(taken), over_limit=len(own) - len(taken), duplicate=duplicate, near_duplicate=near)
 
     def _without_near(self, rows: NDArray[np.void], share: int | None) -> tuple[NDArray[np.void], int]:
-        """Leave out rows that are nearly one taken before, until a share is taken; return the rest, and how many."""
+        """Return the rows that are not nearly one taken before, until a share is taken, and how many are left out."""
         if self._near is None:
             return rows, 0
         is_near, num_taken = np.zeros(len(rows), bool), 0

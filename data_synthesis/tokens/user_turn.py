@@ -2,6 +2,7 @@
 
 from collections import abc
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -29,9 +30,7 @@ def find_user_turn(
     takes into the turn's first word is not part of it. Raises NoExactSpanError if the template refuses the
     conversation, ValueError if it writes nothing before a user's turn or ends it with no token of its own.
     """
-    template = str(tokenizer.get_chat_template())
-    added = tokenizer.added_tokens_decoder.items()
-    marks = {*end_token_ids, *tokenizer.all_special_ids, *(n for n, t in added if t.special or t.content in template)}
+    marks = _find_marks(tokenizer, str(tokenizer.get_chat_template()), frozenset(end_token_ids))
     turns = [[*history, {"role": "user", "content": sample}] for sample in _SAMPLES]
     renderings = [prompt_tokens(tokenizer, turn) for turn in turns]
     header = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*renderings, strict=False))]
@@ -51,7 +50,14 @@ def find_user_turn(
             )
     if len(ends) > 1:
         raise _unknown("ends it with different tokens")
-    return UserTurn(header, ends.pop(), frozenset(marks))
+    return UserTurn(header, ends.pop(), marks)
+
+
+@lru_cache(maxsize=8)
+def _find_marks(tokenizer: PreTrainedTokenizerBase, template: str, end_token_ids: frozenset[int]) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    of_template = (number for number, token in added if token.special or token.content in template)
+    return frozenset({*end_token_ids, *tokenizer.all_special_ids, *of_template})
 
 
 def _unknown(problem: str) -> ValueError:

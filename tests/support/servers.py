@@ -209,7 +209,10 @@ def completion(request: dict[str, Any], offers_tokens: bool = True) -> dict[str,
 
 def raw_completion(request: dict[str, Any], offers_tokens: bool) -> dict[str, Any]:
     """Go on after a raw prompt: a question by its seed, one in seven not to its end."""
-    prompt = request["prompt"] if isinstance(request["prompt"], list) else [*request["prompt"].encode()]
+    prompt = request["prompt"]
+    if isinstance(prompt, str):
+        first, *others = prompt.split("<end>")
+        prompt = [*first.encode(), *(token for part in others for token in (END, *part.encode()))]
     text, ended = f"What is {request['seed'] % 997} by {request['seed'] % 7}?", request["seed"] % 7 > 0
     answer = [*text.encode(), *([END] if ended else [])]
     choice = {"index": 0, "text": text, "finish_reason": "stop" if ended else "length"}

@@ -2,18 +2,22 @@
 
 import json
 import os
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders import Run
 from commands import popen
-from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.runtime.artifact import digest, read_manifest
 from fledge.conf.runtime.journal import read_journal
-from fledge.conf.schema import Config, DataConfig, SourceConfig, SynthesizeConfig, VerifierConfig, validate
-from fledge.data_synthesis.answers import local, self_prompts
-from fledge.data_synthesis.answers.endpoint import Endpoint
+from fledge.conf.schema import Config, DataConfig, SourceConfig, SynthesizeConfig, VerifierConfig
+from fledge.data_synthesis.answers import local, remote, self_prompts
+from fledge.data_synthesis.answers.conversation import Answer
+from fledge.data_synthesis.answers.endpoint import Endpoint, RequestError
 from fledge.data_synthesis.answers.self_prompts import FILE, write_self_prompts
 from fledge.data_synthesis.conversations import content_digest, read_conversations
 from fledge.data_synthesis.prompts.prepare import prepare_prompts
@@ -196,18 +200,95 @@ def test_a_server_that_adds_tokens_to_a_raw_prompt_is_refused(tmp_path, byte_ver
             write_self_prompts(config)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (SourceConfig(path="self"), r"data.sources\[0\].limit is required with path=self"),
-        (SourceConfig(path="self", limit=3, name="a/b"), r"data.sources\[0\].name must be a plain folder name"),
-        (SourceConfig(path="self", limit=3, temperature=0.0), r"data.sources\[0\].temperature must be above 0"),
-    ],
-)
-def test_options_of_self_prompts_are_checked(source, message):
-    config = Config(name="x", verifier=VerifierConfig(path="embedded"), data=DataConfig(sources=[source]))
-    with pytest.raises(ValueError, match=message):
-        validate(config)
+def intercept(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict, Answer], Answer]) -> list[dict]:
+    """Change what servers give to raw prompts, or raise; return the list that their requests are put in."""
+    ask, requests = Endpoint.ask, []
+
+    async def changed(endpoint, body, path="/chat/completions"):
+        if "prompt" not in body:
+            return await ask(endpoint, body, path)
+        requests.append(body)
+        return change(body, await ask(endpoint, body, path))
+
+    monkeypatch.setattr(Endpoint, "ask", changed)
+    return requests
+
+
+def numbers_of(count: int) -> dict[int, int]:
+    """Return the numbers of draws by their seeds."""
+    return {int(digest([0, "self/train", number]), 16) % 2**31: number for number in range(count)}
+
+
+def test_draws_that_fail_are_given_up_as_answers_are_and_those_behind_them_count(
+    tmp_path, byte_verifier, monkeypatch, capsys
+):
+    numbers, tries = numbers_of(1000), Counter()
+
+    def failing(body, answer):
+        tries[number := numbers[body["seed"]]] += 1
+        if number == 2:
+            raise RequestError("context full", "", lasting=True, context_full=True)
+        if number == 3:
+            raise RequestError("finish_reason abort", "{}")
+        return replace(answer, text=f"Number {number}", finish_reason="stop", turn=None)
+
+    intercept(monkeypatch, failing)
+    verifier = VerifierConfig(path=str(byte_verifier))
+    with faulty_server() as endpoint:
+        options = {"endpoints": [endpoint], "model": MODEL, "retries": 0, "max_attempts": 2}
+        config = config_of(tmp_path, verifier, limit=20, **options)
+        with pytest.raises(SystemExit, match="75"):
+            write_self_prompts(config)
+        assert "1 prompts could not be drawn, the last: finish_reason abort" in capsys.readouterr().err
+        write_self_prompts(config)
+    assert [int(row["id"]) for row in kept(config)] == [0, 1, *range(4, 22)]
+    assert (tries[2], tries[3]) == (1, 2)
+    counts = read_manifest(config.self_prompts_folder / "self", "self_prompts")["counts"]
+    assert counts == {"kept": 20, "context full": 1, "finish_reason abort": 1}
+
+
+def test_a_draw_that_fails_is_no_matter_if_enough_are_kept(tmp_path, byte_verifier, monkeypatch):
+    numbers = numbers_of(100)
+
+    def failing(body, answer):
+        if numbers[body["seed"]] >= 5:
+            raise RequestError("HTTP 500", "")
+        return replace(answer, text=f"Number {numbers[body['seed']]}", finish_reason="stop", turn=None)
+
+    intercept(monkeypatch, failing)
+    with faulty_server() as endpoint:
+        options = {"endpoints": [endpoint], "model": MODEL, "retries": 0}
+        config = config_of(tmp_path, VerifierConfig(path=str(byte_verifier)), limit=5, **options)
+        write_self_prompts(config)
+    assert len(kept(config)) == 5
+
+
+def test_a_user_turn_that_a_servers_context_has_no_room_for_is_refused_at_once(tmp_path, byte_verifier):
+    with faulty_server() as endpoint:
+        verifier = VerifierConfig(path=str(byte_verifier))
+        config = config_of(tmp_path, verifier, endpoints=[endpoint], model=MODEL, max_tokens=8190)
+        config.synthesize.max_tokens = 16
+        with pytest.raises(ValueError, match=r"data.sources\[0\].max_tokens=8190 leaves no room .* 8192 tokens of"):
+            write_self_prompts(config)
+
+
+def test_fields_of_requests_are_sent_and_special_tokens_found_in_texts(tmp_path, byte_verifier, monkeypatch):
+    def through_a_header(body, answer):
+        mark = "<end>" if body.get("skip_special_tokens") is False else ""
+        text = f"{answer.text}{mark}assistant:Yes" if body["seed"] % 5 == 0 else f"{answer.text}{mark}"
+        return replace(answer, text=text, turn=None)
+
+    requests = intercept(monkeypatch, through_a_header)
+    with faulty_server() as endpoint:
+        verifier = VerifierConfig(path=str(byte_verifier))
+        options = {"endpoints": [endpoint], "model": MODEL, "request": {"top_k": 50}}
+        config = config_of(tmp_path, verifier, limit=20, **options)
+        write_self_prompts(config)
+    assert {body["top_k"] for body in requests} == {50}
+    texts = [row["turns"][0] for row in kept(config)]
+    assert len(texts) == 20
+    assert all(text.endswith("?") for text in texts)
+    assert any(record["refused"] == "special_tokens" for record in draws(config))
 
 
 def answered(config: Config) -> list[dict]:
@@ -242,10 +323,15 @@ def test_the_verifier_asks_again_after_an_answer_and_a_killed_start_ends_with_th
     assert answered(config) == whole
 
 
-def test_servers_ask_again_after_an_answer(tmp_path, byte_verifier):
-    with faulty_server() as endpoint:
+@pytest.mark.parametrize("no_token_ids", [False, True], ids=["tokens", "text"])
+def test_servers_ask_again_after_an_answer(tmp_path, byte_verifier, monkeypatch, no_token_ids):
+    threads, find = set(), remote.find_user_turn
+    monkeypatch.setattr(remote, "find_user_turn", lambda *a: (threads.add(threading.current_thread()), find(*a))[1])
+    with faulty_server(**({"no_token_ids": True} if no_token_ids else {})) as endpoint:
         verifier = VerifierConfig(path=str(byte_verifier))
         records = answered(config_of(tmp_path, verifier, limit=12, endpoints=[endpoint], model=MODEL))
+    assert threads
+    assert threading.main_thread() not in threads, "requests wait for nothing long"
     lengths = Counter(len(record["messages"]) for record in records)
     assert lengths[6] > 3, "but for the seventh of user turns that do not end"
     for record in records:
@@ -253,8 +339,43 @@ def test_servers_ask_again_after_an_answer(tmp_path, byte_verifier):
         for place in range(1, len(messages), 2):
             assert messages[place]["content"] == answer_to(messages[:place])
             assert messages[place - 1]["content"].startswith("What is ")
-        (sequence,) = record["sequences"]
-        assert sequence["token_ids"] == [*tokens_of(messages)[: -len(b"assistant:")]]
+        assert ("sequences" in record) != no_token_ids
+        for sequence in record.get("sequences", []):
+            assert sequence["token_ids"] == [*tokens_of(messages)[: -len(b"assistant:")]]
+
+
+@pytest.mark.parametrize("no_token_ids", [False, True], ids=["tokens", "text"])
+def test_a_history_that_cannot_be_asked_for_ends_its_conversation_alone(
+    tmp_path, byte_verifier, monkeypatch, no_token_ids
+):
+    def refused(body, answer):
+        prompt = body["prompt"]
+        prompt = prompt if isinstance(prompt, str) else bytes(token for token in prompt if token < 256).decode()
+        if "assistant:" in prompt and body["seed"] % 2:
+            raise RequestError("HTTP 400", "not to our taste", lasting=True)
+        return answer
+
+    requests = intercept(monkeypatch, refused)
+    with faulty_server(**({"no_token_ids": True} if no_token_ids else {})) as endpoint:
+        verifier = VerifierConfig(path=str(byte_verifier))
+        records = answered(config_of(tmp_path, verifier, limit=12, endpoints=[endpoint], model=MODEL))
+    lengths = Counter(len(record["messages"]) for record in records)
+    assert sum(lengths.values()) == 12
+    assert lengths[2] > 1
+    assert lengths[4] + lengths[6] > 1
+    assert any(isinstance(body["prompt"], str) for body in requests) == no_token_ids
+
+
+def test_excluding_what_a_further_turn_says_makes_conversations_anew(tmp_path, byte_verifier):
+    with faulty_server() as endpoint:
+        verifier = VerifierConfig(path=str(byte_verifier))
+        config = config_of(tmp_path, verifier, limit=12, endpoints=[endpoint], model=MODEL)
+        later = next(record["messages"][2]["content"] for record in answered(config) if len(record["messages"]) > 2)
+        (tmp_path / "exam.jsonl").write_text(json.dumps({"prompt": later}) + "\n")
+        config.data.exclude, config.overwrite = [str(tmp_path / "exam.jsonl")], True
+        records = answered(config)
+    assert len(records) == 12
+    assert all(message["content"] != later for record in records for message in record["messages"])
 
 
 def test_a_stage_that_is_killed_at_any_moment_ends_with_the_same_conversations(tmp_path, tiny_verifier_folder):

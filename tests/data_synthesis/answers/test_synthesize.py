@@ -12,11 +12,12 @@ from builders import Run
 from commands import popen
 from fledge.conf.runtime.artifact import artifact
 from fledge.conf.runtime.journal import read_journal
-from fledge.conf.schema import SynthesizeConfig
+from fledge.conf.schema import DataConfig, SourceConfig, SynthesizeConfig
 from fledge.data_synthesis.answers import local as in_process
 from fledge.data_synthesis.answers.answer_log import AnswerLog
 from fledge.data_synthesis.answers.conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
-from fledge.data_synthesis.answers.local import converse
+from fledge.data_synthesis.answers.local import converse, write_turns
+from fledge.data_synthesis.answers.user_turns import FurtherTurns
 from fledge.data_synthesis.conversations import content_digest, read_conversations
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.data_synthesis.tokens.chat_template import Turn
@@ -28,6 +29,15 @@ def answer(text: str, finish_reason: str = "stop", **fields: object) -> Answer:
 
 def asked(*turns: str, system: str | None = None) -> Conversation:
     return Conversation(Prompt("s/train/1", "s/train", turns, system))
+
+
+def test_a_history_before_which_no_users_turn_is_found_ends_its_conversation(verifier, monkeypatch):
+    further = FurtherTurns(DataConfig(sources=[SourceConfig(path="self", limit=1, turns=2)]))
+    conversation = further.begin(Prompt("self/train/1", "self/train", ("a?",)))
+    conversation.add(answer("A"))
+    monkeypatch.setattr(in_process, "find_user_turn", lambda *_: int("none"))  # raises ValueError
+    assert not write_turns(verifier, [conversation], further, SynthesizeConfig())
+    assert not conversation.wants_turn
 
 
 def test_each_turn_is_asked_on_the_answers_before_it_without_their_reasoning():

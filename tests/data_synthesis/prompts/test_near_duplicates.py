@@ -2,11 +2,12 @@
 
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
 from fledge.conf.runtime.artifact import read_manifest
-from fledge.conf.schema import Config, DataConfig, SourceConfig
+from fledge.conf.schema import Config, DataConfig, SourceConfig, validate
 from fledge.data_synthesis.prompts.near_duplicates import RUN, NearDuplicates, Questions, canonical, fingerprint
 from fledge.data_synthesis.prompts.prepare import prepare_prompts
 from fledge.data_synthesis.prompts.rows import Prompt
@@ -92,6 +93,13 @@ def test_near_duplicates_are_those_of_a_plain_comparison():
         assert near.add(number, prompts[number]) == alone, text
         expected += [text] * alone
     assert 60 < len(expected) < 240
+
+
+def test_datasketch_is_needed_where_prompts_are_prepared_and_nowhere_else(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    validate(Config(name="x", data=DataConfig(near_duplicates=0.8)))
+    with pytest.raises(ValueError, match=r"^data.near_duplicates needs the package datasketch, .* or set it to null$"):
+        NearDuplicates(0.8, [].__getitem__)
 
 
 def test_near_duplicates_of_all_sources_are_left_out_and_counted(tmp_path):

@@ -21,6 +21,17 @@ def test_a_users_turn_is_what_stands_between_its_header_and_its_end(name, histor
     assert not turn.marks & set(words)
 
 
+def test_what_no_history_changes_is_found_once(monkeypatch):
+    tokenizer, reads = SHAPES["chatml"].tokenizer(), []
+    added = type(tokenizer).added_tokens_decoder
+    monkeypatch.setattr(
+        type(tokenizer), "added_tokens_decoder", property(lambda self: reads.append(1) or added.fget(self))
+    )
+    for history in ([], HISTORY, HISTORY * 2):
+        find_user_turn(tokenizer, history, [tokenizer.eos_token_id])
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
