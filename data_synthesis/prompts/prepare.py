@@ -41,7 +41,7 @@ _CANDIDATE = np.dtype([(name, np.uint64) for name in ("key", "text", "line")])
 # Why a row is not taken: "evaluation" is like a question of data.exclude, instead of "over_limit" others were taken.
 REFUSALS = (
     *("malformed", "too_few_turns", "too_many_turns", "too_short", "too_long"),
-    *("evaluation", "duplicate", "near_duplicate", "over_limit"),
+    *("evaluation", "duplicate", "over_limit"),
 )
 
 
@@ -142,10 +142,11 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
         for source, (name, share) in zip(data.sources, shares.items(), strict=True):
             counts[name], unread[name] = selection.read(source, share)
         selection.progress.close()
-        keys = ("rows", "taken", *REFUSALS)
+        refusals = (*REFUSALS, *(["near_duplicate"] if data.near_duplicates else []))
+        keys = ("rows", "taken", *refusals)
         of_sources = {name: {key: count[key] for key in keys} for name, count in counts.items()}
         summary = {**{key: sum(count[key] for count in counts.values()) for key in keys}, "sources": of_sources}
-        reasons = ", ".join(f"{summary[reason]} {reason}" for reason in REFUSALS if summary[reason])
+        reasons = ", ".join(f"{summary[reason]} {reason}" for reason in refusals if summary[reason])
         refused = f"of {summary['rows']} rows {reasons or 'none'} left out"
         if not summary["taken"]:
             raise ValueError(f"data.sources yield no prompt: {refused}")
