@@ -124,6 +124,11 @@ def _accumulated(shape: TrainingShape) -> dict[str, int]:
     }
 
 
+def _norm(shape: TrainingShape) -> int:
+    """Return what a norm keeps of an element of its input: torch's fused one, on GPUs, the input alone."""
+    return shape.item if shape.device == "cuda" else 2 * _WIDE
+
+
 def _activations(shape: TrainingShape) -> int:
     """Return what autograd keeps of the unroll.
 
@@ -135,7 +140,7 @@ def _activations(shape: TrainingShape) -> int:
     head, item, rows, useful = shape.head, shape.item, shape.train.batch_tokens, shape.useful
     steps = shape.train.ttt_steps
     on_cpu, width = shape.device == "cpu", head.hidden_size
-    norm = item if shape.device == "cuda" else 2 * _WIDE  # of its input; torch's fused one keeps the input alone
+    norm = _norm(shape)
     queries, keys = head.num_attention_heads * head.head_dim, head.num_key_value_heads * head.head_dim
     aux = len(head.aux_layers) * head.verifier_hidden_size
     of_aux = _WIDE * (1 + shape.narrow) if on_cpu else 0  # the input itself is the batch's
