@@ -9,7 +9,7 @@ from typing import Any
 from ..conf.runtime.artifact import Artifact, artifact, read_manifest
 from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import EXIT_AGAIN
-from ..conf.schema import SELF, Config
+from ..conf.schema import OF_SELF, SELF, Config
 from ..models.verifier.weights import verifier_identity
 from .answers.answer_log import AnswerLog, summarise
 from .answers.local import answer_here
@@ -42,8 +42,7 @@ def synthesize(config: Config) -> None:
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
     options = config.synthesize
     written = [source for source in config.data.sources if source.path == SELF and source.turns > 1]
-    names = ("turns", "temperature", "top_p", "max_tokens", "min_ascii")
-    further = {source_name(source): {name: getattr(source, name) for name in names} for source in written}
+    further = {source_name(source): {name: getattr(source, name) for name in OF_SELF} for source in written}
     excluded = read_manifest(prompts.folder, "prompts")["settings"]["exclude"]
     if further and excluded:
         further["exclude"] = excluded

@@ -60,6 +60,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def seed_of(*content: Any) -> int:
+    """Return a seed, below 2^63, that follows from JSON-like contents."""
+    return int(digest(list(content)), 16) % 2**63
+
+
 def file_digest(path: Path) -> str:
     """Hash the content of a file (SHA-256, hex)."""
     with open(path, "rb") as file:

@@ -25,7 +25,7 @@ _IS_FOLDER = Limit(
     lambda name: name not in ("", ".", "..") and "/" not in name,
     "; use runs_dir for the place",
 )
-_OF_SELF = ("temperature", "top_p", "max_tokens", "turns", "min_ascii")  # options of a source, as the next
+OF_SELF = ("temperature", "top_p", "max_tokens", "turns", "min_ascii")  # options of a source, as the next
 _NOT_OF_SELF = ("subset", "split", "revision", "streaming")
 
 
@@ -116,7 +116,7 @@ def _check_data(data: DataConfig) -> None:
     for number, source in enumerate(data.sources):
         option, is_self = f"data.sources[{number}]", source.path == SELF
         why = "the verifier writes these prompts" if is_self else "it is an option of path=self alone"
-        for name in _NOT_OF_SELF if is_self else _OF_SELF:
+        for name in _NOT_OF_SELF if is_self else OF_SELF:
             left_out = f"{option}.{name} must be left out with path={source.path}"
             value = getattr(source, name)
             require(value == getattr(SourceConfig, name), f"{left_out}, got {value}: {why}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from ...conf.runtime.artifact import digest
+from ...conf.runtime.artifact import seed_of
 from ...conf.runtime.signals import StopSignals, deferred
 from ...conf.schema import Config, SynthesizeConfig
 from ...models.verifier.model import Verifier
@@ -134,7 +134,7 @@ def converse(
             return
         turns = max(len(conversation.answers) for conversation in open_conversations)
         ids = [conversation.prompt.id for conversation in open_conversations]
-        seed = int(digest([options.seed, turns, ids]), 16) % 2**63
+        seed = seed_of(options.seed, turns, ids)
         answers = generate(verifier, contexts, options, temperature, seed, deadline)
         for conversation, context, (tokens, ended) in zip(open_conversations, contexts, answers, strict=True):
             text, reasoning = split_answer(verifier.tokenizer, tokens)
@@ -169,7 +169,7 @@ def write_turns(
         writer.end_token_ids = sorted({*verifier.end_token_ids, *(turn.end for _, turn in asking)})
         own = replace(options, max_tokens=source.max_tokens, top_p=source.top_p)
         ids = [[conversation.prompt.id, len(conversation.answers)] for conversation, _ in asking]
-        seed = int(digest([options.seed, "user turn", ids]), 16) % 2**63
+        seed = seed_of(options.seed, "user turn", ids)
         headers = [turn.header for _, turn in asking]
         drawn = generate(writer, headers, own, source.temperature, seed, deadline)
         for (conversation, turn), (tokens, ended) in zip(asking, drawn, strict=True):

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ...conf.runtime.artifact import digest
+from ...conf.runtime.artifact import seed_of
 from ...conf.runtime.signals import EXIT_AGAIN, StopSignals, deferred
 from ...conf.schema import Config
 from ..heldout import is_heldout
@@ -247,7 +247,7 @@ class _Answers(ServerWork[Prompt]):
             turn = await asyncio.to_thread(find_user_turn, raw.tokenizer, conversation.history, raw.end_token_ids)
         except ValueError:  # this history has none
             return None
-        seed = int(digest([self.options.seed, prompt.id, len(conversation.answers)]), 16)
+        seed = seed_of(self.options.seed, prompt.id, len(conversation.answers))
         return await self._ask(slot, partial(raw.draw_further, turn, self._further.sources[prompt.source], seed))
 
     async def _answer(self, slot: Slot, question: list[Message], greedy: bool) -> Answer:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ...conf.runtime.artifact import artifact, digest, file_digest, write_atomic
+from ...conf.runtime.artifact import artifact, file_digest, seed_of, write_atomic
 from ...conf.runtime.journal import Journal, json_line, read_journal
 from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import EXIT_AGAIN, deferred
@@ -192,7 +192,7 @@ def _draw_here(config: Config, source: SourceConfig, draws: Draws) -> None:
         start = 0
         while draws.missing and not signals.received:
             if draws.open(start, start + size):
-                seed = int(digest([config.data.seed, name, start]), 16) % 2**63
+                seed = seed_of(config.data.seed, name, start)
                 answers = generate(verifier, [turn.header] * size, options, source.temperature, seed, deadline)
                 if deadline.over:
                     return
@@ -230,7 +230,7 @@ class _ServerDraws(ServerWork[int]):
 
     async def _work(self, item: int, slot: Slot) -> None:
         try:
-            seed = int(digest([self._seed, source_name(self._source), item]), 16)
+            seed = seed_of(self._seed, source_name(self._source), item)
             drawn = await self._ask(slot, partial(self._raw.draw, self._turn, self._source, seed))
         except RequestError as trouble:
             if not self._draws.fail(item, trouble):

@@ -4,6 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from .rows import Prompt, images_of, text_of
 
@@ -73,21 +74,18 @@ class NearDuplicates:
 
     def __init__(self, threshold: float, read: Callable[[int], Prompt]) -> None:
         try:
-            from datasketch import MinHashLSH
+            from datasketch import MinHash, MinHashLSH
         except ImportError:
             raise ValueError(
                 "data.near_duplicates needs the package datasketch, which is not installed: "
                 "pip install 'fledge-eagle[near-duplicates]', or set it to null"
             ) from None
-        self._threshold, self._read = threshold, read
+        self._threshold, self._read, self._new = threshold, read, partial(MinHash, _NUM_PERM)
         self._lsh = MinHashLSH(threshold - _MARGIN, _NUM_PERM, weights=(0.1, 0.9))
 
     def add(self, key: int, prompt: Prompt) -> bool:
         """Take a prompt that `read` gives for `key`, unless it is nearly one of those before; return whether it was."""
-        from datasketch import MinHash
-
-        shingles = _shingles(prompt)
-        minhash = MinHash(_NUM_PERM)
+        shingles, minhash = _shingles(prompt), self._new()
         minhash.update_batch([shingle.encode() for shingle in shingles])
         for other in self._lsh.query(minhash):
             theirs = _shingles(self._read(other))

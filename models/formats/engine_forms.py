@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..head.config import DraftHeadConfig
+from .fields import PARTIAL
 
 VLLM, SGLANG, TENSORRT_LLM, LLAMA_CPP = "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp"
 ENGINES = {VLLM: "0.32", SGLANG: "0.5.23", TENSORRT_LLM: "of November 2026", LLAMA_CPP: "of November 2026"}
@@ -117,8 +118,8 @@ FORMS = (
          (SERVED, _SGLANG_WINDOW, _NO_WINDOW, UNREAD)),
     Form("`sliding_window` in some layers", _in_some_layers,
          (_ONE_CACHE, _ignored("its window is one of all layers"), _NO_WINDOW, UNREAD)),
-    Form("rotation of a part of each head's dimensions", lambda served: "partial_rotary_factor" in
-         served.head.rope_parameters, (SERVED, SERVED, SERVED, UNREAD)),
+    Form("rotation of a part of each head's dimensions", lambda served: PARTIAL in served.head.rope_parameters,
+         (SERVED, SERVED, SERVED, UNREAD)),
     Form("several layers", lambda served: served.head.num_layers > 1,
          (SERVED, SERVED, SERVED, _refused("it knows heads of one layer only"))),
     Form("other than three aux layers", lambda served: len(served.head.aux_layers) != 3,

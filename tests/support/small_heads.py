@@ -96,3 +96,19 @@ def leave_out_first_tokens(head: DraftHead, batch: PackedBatch, lm_head: torch.T
     head.t2d.copy_(torch.arange(len(head.t2d)) >= num_outside)
     assert batch.last_hidden_state is not None
     batch.last_hidden_state[::2] = lm_head[0]
+
+
+def assert_same_with_gradients(
+    found: list[torch.Tensor],
+    expected: list[torch.Tensor],
+    inputs: tuple[torch.Tensor, ...],
+    generator: torch.Generator,
+) -> None:
+    """Compare outputs in float64, and the gradients of `inputs` under drawn weights, to 1e-9."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in found]
+    gradients = [
+        torch.autograd.grad(sum((out * w).sum() for out, w in zip(outs, weights, strict=True)), inputs)
+        for outs in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)

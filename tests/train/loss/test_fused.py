@@ -15,7 +15,7 @@ from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import find_useful_rows
 from fledge.train.loss.unroll import TTTModule, unroll
 from plain_ttt import PlainTTTModule, counted_rows, plain_unroll
-from small_heads import FORMS
+from small_heads import FORMS, assert_same_with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNNING = torch.tensor([0.5, 0.3, 0.2, 0.1])  # acceptance so far, for the losses that blend
@@ -267,13 +267,7 @@ def test_split_attention_equals_the_plain_form_forward_and_backward(heads, kv_he
         own = slice(None) if step == 0 else at
         found.append(split.at(step)(0, q[step][at], k[step][own], v[step][own]))
         expected.append(plain(0, q[step], k[step], v[step])[at])
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in found]
-    gradients = [
-        torch.autograd.grad(sum((out * w).sum() for out, w in zip(outs, weights, strict=True)), (q, k, v))
-        for outs in (found, expected)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert_same_with_gradients(found, expected, (q, k, v), generator)
 
 
 def test_rows_whose_greedy_token_cannot_be_drafted_are_reported_and_not_counted():

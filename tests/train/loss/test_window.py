@@ -9,6 +9,7 @@ from fledge.train.loss.rows import PackedBatch, find_useful_rows
 from fledge.train.loss.unroll import TTTModule, unroll
 from one_sequence import OneSequence
 from plain_ttt import PlainTTTModule
+from small_heads import assert_same_with_gradients
 
 FORMS = {
     "window": {"sliding_window": 6, "window_layers": (0,)},
@@ -79,14 +80,8 @@ def test_split_attention_equals_the_mask_written_out_forward_and_backward(window
         in_plain.append(plain(0, q[step], k[step], v[step])[at])
         firsts = zip(rows.firsts[at].tolist(), at.tolist(), strict=True)
         expected.append(torch.stack([written_out(q, k, v, *bounds, step, window) for bounds in firsts]))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(in_plain, expected, rtol=1e-9, atol=1e-9)
-    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in found]
-    gradients = [
-        torch.autograd.grad(sum((out * w).sum() for out, w in zip(outs, weights, strict=True)), (q, k, v))
-        for outs in (found, expected)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert_same_with_gradients(found, expected, (q, k, v), generator)
 
 
 def results(module, batch, *matrices_):
