@@ -1,7 +1,11 @@
 """Trackers by accelerate.tracking: one is opened for a run, by the name that `tracking.report_to` has for it."""
 
+import atexit
 import logging
 import os
+import threading
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from ..schema import TrackerName, TrackingConfig, WandbMode
 
 # Seconds that W&B may take for an answer, in online mode; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise.
 WANDB_SECONDS = {"init_timeout": 20.0, "finish_timeout": 60.0}
+_SERVICE_SECONDS = 10.0  # that its service, which ends in less than one, may take to end without a run
 _RUN_NAME = {  # the argument for a run's name; accelerate's first argument, called run_name, is the project
     TrackerName.mlflow: "run_name",
     TrackerName.trackio: "name",
@@ -45,7 +50,11 @@ def open_tracker(
         place = [folder] if kind.requires_logging_directory else []
         made = kind(options.project, *place, **({_RUN_NAME[tracker]: name} if tracker in _RUN_NAME else {}))
     made.main_process_only = False  # the caller is one rank; accelerate would start a process group to know
-    made.start()
+    try:
+        made.start()
+    finally:
+        if tracker is TrackerName.wandb:
+            _end_wandb_at_exit()
     if about and tracker not in (TrackerName.wandb, TrackerName.tensorboard):
         flat = {name: value for name, value in flatten_dict(about).items() if value != {}}  # most know no nested ones
         made.store_init_configuration({k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flat.items()})
@@ -57,6 +66,29 @@ def warn_left_out(tracker: TrackerName, error: Exception, file: str) -> None:
     name = {TrackerName.wandb: "W&B", TrackerName.tensorboard: "TensorBoard"}.get(tracker, tracker.value)
     reason = " ".join(str(error).split()) or type(error).__name__
     logging.getLogger(__name__).warning("%s is left out (%s); %s is written all the same", name, reason, file)
+
+
+@cache
+def _end_wandb_at_exit() -> None:
+    """Kill W&B's service if it does not end with this process, which waits for it without a limit.
+
+    After a request that took too long, the service can miss the message that tells it to end.
+    """
+    import psutil
+    import wandb
+
+    at_exit = threading.Event()
+
+    def end() -> None:
+        at_exit.wait()
+        seconds = os.environ.get("WANDB_FINISH_TIMEOUT", WANDB_SECONDS["finish_timeout"])
+        time.sleep(float(seconds) if wandb.run else _SERVICE_SECONDS)
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb"):
+                process.kill()
+
+    threading.Thread(target=end, daemon=True).start()  # none can be started at exit
+    atexit.register(at_exit.set)  # after, so called before, what waits for the service
 
 
 def _wandb_arguments(options: TrackingConfig) -> dict[str, Any]:
