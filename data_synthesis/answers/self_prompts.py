@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from ..prompts.rows import Prompt
 from ..prompts.sources import SELF_FILE, self_folder, source_name
 from ..tokens.user_turn import find_user_turn
 from .endpoint import RequestError, Slot
-from .local import Deadline, generate, load_here
+from .generation import Generation, Task
+from .local import Grace, draw_turn, load_here
 from .remote import ServerWork, ask_servers
-from .user_turns import Drawn, RawPrompts, read_text, read_turn
+from .user_turns import Drawn, RawPrompts, read_text
 
 FILE = "draws.jsonl"
 _SYNC_EVERY_S = 5.0
@@ -176,29 +177,23 @@ class Draws:
 
 
 def _draw_here(config: Config, source: SourceConfig, draws: Draws) -> None:
-    """Draw batches by the verifier in this process; they are the same at every start, and one half-written is redone.
-
-    A signal stops before the next batch, and the one at work when `synthesize.grace_s` is over.
-    """
+    """Draw by the verifier in this process; after a signal those at work have `synthesize.grace_s`."""
     if not draws.missing:
         return
-    options = replace(config.synthesize, max_tokens=source.max_tokens, top_p=source.top_p)
+    options, name = config.synthesize, source_name(source)
     verifier = load_here(config, source.max_tokens, "data.sources self: max_tokens")
     turn = find_user_turn(verifier.tokenizer, [], verifier.end_token_ids)
-    verifier.end_token_ids = sorted({*verifier.end_token_ids, turn.end})
-    size, name = options.batch_size, source_name(source)
+
+    def task(number: int) -> Task:
+        draws.add({number: (yield from draw_turn(verifier, turn, source, seed_of(config.data.seed, name, number)))})
+
     with deferred(f"the prompts being written have {options.grace_s:.0f} s (synthesize.grace_s)") as signals:
-        deadline = Deadline(signals, options.grace_s)
-        start = 0
-        while draws.missing and not signals.received:
-            if draws.open(start, start + size):
-                seed = seed_of(config.data.seed, name, start)
-                answers = generate(verifier, [turn.header] * size, options, source.temperature, seed, deadline)
-                if deadline.over:
-                    return
-                read = (read_turn(turn, verifier.tokenizer, *answer) for answer in answers)
-                draws.add(dict(zip(range(start, start + size), read, strict=True)))
-            start += size
+        grace = Grace(signals, options.grace_s)
+        Generation(verifier, options.batch_size).run(
+            (task(number) for number in count() if draws.open(number, number + 1)),
+            lambda: bool(draws.missing) and not signals.received,
+            lambda: bool(draws.missing) and grace.lasts(),
+        )
 
 
 def _draw_by_servers(config: Config, source: SourceConfig, draws: Draws) -> None:

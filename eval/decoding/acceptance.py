@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...conf.schema import DraftSampling, EvaluateConfig
 from ...models.kernels import run_on
+from ...models.verifier.sampling import draw, probabilities
 from .proposal import Proposal
 
 NUM_DRAWS = 3  # uniform numbers for each token of an answer: to draft it, to accept the draft, to choose it
@@ -93,17 +94,7 @@ class AcceptanceRule:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the distributions float32 [..., V] that tokens are drawn from."""
-        logits = logits.float() / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        p = torch.softmax(logits, -1)
-        if self.top_p < 1:
-            ordered, tokens = p.sort(descending=True, stable=True)
-            before = ordered.cumsum(-1) - ordered
-            p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(before >= self.top_p, 0.0))
-            p = p / p.sum(-1, keepdim=True)
-        return p
+        return probabilities(logits, self.temperature, self.top_p, self.top_k)
 
     def residual(self, p: Tensor, q: Tensor) -> Tensor:
         """Return what p has more than q, in proportion; p if rounding leaves nothing."""
@@ -112,13 +103,6 @@ class AcceptanceRule:
 
 
 GREEDY = AcceptanceRule()
-
-
-def draw(weights: Tensor, draws: Tensor) -> Tensor:
-    """Return the first tokens (int64 [...]) at which weights [..., V] sum to more than shares [...] in [0, 1)."""
-    sums = weights.double().cumsum(-1)
-    share = draws[..., None] * sums[..., -1:]
-    return torch.searchsorted(sums, share, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
 
 def uniform_draws(seed: str, num_tokens: int) -> Tensor:

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ...models.head.draft_head import DraftHead
 from ...models.kernels import run_on
+from ...models.verifier.cache import round_up, visible
 from .acceptance import GREEDY, AcceptanceRule
 from .proposal import Drafter, NewRows, Proposal, grow_tree
-from .verifier_cache import round_up, visible
 
 
 class DraftDecoder(Drafter):

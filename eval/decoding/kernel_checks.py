@@ -12,9 +12,9 @@ from ...conf.schema import EvaluateConfig
 from ...models.head.config import DraftHeadConfig
 from ...models.kernels import DECODING
 from ...models.kernels.self_check import TOLERANCES, Check, Checked, Figure, check_kernels
+from ...models.verifier.cache import SlotCache
 from .acceptance import AcceptanceRule
 from .proposal import Proposal, accepted_path, grow_tree
-from .verifier_cache import SlotCache
 
 _ROWS = 24  # of logits, in a case
 _TOKENS = 3  # of a case's vocabulary: siblings may be alike

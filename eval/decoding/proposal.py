@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from ...models.kernels import run_on
+from ...models.verifier.cache import Tree
 
 NOTHING = -1  # in place of a token that is not proposed
-
-
-@dataclass
-class Tree:
-    """The shape of B trees of N nodes and the root; parents come before their children."""
-
-    parents: Tensor  # int64 [B, N], of nodes 1 to N
-    depths: Tensor  # int64 [B, N + 1]
-    ancestors: Tensor  # bool [B, N + 1, N + 1], itself included
-    depth: int  # of the deepest node, at most
 
 
 @dataclass

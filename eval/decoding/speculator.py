@@ -1,8 +1,8 @@
 """Speculative decoding of B sequences at a time.
 
 The verifier reads each prompt once and gives the first token. A round then drafts (a `Drafter` of proposal.py),
-verifies [last token, drafts] in one forward (verifier_cache.py), accepts the drafts that are what the verifier chose,
-and its last choice with them, the bonus token (acceptance.py, proposal.py), and commits these to both caches.
+verifies [last token, drafts] in one forward (models/verifier/cache.py), accepts the drafts that are what the verifier
+chose, and its last choice with them, the bonus token (acceptance.py, proposal.py), and commits these to both caches.
 
 A round reads nothing back from the device but, at its end, the new tokens, their number and the draft refused. Prompt
 lookup reads the text, before and after what its graph holds. More in docs/internals/speculative_loop.md.
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.verifier.cache import CachedVerifier, round_up
 from ...models.verifier.model import Verifier
 from .acceptance import GREEDY, NUM_DRAWS, AcceptanceRule, uniform_draws
 from .graphs import Graphs
 from .prompt_lookup import NoDraft
 from .proposal import NOTHING, Drafter, NewRows, Proposal, accepted_path
-from .verifier_cache import CachedVerifier, round_up
 
 
 @dataclass

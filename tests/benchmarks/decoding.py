@@ -27,11 +27,11 @@ from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.proposal import Drafter
 from fledge.eval.decoding.speculator import Request, Speculator
-from fledge.eval.decoding.verifier_cache import round_up
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.kernels import DECODING
+from fledge.models.verifier.cache import round_up
 from fledge.models.verifier.config import default_aux_layers
 from fledge.models.verifier.model import Verifier
 from torch import Tensor, nn

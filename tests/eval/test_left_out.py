@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, conversations_run, recorded_sequence, save_byte_tokenizer
+from builders import SMALL_DECODER, conversations_run, converse_all, recorded_sequence, save_byte_tokenizer
 from builders import conversation_record as record
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
-from fledge.conf.schema import Config, Device, DraftConfig, Dtype, EvaluateConfig, SynthesizeConfig, VerifierConfig
+from fledge.conf.schema import Config, Device, DraftConfig, Dtype, EvaluateConfig, VerifierConfig
 from fledge.data_synthesis.answers.conversation import Conversation
-from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.eval.compare import _questions
@@ -70,7 +69,7 @@ def asking(narrow: VerifierConfig, folder: Path, *rows: str | dict, **options: o
 def test_a_prompt_with_a_token_beyond_the_embedding_fails_alone_and_keeps_the_turns_before(narrow, token):
     asked = [("Name a colour.",), (f"What is {token}?",), ("And a fruit?", f"What is {token}?")]
     conversations = [Conversation(Prompt(str(number), "s", turns)) for number, turns in enumerate(asked)]
-    converse(Verifier.load(narrow), conversations, 0.7, SynthesizeConfig(max_tokens=1))
+    converse_all(Verifier.load(narrow), conversations, 0.7, 1)
     assert [len(conversation.answers) for conversation in conversations] == [1, 0, 1]
     ended = conversations[1].ended_by
     assert (ended.reason, repr(token) in ended.detail) == ("the verifier has no embedding of a token", True)

@@ -16,7 +16,10 @@ import torch
 from commands import run_command
 from fledge.conf.cli import python_api
 from fledge.conf.runtime.artifact import artifact, read_manifest
-from fledge.conf.schema import Config, DraftConfig, HiddenStates, TrainConfig, VerifierConfig
+from fledge.conf.schema import Config, DraftConfig, HiddenStates, SynthesizeConfig, TrainConfig, VerifierConfig
+from fledge.data_synthesis.answers.conversation import Conversation
+from fledge.data_synthesis.answers.generation import Generation
+from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.conversations import FILE, content_digest
 from fledge.data_synthesis.heldout import is_heldout
 from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
@@ -26,6 +29,7 @@ from fledge.models.formats.plain import checkpoint_steps
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.config import load_config, special_token_ids
+from fledge.models.verifier.model import Verifier
 from fledge.models.verifier.weights import verifier_identity
 from fledge.train.metrics.tracking import read_metrics
 from safetensors.torch import load_file, save_file
@@ -261,3 +265,10 @@ def assert_same_record(ours: dict[str, float], theirs: dict[str, float]) -> None
     for name, value in ours.items():
         near_ties = 2 / 900 if "agreement" in name else 1e-6
         assert value == pytest.approx(theirs[name], rel=1e-5, abs=near_ties), name
+
+
+def converse_all(verifier: Verifier, conversations: list[Conversation], temperature: float, max_tokens: int) -> None:
+    """Let a verifier in this process answer conversations."""
+    options = SynthesizeConfig(max_tokens=max_tokens)
+    tasks = (converse(verifier, conversation, temperature, options) for conversation in conversations)
+    Generation(verifier, len(conversations)).run(tasks)

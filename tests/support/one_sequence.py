@@ -6,8 +6,8 @@ import torch
 from fledge.eval.decoding.acceptance import NUM_DRAWS
 from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.proposal import NewRows, Proposal
-from fledge.eval.decoding.verifier_cache import round_up
 from fledge.models.head.draft_head import DraftHead
+from fledge.models.verifier.cache import round_up
 
 
 class OneSequence:

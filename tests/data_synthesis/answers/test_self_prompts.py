@@ -18,7 +18,9 @@ from fledge.conf.schema import Config, DataConfig, SourceConfig, SynthesizeConfi
 from fledge.data_synthesis.answers import local, remote, self_prompts
 from fledge.data_synthesis.answers.conversation import Answer
 from fledge.data_synthesis.answers.endpoint import Endpoint, RequestError
+from fledge.data_synthesis.answers.generation import Generation
 from fledge.data_synthesis.answers.self_prompts import FILE, write_self_prompts
+from fledge.data_synthesis.answers.user_turns import read_turn
 from fledge.data_synthesis.conversations import content_digest, read_conversations
 from fledge.data_synthesis.prompts.prepare import prepare_prompts
 from fledge.data_synthesis.synthesize import synthesize
@@ -53,7 +55,6 @@ def test_the_verifier_in_this_process_writes_prompts_and_they_are_a_source_like_
     assert len(taken) == 20
     drawn = {record["id"]: record for record in draws(config)}
     assert all(row["turns"] == [drawn[row["id"]]["text"]] and not drawn[row["id"]]["refused"] for row in taken)
-    assert len(drawn) % 8 == 0
     assert "<|" not in "".join(row["turns"][0] for row in taken)
     assert len({row["turns"][0].casefold() for row in taken}) == 20
     counts = read_manifest(config.self_prompts_folder / "self", "self_prompts")["counts"]
@@ -67,22 +68,24 @@ def test_the_verifier_in_this_process_writes_prompts_and_they_are_a_source_like_
 def test_a_start_that_was_killed_ends_with_what_an_uninterrupted_one_gives(tmp_path, verifier_config, monkeypatch):
     whole = config_of(tmp_path / "whole", verifier_config)
     write_self_prompts(whole)
-    config, generate, num_batches = config_of(tmp_path / "killed", verifier_config), self_prompts.generate, []
+    config, step, num_steps = config_of(tmp_path / "killed", verifier_config), Generation._step, []
 
-    def killed_at_the_third(*arguments: object) -> object:
-        num_batches.append(1)
-        if len(num_batches) == 3:
+    def killed_at_the_hundredth(*arguments: object) -> None:
+        num_steps.append(1)
+        if len(num_steps) == 100:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        step(*arguments)
 
-    monkeypatch.setattr(self_prompts, "generate", killed_at_the_third)
+    monkeypatch.setattr(Generation, "_step", killed_at_the_hundredth)
     with pytest.raises(KeyboardInterrupt):
         write_self_prompts(config)
     journal = config.self_prompts_folder / "self" / FILE
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:11]) + lines[11][:9])  # half a batch, and half a line
+    assert len(lines) > 5
+    journal.write_bytes(b"".join(lines[:4]) + lines[4][:9])  # half a line
     write_self_prompts(config)
-    assert sorted(draws(config), key=lambda record: int(record["id"])) == draws(whole)
+    both = [{record["id"]: record for record in draws(c)} for c in (config, whole)]
+    assert all(both[0][number] == both[1][number] for number in both[0].keys() & both[1].keys())
     assert kept(config) == kept(whole)
 
 
@@ -95,7 +98,7 @@ def test_a_higher_limit_goes_on_from_what_is_drawn_and_a_complete_one_draws_noth
     write_self_prompts(more)
     assert draws(more)[: len(first)] == first
     assert len(kept(more)) == 20
-    monkeypatch.setattr(self_prompts, "generate", None)
+    monkeypatch.setattr(self_prompts, "Generation", None)
     write_self_prompts(more)
     assert "is complete" in capsys.readouterr().out
     write_self_prompts(config_of(tmp_path, verifier_config, limit=10))
@@ -108,15 +111,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
     """Let the verifier write these texts in turn, `~` at an end for one that goes on; then `Number n` for ever."""
     number = iter(range(10**6))
 
-    def generate(verifier, contexts, *_):
-        answers = []
-        for _ in contexts:
-            text = texts[n] if (n := next(number)) < len(texts) else f"Number {n} of all"
-            end = [] if text.endswith("~") else [verifier.tokenizer.eos_token_id]
-            answers.append((verifier.tokenizer.encode(text, add_special_tokens=False) + end, bool(end)))
-        return answers
+    def draw_turn(verifier, turn, *_):
+        yield from ()
+        text = texts[n] if (n := next(number)) < len(texts) else f"Number {n} of all"
+        end = [] if text.endswith("~") else [verifier.tokenizer.eos_token_id]
+        return read_turn(turn, verifier.tokenizer, verifier.tokenizer.encode(text) + end, bool(end))
 
-    monkeypatch.setattr(self_prompts, "generate", generate)
+    monkeypatch.setattr(self_prompts, "draw_turn", draw_turn)
 
 
 def test_a_users_turn_that_is_no_prompt_is_left_out_and_counted(tmp_path, verifier_config, monkeypatch):
@@ -148,9 +149,7 @@ def test_a_users_turn_that_is_no_prompt_is_left_out_and_counted(tmp_path, verifi
 def test_a_verifier_that_says_the_same_for_ever_gives_what_it_has(tmp_path, verifier_config, monkeypatch, capsys):
     monkeypatch.setattr(self_prompts, "_WINDOW", 16)
     monkeypatch.setattr(self_prompts, "_LEAST", 2)
-    monkeypatch.setattr(self_prompts, "generate", lambda verifier, contexts, *_: [
-        ([*verifier.tokenizer.encode("Again?"), verifier.tokenizer.eos_token_id], True) for _ in contexts
-    ])  # fmt: skip
+    scripted(monkeypatch, *["Again?"] * 99)
     config = config_of(tmp_path, verifier_config)
     write_self_prompts(config)
     assert len(kept(config)) == 1
@@ -309,7 +308,7 @@ def test_the_verifier_asks_again_after_an_answer_and_a_killed_start_ends_with_th
         text = "".join(verifier.tokenizer.decode(sequence["token_ids"]) for sequence in record["sequences"])
         assert all(f"<|start|>user<|message|>{turn}<|end|>" in text for turn in turns)
     config, write_turns, num_calls = config_of(tmp_path / "k", verifier_config, limit=8, heldout_share=0.3), [], []
-    write_turns.append(local.write_turns)
+    write_turns.append(local._write_turn)
 
     def killed_at_the_third(*arguments: object) -> object:
         num_calls.append(1)
@@ -317,7 +316,7 @@ def test_the_verifier_asks_again_after_an_answer_and_a_killed_start_ends_with_th
             raise KeyboardInterrupt
         return write_turns[0](*arguments)
 
-    monkeypatch.setattr(local, "write_turns", killed_at_the_third)
+    monkeypatch.setattr(local, "_write_turn", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         answered(config)
     assert answered(config) == whole

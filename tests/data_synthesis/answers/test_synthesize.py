@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from builders import Run
+from builders import Run, converse_all
 from commands import popen
 from fledge.conf.runtime.artifact import artifact
 from fledge.conf.runtime.journal import read_journal
@@ -16,11 +16,13 @@ from fledge.conf.schema import DataConfig, SourceConfig, SynthesizeConfig
 from fledge.data_synthesis.answers import local as in_process
 from fledge.data_synthesis.answers.answer_log import AnswerLog
 from fledge.data_synthesis.answers.conversation import CONTEXT_FULL, EMPTY_ANSWER, Answer, Conversation, Failure
-from fledge.data_synthesis.answers.local import converse, write_turns
+from fledge.data_synthesis.answers.generation import Generated
+from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.answers.user_turns import FurtherTurns
 from fledge.data_synthesis.conversations import content_digest, read_conversations
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.data_synthesis.tokens.chat_template import Turn
+from fledge.models.verifier.model import Verifier
 
 
 def answer(text: str, finish_reason: str = "stop", **fields: object) -> Answer:
@@ -36,7 +38,7 @@ def test_a_history_before_which_no_users_turn_is_found_ends_its_conversation(ver
     conversation = further.begin(Prompt("self/train/1", "self/train", ("a?",)))
     conversation.add(answer("A"))
     monkeypatch.setattr(in_process, "find_user_turn", lambda *_: int("none"))  # raises ValueError
-    assert not write_turns(verifier, [conversation], further, SynthesizeConfig())
+    assert not list(converse(verifier, conversation, 0.0, SynthesizeConfig(), further))
     assert not conversation.wants_turn
 
 
@@ -166,15 +168,14 @@ def test_a_part_that_is_being_written_is_not_cleared_away(tmp_path):
         assert not part.exists()
 
 
-def test_a_prompt_that_the_chat_template_refuses_fails_alone(verifier):
-    strict = copy.copy(verifier)
-    strict.tokenizer = copy.deepcopy(verifier.tokenizer)
+def test_a_prompt_that_the_chat_template_refuses_fails_alone(verifier, verifier_config):
+    strict = Verifier.load(verifier_config)
     strict.tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
         + verifier.tokenizer.chat_template
     )
     conversations = [asked("Name a colour.", system="Be short."), asked("Name a colour.")]
-    converse(strict, conversations, 0.0, SynthesizeConfig(max_tokens=8))
+    converse_all(strict, conversations, 0.0, 8)
     refused, answered = conversations
     assert not refused.answers
     assert refused.ended_by.reason == "the chat template refuses it"
@@ -182,20 +183,20 @@ def test_a_prompt_that_the_chat_template_refuses_fails_alone(verifier):
     assert len(answered.answers) == 1
 
 
-def test_reasoning_marked_by_special_tokens_is_recorded_and_not_read_before_the_next_turn(verifier, monkeypatch):
+def test_reasoning_marked_by_special_tokens_is_recorded_and_not_read_before_the_next_turn(verifier):
     thinking = copy.copy(verifier)
     thinking.tokenizer = copy.deepcopy(verifier.tokenizer)
     thinking.tokenizer.add_tokens(["<|channel>", "<channel|>"], special_tokens=True)
     said = thinking.tokenizer.encode("<|channel>thought\nEasy.<channel|>It is 5.", add_special_tokens=False)
-    read = []
-
-    def generate(_verifier, contexts, *_):
-        read.extend(thinking.tokenizer.decode(context) for context in contexts)
-        return [([*said, thinking.tokenizer.eos_token_id], True) for _ in contexts]
-
-    monkeypatch.setattr(in_process, "generate", generate)
-    conversation = asked("Add 2 and 3.", "Sure?")
-    converse(thinking, [conversation], 0.0, SynthesizeConfig(max_tokens=8))
+    conversation, read = asked("Add 2 and 3.", "Sure?"), []
+    task = converse(thinking, conversation, 0.0, SynthesizeConfig(max_tokens=8))
+    request = next(task, None)
+    while request is not None:
+        read.append(thinking.tokenizer.decode(request.context))
+        try:
+            request = task.send(Generated([*said, thinking.tokenizer.eos_token_id], True))
+        except StopIteration:
+            break
     assert [answer.text for answer in conversation.answers] == ["It is 5.", "It is 5."]
     assert "It is 5." in read[1]
     assert "Easy." not in read[1]

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from fledge.conf.schema import Device, Dtype, SynthesizeConfig, VerifierConfig
+from builders import converse_all
+from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.data_synthesis.answers.conversation import Answer, Conversation
-from fledge.data_synthesis.answers.local import converse
 from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.data_synthesis.tokens import reasoning as module
 from fledge.data_synthesis.tokens.chat_template import Turn, answer_text, prompt_tokens
@@ -207,7 +207,7 @@ def parrot(folder: Any, told: Any, said: str) -> Verifier:
 def test_the_verifier_in_this_process_does_not_read_its_earlier_reasoning(tmp_path, template, special, said):
     verifier = parrot(tmp_path, tokenizer(template, special), said)
     conversation = Conversation(Prompt("s/1", "s", ("Name it?", "And?")))
-    converse(verifier, [conversation], 0.0, SynthesizeConfig(max_tokens=16))
+    converse_all(verifier, [conversation], 0.0, 16)
     answer = {"role": "assistant", "reasoning_content": "hm,", "content": "Blue"}
     assert conversation.messages == [
         {"role": "user", "content": "Name it?"}, answer, {"role": "user", "content": "And?"}, answer

@@ -12,7 +12,6 @@ from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.decoding.drafters import DRAFTERS
 from fledge.eval.decoding.proposal import NOTHING, NewRows, Proposal
 from fledge.eval.decoding.speculator import Request, Speculator, answer_alone
-from fledge.eval.decoding.verifier_cache import round_up
 from fledge.eval.figures.records import RECORDS
 from fledge.eval.figures.report import print_table
 from fledge.eval.figures.results import summarise
@@ -21,6 +20,7 @@ from fledge.eval.questions import Question
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
+from fledge.models.verifier.cache import round_up
 from fledge.models.verifier.weights import VerifierWeights
 from oracles import Oracle, TreeOracle
 

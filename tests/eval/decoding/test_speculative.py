@@ -15,12 +15,12 @@ from fledge.eval.decoding.head_drafter import DraftDecoder
 from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
 from fledge.eval.decoding.proposal import Drafter, Proposal, Tree, accepted_path, grow_tree
 from fledge.eval.decoding.speculator import Answer, Request, Speculator, answer_alone
-from fledge.eval.decoding.verifier_cache import CachedVerifier
 from fledge.eval.figures.metrics import Counts
 from fledge.models.embedded.verifier import questions
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary
+from fledge.models.verifier.cache import CachedVerifier
 from fledge.models.verifier.model import Verifier
 from fledge.models.verifier.weights import VerifierWeights
 from one_sequence import OneSequence
@@ -194,7 +194,7 @@ def test_a_model_to_which_masks_mean_something_else_is_refused(verifier, prompts
     cached = CachedVerifier(verifier, 2)
     cached.check(prompts[0])
     everything = lambda lengths, slots, num_read, ancestors: torch.ones(*slots.shape, num_read, dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr("fledge.eval.decoding.verifier_cache.visible", everything)
+    monkeypatch.setattr("fledge.models.verifier.cache.visible", everything)
     with pytest.raises(ValueError, match=r"gives other logits with fledge's cache than by itself"):
         cached.check(prompts[0])
 

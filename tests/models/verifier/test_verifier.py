@@ -13,9 +13,8 @@ from architectures import IMAGE_TEXT_MODELS, MODELS, SIZES, make_model, save_ver
 from fledge.conf.schema import Dtype, VerifierConfig
 from fledge.data_synthesis.states.transformers_engine import read_documents
 from fledge.eval.decoding.prompt_lookup import NoDraft
-from fledge.eval.decoding.proposal import Tree
 from fledge.eval.decoding.speculator import Request, Speculator
-from fledge.eval.decoding.verifier_cache import CachedVerifier
+from fledge.models.verifier.cache import CachedVerifier, Tree
 from fledge.models.verifier.config import load_config, load_end_token_ids, logit_transform
 from fledge.models.verifier.model import Verifier, check_capture, load_final_norm
 from fledge.models.verifier.weights import VerifierWeights, verifier_identity

@@ -10,18 +10,32 @@ after those, and are written over by the next one unless they were committed (do
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from ...models.kernels import run_on
-from ...models.verifier.model import PER_TOKEN, Verifier, VerifierOutput
-from .proposal import Tree
+from ..kernels import run_on
+from .model import PER_TOKEN, Verifier, VerifierOutput
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+_FEW = 128  # tokens of a sequence in one forward, up to which copies of its keys cost more than anything else
+_GROUPED = "sdpa_grouped"  # the name of `_attend` as an attention of transformers
+
+
+@dataclass
+class Tree:
+    """The shape of B trees of N nodes and the root; parents come before their children."""
+
+    parents: Tensor  # int64 [B, N], of nodes 1 to N
+    depths: Tensor  # int64 [B, N + 1]
+    ancestors: Tensor  # bool [B, N + 1, N + 1], itself included
+    depth: int  # of the deepest node, at most
 
 
 class _StaticLayer(CacheLayerMixin):
@@ -87,12 +101,34 @@ class SlotCache(Cache):
         for tensor in self.tensors:
             read, written = sources.to(tensor.device), targets.to(tensor.device)
             if kernels and run_on(tensor.device):
-                from ...models.kernels.decoding import move_slots
+                from ..kernels.decoding import move_slots
 
                 move_slots(tensor, read, written)
             else:
                 rows = torch.arange(len(read), device=tensor.device)[:, None]
                 tensor[:, rows, written] = tensor[:, rows, read]
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' sdpa does, but with the queries that share a key next to each other.
+
+    For several tokens with a mask transformers copies the keys for every query head, which on a CPU takes most of a
+    step.
+    """
+    (batch, heads, length, _), groups = query.shape, query.shape[1] // key.shape[1]
+    if attention_mask is None or groups == 1 or length > _FEW or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query = query.reshape(batch, key.shape[1], groups * length, -1)
+    mask = attention_mask[..., : key.shape[2]].expand(batch, -1, length, -1).repeat(1, 1, groups, 1)
+    scale = options.get("scaling")
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_GROUPED, _attend)
+AttentionMaskInterface.register(_GROUPED, sdpa_mask)
 
 
 class CachedVerifier:
@@ -106,9 +142,25 @@ class CachedVerifier:
         spans = {_SLIDING: "sliding_window", _CHUNKED: "attention_chunk_size"}
         self._spans = {kind: getattr(config, name, None) for kind, name in spans.items()}
         self._additive = config._attn_implementation == "eager"
+        if config._attn_implementation == "sdpa" and verifier.device.type == "cpu":
+            verifier.model.set_attn_implementation(_GROUPED)
         self._like = DynamicCache()
         verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=self._like)
         self.cache = SlotCache(self._like, num_sequences, 0)
+
+    def resize(self, num_slots: int, sequences: list[int]) -> None:
+        """Keep the content of some sequences, which become the first ones, with memory for this many tokens each."""
+        old, self.num_slots, self.num_sequences = self.cache, round_up(num_slots), len(sequences)
+        self.cache = SlotCache(self._like, self.num_sequences, self.num_slots)
+        for new, tensor in zip(self.cache.tensors, old.tensors, strict=True):
+            held = min(new.shape[2], tensor.shape[2])
+            for place, sequence in enumerate(sequences):
+                new[:, place, :held] = tensor[:, sequence, :held]
+
+    def copy(self, source: int, target: int, num_slots: int) -> None:
+        """Copy the first slots of one sequence to another."""
+        for tensor in self.cache.tensors:
+            tensor[:, target, :num_slots] = tensor[:, source, :num_slots]
 
     def reserve(self, num_slots: int) -> bool:
         """Take memory for sequences of this many tokens; return whether it is new, and all content gone."""
