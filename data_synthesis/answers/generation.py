@@ -22,6 +22,7 @@ from ...models.verifier.cache import CachedVerifier, round_up
 from ...models.verifier.model import Verifier
 from ...models.verifier.sampling import draw, probabilities
 
+_MULTIPLE = 16  # tokens that are read together, since CPUs prepare for every other number of them anew
 _SAMPLE = "The cache is checked on this text: it has to end with the logits that the model itself gives."
 
 
@@ -127,7 +128,8 @@ class Generation:
         """Read a row's context, but for its last token and what the cache has of it already."""
         request, before = row.request, row.text
         row.answer, row.draws, row.text = [], _uniform_numbers(request), request.context[:-1]
-        if (num_slots := len(request.context) + request.max_tokens) > cached.num_slots:
+        num_slots = len(request.context) + max(_MULTIPLE, request.max_tokens)
+        if num_slots > cached.num_slots:
             cached.resize(num_slots, list(range(len(self._rows))))
         others = (place for place, r in enumerate(self._rows) if r and r is not row and r.read == row.text)
         known = sum(takewhile(bool, map(eq, before, row.text)))
@@ -135,9 +137,10 @@ class Generation:
         if not before and (other := next(others, None)) is not None:  # it was read as this one would be
             cached.copy(other, place, len(row.text))
         elif new := row.text[known:]:
+            new += [0] * (-len(new) % _MULTIPLE)  # of which nothing is seen, and which the next step writes over
             fed, length = (torch.tensor(x, device=self._verifier.device) for x in ([new], [known]))
             sequence = slice(place, place + 1)
-            cached.forward(fed, length, len(row.text), sequence, is_prompt=not known, logits_to_keep=1)
+            cached.forward(fed, length, known + len(new), sequence, is_prompt=not known, logits_to_keep=1)
 
     def _step(self, cached: CachedVerifier) -> None:
         """Add a token to every row; begin the next answer of a task if it ends one."""

@@ -161,8 +161,10 @@ class Verifier:
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, **arguments: Any) -> VerifierOutput:
-        """Run the model on `input_ids` [B, T]; further arguments (cache, mask, logits_to_keep) go to it as they are."""
+        """Run the model on `input_ids` [B, T]; further arguments (cache, mask) go to it as they are."""
         self._positions = arguments.get("position_ids")
+        if last := arguments.get("logits_to_keep"):  # as a slice they would be a view, for which lm_head is copied
+            arguments["logits_to_keep"] = torch.arange(input_ids.shape[1] - last, input_ids.shape[1])
         try:
             output = self.model(input_ids=input_ids, **arguments)
         finally:

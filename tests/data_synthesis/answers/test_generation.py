@@ -95,7 +95,9 @@ def test_a_task_asks_on_in_the_cache_of_its_earlier_turns(verifier, monkeypatch)
     monkeypatch.undo()
     assert all(tokens == answer_alone(verifier, context, 12) for context, tokens in chats)
     new = len(asked(verifier, "And another?"))
-    assert sorted(n for n in read if n > 1)[: 2 * 4] == [new] * 8, "of later turns what is new alone is read"
+    assert [n for n in read if 1 < n <= new + 15].count(-(-new // 16) * 16) >= 8, (
+        "of later turns what is new alone is read"
+    )
     assert len([n for n in read if n > 1]) == 8 + 3, "and a first context that another has read is not"
 
 
