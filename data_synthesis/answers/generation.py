@@ -23,6 +23,7 @@ from ...models.verifier.model import Verifier
 from ...models.verifier.sampling import draw, probabilities
 
 _MULTIPLE = 16  # tokens that are read together, since CPUs prepare for every other number of them anew
+_NUM_SORTED = 256  # of the likeliest tokens, for top_p
 _SAMPLE = "The cache is checked on this text: it has to end with the logits that the model itself gives."
 
 
@@ -176,7 +177,7 @@ class Generation:
             draws = torch.tensor(
                 [row.draws[len(row.answer)] for row in rows], dtype=torch.float64, device=logits.device
             )
-            tokens[places] = draw(probabilities(logits[places], temperature, top_p, looks=True), draws)
+            tokens[places] = draw(probabilities(logits[places], temperature, top_p, num_sorted=_NUM_SORTED), draws)
         return list(map(int, tokens.tolist()))
 
     def _run_alone(self, task: Task, may_go_on: Callable[[], bool]) -> bool:

@@ -3,30 +3,36 @@
 import torch
 from torch import Tensor
 
-_LIKELIEST = 512  # tokens among which top_p mostly ends
-
 
 def probabilities(
-    logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None, looks: bool = False
+    logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None, num_sorted: int | None = None
 ) -> Tensor:
-    """Return the distributions float32 [..., V] that tokens are drawn from; faster if it may look at values."""
+    """Return the distributions float32 [..., V] that tokens are drawn from.
+
+    Args:
+        num_sorted: tokens that are sorted for `top_p` at first, and more if they are too few; None: all, without a look
+            at values, which a graph cannot take. To sort all takes a CPU longer than a step of a small model.
+    """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = torch.softmax(logits, -1)
     if top_p < 1:
-        ordered, tokens = _largest(p, top_p) if looks else p.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        p = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(before >= top_p, 0.0))
+        p = _cut(p, top_p, num_sorted or p.shape[-1])
         p = p / p.sum(-1, keepdim=True)
     return p
 
 
-def _largest(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the largest probabilities and their tokens, which sum to `top_p` at least: all are slow to sort."""
-    ordered, tokens = p.topk(min(_LIKELIEST, p.shape[-1]))
-    return (ordered, tokens) if bool((ordered.sum(-1) > top_p).all()) else p.sort(descending=True, stable=True)
+def _cut(p: Tensor, top_p: float, num_sorted: int) -> Tensor:
+    """Set all but the likeliest tokens that together have `top_p` to 0."""
+    is_all = num_sorted >= p.shape[-1]
+    ordered, tokens = p.sort(descending=True, stable=True) if is_all else p.topk(num_sorted)
+    before = ordered.cumsum(-1) - ordered
+    cut = torch.zeros_like(p).scatter_(-1, tokens, ordered.masked_fill(before >= top_p, 0.0))
+    if not is_all and bool((few := ordered.sum(-1) <= top_p).any()):
+        cut[few] = _cut(p[few], top_p, 16 * num_sorted)
+    return cut
 
 
 def draw(weights: Tensor, draws: Tensor) -> Tensor:

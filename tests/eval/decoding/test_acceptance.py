@@ -23,6 +23,7 @@ from fledge.eval.local import Answerer
 from fledge.eval.questions import Question
 from fledge.models.formats.plain import load_head
 from fledge.models.verifier.model import Verifier
+from fledge.models.verifier.sampling import probabilities
 
 ALPHA = 1e-6
 DRAWN = {"draft_sampling": DraftSampling.sampled}
@@ -157,6 +158,7 @@ def test_top_p_and_top_k_keep_the_likeliest_tokens(options):
     found = AcceptanceRule(*options).probabilities(logits)
     expected = torch.stack([kept_naively(row, *options) for row in logits])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(probabilities(logits, *options, num_sorted=number), found) for number in (1, 2, 29, 30))
 
 
 def test_a_number_draws_the_token_whose_share_it_falls_into_and_never_one_without_a_share():
