@@ -7,10 +7,14 @@ VLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fledge/vllm
 # Many tests wait for another process: four workers use two cores well.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-gpu test-serving test-slurm lint types clean
+.PHONY: demo demo-smollm2 test test-all test-gpu test-serving test-slurm lint types clean
 
 demo: $(STAMP)
 	$(BIN)/fledge demo
+
+# SmolLM2-135M-Instruct from its own prompts to a head, in runs/smollm2: about an hour. Started again, it goes on.
+demo-smollm2: $(STAMP)
+	verifier=$$($(BIN)/python tests/tools/smollm2.py) && $(BIN)/fledge run experiment=smollm2_135m name=smollm2 "$$verifier"
 
 test: $(STAMP)
 	$(BIN)/ruff check .

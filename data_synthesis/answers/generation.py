@@ -82,7 +82,8 @@ class Generation:
         self._verifier = verifier
         self._rows: list[_Row | None] = [None] * num_rows
         self._cached: CachedVerifier | None = None
-        sample = verifier.tokenizer.encode(_SAMPLE)
+        vocab_size = verifier.model.config.get_text_config().vocab_size
+        sample = [token for token in verifier.tokenizer.encode(_SAMPLE) if token < vocab_size]
         try:
             self._cached = CachedVerifier(verifier, num_rows)
             if len(sample) > 2:
@@ -90,7 +91,7 @@ class Generation:
         except ValueError:
             self._cached = None
             name = type(verifier.model).__name__
-            print(f"fledge: {name} keeps another past than keys and values: it answers one at a time", file=sys.stderr)
+            print(f"fledge: no static cache holds the past of {name}: it answers one at a time", file=sys.stderr)
 
     @torch.no_grad()
     def run(
