@@ -1,8 +1,8 @@
-"""Measure answers of a verifier in this process: `python tests/benchmarks/generation.py verifier=FOLDER [option=value ...]`.
+"""Measure answers of a verifier in this process: `python tests/benchmarks/generation.py verifier=FOLDER prompts=FILE`.
 
-Greedy answers to the embedded prompts (or lines of a file), by `Generation`, by transformers in padded batches of as many
-(what fledge did before), and by transformers' own continuous batching. Prints one JSON line: tokens/s, how many answers
-equal those of padded batches, and how many tokens these have in common before they first differ.
+Greedy answers by `Generation` (as `fledge synthesize`), by transformers in padded batches of as many (as fledge did
+before), and by transformers' own continuous batching. Prints one JSON line: tokens/s, CPU seconds, and how many answers
+equal those of the first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Options:
 
     verifier: str = "embedded"
     dtype: str = "float32"
-    prompts: str = ""  # a JSONL file with `turns`; default: simple questions
+    prompts: str = ""  # a JSONL file of prompts with `turns`
     number: int = 128
     rows: int = 64
     max_tokens: int = 256
@@ -95,16 +95,12 @@ def measure(options: Options) -> dict[str, Any]:
     """Return what is printed."""
     torch.set_num_threads(options.threads)
     config = VerifierConfig(path=options.verifier, dtype=Dtype(options.dtype))
-    questions = [
-        f"What can you tell me about the number {n} and its uses in {w}?" for n, w in enumerate(_SUBJECTS * 99)
-    ]
-    if options.prompts:
-        questions = [json.loads(line)["turns"][0] for line in Path(options.prompts).read_text().splitlines()]
+    lines = Path(options.prompts).read_text().splitlines()[: options.number]
+    chats = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in lines]
     result: dict[str, Any] = asdict(options)
     first: list[list[int]] = []
     for name in options.ways.split(","):
         verifier = Verifier.load(config)
-        chats = [[{"role": "user", "content": question}] for question in questions[: options.number]]
         contexts = [prompt_tokens(verifier.tokenizer, chat) for chat in chats]
         WAYS[name](verifier, contexts[:2], options)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -120,8 +116,6 @@ def measure(options: Options) -> dict[str, Any]:
         print(name, result[name], file=sys.stderr, flush=True)
     return result
 
-
-_SUBJECTS = ("music", "cooking", "gardens", "the history of trade", "mathematics", "sport")
 
 if __name__ == "__main__":
     print(json.dumps(measure(parse_options(sys.argv[1:], Options()))))
