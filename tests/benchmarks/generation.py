@@ -1,8 +1,8 @@
 """Measure answers of a verifier in this process: `python tests/benchmarks/generation.py verifier=FOLDER prompts=FILE`.
 
 Greedy answers by `Generation` (as `fledge synthesize`), by transformers in padded batches of as many (as fledge did
-before), and by transformers' own continuous batching. Prints one JSON line: tokens/s, CPU seconds, and how many answers
-equal those of the first.
+before), by transformers' own continuous batching, and by the verifier alone in `fledge evaluate`. Prints one JSON line:
+tokens/s, CPU seconds, and how many answers equal those of the first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from benchmark_options import parse_options
 from fledge.conf.schema import Dtype, VerifierConfig
 from fledge.data_synthesis.answers.generation import Generation, GenerationRequest, Task
 from fledge.data_synthesis.tokens.chat_template import prompt_tokens
+from fledge.eval.decoding.prompt_lookup import NoDraft
+from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.models.verifier.model import Verifier
 from transformers import GenerationConfig
 
@@ -35,7 +37,7 @@ class Options:
     rows: int = 64
     max_tokens: int = 256
     threads: int = 2
-    ways: str = "padded,continuous,transformers"  # that are measured
+    ways: str = "padded,continuous,transformers,evaluation"  # that are measured
 
 
 def padded(verifier: Verifier, contexts: list[list[int]], options: Options) -> list[list[int]]:
@@ -84,10 +86,21 @@ def transformers(verifier: Verifier, contexts: list[list[int]], options: Options
     return [list(outputs[name].generated_tokens) for name in sorted(outputs, key=lambda n: int(n.rpartition("_")[2]))]
 
 
+def evaluation(verifier: Verifier, contexts: list[list[int]], options: Options) -> list[list[int]]:
+    """Generate as `fledge evaluate` does with the verifier alone."""
+    speculator, answers = Speculator(verifier, [NoDraft()], num_sequences=options.rows), list[list[int]]()
+    for start in range(0, len(contexts), options.rows):
+        group = contexts[start : start + options.rows]
+        speculator.prefill([Request(context, options.max_tokens) for context in group])
+        answers += [answer.tokens for answer in speculator.decode(NoDraft())]
+    return answers
+
+
 WAYS: dict[str, Callable[[Verifier, list[list[int]], Options], list[list[int]]]] = {
     "padded": padded,
     "continuous": continuous,
     "transformers": transformers,
+    "evaluation": evaluation,
 }
 
 
