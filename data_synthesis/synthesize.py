@@ -46,7 +46,7 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
     excluded = read_manifest(prompts.folder, "prompts")["settings"]["exclude"]
     if further and excluded:
         further["exclude"] = excluded
-    here = {"batch_size": options.batch_size, "seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
+    here = {"seed": options.seed, "verifier_dtype": config.verifier.dtype.value}
     return {
         "verifier": verifier_identity(config.verifier),
         "prompts": prompts.digest,

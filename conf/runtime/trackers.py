@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,15 @@ def open_tracker(
 
     tracking.logger = logging.getLogger(tracking.__name__)  # type: ignore[assignment]  # its own needs an Accelerator
     kind = tracking.LOGGER_TYPE_TO_CLASS[tracker.value]
-    if tracker is TrackerName.wandb:
-        made = kind(options.project, **_wandb_arguments(options), id=run, name=name, dir=folder, config=about)
-    elif tracker is TrackerName.tensorboard:
-        made = kind("tensorboard", folder, purge_step=step + 1)
-    else:
-        place = [folder] if kind.requires_logging_directory else []
-        made = kind(options.project, *place, **({_RUN_NAME[tracker]: name} if tracker in _RUN_NAME else {}))
-    made.main_process_only = False  # the caller is one rank; accelerate would start a process group to know
     try:
+        if tracker is TrackerName.wandb:
+            made = kind(options.project, **_wandb_arguments(options), id=run, name=name, dir=folder, config=about)
+        elif tracker is TrackerName.tensorboard:
+            made = kind("tensorboard", folder, purge_step=step + 1)
+        else:
+            place = [folder] if kind.requires_logging_directory else []
+            made = kind(options.project, *place, **({_RUN_NAME[tracker]: name} if tracker in _RUN_NAME else {}))
+        made.main_process_only = False  # the caller is one rank; accelerate would start a process group to know
         made.start()
     finally:
         if tracker is TrackerName.wandb:
@@ -81,11 +82,11 @@ def _end_wandb_at_exit() -> None:
 
     def end() -> None:
         at_exit.wait()
-        seconds = os.environ.get("WANDB_FINISH_TIMEOUT", WANDB_SECONDS["finish_timeout"])
-        time.sleep(float(seconds) if wandb.run else _SERVICE_SECONDS)
+        time.sleep(_SERVICE_SECONDS + (WANDB_SECONDS["finish_timeout"] if wandb.run else 0.0))
         for process in psutil.Process().children():
-            if process.name().startswith("wandb"):
-                process.kill()
+            with suppress(psutil.Error):  # it has ended
+                if process.name().startswith("wandb"):
+                    process.kill()
 
     threading.Thread(target=end, daemon=True).start()  # none can be started at exit
     atexit.register(at_exit.set)  # after, so called before, what waits for the service

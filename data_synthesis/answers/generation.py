@@ -3,14 +3,14 @@
 Whoever wants answers is a generator: it yields a `GenerationRequest` and is sent the answer. So a conversation asks
 turn by turn. Each has a row of one static key-value cache: a context is read by itself, all but its last token, and
 then all rows take steps of one token together. A sampled token is drawn by random numbers of its request: what else is
-being answered changes an answer by no more than rounding.
+being answered changes an answer by no more than rounding, which in bfloat16 changes a word now and then.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from operator import eq
 from typing import Any, NamedTuple
 
@@ -71,85 +71,88 @@ class _Row:
         return self.answer[-1] if self.answer else self.request.context[-1]
 
 
-def _yes() -> bool:
-    return True
-
-
 class Generation:
-    """Answers what tasks ask for, `num_rows` of them at a time; one at a time if no static cache holds the past."""
+    """Answers what tasks ask for, `num_rows` of them at a time; in padded batches if no static cache holds the past."""
 
     def __init__(self, verifier: Verifier, num_rows: int) -> None:
-        self._verifier = verifier
-        self._rows: list[_Row | None] = [None] * num_rows
-        self._cached: CachedVerifier | None = None
-        vocab_size = verifier.model.config.get_text_config().vocab_size
-        sample = [token for token in verifier.tokenizer.encode(_SAMPLE) if token < vocab_size]
+        self._verifier, self._num_rows = verifier, num_rows
+        config = verifier.model.config.get_text_config()
+        sample = [token for token in verifier.tokenizer.encode(_SAMPLE) if token < config.vocab_size]
+        self._rows: list[_Row | None] = []
         try:
             self._cached = CachedVerifier(verifier, num_rows)
             if len(sample) > 2:
                 self._cached.check(sample)
-        except ValueError:
-            self._cached = None
-            name = type(verifier.model).__name__
-            print(f"fledge: no static cache holds the past of {name}: it answers one at a time", file=sys.stderr)
+            self._is_static = self._cached.context >= config.max_position_embeddings
+        except ValueError as error:
+            self._is_static = False
+            print(f"fledge: batches wait for their longest answer, since no static cache can be used: {error}")
 
     @torch.no_grad()
     def run(
-        self, tasks: Iterator[Task], may_begin: Callable[[], bool] = _yes, may_go_on: Callable[[], bool] = _yes
+        self,
+        tasks: Iterator[Task],
+        may_begin: Callable[[], bool] = lambda: True,
+        may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         """Run tasks, which begin in their order.
 
         As soon as `may_begin` returns False no other begins; as soon as `may_go_on` does, those at work are dropped.
         """
-        if self._cached is None:
-            for one in tasks:
-                if not may_begin() or not self._run_alone(one, may_go_on):
-                    return
+        if not self._is_static:
+            self._run_batches(tasks, may_begin, may_go_on)
             return
+        self._rows = [None] * self._num_rows
         while may_go_on():
             for place in range(len(self._rows)):
                 while self._rows[place] is None and may_begin():
                     if (task := next(tasks, None)) is None:
                         break
-                    self._begin(self._cached, place, task)
+                    self._begin(place, task)
             at_work = [place for place, row in enumerate(self._rows) if row is not None]
             if not at_work:
                 return
             if 2 * len(at_work) <= len(self._rows):  # no other will begin
                 self._cached.resize(self._cached.num_slots, at_work)
                 self._rows = [self._rows[place] for place in at_work]
-            self._step(self._cached)
+            self._step()
 
-    def _begin(self, cached: CachedVerifier, place: int, task: Task) -> None:
+    def _begin(self, place: int, task: Task) -> None:
         """Read the first context of a task, if it has one."""
         if (request := next(task, None)) is not None:
             self._rows[place] = row = _Row(task, request)
-            self._read(cached, place, row)
+            self._read(place, row)
 
-    def _read(self, cached: CachedVerifier, place: int, row: _Row) -> None:
+    def _read(self, place: int, row: _Row) -> None:
         """Read a row's context, but for its last token and what the cache has of it already."""
-        request, before = row.request, row.text
+        request, before, cached = row.request, row.text, self._cached
         row.answer, row.draws, row.text = [], _uniform_numbers(request), request.context[:-1]
-        num_slots = len(request.context) + max(_MULTIPLE, request.max_tokens)
-        if num_slots > cached.num_slots:
-            cached.resize(num_slots, list(range(len(self._rows))))
         others = (place for place, r in enumerate(self._rows) if r and r is not row and r.read == row.text)
         known = sum(takewhile(bool, map(eq, before, row.text)))
+        new = row.text[known:]
+        # Of the padding nothing is seen, and what follows is written over it.
+        new += [0] * min(-len(new) % _MULTIPLE, cached.context - len(row.text))
+        self._reserve(known + len(new))
         row.num_read = min(row.num_read, known) if before else len(row.text)
         if not before and (other := next(others, None)) is not None:  # it was read as this one would be
             cached.copy(other, place, len(row.text))
-        elif new := row.text[known:]:
-            new += [0] * (-len(new) % _MULTIPLE)  # of which nothing is seen, and which the next step writes over
+        elif new:
             fed, length = (torch.tensor(x, device=self._verifier.device) for x in ([new], [known]))
             sequence = slice(place, place + 1)
             cached.forward(fed, length, known + len(new), sequence, is_prompt=not known, logits_to_keep=1)
 
-    def _step(self, cached: CachedVerifier) -> None:
+    def _reserve(self, num_slots: int) -> None:
+        if num_slots > self._cached.num_slots:
+            self._cached.resize(num_slots, list(range(len(self._rows))))
+
+    def _step(self) -> None:
         """Add a token to every row; begin the next answer of a task if it ends one."""
         device = self._verifier.device
         fed = torch.tensor([[row.last if row else 0] for row in self._rows], device=device)
         lengths = [len(row.text) if row else 0 for row in self._rows]
-        output = cached.forward(fed, torch.tensor(lengths, device=device), round_up(max(lengths) + 1))
+        self._reserve(max(lengths) + 1)
+        held = torch.tensor(lengths, device=device)
+        output = self._cached.forward(fed, held, round_up(max(lengths) + 1))
         tokens = self._choose(output.logits[:, 0])
         for place, row in enumerate(self._rows):
             if row is None:
@@ -164,10 +167,13 @@ class Generation:
             except StopIteration:
                 self._rows[place] = None
             else:
-                self._read(cached, place, row)
+                self._read(place, row)
 
     def _choose(self, logits: Tensor) -> list[int]:
         """Return every row's next token, by logits [B, V]."""
+        if logits.isnan().any():
+            dtype = str(self._verifier.model.dtype).removeprefix("torch.")
+            raise ValueError(f"verifier.dtype: the verifier's logits are not numbers in {dtype}: set float32")
         tokens = logits.argmax(-1)
         sampled = defaultdict[tuple[float, float], list[int]](list)
         for place, row in enumerate(self._rows):
@@ -175,46 +181,62 @@ class Generation:
                 sampled[row.request.temperature, row.request.top_p].append(place)
         for (temperature, top_p), places in sampled.items():
             rows = [row for place in places if (row := self._rows[place])]
-            draws = torch.tensor(
-                [row.draws[len(row.answer)] for row in rows], dtype=torch.float64, device=logits.device
-            )
-            tokens[places] = draw(probabilities(logits[places], temperature, top_p, num_sorted=_NUM_SORTED), draws)
+            numbers = [row.draws[len(row.answer)] for row in rows]
+            draws = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+            p = probabilities(logits[places], temperature, top_p, num_sorted=_NUM_SORTED)
+            tokens[places] = draw(p, draws)
         return list(map(int, tokens.tolist()))
 
-    def _run_alone(self, task: Task, may_go_on: Callable[[], bool]) -> bool:
-        """Run a task by transformers' own generation; return whether it has come to its end."""
+    def _run_batches(self, tasks: Iterator[Task], may_begin: Callable[[], bool], may_go_on: Callable[[], bool]) -> None:
+        """Run tasks by transformers' own generation, `num_rows` of them until all are at their ends."""
+        while may_begin() and (batch := list(islice(tasks, self._num_rows))):
+            at_work = [(task, request) for task in batch if (request := next(task, None)) is not None]
+            while at_work:
+                kinds = defaultdict[tuple[object, ...], list[tuple[Task, GenerationRequest]]](list)
+                for task, request in at_work:
+                    kinds[request.max_tokens, *request.end_token_ids, request.temperature, request.top_p].append(
+                        (task, request)
+                    )
+                at_work = []
+                for alike in kinds.values():
+                    answers = self._answer_batch([request for _, request in alike], may_go_on)
+                    if not may_go_on():
+                        return
+                    for (task, _), answer in zip(alike, answers, strict=True):
+                        with suppress(StopIteration):
+                            at_work.append((task, task.send(answer)))
+
+    def _answer_batch(self, requests: list[GenerationRequest], may_go_on: Callable[[], bool]) -> list[Generated]:
+        """Answer requests that differ in their contexts alone."""
 
         def over(input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
             return torch.full((len(input_ids),), not may_go_on(), device=input_ids.device)
 
-        request = next(task, None)
-        while request is not None:
-            ends = list(request.end_token_ids)
-            sampling = {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
-            # A configuration of our own: the verifier's may carry penalties, and greedy must be greedy.
-            options = GenerationConfig(
-                max_new_tokens=request.max_tokens,
-                do_sample=request.temperature > 0,
-                **(sampling if request.temperature else {}),
-                eos_token_id=ends,
-                pad_token_id=ends[0],
-            )
-            model = self._verifier.model
-            model.generation_config = options
-            torch.manual_seed(request.seed)
-            context = torch.tensor([request.context], device=self._verifier.device)
-            stop = StoppingCriteriaList([over])
-            output = model.generate(
-                context, attention_mask=torch.ones_like(context), generation_config=options, stopping_criteria=stop
-            )
-            if not may_go_on():
-                return False
-            answer = output[0, context.shape[1] :].tolist()
-            try:
-                request = task.send(Generated(answer, answer[-1] in ends))
-            except StopIteration:
-                return True
-        return True
+        model, first, device = self._verifier.model, requests[0], self._verifier.device
+        ends, width = list(first.end_token_ids), max(len(request.context) for request in requests)
+        texts = [[0] * (width - len(request.context)) + request.context for request in requests]
+        mask = [[0] * (width - len(request.context)) + [1] * len(request.context) for request in requests]
+        sampling = {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
+        # A configuration of our own: the verifier's may carry penalties, and greedy must be greedy.
+        model.generation_config = GenerationConfig(
+            max_new_tokens=first.max_tokens,
+            do_sample=first.temperature > 0,
+            **(sampling if first.temperature else {}),
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+        torch.manual_seed(first.seed)
+        output = model.generate(
+            torch.tensor(texts, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=model.generation_config,
+            stopping_criteria=StoppingCriteriaList([over]),
+        )
+        answers = []
+        for row in output[:, width:].tolist():
+            stop = next((place for place, token in enumerate(row) if token in ends), None)
+            answers.append(Generated(row if stop is None else row[: stop + 1], stop is not None))
+        return answers
 
 
 def _uniform_numbers(request: GenerationRequest) -> list[float]:

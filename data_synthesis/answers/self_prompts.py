@@ -48,7 +48,7 @@ def write_self_prompts(config: Config) -> None:
 
 def _write(config: Config, source: SourceConfig, limit: int) -> None:
     options, folder = config.synthesize, self_folder(config, source)
-    here = {"batch_size": options.batch_size, "verifier_dtype": config.verifier.dtype.value}
+    here = {"verifier_dtype": config.verifier.dtype.value}
     settings = {
         "verifier": verifier_identity(config.verifier),
         "seed": config.data.seed,

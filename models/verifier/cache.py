@@ -137,13 +137,15 @@ class CachedVerifier:
     def __init__(self, verifier: Verifier, num_sequences: int) -> None:
         self.verifier, self.num_sequences, self.num_slots = verifier, num_sequences, 0
         config = verifier.model.config.get_text_config()
-        self.context = int(config.max_position_embeddings)
+        self.context = _context(config)
         self._kinds = _attention_kinds(verifier)
         spans = {_SLIDING: "sliding_window", _CHUNKED: "attention_chunk_size"}
         self._spans = {kind: getattr(config, name, None) for kind, name in spans.items()}
         self._additive = config._attn_implementation == "eager"
-        if config._attn_implementation == "sdpa" and verifier.device.type == "cpu":
-            verifier.model.set_attn_implementation(_GROUPED)
+        decoder = verifier.model.get_decoder()
+        on_cpu = verifier.device.type == "cpu" and config._attn_implementation == "sdpa"
+        if on_cpu and decoder._can_set_attn_implementation():
+            decoder.set_attn_implementation(_GROUPED)
         self._like = DynamicCache()
         verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=self._like)
         self.cache = SlotCache(self._like, num_sequences, 0)
@@ -268,6 +270,19 @@ def round_up(number: int) -> int:
     """Return a number at most a quarter larger, of few (64, 128, 192, 256, 320, ...), for a graph serves but one."""
     step = max(64, 1 << max(0, number.bit_length() - 3))
     return -(-number // step) * step
+
+
+def _context(config: Any) -> int:
+    """Return how many tokens a text may have.
+
+    With some rotary embeddings a longer one changes the angles of all tokens, those in the cache too.
+    """
+    context = int(config.max_position_embeddings)
+    kinds = getattr(config, "rope_parameters", None) or {}
+    for rope in [kinds, *(kind for kind in kinds.values() if isinstance(kind, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            context = min(context, int(rope.get("original_max_position_embeddings") or context))
+    return context
 
 
 def _attention_kinds(verifier: Verifier) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -176,6 +177,23 @@ def test_wandb_never_stops_an_evaluation(tmp_path, mode, changes):
     assert warnings.count("W&B is left out") == (mode == "online")
     if mode == "disabled":
         assert not (tmp_path / "first" / "evaluation" / "wandb").exists()
+
+
+SERVICE = """
+import atexit, subprocess, sys
+from fledge.conf.runtime import trackers
+service = subprocess.Popen(["wandb-core", "60"], executable=sys.argv[1])
+atexit.register(service.wait)  # as W&B does, without a limit
+trackers._SERVICE_SECONDS = 0.2
+trackers._end_wandb_at_exit()
+"""
+
+
+def test_a_service_of_wandb_that_does_not_end_is_killed_at_exit(tmp_path):
+    (tmp_path / "wandb-core").symlink_to(shutil.which("sleep"))
+    started = time.monotonic()
+    run_command([sys.executable, "-c", SERVICE, str(tmp_path / "wandb-core")])
+    assert time.monotonic() - started < 30
 
 
 # W&B advertises if it finds such a package.

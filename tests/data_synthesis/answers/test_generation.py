@@ -10,6 +10,7 @@ from architectures import IMAGE_TEXT_MODELS, MODELS, make_model, save_verifier
 from fledge.data_synthesis.answers import generation
 from fledge.data_synthesis.answers.generation import Generated, Generation, GenerationRequest, Task
 from fledge.eval.decoding.speculator import answer_alone
+from fledge.models.verifier.cache import CachedVerifier
 from fledge.models.verifier.model import Verifier
 
 LFM2 = "lfm2, final norm by another name"
@@ -128,4 +129,54 @@ def test_every_architecture_answers_as_it_does_without_a_cache(name, more, verif
         while len(text) < len(one.context) + len(answer.tokens):
             text.append(int(other.forward(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
         assert answer.tokens == text[len(one.context) :]
-    assert ("one at a time" in capsys.readouterr().err) == (name == "falcon h1" or "layer_types" in more)
+    assert ("no static cache" in capsys.readouterr().out) == (name == "falcon h1" or "layer_types" in more)
+
+
+def test_a_verifier_without_a_static_cache_answers_in_batches_until_a_signal(verifier, tmp_path):
+    model = make_model(LFM2, verifier.model.config.vocab_size, layer_types=["conv", "full_attention"] * 4)
+    other = Verifier.load(save_verifier(model, verifier.tokenizer, tmp_path))
+    answers: dict[int, list[int]] = {}
+
+    def task(number: int) -> Task:
+        for _ in range(number % 3):
+            temperature = number % 2
+            one = request(other, asked(other, TEXTS[number]), max_tokens=5, temperature=temperature, end_token_ids=(0,))
+            answers.setdefault(number, []).append(len((yield one).tokens))
+
+    Generation(other, 4).run(task(number) for number in range(7))
+    assert answers == {1: [5], 2: [5, 5], 4: [5], 5: [5, 5]}
+    answers.clear()
+    Generation(other, 2).run((task(number) for number in range(7)), may_begin=lambda: not answers)
+    assert answers == {1: [5]}
+    answers.clear()
+    Generation(other, 7).run((task(number) for number in range(7)), may_go_on=lambda: False)
+    assert not any(answers.values())
+
+
+def test_an_answer_may_fill_the_context(verifier, tmp_path):
+    model = make_model("llama", verifier.model.config.vocab_size, max_position_embeddings=70)
+    other = Verifier.load(save_verifier(model, verifier.tokenizer, tmp_path))
+    contexts = [asked(other, "Name it: red, blue, green.")[-50:], list(range(7, 7 + 69)), list(range(9, 9 + 33))]
+    requests = [request(other, c, max_tokens=70 - len(c), end_token_ids=()) for c in contexts]
+    answers = generated(other, requests, 2)
+    assert [len(c) + len(a.tokens) for c, a in zip(contexts, answers, strict=True)] == [70] * 3
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_text_ends_before_other_lengths_change_its_angles(kind, verifier, tmp_path):
+    factors = {"long_factor": [4.0] * 16, "short_factor": [1.0] * 16} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
+    model = make_model("llama", verifier.model.config.vocab_size, rope_parameters=rope)
+    other = Verifier.load(save_verifier(model, verifier.tokenizer, tmp_path))
+    assert CachedVerifier(other, 1).context == 64
+    one = request(other, list(range(7, 67)), max_tokens=9, end_token_ids=())
+    text = list(one.context)
+    while len(text) < 69:
+        text.append(int(other.forward(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    assert generated(other, [one, one], 2)[1].tokens == text[60:]
+
+
+def test_logits_that_are_no_numbers_end_it(verifier):
+    runner = Generation(verifier, 1)
+    with pytest.raises(ValueError, match=r"verifier\.dtype: the verifier's logits are not numbers in float32"):
+        runner._choose(torch.tensor([[0.0, torch.nan]]))
