@@ -132,7 +132,8 @@ class Generation:
         new = row.text[known:]
         # Of the padding nothing is seen, and what follows is written over it.
         new += [0] * min(-len(new) % _MULTIPLE, cached.context - len(row.text))
-        self._reserve(known + len(new))
+        if known + len(new) > cached.num_slots:
+            cached.resize(known + len(new), list(range(len(self._rows))))
         row.num_read = min(row.num_read, known) if before else len(row.text)
         if not before and (other := next(others, None)) is not None:  # it was read as this one would be
             cached.copy(other, place, len(row.text))
@@ -141,18 +142,15 @@ class Generation:
             sequence = slice(place, place + 1)
             cached.forward(fed, length, known + len(new), sequence, is_prompt=not known, logits_to_keep=1)
 
-    def _reserve(self, num_slots: int) -> None:
-        if num_slots > self._cached.num_slots:
-            self._cached.resize(num_slots, list(range(len(self._rows))))
-
     def _step(self) -> None:
         """Add a token to every row; begin the next answer of a task if it ends one."""
         device = self._verifier.device
         fed = torch.tensor([[row.last if row else 0] for row in self._rows], device=device)
         lengths = [len(row.text) if row else 0 for row in self._rows]
-        self._reserve(max(lengths) + 1)
-        held = torch.tensor(lengths, device=device)
-        output = self._cached.forward(fed, held, round_up(max(lengths) + 1))
+        num_read, num_slots = round_up(max(lengths) + 1), self._cached.num_slots
+        if num_read > num_slots or 3 * num_read <= 2 * num_slots:
+            self._cached.resize(num_read, list(range(len(self._rows))))
+        output = self._cached.forward(fed, torch.tensor(lengths, device=device), num_read)
         tokens = self._choose(output.logits[:, 0])
         for place, row in enumerate(self._rows):
             if row is None:

@@ -24,7 +24,7 @@ from ..kernels import run_on
 from .model import PER_TOKEN, Verifier, VerifierOutput
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-_FEW = 128  # tokens of a sequence in one forward, up to which copies of its keys cost more than anything else
+_FEW = 32  # tokens of a sequence in one forward
 _GROUPED = "sdpa_grouped"  # the name of `_attend` as an attention of transformers
 
 
@@ -84,8 +84,11 @@ class SlotCache(Cache):
         views = {}
         for shape, number in Counter(shapes).items():
             heads, head_dim, dtype, device = shape
-            sizes = number, num_sequences, num_slots, heads, head_dim
-            self.tensors.append(torch.zeros(sizes, dtype=dtype, device=device))
+            sizes = [number, num_sequences, num_slots, heads, head_dim]
+            if by_head := device.type == "cpu":  # which multiplies what lies together
+                sizes[2:4] = heads, num_slots
+            memory = torch.zeros(sizes, dtype=dtype, device=device)
+            self.tensors.append(memory.transpose(2, 3) if by_head else memory)
             views[shape] = iter(self.tensors[-1])
         pairs = zip(shapes[::2], shapes[1::2], strict=True)
         super().__init__(layers=[_StaticLayer(self, next(views[key]), next(views[value])) for key, value in pairs])
@@ -112,19 +115,20 @@ class SlotCache(Cache):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as transformers' sdpa does, but with the queries that share a key next to each other.
+    """Attend to a cache on a CPU: for few tokens by two products, of the queries that share keys together.
 
-    For several tokens with a mask transformers copies the keys for every query head, which on a CPU takes most of a
-    step.
+    torch's fused kernel takes up to twice as long for them, and transformers copies the keys for every query head.
     """
-    (batch, heads, length, _), groups = query.shape, query.shape[1] // key.shape[1]
-    if attention_mask is None or groups == 1 or length > _FEW or options.get("position_bias") is not None:
+    (batch, num_heads, length, head_dim), (num_keys, value_dim) = query.shape, value.shape[2:]
+    if attention_mask is None or length > _FEW or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query = query.reshape(batch, key.shape[1], groups * length, -1)
-    mask = attention_mask[..., : key.shape[2]].expand(batch, -1, length, -1).repeat(1, 1, groups, 1)
-    scale = options.get("scaling")
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+    query, key, value = query * (options.get("scaling") or head_dim**-0.5), key.flatten(0, 1), value.flatten(0, 1)
+    grouped = len(key), num_heads * batch // len(key) * length
+    scores = torch.bmm(query.reshape(*grouped, head_dim), key.transpose(1, 2)).view(batch, -1, length, num_keys)
+    mask = attention_mask[..., :num_keys]
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    out = torch.bmm(scores.softmax(-1).view(*grouped, num_keys), value).view(batch, num_heads, length, value_dim)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_GROUPED, _attend)
@@ -186,11 +190,14 @@ class CachedVerifier:
         """Run the model on tokens [b, n] that stand in the slots after the `lengths` [b] committed ones.
 
         Args:
-            num_read: slots that are read, at least those of the longest sequence with its new tokens.
+            num_read: slots that are read, at least those of the longest sequence with its new tokens; on a CPU all, if
+                these are most of them, for what lies together is read faster.
             sequences: which b of the batch's.
             tree: that the tokens are the nodes of; None if each follows the one before it.
             is_prompt: nothing is committed yet.
         """
+        if tokens.device.type == "cpu" and 3 * num_read > 2 * self.num_slots:
+            num_read = self.num_slots
         slots = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         positions = slots if tree is None else lengths[:, None] + tree.depths
         cache = self.cache
