@@ -113,7 +113,7 @@ class Answerer:
         alone = self._speculator.decode(self._alone)
         answers: list[dict[str, Any]] = [
             {
-                "text": answer_text(self._verifier.tokenizer, own.tokens),
+                "text": answer_text(self._verifier.tokenizer, own.tokens, None, self._verifier.end_token_ids),
                 "prompt_tokens": len(request.prompt),
                 "output_tokens": len(own.tokens),
                 "seconds_alone": own.seconds,

@@ -116,7 +116,7 @@ def converse(
             tokens, ended = yield GenerationRequest(
                 context, options.max_tokens, verifier.end_token_ids, temperature, options.top_p, seed
             )
-            text, reasoning = split_answer(verifier.tokenizer, tokens)
+            text, reasoning = split_answer(verifier.tokenizer, tokens, end_token_ids=verifier.end_token_ids)
             reason = "stop" if ended else "length"
             conversation.add(Answer(text or "", reason, len(context), len(tokens), reasoning, Turn(context, tokens)))
 

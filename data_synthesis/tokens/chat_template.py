@@ -69,12 +69,17 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: abc.Sequence[Mes
     return list(apply_template(tokenizer, _without_reasoning(messages), add_generation_prompt=True, tokenize=True))
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str | None = None) -> str:
-    """Return an answer, by its text if its tokens are not known, without special tokens and reasoning.
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int] | None,
+    text: str | None = None,
+    end_token_ids: abc.Collection[int] = (),
+) -> str:
+    """Return an answer, by its text if its tokens are not known, without special tokens, its end and reasoning.
 
     If it was cut within its reasoning, that is returned.
     """
-    content, reasoning = split_answer(tokenizer, tokens, text if tokens is None else None)
+    content, reasoning = split_answer(tokenizer, tokens, text if tokens is None else None, end_token_ids)
     return (reasoning or "") if content is None else content
 
 

@@ -53,12 +53,18 @@ class _Marks:
 
 
 def split_answer(
-    tokenizer: PreTrainedTokenizerBase, tokens: list[int] | None, text: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int] | None,
+    text: str | None = None,
+    end_token_ids: abc.Collection[int] = (),
 ) -> tuple[str | None, str | None]:
     """Return an answer's text and its reasoning; no text if it was cut within its reasoning.
 
-    Of tokens and text (without special tokens) one may be unknown.
+    Of tokens and text (without special tokens) one may be unknown. The token that ends the answer is no part of it,
+    though it be no special one, such as a line break.
     """
+    if tokens and tokens[-1] in end_token_ids:
+        tokens = tokens[:-1]
     marks = _marks(tokenizer, str(tokenizer.get_chat_template()))
     if tokens is None:
         _warn_once(_HIDDEN, {str(tokenizer.decode(head)) for _, head, _ in marks.special if head})

@@ -50,6 +50,9 @@ class _Engine:
         self._sampling |= {"top_k": options.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
         self._sampling |= {"stop_token_ids": load_end_token_ids(verifier, self.tokenizer)}
 
+    def _text(self, tokens: list[int] | None, text: str | None = None) -> str:
+        return answer_text(self.tokenizer, tokens, text, self._sampling["stop_token_ids"])
+
     async def _post(
         self, path: str, body: dict[str, Any], prompt: list[int], read: Callable[[Any], tuple[Any, ...]]
     ) -> tuple[Any, ...]:
@@ -149,7 +152,7 @@ class Vllm(_Engine):
                 f"evaluate.batch_size={options.batch_size} needs a server that counts each request: start it "
                 "with --per-request-spec-decode-metrics summary, or set evaluate.batch_size=1, which reads /metrics"
             )
-        return Completion(answer_text(self.tokenizer, tokens, text), written, seconds, counts)
+        return Completion(self._text(tokens, text), written, seconds, counts)
 
     async def _counters(self) -> VllmCounters:
         try:
@@ -230,7 +233,7 @@ class Sglang(_Engine):
             counts = read_sglang_answer(meta, self._options.num_draft_tokens, self._options.draft_depth)
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is an SGLang that evaluation cannot read: {error}") from None
-        return Completion(answer_text(self.tokenizer, tokens, text), written, seconds, counts)
+        return Completion(self._text(tokens, text), written, seconds, counts)
 
 
 class TensorrtLlm(_Engine):
@@ -256,7 +259,7 @@ class TensorrtLlm(_Engine):
             counts = read_tensorrt_llm_answer(counted, written, options.num_draft_tokens)
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is a TensorRT-LLM that evaluation cannot read: {error}") from None
-        return Completion(answer_text(self.tokenizer, tokens), written, seconds, counts)
+        return Completion(self._text(tokens), written, seconds, counts)
 
 
 def _read_vllm(response: Any) -> tuple[Any, ...]:

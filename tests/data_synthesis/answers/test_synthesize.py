@@ -42,6 +42,21 @@ def test_a_history_before_which_no_users_turn_is_found_ends_its_conversation(ver
     assert not conversation.wants_turn
 
 
+def test_a_token_that_ends_an_answer_is_no_part_of_its_text_though_it_be_no_special_one(verifier, monkeypatch):
+    def answered() -> Answer:
+        conversation = asked("Name a colour.")
+        converse_all(verifier, [conversation], 0.0, 8)
+        return conversation.answers[0]
+
+    tokens = answered().turn.answer
+    special = verifier.tokenizer.all_special_ids
+    place = next(n for n, token in enumerate(tokens) if n and token not in {*tokens[:n], *special})
+    monkeypatch.setattr(verifier, "end_token_ids", [*verifier.end_token_ids, tokens[place]])
+    ended = answered()
+    assert (ended.turn.answer, ended.finish_reason) == (tokens[: place + 1], "stop")
+    assert ended.text == verifier.tokenizer.decode(tokens[:place])
+
+
 def test_each_turn_is_asked_on_the_answers_before_it_without_their_reasoning():
     conversation = asked("a?", "b?", system="Be short.")
     conversation.add(answer("A", reasoning="hm"))
