@@ -103,5 +103,5 @@ def form_notes(head: HeadFiles) -> list[str]:
         if found := obstacles(engine, served):
             notes.append(f"{engine}: cannot serve the head as it was trained: {' and '.join(found)}")
         elif needed := flags(engine, served):
-            notes.append(f"{engine}: needs{needed}, or it is served otherwise than trained")
+            notes.append(f"{engine}: needs{needed}, or it is not served as it was trained")
     return notes

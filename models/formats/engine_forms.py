@@ -74,6 +74,7 @@ _SKIPS_FC = _ignored("it takes aux states as wide as the head's own for its stat
 _NO_FC_NORM = _refused("it knows no fc_norm")
 _NO_QK_NORM = _refused("it knows no head with norms of q and k"), _ignored("it drops the norms of q and k"), UNREAD
 _LAST = _refused("it cannot take the output of the verifier's last layer")
+_BY_TRANSFORMERS = Verdict(Kind.flag, flag=lambda head: "--model-impl transformers")  # its own class gives no states
 
 
 def _in_some_layers(served: ServedHead) -> bool:
@@ -90,6 +91,10 @@ def _reads_last_layer(served: ServedHead) -> bool:
 
 def _of_gpt_oss(served: ServedHead) -> bool:
     return "GptOssForCausalLM" in served.architectures
+
+
+def _of_gemma3(served: ServedHead) -> bool:
+    return "Gemma3ForCausalLM" in served.architectures
 
 
 def _narrow_aux_states(served: ServedHead) -> bool:
@@ -136,6 +141,8 @@ FORMS = (
     Form("another width than the verifier's", _own_width, (SERVED, SERVED, SERVED, SERVED)),
     Form("no lm_head in the file: the verifier's is taken", lambda served: not served.lm_head,
          (SERVED, SERVED, SERVED, SERVED)),
+    Form("any, of a Gemma 3 verifier (text)", _of_gemma3,
+         (_BY_TRANSFORMERS, SERVED, _refused("its Gemma 3 gives no states of its layers"), UNREAD)),
 )
 # fmt: on
 

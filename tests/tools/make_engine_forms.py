@@ -23,7 +23,8 @@ _PUBLISHED = {  # by column of README.md, the rows it joins
 
 def _cell(verdict: Verdict) -> str:
     if verdict.kind is Kind.flag:
-        return f"`{verdict.flag(_WINDOWED).split()[0]}`"
+        flag, *value = verdict.flag(_WINDOWED).split()
+        return f"`{' '.join([flag, *(word for word in value if not word.isdigit())])}`"
     return {Kind.served: "yes", Kind.ignored: "ignored: lost"}.get(verdict.kind, verdict.kind.value)
 
 

@@ -52,8 +52,14 @@ SIZES = {
 LLAMA4 = {**SMALL_LLAMA4, "attention_chunk_size": 512}
 VERIFIERS = {  # the class, and the sizes of its text decoder
     "Qwen3ForCausalLM": {"intermediate_size": 128},
+    "Gemma3ForCausalLM": {"intermediate_size": 128, "sliding_window": 16, "tie_word_embeddings": True},
     "Llama4ForCausalLM": LLAMA4,
     "Llama4ForConditionalGeneration": LLAMA4,
+}
+
+SERVED_BY = {  # the class that vLLM runs, if it is another, and its options
+    "Llama4ForConditionalGeneration": ("Llama4ForConditionalGeneration", {"limit_mm_per_prompt": {"image": 0}}),
+    "Gemma3ForCausalLM": ("TransformersForCausalLM", {"model_impl": "transformers"}),  # as SERVING.md says
 }
 
 
@@ -169,5 +175,5 @@ def test_vllm_counts_what_fledge_counts_on_other_verifiers(tmp_path, verifier, a
     run = Run(tmp_path / "runs", tmp_path / "verifier")
     for stage in ("synthesize", "dump", "train", "evaluate"):
         run(stage, "evaluate.baselines=false")
-    takes_images = architecture.endswith("ForConditionalGeneration")
-    judge(run, tmp_path, architecture, **({"limit_mm_per_prompt": {"image": 0}} if takes_images else {}))
+    ran, options = SERVED_BY.get(architecture, (architecture, {}))
+    judge(run, tmp_path, ran, **options)

@@ -79,6 +79,8 @@ FACTS = [
     ),
     (f"{CONFIGS}/algos.py", "update_eagle3", "'qwen3': 'Eagle3Qwen3ForCausalLM'"),
     (f"{CONFIGS}/algos.py", "update_eagle3", "pre_trained_config.get('model_type', 'llama')"),
+    (f"{MODELS}/gemma3.py", "Gemma3ForCausalLM", "class Gemma3ForCausalLM(nn.Module, SupportsLoRA, SupportsPP):"),
+    (f"{MODELS}/transformers/base.py", "", "SupportsEagle3,"),  # so `--model-impl transformers`
     ("v1/worker/gpu_model_runner.py", "", "getattr(hf_config, 'eagle_aux_hidden_state_layer_ids', None)"),
     ("v1/worker/gpu_model_runner.py", "", "eagle_config.get('eagle_aux_hidden_state_layer_ids')"),
     ("v1/spec_decode/llm_base_proposer.py", "", "if not self.model.has_own_lm_head:\n"),
