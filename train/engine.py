@@ -1,7 +1,8 @@
-"""DeepSpeed: its configuration, the learning rate it is given, and the end of a micro-batch."""
+"""DeepSpeed: its configuration, the optimizer and learning rate it is given, and the end of a micro-batch."""
 
 import contextlib
 import io
+import itertools
 import math
 import warnings
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
 
-from ..conf.schema import DeepSpeedConfig, Dtype, TrainConfig
+from ..conf.schema import DeepSpeedConfig, Dtype, OptimizerName, TrainConfig
+
+_MOMENTUM = 0.95  # of Muon
 
 
 def micro_batches(packs_per_step: int) -> int:
@@ -23,7 +27,7 @@ def micro_batches(packs_per_step: int) -> int:
 
 
 def start_engine(module: nn.Module, options: TrainConfig, zero: DeepSpeedConfig, universal: bool = False) -> Any:
-    """Wrap a module in a DeepSpeed engine with AdamW over its trained parameters.
+    """Wrap a module in a DeepSpeed engine with `train.optimizer` over its trained parameters.
 
     With `universal` a checkpoint is loaded in the format that is free of the number of ranks.
     """
@@ -39,18 +43,118 @@ def start_engine(module: nn.Module, options: TrainConfig, zero: DeepSpeedConfig,
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
+        "zero_allow_untested_optimizer": options.optimizer is OptimizerName.muon,
     }
     if zero.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    first, second = options.betas
-    optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(first, second), weight_decay=options.weight_decay)
+    optimizer = make_optimizer(module, options)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     with contextlib.redirect_stdout(io.StringIO()):  # lines on memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if isinstance(optimizer, Muon):
+        optimizer.find_layouts(engine.optimizer, zero.zero_stage)
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look in bfloat16 only; ZeRO 3 always does
     return engine
+
+
+def make_optimizer(module: nn.Module, options: TrainConfig) -> torch.optim.AdamW:
+    """Return `train.optimizer` over the trained parameters of a module."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    first, second = options.betas
+    shared: dict[str, Any] = {"lr": options.lr, "betas": (first, second), "weight_decay": options.weight_decay}
+    if options.optimizer is OptimizerName.adamw:
+        return torch.optim.AdamW([parameter for _, parameter in trained], **shared)
+    rest, matrices = list[Tensor](), list[Tensor]()
+    for name, parameter in trained:
+        is_matrix = parameter.dim() == 2 and name.split(".")[-2] not in ("lm_head", "embed_tokens")
+        (matrices if is_matrix else rest).append(parameter)
+    return Muon(rest, matrices, (options.muon_lr or options.lr) / options.lr, **shared)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (https://kellerjordan.github.io/posts/muon/) for matrices, AdamW for the rest, under every ZeRO stage.
+
+    A matrix has `lr_factor` of the learning rate, and updates with the usual RMS of AdamW's (arXiv:2502.16982).
+    DeepSpeed's own Muon depends on the stage: it clips the gradient at 0, and the orthogonal update at 2 and 3.
+
+    Momentum and direction are sums of single elements, so a rank forms those of its partition; then all gather the
+    directions, and each orthogonalises the matrices that its partition has a part of. States have AdamW's names and
+    number, and groups the same options, or DeepSpeed would not convert them for another number of processes.
+    """
+
+    def __init__(self, rest: list[Tensor], matrices: list[Tensor], lr_factor: float, **options: Any) -> None:
+        super().__init__([{"params": rest}, {"params": matrices}], **options)
+        self.lr_factor = lr_factor
+        # What Muon updates: matrices, or by the flat partition that ZeRO makes of a group of them, a width and shapes
+        # for each stretch of it. The stretches of all ranks, in a row, are matrices of these shapes, and padding.
+        self.layouts: dict[Tensor, list[tuple[int, list[torch.Size]]] | None] = dict.fromkeys(matrices)
+
+    def find_layouts(self, zero: Any, stage: int) -> None:
+        """Note how DeepSpeed's optimizer lays out the matrices in the ranks' partitions."""
+        if stage == 3:  # of every parameter each rank has a stretch
+            for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+                if group[0] in self.layouts:
+                    self.layouts[flat] = [(p.partition_numel(), [p.ds_shape]) for p in group]
+        elif stage > 0:
+            if hasattr(zero, "bf16_groups"):  # stage 1 in bfloat16
+                parts = zip(zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True)
+            else:
+                parts = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+            for flat, group in parts:
+                if group[0] in self.layouts:
+                    self.layouts[flat] = [(len(flat), [p.shape for p in group])]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        by_muon = [any(parameter in self.layouts for parameter in group["params"]) for group in groups]
+        self.param_groups = [group for group, is_muon in zip(groups, by_muon, strict=True) if not is_muon]
+        super().step()
+        self.param_groups = groups
+        for group in itertools.compress(groups, by_muon):
+            for parameter in group["params"]:
+                self._update(parameter, group["lr"] * self.lr_factor, group["weight_decay"])
+
+    def _update(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+        state, gradient, layout = self.state[parameter], parameter.grad, self.layouts[parameter]
+        assert gradient is not None
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        momentum = state["exp_avg"].lerp_(gradient, 1 - _MOMENTUM)
+        direction = gradient.lerp(momentum, _MOMENTUM)
+        update = _orthogonal(direction) if layout is None else _orthogonal_part(direction, layout)
+        parameter.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
+
+
+def _orthogonal_part(direction: Tensor, layout: list[tuple[int, list[torch.Size]]]) -> Tensor:
+    """Return this rank's partition of the matrices' updates, from its partition of their directions [n]."""
+    local = direction.to(get_accelerator().current_device_name())  # with offload it lies on the CPU
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    gathered = local.new_empty(ranks, len(local))
+    dist.all_gather(list(gathered), local)
+    widths = [width for width, _ in layout]
+    for (width, shapes), part, update in zip(layout, gathered.split(widths, 1), local.split(widths), strict=True):
+        row, start = part.reshape(-1), 0
+        for shape in shapes:
+            end = start + shape.numel()
+            if start < (rank + 1) * width and end > rank * width:
+                row[start:end] = _orthogonal(row[start:end].view(shape)).flatten()
+            start = end
+        update.copy_(row[rank * width : (rank + 1) * width])
+    return local.to(direction.device)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Return the nearest orthogonal matrix, about, by five Newton-Schulz steps, with an RMS of 0.2 for a full rank."""
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    return x.to(matrix.dtype) * (0.2 * max(matrix.shape) ** 0.5)
 
 
 def end_micro_batch(engine: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, find_artifact, write_atomic
 from ..conf.runtime.signals import deferred
-from ..conf.schema import Config, HiddenStates
+from ..conf.schema import Config, HiddenStates, OptimizerName
 from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps, load_head
 from ..models.head.architectures import build_head
@@ -46,6 +46,7 @@ _NOT_DETERMINING = (
 )
 # Options of `draft` that came later: unset they are left out of the settings, so that older runs go on.
 _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
+_UNSET = [("optimizer", OptimizerName.adamw), ("muon_lr", None)]  # those of `train`, and what they are then
 
 
 def train(config: Config) -> None:
@@ -117,13 +118,13 @@ def _initial_head(config: Config, folder: str) -> DraftHead:
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
     """Return everything that determines the weights."""
     options, is_online = config.train, config.train.hidden_states is HiddenStates.online
-    values = {name: value for name, value in asdict(options).items() if name not in _NOT_DETERMINING}
+    values = [item for item in asdict(options).items() if item[0] not in _NOT_DETERMINING and item not in _UNSET]
     return {
         "hidden_states": data.settings,
         **({"verifier_dtype": config.verifier.dtype.value} if is_online else {}),
         "draft_vocabulary": digest(head.target_ids.tolist()),
         "draft": {name: value for name, value in asdict(config.draft).items() if value or name not in _LATER},
-        "train": {name: value.value if isinstance(value, Enum) else value for name, value in values.items()},
+        "train": {name: value.value if isinstance(value, Enum) else value for name, value in values},
         "init_from": file_digest(Path(options.init_from) / WEIGHTS) if options.init_from else None,
     }
 

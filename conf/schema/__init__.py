@@ -17,8 +17,8 @@ from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
-from .train import DeepSpeedConfig, HiddenStates, StoreConfig, TooLong, TrackerName, TrackingConfig, TrainConfig
-from .train import WandbMode
+from .train import DeepSpeedConfig, HiddenStates, OptimizerName, StoreConfig, TooLong, TrackerName, TrackingConfig
+from .train import TrainConfig, WandbMode
 
 _IS_FOLDER = Limit(
     "be a plain folder name",
@@ -157,6 +157,10 @@ def _check_conflicts(config: Config) -> None:
         config.train.dtype is not Dtype.bfloat16 or config.deepspeed.zero_stage > 0,
         "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
         "DeepSpeed keeps no float32 master weights at stage 0",
+    )
+    require(
+        config.train.muon_lr is None or config.train.optimizer is OptimizerName.muon,
+        f"train.optimizer must be muon with train.muon_lr={config.train.muon_lr}: set it, or muon_lr to null",
     )
     require(
         config.export.push_to is None or config.export.format is not ExportFormat.all,

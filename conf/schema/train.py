@@ -13,6 +13,8 @@ HiddenStates = Enum("HiddenStates", {"offline": "offline", "online": "online"})
 # A training sample longer than train.batch_tokens ends after its last answer that ends within (or is dropped without
 # one), or is dropped.
 TooLong = Enum("TooLong", {"cut": "cut", "drop": "drop"})
+# The optimizer of the head: AdamW; or Muon for the matrices of its layers and fc, and AdamW for all else.
+OptimizerName = Enum("OptimizerName", {"adamw": "adamw", "muon": "muon"})
 # Where W&B records go: its servers, a local folder, nowhere.
 WandbMode = Enum("WandbMode", {"online": "online", "offline": "offline", "disabled": "disabled"})
 
@@ -65,11 +67,15 @@ class TrainConfig:
     packs_per_step: PositiveInt = 8  # packs of an optimizer step over all processes; each accumulates its share
     # folder of a head to start from, a checkpoint or an import; null: start from the verifier
     init_from: str | None = None
+    # adamw; muon: by Muon the matrices of the layers and fc, by AdamW lm_head, norms and biases
+    optimizer: OptimizerName = OptimizerName.adamw
     lr: PositiveFloat = 1e-4  # peak learning rate
+    # peak learning rate of what Muon trains, whose updates are as large as AdamW's at the same rate; null: as lr
+    muon_lr: PositiveFloat | None = None
     min_lr_share: Share = 0.1  # share of lr that remains at the end of the cosine
     warmup_share: Share = 0.02  # share of all steps with linear warm-up
     betas: Annotated[list[float], _PAIR] = field(default_factory=lambda: [0.9, 0.95])  # Adam's two coefficients
-    weight_decay: float = 0.0  # weight decay of AdamW
+    weight_decay: float = 0.0  # weight decay of AdamW and Muon
     max_grad_norm: float = 0.5  # norm to which gradients are clipped
     dtype: Annotated[Dtype, _WIDE] = Dtype.bfloat16  # type of weights and activations; master weights are float32
     seed: int = 0  # seed of initialisation and order

@@ -73,14 +73,15 @@ def fledge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def script_result(script: Path, *launcher: str, **options: Any) -> Any:
+def script_result(script: Path, *launcher: str, arguments: Sequence[str] = (), **options: Any) -> Any:
     """Run a script on the CPU; return what its last line says in JSON.
 
     Args:
         launcher: modules and options that Python starts the script with.
+        arguments: the script's own.
         options: those of `subprocess.run`.
     """
-    command = [sys.executable, *launcher, str(script)]
+    command = [sys.executable, *launcher, str(script), *arguments]
     environment = {**_environment(), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -1,7 +1,7 @@
 """DeepSpeed's engine in every form: steps that are not finite among others, and without them.
 
-Started on one process or, by torchrun, on several; rank 0 prints one JSON line, of every form (ZeRO stage, offload,
-number format) what a run gave.
+Started on one process or, by torchrun, on several, for an optimizer; rank 0 prints one JSON line, of every form (ZeRO
+stage, offload, number format) what a run gave.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from builders import make_batch, make_head, matrices
 from deepspeed.accelerator import get_accelerator
-from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, TrainConfig
+from fledge.conf.schema import Config, DeepSpeedConfig, Dtype, OptimizerName, TrainConfig
 from fledge.train.engine import end_micro_batch, start_engine
 from fledge.train.loss.unroll import TTTModule
 from fledge.train.ranks.group import Ranks, joined
@@ -30,7 +30,8 @@ WITH, WITHOUT = [None, 0, PACKS - 1, None, None], [None, None, None]
 
 def train(form: DeepSpeedConfig, dtype: Dtype, bad: list[int | None], ranks: Ranks) -> dict[str, Any]:
     """Train a small head; give which steps were applied, the losses of those steps, and the waits for the device."""
-    options = TrainConfig(dtype=dtype, packs_per_step=PACKS * ranks.world, lr=1e-2)
+    optimizer = OptimizerName[sys.argv[1]]
+    options = TrainConfig(dtype=dtype, packs_per_step=PACKS * ranks.world, lr=1e-2, optimizer=optimizer)
     engine = start_engine(TTTModule(make_head(), TTT_STEPS, 0.8), options, form)
     embedding, lm_head = (matrix.to(getattr(torch, dtype.value)) for matrix in matrices())
     applied, losses, good = [], [], itertools.count()

@@ -49,10 +49,18 @@ def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_else(finis
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("zero_stage", "processes"), [pytest.param(2, (1, 2), marks=pytest.mark.slow), (3, (2, 1))])
-def test_training_moves_to_another_number_of_processes(finished, run, tmp_path, zero_stage, processes):
+@pytest.mark.parametrize(
+    ("zero_stage", "processes", "optimizer"),
+    [
+        pytest.param(2, (1, 2), "adamw", marks=pytest.mark.slow),
+        (3, (2, 1), "adamw"),
+        (2, (2, 1), "muon"),
+        pytest.param(3, (2, 1), "muon", marks=pytest.mark.slow),
+    ],
+)
+def test_training_moves_to_another_number_of_processes(finished, run, tmp_path, zero_stage, processes, optimizer):
     copy_until_dump(finished, run)
-    options = [f"deepspeed.zero_stage={zero_stage}", "train.packs_per_step=2"]
+    options = [f"deepspeed.zero_stage={zero_stage}", "train.packs_per_step=2", f"train.optimizer={optimizer}"]
     run("train", *options, processes=processes[0])
     moved = Run(tmp_path / "moved", run.verifier)
     shutil.copytree(run.path, moved.path)

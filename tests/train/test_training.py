@@ -46,24 +46,33 @@ def optimizer_state(checkpoint) -> list[torch.Tensor]:
 
 
 DEEP = ("draft.num_layers=3", "draft.norm_before_fc=true", "draft.attention_bias=true", "draft.qk_norm=true")
+MUON = ("train.optimizer=muon", "train.muon_lr=2e-3", "train.weight_decay=0.1", "train.packs_per_step=2")
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "loss", "form"),
-    [(1, "kl", ()), (3, "lk_lambda", DEEP), pytest.param(1, "kl", DEEP, marks=pytest.mark.slow)],
+    ("zero_stage", "loss", "form", "processes"),
+    [
+        (1, "kl", (), 1),
+        (3, "lk_lambda", DEEP, 1),
+        (1, "kl", MUON, 2),
+        (3, "kl", MUON, 2),
+        pytest.param(1, "kl", DEEP, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, run, tmp_path, zero_stage, loss, form):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    finished, run, tmp_path, zero_stage, loss, form, processes
+):
     import shutil
 
     options = [f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}", *form]
     copy_until_dump(finished, run)
-    run("train", *options)
+    run("train", *options, processes=processes)
     whole = run.path / "training"
     resumed = Run(tmp_path / "resumed", run.verifier)
     copy_until_dump(finished, resumed)
     shutil.copytree(whole, resumed.path / "training")
     as_if_killed_after(resumed, 9)
-    done = resumed("train", *options)
+    done = resumed("train", *options, processes=processes)
     assert "going on from step 9" in done.stdout
 
     first, second = (folder / "training" / "checkpoints" / "step-24" for folder in (run.path, resumed.path))
