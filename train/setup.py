@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, find_artifact, write_atomic
 from ..conf.runtime.signals import deferred
-from ..conf.schema import Config, HiddenStates, OptimizerName
+from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName
 from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, checkpoint_steps, load_head
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
+from ..models.head.from_verifier import parameters_of_verifier
 from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier.config import load_config, logit_transform
 from ..models.verifier.weights import VerifierWeights, check_identity
@@ -46,7 +47,8 @@ _NOT_DETERMINING = (
 )
 # Options of `draft` that came later: unset they are left out of the settings, so that older runs go on.
 _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
-_UNSET = [("optimizer", OptimizerName.adamw), ("muon_lr", None)]  # those of `train`, and what they are then
+# Those of `train`, and what they are then.
+_UNSET = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random), ("init_layer", None)]
 
 
 def train(config: Config) -> None:
@@ -68,6 +70,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
         stack.enter_context(data)
         head = initial_head or build_head(shape, data.vocabulary)
+        parameters_of_verifier(head, config.verifier, options)  # refused before data is read
         settings = _settings(config, data, head)
         saved = checkpoint_steps(folder / "checkpoints")
         ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
@@ -180,6 +183,7 @@ def _build_module(
     head = head.to(device)
     if not options.init_from:
         initialise(head, embedding, verifier_lm_head * transform.scale, options.seed)
+        head.load_state_dict(parameters_of_verifier(head, config.verifier, options), strict=False)
     head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
     loss, recompute = find_loss(options.loss), options.checkpoint_activations
     module = TTTModule(head, options.ttt_steps, options.gamma, loss, transform, options.blend_rate, recompute, kernels)

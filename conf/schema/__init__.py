@@ -17,8 +17,8 @@ from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
-from .train import DeepSpeedConfig, HiddenStates, OptimizerName, StoreConfig, TooLong, TrackerName, TrackingConfig
-from .train import TrainConfig, WandbMode
+from .train import DeepSpeedConfig, HeadInit, HiddenStates, OptimizerName, StoreConfig, TooLong, TrackerName
+from .train import TrackingConfig, TrainConfig, WandbMode
 
 _IS_FOLDER = Limit(
     "be a plain folder name",
@@ -161,6 +161,15 @@ def _check_conflicts(config: Config) -> None:
     require(
         config.train.muon_lr is None or config.train.optimizer is OptimizerName.muon,
         f"train.optimizer must be muon with train.muon_lr={config.train.muon_lr}: set it, or muon_lr to null",
+    )
+    train = config.train
+    require(
+        train.init is HeadInit.random or train.init_from is None,
+        f"train.init must be random with train.init_from, got {train.init.name}: the weights are that head's",
+    )
+    require(
+        train.init is HeadInit.layers or train.init_layer is None,
+        f"train.init must be layers with train.init_layer={train.init_layer}, got {train.init.name}",
     )
     require(
         config.export.push_to is None or config.export.format is not ExportFormat.all,

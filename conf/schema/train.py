@@ -15,6 +15,8 @@ HiddenStates = Enum("HiddenStates", {"offline": "offline", "online": "online"})
 TooLong = Enum("TooLong", {"cut": "cut", "drop": "drop"})
 # The optimizer of the head: AdamW; or Muon for the matrices of its layers and fc, and AdamW for all else.
 OptimizerName = Enum("OptimizerName", {"adamw": "adamw", "muon": "muon"})
+# Where a new head starts, next to lm_head: from random numbers; with the verifier's final norm; as its layers too.
+HeadInit = Enum("HeadInit", {"random": "random", "norm": "norm", "layers": "layers"})
 # Where W&B records go: its servers, a local folder, nowhere.
 WandbMode = Enum("WandbMode", {"online": "online", "offline": "offline", "disabled": "disabled"})
 
@@ -65,8 +67,12 @@ class TrainConfig:
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
     batch_tokens: PositiveInt = 4096  # tokens of a pack, which is the micro-batch of one rank
     packs_per_step: PositiveInt = 8  # packs of an optimizer step over all processes; each accumulates its share
-    # folder of a head to start from, a checkpoint or an import; null: start from the verifier
+    # folder of a head to start from, a checkpoint or an import; null: a new head, by init
     init_from: str | None = None
+    # how a new head begins, next to an lm_head of the verifier's: random; norm: with the verifier's final norm; layers:
+    # with that, with layers of the verifier, and with an fc that hands them one aux state
+    init: HeadInit = HeadInit.random
+    init_layer: NonNegativeInt | None = None  # the verifier's layer that the head's first one starts as; null: the last
     # adamw; muon: by Muon the matrices of the layers and fc, by AdamW lm_head, norms and biases
     optimizer: OptimizerName = OptimizerName.adamw
     lr: PositiveFloat = 1e-4  # peak learning rate

@@ -134,6 +134,21 @@ class VerifierWeights:
                     "or fetch it again if its files do not belong together"
                 )
 
+    def layer(self, number: int, prefix: str, modules: set[str]) -> dict[str, Tensor]:
+        """Read a decoder layer, which lies next to the embedding, by the names of its parameters after a prefix.
+
+        Of other modules than these nothing is read, and their weights have no elements.
+        """
+        above, dot, _ = self._embedding().rpartition(".")
+        place, found = f"{above}{dot}layers.{number}.", dict[str, Tensor]()
+        names = (name for name in self.files if name.startswith(place) and not name.endswith(".inv_freq"))
+        for module in sorted({name.rpartition(".")[0] for name in names}):
+            name = prefix + module.removeprefix(place)
+            found[f"{name}.weight"] = self._matrix(module) if name in modules else torch.empty(0)
+            if "bias" in self._parameters(module):
+                found[f"{name}.bias"] = self._tensors(module)["bias"]
+        return found
+
     def num_bytes(self) -> int:
         """Return the size of all files of weights."""
         return sum(self._path(file).stat().st_size for file in set(self.files.values()))
