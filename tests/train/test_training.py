@@ -175,6 +175,19 @@ def test_training_lowers_the_loss_and_records_every_metric(finished):
         assert 1 < record["heldout/acceptance_length_t1_3"] < 4
 
 
+def test_a_head_begins_as_a_layer_of_the_verifier_and_the_settings_of_others_do_not_say_how(
+    finished, run, verifier_config
+):
+    copy_until_dump(finished, run)
+    run("train", "train.init=layers", "train.lr=1e-30", "train.max_steps=1")
+    head, _ = load_head(run.path / "training" / "checkpoints" / "step-1")
+    of_verifier = VerifierWeights(verifier_config).layer(7, "", {"mlp.up_proj"})["mlp.up_proj.weight"]
+    assert torch.equal(head.layers[0].mlp.up_proj.weight, of_verifier)
+    ours, theirs = (json.loads((r.path / "training" / "manifest.json").read_text()) for r in (run, finished))
+    assert ours["settings"]["train"]["init"] == "layers"
+    assert theirs["settings"]["train"].keys().isdisjoint({"init", "init_layer", "optimizer", "muon_lr"})
+
+
 def test_a_frozen_lm_head_stays_the_verifiers(finished, run, verifier_config):
     copy_until_dump(finished, run)
     run("train", "draft.train_lm_head=false", "train.max_steps=2")
