@@ -121,6 +121,8 @@ class Muon(torch.optim.AdamW):
         assert gradient is not None
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())
+        state["step"] = state["step"] + 1  # not in place: after a conversion at ZeRO 3 it is AdamW's own tensor
         momentum = state["exp_avg"].lerp_(gradient, 1 - _MOMENTUM)
         direction = gradient.lerp(momentum, _MOMENTUM)
         update = _orthogonal(direction) if layout is None else _orthogonal_part(direction, layout)
