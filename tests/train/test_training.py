@@ -54,7 +54,7 @@ MUON = ("train.optimizer=muon", "train.muon_lr=2e-3", "train.weight_decay=0.1", 
     [
         (1, "kl", (), 1),
         (3, "lk_lambda", DEEP, 1),
-        (1, "kl", MUON, 2),
+        pytest.param(1, "kl", MUON, 2, marks=pytest.mark.slow),
         (3, "kl", MUON, 2),
         pytest.param(1, "kl", DEEP, 1, marks=pytest.mark.slow),
     ],
