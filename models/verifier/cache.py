@@ -85,7 +85,7 @@ class SlotCache(Cache):
         for shape, number in Counter(shapes).items():
             heads, head_dim, dtype, device = shape
             sizes = [number, num_sequences, num_slots, heads, head_dim]
-            if by_head := device.type == "cpu":  # which multiplies what lies together
+            if by_head := not run_on(device):  # CPUs multiply what lies together, kernels move whole slots
                 sizes[2:4] = heads, num_slots
             memory = torch.zeros(sizes, dtype=dtype, device=device)
             self.tensors.append(memory.transpose(2, 3) if by_head else memory)
