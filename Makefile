@@ -12,7 +12,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reo
 demo: $(STAMP)
 	$(BIN)/fledge demo
 
-# SmolLM2-135M-Instruct from its own prompts to a head, in runs/smollm2: about an hour. Started again, it goes on.
+# SmolLM2-135M-Instruct from its own prompts to a head, in runs/smollm2: an hour or so. Started again, it goes on.
 demo-smollm2: $(STAMP)
 	verifier=$$($(BIN)/python tests/tools/smollm2.py) && $(BIN)/fledge run experiment=smollm2_135m name=smollm2 "$$verifier"
 
