@@ -70,7 +70,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
         stack.enter_context(data)
         head = initial_head or build_head(shape, data.vocabulary)
-        parameters_of_verifier(head, config.verifier, options)  # refused before data is read
+        start = parameters_of_verifier(head, config.verifier, options)  # refused before data is read
         settings = _settings(config, data, head)
         saved = checkpoint_steps(folder / "checkpoints")
         ranks.agree({**settings, "newest checkpoint in runs_dir": saved[-1:]})
@@ -86,7 +86,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         if ranks.rank == 0:
             target = stack.enter_context(artifact(folder, "training", settings, config.overwrite))
         ranks.any_rank(False)  # no rank goes on before the folder is cleared
-        trainer = _build_trainer(config, ranks, data, head, kernels, target)
+        trainer = _build_trainer(config, ranks, data, head, start, kernels, target)
         waits = "it finishes the step, or held-out walk, at work and saves a checkpoint"
         with deferred(waits, then_stop=False) as signals:  # all ranks stop together, or are done
             trainer.run(signals)
@@ -133,11 +133,17 @@ def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, 
 
 
 def _build_trainer(
-    config: Config, ranks: Ranks, data: TrainingData, head: DraftHead, kernels: Checked, target: Artifact | None
+    config: Config,
+    ranks: Ranks,
+    data: TrainingData,
+    head: DraftHead,
+    start: dict[str, Tensor],
+    kernels: Checked,
+    target: Artifact | None,
 ) -> Trainer:
     """Start the engine, restore the newest checkpoint and, on rank 0, open the records."""
     options, dtype = config.train, getattr(torch, config.train.dtype.value)
-    module, embedding, verifier_lm_head = _build_module(config, head, ranks.device, ATTENTION in kernels.used)
+    module, embedding, verifier_lm_head = _build_module(config, head, start, ranks.device, ATTENTION in kernels.used)
     num_parameters = sum(parameter.numel() for parameter in head.parameters())
     online = None
     if options.hidden_states is HiddenStates.online:
@@ -173,7 +179,7 @@ def _build_trainer(
 
 
 def _build_module(
-    config: Config, head: DraftHead, device: torch.device, kernels: bool
+    config: Config, head: DraftHead, start: dict[str, Tensor], device: torch.device, kernels: bool
 ) -> tuple[TTTModule, Tensor, Tensor]:
     """Return the module that is trained, a new head initialised, and the verifier's embedding and lm_head."""
     options, dtype = config.train, getattr(torch, config.train.dtype.value)
@@ -183,7 +189,7 @@ def _build_module(
     head = head.to(device)
     if not options.init_from:
         initialise(head, embedding, verifier_lm_head * transform.scale, options.seed)
-        head.load_state_dict(parameters_of_verifier(head, config.verifier, options), strict=False)
+        head.load_state_dict(start, strict=False)
     head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
     loss, recompute = find_loss(options.loss), options.checkpoint_activations
     module = TTTModule(head, options.ttt_steps, options.gamma, loss, transform, options.blend_rate, recompute, kernels)

@@ -158,11 +158,11 @@ def _check_conflicts(config: Config) -> None:
         "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
         "DeepSpeed keeps no float32 master weights at stage 0",
     )
-    require(
-        config.train.muon_lr is None or config.train.optimizer is OptimizerName.muon,
-        f"train.optimizer must be muon with train.muon_lr={config.train.muon_lr}: set it, or muon_lr to null",
-    )
     train = config.train
+    require(
+        train.muon_lr is None or train.optimizer is OptimizerName.muon,
+        f"train.optimizer must be muon with train.muon_lr={train.muon_lr}: set it, or muon_lr to null",
+    )
     require(
         train.init is HeadInit.random or train.init_from is None,
         f"train.init must be random with train.init_from, got {train.init.name}: the weights are that head's",

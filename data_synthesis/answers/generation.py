@@ -75,10 +75,10 @@ class Generation:
     """Answers what tasks ask for, `num_rows` of them at a time; in padded batches if no static cache holds the past."""
 
     def __init__(self, verifier: Verifier, num_rows: int) -> None:
-        self._verifier, self._num_rows = verifier, num_rows
+        self._verifier = verifier
+        self._rows: list[_Row | None] = [None] * num_rows
         config = verifier.model.config.get_text_config()
         sample = [token for token in verifier.tokenizer.encode(_SAMPLE) if token < config.vocab_size]
-        self._rows: list[_Row | None] = []
         try:
             self._cached = CachedVerifier(verifier, num_rows)
             if len(sample) > 2:
@@ -102,7 +102,6 @@ class Generation:
         if not self._is_static:
             self._run_batches(tasks, may_begin, may_go_on)
             return
-        self._rows = [None] * self._num_rows
         while may_go_on():
             for place in range(len(self._rows)):
                 while self._rows[place] is None and may_begin():
@@ -133,7 +132,7 @@ class Generation:
         # Of the padding nothing is seen, and what follows is written over it.
         new += [0] * min(-len(new) % _MULTIPLE, cached.context - len(row.text))
         if known + len(new) > cached.num_slots:
-            cached.resize(known + len(new), list(range(len(self._rows))))
+            cached.resize(known + len(new))
         row.num_read = min(row.num_read, known) if before else len(row.text)
         if not before and (other := next(others, None)) is not None:  # it was read as this one would be
             cached.copy(other, place, len(row.text))
@@ -147,9 +146,9 @@ class Generation:
         device = self._verifier.device
         fed = torch.tensor([[row.last if row else 0] for row in self._rows], device=device)
         lengths = [len(row.text) if row else 0 for row in self._rows]
-        num_read, num_slots = round_up(max(lengths) + 1), self._cached.num_slots
-        if num_read > num_slots or 3 * num_read <= 2 * num_slots:
-            self._cached.resize(num_read, list(range(len(self._rows))))
+        num_read = round_up(max(lengths) + 1)
+        if num_read > self._cached.num_slots or not self._cached.are_most(num_read):
+            self._cached.resize(num_read)
         output = self._cached.forward(fed, torch.tensor(lengths, device=device), num_read)
         tokens = self._choose(output.logits[:, 0])
         for place, row in enumerate(self._rows):
@@ -173,21 +172,20 @@ class Generation:
             dtype = str(self._verifier.model.dtype).removeprefix("torch.")
             raise ValueError(f"verifier.dtype: the verifier's logits are not numbers in {dtype}: set float32")
         tokens = logits.argmax(-1)
-        sampled = defaultdict[tuple[float, float], list[int]](list)
+        sampled = defaultdict[tuple[float, float], dict[int, float]](dict)  # by place the number that draws
         for place, row in enumerate(self._rows):
             if row is not None and row.request.temperature:
-                sampled[row.request.temperature, row.request.top_p].append(place)
-        for (temperature, top_p), places in sampled.items():
-            rows = [row for place in places if (row := self._rows[place])]
-            numbers = [row.draws[len(row.answer)] for row in rows]
-            draws = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+                sampled[row.request.temperature, row.request.top_p][place] = row.draws[len(row.answer)]
+        for (temperature, top_p), numbers in sampled.items():
+            places = list(numbers)
+            draws = torch.tensor(list(numbers.values()), dtype=torch.float64, device=logits.device)
             p = probabilities(logits[places], temperature, top_p, num_sorted=_NUM_SORTED)
             tokens[places] = draw(p, draws)
-        return list(map(int, tokens.tolist()))
+        return list(tokens.tolist())
 
     def _run_batches(self, tasks: Iterator[Task], may_begin: Callable[[], bool], may_go_on: Callable[[], bool]) -> None:
-        """Run tasks by transformers' own generation, `num_rows` of them until all are at their ends."""
-        while may_begin() and (batch := list(islice(tasks, self._num_rows))):
+        """Run tasks by transformers' own generation, as many as there are rows until all are at their ends."""
+        while may_begin() and (batch := list(islice(tasks, len(self._rows)))):
             at_work = [(task, request) for task in batch if (request := next(task, None)) is not None]
             while at_work:
                 kinds = defaultdict[tuple[object, ...], list[tuple[Task, GenerationRequest]]](list)

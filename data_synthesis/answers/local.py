@@ -51,7 +51,7 @@ def answer_here(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> No
 
     heldout = {prompt.id for prompt in everything if is_heldout(prompt.id, config.data.heldout_share)}
     # Those of similar length together: steps read as much of the cache as the longest of them needs.
-    everything.sort(key=lambda p: (len(p.turns) + further.number(p), sum(map(len, p.turns)), p.id))
+    everything.sort(key=lambda p: (len(p.turns) + further.turns_to_write(p), sum(map(len, p.turns)), p.id))
     wanted = (prompt for prompt in everything if log.wants(prompt.id))
     tasks = (answer(prompt, 0.0 if prompt.id in heldout else options.temperature) for prompt in wanted)
     generation = Generation(verifier, min(options.batch_size, len(everything)))

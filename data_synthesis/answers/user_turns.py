@@ -50,9 +50,9 @@ class FurtherTurns:
 
     def begin(self, prompt: Prompt) -> Conversation:
         """Return a prompt's conversation."""
-        return Conversation(prompt, self.number(prompt))
+        return Conversation(prompt, self.turns_to_write(prompt))
 
-    def number(self, prompt: Prompt) -> int:
+    def turns_to_write(self, prompt: Prompt) -> int:
         """Return how many user turns the verifier is to write after a prompt's own."""
         source = self.sources.get(prompt.source)
         return source.turns - 1 if source else 0

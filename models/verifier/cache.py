@@ -154,14 +154,22 @@ class CachedVerifier:
         verifier.forward(torch.zeros(1, 1, dtype=torch.int64, device=verifier.device), past_key_values=self._like)
         self.cache = SlotCache(self._like, num_sequences, 0)
 
-    def resize(self, num_slots: int, sequences: list[int]) -> None:
-        """Keep the content of some sequences, which become the first ones, with memory for this many tokens each."""
+    def resize(self, num_slots: int, sequences: list[int] | None = None) -> None:
+        """Keep the content of some sequences, which become the first ones, with memory for this many tokens each.
+
+        None keeps all.
+        """
+        sequences = list(range(self.num_sequences)) if sequences is None else sequences
         old, self.num_slots, self.num_sequences = self.cache, round_up(num_slots), len(sequences)
         self.cache = SlotCache(self._like, self.num_sequences, self.num_slots)
         for new, tensor in zip(self.cache.tensors, old.tensors, strict=True):
             held = min(new.shape[2], tensor.shape[2])
             for place, sequence in enumerate(sequences):
                 new[:, place, :held] = tensor[:, sequence, :held]
+
+    def are_most(self, num_slots: int) -> bool:
+        """Return whether these are most of the slots, so that to read all of them costs little more."""
+        return 3 * num_slots > 2 * self.num_slots
 
     def copy(self, source: int, target: int, num_slots: int) -> None:
         """Copy the first slots of one sequence to another."""
@@ -196,7 +204,7 @@ class CachedVerifier:
             tree: that the tokens are the nodes of; None if each follows the one before it.
             is_prompt: nothing is committed yet.
         """
-        if tokens.device.type == "cpu" and 3 * num_read > 2 * self.num_slots:
+        if tokens.device.type == "cpu" and self.are_most(num_read):
             num_read = self.num_slots
         slots = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         positions = slots if tree is None else lengths[:, None] + tree.depths
