@@ -1,4 +1,4 @@
-"""The compare command: evaluations side by side, with published figures, and how their conditions differ."""
+"""The compare command: trainings and evaluations side by side, with published figures, and how conditions differ."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,12 +7,15 @@ from typing import Any
 
 from ..conf.runtime.artifact import MANIFEST, read_manifest, write_atomic
 from ..conf.schema import Config
+from ..models.formats.training_folder import checkpoint_steps
 from .figures.metrics import paired_difference
 from .figures.plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
 from .figures.records import ACCEPTANCE, RECORDS, TRAINED, Record, answered_records
 from .figures.report import NONE, drafting, figure, interval, sampling, speedup, table
+from .figures.walks import walks_tables
 
 _REPORT, _PLOT = "compare.md", "compare.png"
+_EVALUATION, _CHECKPOINTS = "evaluation", "training/checkpoints"  # in a run's folder
 _PUBLISHED = Path(__file__).parent / "figures" / "published.json"
 _UNKNOWN = "not told"
 _PUBLISHED_OF = "Published figures are of Llama 4 Maverick: lay them beside runs of that verifier only."
@@ -33,27 +36,33 @@ class Row:
 
 
 def compare(config: Config) -> None:
-    """Print the evaluations of `compare.runs` side by side, and write them to `compare.folder` if it is set."""
+    """Print `compare.runs` side by side, trained and evaluated, and write that to `compare.folder` if it is set."""
     options = config.compare
     if not options.runs:
         raise ValueError(
             "compare.runs is required: fledge compare RUN..., each a run's folder, its name in runs_dir, or the folder "
             "of an evaluation"
         )
-    folders = [_evaluation(run, config.runs_dir) for run in options.runs]
+    folders = [_folder(run, config.runs_dir) for run in options.runs]
     # A run is called by its folder's name, or as in `compare.runs` if two have the same.
-    names = [(folder.parent if folder.name == "evaluation" else folder).resolve().name for folder in folders]
+    names = [(folder.parent if folder.name == _EVALUATION else folder).resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else run for name, run in zip(names, options.runs, strict=True)]
-    rows = [_row(name, folder) for name, folder in zip(names, folders, strict=True)]
-    published = published_rows() if options.published else []
-    text = comparison(rows, published)
+    named = dict(zip(names, folders, strict=True))
+    evaluations = {name: place for name, folder in named.items() if (place := _evaluation(folder))}
+    trainings = {name: folder / "training" for name, folder in named.items() if checkpoint_steps(folder / _CHECKPOINTS)}
+    rows = [_row(name, folder) for name, folder in evaluations.items()]
+    published = published_rows() if options.published and rows else []
+    text = "\n\n".join([*walks_tables(trainings), *([comparison(rows, published)] if rows else [])])
     print(text)
     if options.folder:
         folder = Path(options.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _draw(folder / _PLOT, [*rows, *published])
-        title = "Left: acceptance length with 95 % intervals; right: acceptance by position, of all rounds"
-        write_atomic(folder / _REPORT, f"# Acceptance compared\n\n{text}\n\n![{title}]({_PLOT})\n\n{title}.\n")
+        text = f"# Acceptance compared\n\n{text}\n"
+        if rows:
+            _draw(folder / _PLOT, [*rows, *published])
+            title = "Left: acceptance length with 95 % intervals; right: acceptance by position, of all rounds"
+            text += f"\n![{title}]({_PLOT})\n\n{title}.\n"
+        write_atomic(folder / _REPORT, text)
         print(f"\ncomparison: {folder / _REPORT}")
 
 
@@ -62,13 +71,23 @@ def published_rows() -> list[Row]:
     return [Row(**row) for row in json.loads(_PUBLISHED.read_text())]
 
 
-def _evaluation(run: str, runs_dir: str) -> Path:
-    """Return the evaluation of a run: a folder that is one or holds one, or a name in runs_dir."""
-    places = [Path(run), Path(run) / "evaluation", Path(runs_dir) / run / "evaluation"]
-    folder = next((place for place in places if (place / MANIFEST).is_file()), None)
-    if folder is None:
-        names = ", ".join(dict.fromkeys(map(str, places)))
-        raise ValueError(f"compare.runs: {run} has no evaluation (looked in {names}): run `fledge evaluate` first")
+def _folder(run: str, runs_dir: str) -> Path:
+    """Return the folder of a run, or of an evaluation: a path, or a name in runs_dir."""
+    places = Path(run), Path(runs_dir) / run
+    for place in places:
+        if any((place / part).exists() for part in (MANIFEST, f"{_EVALUATION}/{MANIFEST}", _CHECKPOINTS)):
+            return place
+    raise ValueError(
+        f"compare.runs: {run} has neither an evaluation nor a training (looked in {', '.join(map(str, places))}): run "
+        "`fledge evaluate` first"
+    )
+
+
+def _evaluation(folder: Path) -> Path | None:
+    """Return the evaluation that a folder is or holds, None if it holds none."""
+    folder = folder if (folder / MANIFEST).is_file() else folder / _EVALUATION
+    if not (folder / MANIFEST).is_file():
+        return None
     read_manifest(folder, "evaluation")
     if not (folder / ACCEPTANCE).is_file():
         raise ValueError(f"compare.runs: {folder / ACCEPTANCE} is missing: run `fledge evaluate` again")

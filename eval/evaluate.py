@@ -5,7 +5,8 @@ from typing import Any
 
 from ..conf.runtime.artifact import artifact, differences, file_digest, find_artifact, read_manifest, write_json
 from ..conf.schema import Config, EvaluateEngine
-from ..models.formats.plain import WEIGHTS, head_folder, load_head
+from ..models.formats.plain import WEIGHTS, load_head
+from ..models.formats.training_folder import head_folder
 from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
 from ..models.verifier.config import torch_device

@@ -11,9 +11,10 @@ from ..conf.runtime.artifact import MANIFEST, commit, digest, file_digest, held,
 from ..conf.schema import Config, ExportFormat
 from .formats.engine_forms import VLLM
 from .formats.model_card import license_of, model_card
-from .formats.plain import WEIGHTS, head_folder, load_head
+from .formats.plain import WEIGHTS, load_head
 from .formats.serving_formats import SERVING_FORMATS, ExportedHead, vllm_command
 from .formats.serving_notes import engines_of, serving_files, unserved
+from .formats.training_folder import head_folder
 from .head.draft_head import DraftHead
 from .hub import push
 from .verifier.config import checkpoint_file, load_whole_config, verifier_location

@@ -22,7 +22,8 @@ from deepspeed.checkpoint import ds_to_universal
 from safetensors import SafetensorError
 
 from ..conf.runtime.artifact import commit, digest, sync, write_atomic, write_json
-from ..models.formats.plain import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, save_head
+from ..models.formats.plain import save_head
+from ..models.formats.training_folder import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, read_walks
 from ..models.head.draft_head import DraftHead
 from .heldout import HeldoutByLength, HeldoutCounts, acceptance_lengths, total
 
@@ -174,8 +175,8 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState:
             torch.cuda.set_rng_state(rng["cuda"])
     names = [entry.name for entry in dataclasses.fields(TrainerState)]
     state = TrainerState(**{name: values[name] for name in names if name in values})
-    for length, by_sample in json.loads((newest / HELDOUT_WALKS).read_text()).items():
-        state.heldout[int(length)] = {sample_id: HeldoutCounts(**counts) for sample_id, counts in by_sample.items()}
+    for length, by_sample in read_walks(newest).items():
+        state.heldout[length] = {sample_id: HeldoutCounts(**counts) for sample_id, counts in by_sample.items()}
     if rank == 0:
         _name(folder, state)  # a kill may have come between the checkpoint and its names
     return state

@@ -18,7 +18,8 @@ from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, fin
 from ..conf.runtime.signals import deferred
 from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName
 from ..data_synthesis.states.verifier_check import check_verifier
-from ..models.formats.plain import WEIGHTS, checkpoint_steps, load_head
+from ..models.formats.plain import WEIGHTS, load_head
+from ..models.formats.training_folder import checkpoint_steps
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise

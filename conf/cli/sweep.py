@@ -14,6 +14,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from ...models.formats.training_folder import LATEST, head_folder
 from ..runtime.launch import environments, run_stage
 from ..runtime.rank_info import read_rank_info
 from ..runtime.signals import EXIT_AGAIN, deferred
@@ -72,10 +73,11 @@ class Sweep:
 
     def report(self) -> None:
         """Print the runs, the best first."""
-        if measured := {run: length for run, length in self.results.items() if length is not None}:
-            print("held-out acceptance length of the best checkpoint:")
-            for run in sorted(measured, key=lambda run: -measured[run]):
-                print(f"  {measured[run]:.3f}  {run}")
+        from ...eval.figures.walks import walks_tables  # imports numpy, which most commands do without
+
+        measured = {run: length for run, length in self.results.items() if length is not None}
+        best_first = sorted(measured, key=lambda run: -measured[run])
+        print(*walks_tables({Path(run).name: Path(run) / "training" for run in best_first}), sep="\n\n")
 
     def _as_typed(self, config: Config) -> tuple[str, list[str]]:
         """Return the name of a job's run and its overrides: those that were typed, and the values it was given."""
@@ -102,7 +104,5 @@ class Sweep:
 
 def _acceptance_length(training: Path) -> float | None:
     """Return the held-out acceptance length of a run's best checkpoint, None if nothing was held out."""
-    checkpoints = training / "checkpoints"
-    latest = checkpoints / (checkpoints / "latest").read_text().strip()
-    state = json.loads((latest / "trainer.json").read_text())
+    state = json.loads((head_folder(LATEST, training) / "trainer.json").read_text())
     return None if state["best_step"] is None else float(state["best_acceptance_length"])

@@ -46,6 +46,7 @@ class StoreConfig:
 
     folder: str = MISSING  # folder of a hidden-state store
     weight: PositiveFloat = 1.0  # how often each of its samples is seen in an epoch; 0.5: one half, then the other
+    limit: PositiveInt | None = None  # most samples of it that are trained on; a higher limit has these, too
 
 
 @dataclass

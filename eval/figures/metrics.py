@@ -120,10 +120,14 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
     its own standard error, which keeps the level if questions are few (docs/evidence/experiments.md). None of fewer
     than four questions with a round. If all questions accepted alike both bounds are that value.
     """
-    columns = _by_question(records, drafter, num_positions)
+    return rate_interval(_by_question(records, drafter, num_positions), num_positions)
+
+
+def rate_interval(columns: _Array, most: int) -> list[float] | None:
+    """Return that interval of columns [questions, 2], rounds and accepted tokens, of which a round has `most`."""
     if np.count_nonzero(columns[:, 0]) < _FEWEST:
         return None
-    return (1 + np.clip(_bootstrap_t(columns, _rate), 0.0, float(num_positions))).tolist()
+    return (1 + np.clip(_bootstrap_t(columns, _rate), 0.0, float(most))).tolist()
 
 
 def paired_difference(
@@ -135,12 +139,16 @@ def paired_difference(
     order; `num_positions` are of ours and of theirs.
     """
     sides = [_by_question(side, drafter, num) for side, num in zip((ours, theirs), num_positions, strict=True)]
-    columns = np.concatenate(sides, 1)
+    return rate_difference(*sides, num_positions)
+
+
+def rate_difference(ours: _Array, theirs: _Array, most: tuple[int, int]) -> tuple[float, list[float] | None]:
+    """Return that difference and its interval of columns [questions, 2], as in `rate_interval`."""
+    columns = np.concatenate([ours, theirs], 1)
     difference = float(_rate(columns.sum(0, keepdims=True))[0][0])
-    if min(np.count_nonzero(side[:, 0]) for side in sides) < _FEWEST:
+    if min(np.count_nonzero(side[:, 0]) for side in (ours, theirs)) < _FEWEST:
         return difference, None
-    most, least = num_positions
-    return difference, np.clip(_bootstrap_t(columns, _rate), -float(least), float(most)).tolist()
+    return difference, np.clip(_bootstrap_t(columns, _rate), -float(most[1]), float(most[0])).tolist()
 
 
 def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | None:

@@ -1,6 +1,5 @@
 """The results of an evaluation: acceptance.json, made of the records of its questions."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from ...conf.runtime.artifact import digest
 from ...conf.runtime.journal import read_journal
 from ...conf.schema import Config, DraftSampling, Dtype, EvaluateConfig, EvaluateEngine
 from ...data_synthesis.heldout import conversation_id
-from ...models.formats.plain import HELDOUT_WALKS
+from ...models.formats.training_folder import read_walks
 from ..questions import Question
 from .metrics import acceptance_interval, count, macro_acceptance_length, speedup_interval
 from .records import HELDOUT, RECORDS, TRAINED, Record
@@ -130,11 +129,10 @@ def acceptance_in_training(source: Path, ids: list[str], options: EvaluateConfig
     Greedy decoding is compared with teacher-forced rounds, which are the same, sampling with the estimate, which is of
     drafts that are drawn too. Both are of chains: training measures no trees.
     """
-    path, greedy = source / HELDOUT_WALKS, not options.temperature
+    greedy = not options.temperature
     drafts = DraftSampling.greedy if greedy else DraftSampling.sampled
-    is_measured = path.is_file() and options.tree_depth is None and options.draft_sampling is drafts
-    by_depth = json.loads(path.read_text()) if is_measured else {}
-    counts = by_depth.get(str(options.num_draft_tokens), {}).items()
+    is_measured = options.tree_depth is None and options.draft_sampling is drafts
+    counts = read_walks(source).get(options.num_draft_tokens, {}).items() if is_measured else ()
     known = [one for sample_id, one in counts if conversation_id(sample_id) in ids]
     gained, rounds = ("accepted", "rounds") if greedy else ("expected", "rows")
     number = sum(one.get(rounds, 0) for one in known)

@@ -27,8 +27,6 @@ CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "fledge.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _CURE = "`fledge import` reads the heads of other projects and formats"
-LATEST, BEST = "latest", "best"  # names of training checkpoints
-HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
 
 
 def plain_config(config: DraftHeadConfig, dtype: torch.dtype, lm_head: bool = True) -> dict[str, Any]:
@@ -230,29 +228,3 @@ def _vocabulary(place: Path, vocab_size: int, d2t: Tensor, t2d: Tensor | None) -
             "remove t2d from the weights if d2t is right"
         )
     return VocabularyMap(d2t, inside)
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Return the steps of the finished checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
-
-
-def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
-    """Return the folder of the head to use: `checkpoint`, or a training run's `best` or `latest` checkpoint.
-
-    None is the best, or the newest if none was measured.
-    """
-    if checkpoint is not None and checkpoint not in (BEST, LATEST):
-        return Path(checkpoint)
-    folder = training_folder / "checkpoints"
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise ValueError(f"{training_folder} holds no checkpoint: run `fledge train` first")
-    if checkpoint != LATEST and (folder / BEST).exists():
-        return folder / (folder / BEST).read_text().strip()
-    if checkpoint == BEST:
-        raise ValueError(f"{folder} has no best checkpoint, as nothing was held out: use latest")
-    return folder / f"step-{steps[-1]}"

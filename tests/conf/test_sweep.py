@@ -11,7 +11,7 @@ import yaml
 from commands import run_command
 from fledge.conf.cli import main
 from fledge.conf.cli.sweep import Sweep
-from fledge.models.formats.plain import head_folder
+from fledge.models.formats.training_folder import head_folder
 from fledge.train.checkpoints import STATE
 from fledge.train.metrics.tracking import read_metrics
 from omegaconf import OmegaConf
@@ -36,7 +36,7 @@ def test_each_job_trains_a_run_of_its_own_on_the_store_of_the_run_that_is_named(
     for job in jobs:
         measured = [record.get("heldout/acceptance_length_3") for record in read_metrics(job / "training")]
         lengths.append(max(filter(None, measured)))
-        assert f"{lengths[-1]:.3f}  {job}\n" in done.stdout
+        assert re.search(rf"^\| {job.name} +\| step-\d+ +\| \d+ +\| {lengths[-1]:.3f} ", done.stdout, re.MULTILINE)
     assert lengths[0] != lengths[1]
     assert sorted(os.listdir(run.folder)) == ["run", "run-train.lr-0.0001", "run-train.lr-0.01"]
     assert os.listdir(run.path) == ["sweep"]
@@ -59,7 +59,7 @@ def test_a_job_that_fails_does_not_stop_the_others_and_its_exit_code_is_the_swee
     done = run("train", "-m", *FEW_STEPS, folders, code=2)
     assert "run `fledge dump` first" in done.stderr
     assert "ended with exit code 2; the same command goes on there" in done.stderr
-    assert re.search(r"^  1\.\d+  ", done.stdout, re.MULTILINE), "the other was trained"
+    assert "Held-out answers, greedy" in done.stdout, "the other was trained"
 
 
 def test_jobs_that_would_share_a_run_are_refused(run):

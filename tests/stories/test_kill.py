@@ -11,7 +11,7 @@ from builders import Run
 from commands import popen
 from fledge.conf.runtime.journal import Journal, read_journal
 from fledge.data_synthesis.conversations import content_digest
-from fledge.models.formats.plain import checkpoint_steps
+from fledge.models.formats.training_folder import checkpoint_steps
 from fledge.train.metrics.tracking import read_metrics
 from safetensors.torch import load_file
 

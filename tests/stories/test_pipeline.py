@@ -8,7 +8,8 @@ from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.runtime.journal import read_journal
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.data_synthesis.heldout import is_heldout
-from fledge.models.formats.plain import head_folder, load_head
+from fledge.models.formats.plain import load_head
+from fledge.models.formats.training_folder import head_folder
 
 
 def best(run):

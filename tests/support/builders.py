@@ -25,7 +25,7 @@ from fledge.data_synthesis.heldout import is_heldout
 from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.store.store import write_index
-from fledge.models.formats.plain import checkpoint_steps
+from fledge.models.formats.training_folder import checkpoint_steps
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.vocabulary import build_vocabulary
 from fledge.models.verifier.config import load_config, special_token_ids

@@ -14,7 +14,8 @@ import torch
 from builders import Run, as_if_killed_after, assert_same_record, copy_until_dump, make_head, metrics_of
 from commands import popen
 from fledge.conf.schema import Config, DraftConfig
-from fledge.models.formats.plain import checkpoint_steps, head_folder, load_head, save_head
+from fledge.models.formats.plain import load_head, save_head
+from fledge.models.formats.training_folder import checkpoint_steps, head_folder
 from fledge.train import setup
 from safetensors.torch import load_file
 

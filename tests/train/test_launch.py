@@ -21,7 +21,7 @@ from fledge.conf.runtime.rank_info import RankInfo, first_host, own_gpus, read_r
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.store.index import sidecar_checksums
 from fledge.data_synthesis.store.store import write_index
-from fledge.models.formats.plain import checkpoint_steps
+from fledge.models.formats.training_folder import checkpoint_steps
 from fledge.models.verifier.model import _placement
 from fledge.train.metrics.tracking import read_metrics
 

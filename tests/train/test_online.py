@@ -9,7 +9,7 @@ from builders import Run, as_if_killed_after, assert_same_record, metrics_of
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
-from fledge.models.formats.plain import checkpoint_steps, head_folder
+from fledge.models.formats.training_folder import checkpoint_steps, head_folder
 from fledge.train.data.training_data import Batches
 from fledge.train.online import OnlineStates
 from safetensors import safe_open

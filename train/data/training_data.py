@@ -55,13 +55,22 @@ class Split:
     num_with_images: int = 0  # left out of online training, whose verifier is given tokens alone
 
     @classmethod
-    def of(cls, stores: list[HiddenStateStore], batch_tokens: int, too_long: TooLong) -> Split:
-        """Split stores by the ids that were held out when they were made; read the masks of long samples only."""
+    def of(
+        cls,
+        stores: list[HiddenStateStore],
+        batch_tokens: int,
+        too_long: TooLong,
+        limits: Iterable[int | None] = itertools.repeat(None),
+    ) -> Split:
+        """Split stores by the ids that were held out when they were made; read the masks of long samples only.
+
+        `limits` are of the training samples of each store, None for all.
+        """
         shares = [store.manifest["settings"]["heldout_share"] for store in stores]
         split = cls([], [], [])
         heldout_ids: set[str] = set()
-        for store, own_share in zip(stores, shares, strict=True):
-            dropped_before = split.num_dropped
+        for store, own_share, limit in zip(stores, shares, limits, strict=False):
+            first, dropped_before = len(split.lengths), split.num_dropped
             train: list[int] = []
             for index, (sample_id, length) in enumerate(zip(store.ids, store.lengths, strict=True)):
                 number = len(split.lengths)
@@ -84,6 +93,9 @@ class Split:
                     split.num_dropped += 1
             if not train:
                 raise _nothing_to_train(store, split.num_dropped - dropped_before, batch_tokens, max(shares))
+            if limit is not None:
+                names = dict(enumerate(store.ids, start=first))
+                train = sorted(sorted(train, key=lambda number: heldout_order(names[number]))[:limit])
             split.train.append(train)
         return split
 
@@ -200,9 +212,12 @@ class TrainingData:
         for store in self.stores:
             self._check(store)
         self._weights = [source.weight for source in sources]
-        digests = (store.manifest["digest"] for store in self.stores)
-        self.settings = [{"digest": of, "weight": weight} for of, weight in zip(digests, self._weights, strict=True)]
-        self.split = Split.of(self.stores, options.batch_tokens, options.too_long)
+        self.settings: list[dict[str, Any]] = []  # what determines the samples that are trained on
+        for store, source in zip(self.stores, sources, strict=True):
+            limit = {} if source.limit is None else {"limit": source.limit}
+            self.settings.append({"digest": store.manifest["digest"], "weight": source.weight, **limit})
+        limits = [source.limit for source in sources]
+        self.split = Split.of(self.stores, options.batch_tokens, options.too_long, limits)
         ids = [sample_id for store in self.stores for sample_id in store.ids]
         ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
         conversations = itertools.groupby(ordered, key=lambda sample: conversation_id(ids[sample]))

@@ -196,10 +196,45 @@ def test_runs_of_one_name_are_told_apart(runs, tmp_path, capsys):
     assert tuple(acceptance) == paths
 
 
+def walked(run: Path, hits: list[int], share: float = 0.5) -> None:
+    """A training whose one checkpoint accepted so many tokens in the two rounds of each held-out conversation."""
+    checkpoint = run / "training" / "checkpoints" / "step-7"
+    checkpoint.mkdir(parents=True)
+    counts = {f"c/{n}": {"rounds": 2, "accepted": hit, "rows": 4, "expected": 4 * share} for n, hit in enumerate(hits)}
+    counts |= {"c/0##2": {"rounds": 2, "accepted": 0, "rows": 4, "expected": 4 * share}}  # one with c/0
+    (checkpoint / "heldout_walks.json").write_text(json.dumps({"3": counts, "7": counts}))
+
+
+def test_trainings_are_compared_without_an_evaluation_with_paired_intervals(runs, capsys):
+    hits = [n % 5 for n in range(30)]
+    walked(runs / "a", hits)
+    walked(runs / "b", [hit + (n % 3 > 0) for n, hit in enumerate(hits)], share=0.75)
+    walked(runs / "c", hits[1:])
+    greedy, estimated = tables(compared(capsys, "a", "b", "c", f"runs_dir={runs}"))
+    assert [greedy[name]["held out"] for name in "abc"] == ["30", "30", "29"]
+    length, low, high = map(float, re.findall(r"[\d.]+", greedy["a"]["3 draft tokens"]))
+    assert length == pytest.approx(1 + 60 / 62, abs=1e-3)
+    assert 1 <= low < length < high <= 4
+    more, least, most = map(float, re.findall(r"[-+][\d.]+", greedy["b"]["minus a"]))
+    assert more == pytest.approx(20 / 62, abs=1e-3)
+    assert 0 < least < more < most < high - low, "a pair is closer than two"
+    assert [greedy[name]["minus a"] for name in "ac"] == ["-", "-"]
+    assert estimated["b"]["7 draft tokens"].startswith("1.750 ")
+    assert estimated["b"]["minus a"].startswith("+0.250 ")
+
+
+def test_trainings_stand_above_evaluations(runs, capsys):
+    walked(runs / "first", [1, 2, 3, 4])
+    greedy, _, acceptance, *_ = tables(compared(capsys, "first", "second", f"runs_dir={runs}"))
+    assert list(greedy) == ["first"]
+    assert "minus first" not in greedy["first"]
+    assert {"first", "second"} <= acceptance.keys()
+
+
 def test_an_evaluation_that_is_missing_or_not_complete_is_named_with_the_command_to_run(runs, tmp_path, capfd):
     message = fails(capfd, "first", "gone", f"runs_dir={runs}")
     assert re.search(
-        r"compare\.runs: gone has no evaluation \(looked in gone, gone/evaluation, .*gone/evaluation\)", message
+        r"compare\.runs: gone has neither an evaluation nor a training \(looked in gone, .*/gone\)", message
     )
     assert "run `fledge evaluate` first" in message
     evaluation(runs / "begun", WORSE, finished=False)

@@ -156,6 +156,19 @@ def test_what_one_store_holds_out_no_store_trains_on(finished, tmp_path):
     assert f"{len(held) - few} left out as another store's share holds them out" in str(split)
 
 
+def test_a_limit_takes_the_samples_of_a_lower_one_too_and_holds_out_the_same(finished, tmp_path):
+    like, masks = finished.path / "hidden_states", {f"sample/{n}": "0" * 9 + "1" * 5 for n in range(60)}
+    stores = [HiddenStateStore(write_store(tmp_path / str(seed), like, masks, 0.2, seed)) for seed in range(2)]
+    whole = Split.of(stores, 100, TooLong.cut)
+    some, more = (Split.of(stores, 100, TooLong.cut, [limit, None]) for limit in (5, 20))
+    assert [len(split.train[0]) for split in (some, more)] == [5, 20]
+    assert set(some.train[0]) < set(more.train[0]) < set(whole.train[0])
+    assert some.train[0] == sorted(some.train[0]) != whole.train[0][:5], "not those that were answered first"
+    assert whole.train[1] == some.train[1], "of the other store all"
+    assert whole.heldout == some.heldout == more.heldout
+    assert Split.of(stores, 100, TooLong.cut, [1000, 1000]) == whole
+
+
 def test_the_vocabulary_of_several_stores_is_chosen_by_their_weighted_counts(finished, config, tmp_path):
     like = finished.path / "hidden_states"
     other = write_store(tmp_path / "other", like, {f"sample/{n}": "0" + "1" * 99 for n in range(20)})

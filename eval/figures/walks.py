@@ -1,0 +1,71 @@
+"""What trainings measured on held-out conversations, side by side, with intervals."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...data_synthesis.heldout import conversation_id
+from ...models.formats.training_folder import head_folder, read_walks
+from .metrics import rate_difference, rate_interval
+from .report import NONE, table
+
+# By title what is divided of a `HeldoutCounts`.
+_RATES = {
+    "Held-out answers, greedy": ("accepted", "rounds"),
+    "Held-out answers, estimated at temperature 1": ("expected", "rows"),
+}
+
+_Counts = dict[str, NDArray[np.float64]]  # by conversation: what was divided by, and what was divided
+
+
+def walks_tables(runs: dict[str, Path]) -> Iterator[str]:
+    """Yield tables of training folders, by the names of their runs; nothing if none of them has held anything out.
+
+    A run is measured at its best checkpoint. Differences from the first run are paired by conversation, and need the
+    same held-out conversations.
+    """
+    folders = {name: head_folder(None, folder) for name, folder in runs.items()}
+    walks = {name: walk for name, folder in folders.items() if (walk := read_walks(folder))}
+    if not walks:
+        return
+    first, depths = next(iter(walks)), sorted({depth for walk in walks.values() for depth in walk})
+    minus = [f"minus {first}"] * (len(walks) > 1)
+    head = ["run", "checkpoint", "held out", *(cell for n in depths for cell in (f"{n} draft tokens", *minus))]
+    for title, names in _RATES.items():
+        counts = {run: {n: _by_conversation(of, *names) for n, of in walk.items()} for run, walk in walks.items()}
+        rows = []
+        for run, by_depth in counts.items():
+            row = [run, folders[run].name, str(len(next(iter(by_depth.values()))))]
+            for depth in depths:
+                row.append(_length(by_depth.get(depth, {}), depth))
+                row += [_difference(by_depth, counts[first], depth) if run != first else NONE] * len(minus)
+            rows.append(row)
+        yield f"{title}:\n\n{table(head, rows)}"
+
+
+def _by_conversation(counts: dict[str, dict[str, float]], gained: str, rounds: str) -> _Counts:
+    sums: _Counts = {}
+    for sample_id, one in counts.items():
+        name = conversation_id(sample_id)
+        sums[name] = sums.get(name, 0.0) + np.array([one[rounds], one[gained]])
+    return dict(sorted(sums.items()))
+
+
+def _length(counts: _Counts, depth: int) -> str:
+    if not counts:
+        return NONE
+    columns = np.stack(list(counts.values()))
+    rounds, gained = columns.sum(0)
+    bounds = rate_interval(columns, depth)
+    return f"{1 + gained / max(rounds, 1):.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+
+
+def _difference(ours: dict[int, _Counts], theirs: dict[int, _Counts], depth: int) -> str:
+    one, other = ours.get(depth, {}), theirs.get(depth, {})
+    if not one or one.keys() != other.keys():
+        return NONE
+    columns = np.stack(list(one.values())), np.stack(list(other.values()))
+    value, bounds = rate_difference(*columns, (depth, depth))
+    return f"{value:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
