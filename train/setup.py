@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, find_artifact, write_atomic
 from ..conf.runtime.signals import deferred
-from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName
+from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName, Positions
 from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, load_head
 from ..models.formats.training_folder import checkpoint_steps
@@ -50,6 +50,7 @@ _NOT_DETERMINING = (
 _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
 # Those of `train`, and what they are then.
 _UNSET = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random), ("init_layer", None)]
+_UNSET += [("positions", Positions.answers)]
 
 
 def train(config: Config) -> None:

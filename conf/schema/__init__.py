@@ -17,7 +17,16 @@ from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
-from .train import DeepSpeedConfig, HeadInit, HiddenStates, OptimizerName, StoreConfig, TooLong, TrackerName
+from .train import (
+    DeepSpeedConfig,
+    HeadInit,
+    HiddenStates,
+    OptimizerName,
+    Positions,
+    StoreConfig,
+    TooLong,
+    TrackerName,
+)
 from .train import TrackingConfig, TrainConfig, WandbMode
 
 _IS_FOLDER = Limit(

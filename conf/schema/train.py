@@ -13,6 +13,8 @@ HiddenStates = Enum("HiddenStates", {"offline": "offline", "online": "online"})
 # A training sample longer than train.batch_tokens ends after its last answer that ends within (or is dropped without
 # one), or is dropped.
 TooLong = Enum("TooLong", {"cut": "cut", "drop": "drop"})
+# Positions whose next token is learned: those of answers; or all, prompts and templates too.
+Positions = Enum("Positions", {"answers": "answers", "all": "all"})
 # The optimizer of the head: AdamW; or Muon for the matrices of its layers and fc, and AdamW for all else.
 OptimizerName = Enum("OptimizerName", {"adamw": "adamw", "muon": "muon"})
 # Where a new head starts, next to lm_head: from random numbers; with the verifier's final norm; as its layers too.
@@ -64,6 +66,8 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute each draft step in the backward pass: less memory, more time
     stores: list[StoreConfig] = field(default_factory=list)  # stores to train on; empty: the run's own
     too_long: TooLong = TooLong.cut  # samples longer than batch_tokens: cut after the last answer that fits, or drop
+    # positions whose next token is learned: of answers; all: of prompts too, which needs dump.last_states=all
+    positions: Positions = Positions.answers
     epochs: PositiveInt = 10  # passes over the training samples
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
     batch_tokens: PositiveInt = 4096  # tokens of a pack, which is the micro-batch of one rank

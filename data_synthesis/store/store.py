@@ -17,7 +17,7 @@ from ...conf.runtime.artifact import commit, sync
 from .index import INDEX_FILE, StoreIndex, check_sidecar
 from .mapped_shard import AUX_STATES, LAST_STATES, STATES, TOKENS, MappedShard, offsets_of, rows_of
 from .shard import Sample
-from .state_format import target_positions
+from .state_format import FLOAT8, target_positions
 
 
 def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -53,6 +53,17 @@ class HiddenStateStore(StoreIndex):
     Without `with_states`, samples have no states, whether the shards hold them or not.
     """
 
+    _aux_places: list[int] | None = None
+
+    def read_layers(self, aux_layers: list[int]) -> None:
+        """Read of the stored aux layers these alone, in this order; ValueError if one is not stored."""
+        stored: list[int] = self.manifest["settings"]["aux_layers"]
+        if not set(aux_layers) <= set(stored):
+            raise ValueError(
+                f"draft.aux_layers is {aux_layers}, {self.folder} holds layers {stored}: set some of these or dump anew"
+            )
+        self._aux_places = None if aux_layers == stored else [stored.index(layer) for layer in aux_layers]
+
     def not_finite(self, number: int) -> list[str]:
         """Return the ids of the samples of a shard with states that are not finite: a float8 state's scale tells it."""
         tensors, found = self.map_shard(number).tensors, set[int]()
@@ -71,7 +82,16 @@ class HiddenStateStore(StoreIndex):
         tensors = shard.tensors
         ids, mask = (tensors[name][place] for name in TOKENS)
         sample = Sample(self.ids[index], ids, mask, image_record=shard.image_records.get(number))
-        return replace(sample, **_states(tensors, number, mask)) if self.with_states else sample
+        if not self.with_states:
+            return sample
+        states = _states(tensors, number, mask)
+        if self._aux_places is not None:
+            layers = len(self.manifest["settings"]["aux_layers"])
+            for name in states.keys() & AUX_STATES:
+                stored = states[name]
+                bits = stored.view(torch.uint8) if stored.dtype == FLOAT8 else stored  # which torch cannot select from
+                states[name] = bits.unflatten(-1, (layers, -1))[:, self._aux_places].flatten(-2).view(stored.dtype)
+        return replace(sample, **states)
 
 
 def _states(tensors: dict[str, Tensor], number: int, loss_mask: Tensor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 
 from ...conf.runtime.signals import end_with_parent
-from ...conf.schema import HiddenStates, StoreConfig, TooLong, TrainConfig, VerifierConfig
+from ...conf.schema import HiddenStates, LastStates, Positions, StoreConfig, TooLong, TrainConfig, VerifierConfig
 from ...data_synthesis.heldout import conversation_id, heldout_order, is_heldout
 from ...data_synthesis.store.draft_vocabulary import choose_vocabulary
 from ...data_synthesis.store.shard import STATES, Sample
@@ -129,11 +129,16 @@ def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: i
 
 
 class Batches(Dataset[PackedBatch | ValueError]):
-    """Packed batches by the numbers of their samples, of which `lengths` tokens are used; goes to reading processes."""
+    """Packed batches by the numbers of their samples, of which `lengths` tokens are used; goes to reading processes.
 
-    def __init__(self, stores: list[HiddenStateStore], lengths: list[int], ttt_steps: int) -> None:
+    With `all_positions` every token counts as produced, in whatever part of a conversation it stands.
+    """
+
+    def __init__(
+        self, stores: list[HiddenStateStore], lengths: list[int], ttt_steps: int, all_positions: bool = False
+    ) -> None:
         self._samples: ConcatDataset[Sample] = ConcatDataset(stores)  # type: ignore[arg-type]
-        self._lengths, self._ttt_steps = lengths, ttt_steps
+        self._lengths, self._ttt_steps, self._all_positions = lengths, ttt_steps, all_positions
 
     def __getitem__(self, pack: list[int]) -> PackedBatch | ValueError:
         """Lay samples end to end; what is wrong with a store is given back, since raised it would lose its type."""
@@ -154,6 +159,7 @@ class Batches(Dataset[PackedBatch | ValueError]):
             return _joined([getattr(part, name)[:length] for part, length in zip(parts, lengths, strict=True)])
 
         mask = join("loss_mask").bool()
+        mask = torch.ones_like(mask) if self._all_positions else mask
         return PackedBatch(
             input_ids=join("input_ids").long(),
             loss_mask=mask,
@@ -234,13 +240,15 @@ class TrainingData:
         self.packs_per_epoch = len(self._packs.epoch(0))
 
     def _check(self, store: HiddenStateStore) -> None:
-        recorded, layers = store.manifest["settings"], list(self._head.aux_layers)
+        recorded = store.manifest["settings"]
         check_identity(recorded["verifier"], self._verifier, str(store.folder), "set the same verifier or dump anew")
-        if store.with_states and layers != recorded["aux_layers"]:
-            raise ValueError(
-                f"draft.aux_layers is {layers}, {store.folder} holds layers {recorded['aux_layers']}: "
-                "set the same layers or dump anew"
-            )
+        if store.with_states:
+            store.read_layers(list(self._head.aux_layers))
+            if self._options.positions is Positions.all and recorded["last_states"] != LastStates.all.value:
+                raise ValueError(
+                    f"train.positions=all needs the verifier's states of prompts too, {store.folder} was made with "
+                    f"dump.last_states={recorded['last_states']}: dump anew with dump.last_states=all"
+                )
 
     def __enter__(self) -> TrainingData:
         return self
@@ -279,7 +287,7 @@ class TrainingData:
     def batches(self, first_pack: int) -> Iterator[PackedBatch]:
         """Yield this rank's batches for ever, from pack `first_pack` of all ranks on."""
         packs = itertools.islice(self._packs.start_at(first_pack), self._rank, None, self._ranks)
-        return self._read(packs, self._options.ttt_steps)
+        return self._read(packs, self._options.ttt_steps, self._options.positions is Positions.all)
 
     def heldout_batches(self, ttt_steps: int) -> Iterator[PackedBatch]:
         """Yield this rank's share of the held-out samples, whole, in batches with the useful rows of K steps.
@@ -291,10 +299,10 @@ class TrainingData:
         turns = range(self._rank, math.ceil(len(packs) / self._ranks) * self._ranks, self._ranks)
         return self._read([packs[turn % len(packs)] for turn in turns], ttt_steps)
 
-    def _read(self, packs: Iterable[list[int]], ttt_steps: int) -> Iterator[PackedBatch]:
+    def _read(self, packs: Iterable[list[int]], ttt_steps: int, all_positions: bool = False) -> Iterator[PackedBatch]:
         """Yield the batches of packs, in order, read by processes that end with it, or with this context."""
         loader = DataLoader(
-            Batches(self.stores, self.split.lengths, ttt_steps),
+            Batches(self.stores, self.split.lengths, ttt_steps, all_positions),
             batch_size=None,
             sampler=packs,
             num_workers=self._options.data_workers,

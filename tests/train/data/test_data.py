@@ -17,7 +17,7 @@ import pytest
 import torch
 from builders import write_store
 from fledge.conf.runtime.artifact import artifact, digest
-from fledge.conf.schema import Config, DraftConfig, DumpConfig, StoreConfig, TooLong, TrainConfig
+from fledge.conf.schema import Config, DraftConfig, DumpConfig, Positions, StoreConfig, TooLong, TrainConfig
 from fledge.data_synthesis.heldout import conversation_id, is_heldout, sequence_id
 from fledge.data_synthesis.store.index import COUNTS_FILE, VOCABULARY_FILE, sidecar_checksums
 from fledge.data_synthesis.store.shard import Shard, write_shard
@@ -342,6 +342,26 @@ def test_batches_of_tokens_alone_have_no_states(finished, tmp_path):
     assert batch.loss_mask.tolist() == [False, False, True, True, False, True, True]
 
 
+def test_all_positions_are_trained_on_and_answers_alone_held_out(config, copied, tmp_path):
+    with opened(dataclasses.replace(config, train=dataclasses.replace(config.train, positions=Positions.all))) as data:
+        batch = next(iter(data.batches(0)))
+        assert batch.loss_mask.all()
+        rows = batch.useful_rows(2)
+        assert len(rows.rows) == sum(length - 2 for length in batch.lengths), "all but the last two of a document"
+        heldout = list(data.heldout_batches(2))
+        assert not any(batch.loss_mask.all() for batch in heldout)
+    with opened(config) as data:
+        assert [batch.loss_mask.tolist() for batch in data.heldout_batches(2)] == [
+            b.loss_mask.tolist() for b in heldout
+        ]
+    manifest = Path(copied.dump.folder) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "settings": {**content["settings"], "last_states": "counted"}}))
+    opened(copied)
+    with pytest.raises(ValueError, match=r"train\.positions=all needs .* dump anew with dump\.last_states=all"):
+        opened(dataclasses.replace(copied, train=dataclasses.replace(copied.train, positions=Positions.all)))
+
+
 def test_learning_rate_warms_up_linearly_and_falls_to_its_floor():
     options = TrainConfig(lr=1.0, warmup_share=0.1, min_lr_share=0.2)
     rates = [learning_rate(options, step, 100) for step in range(100)]
@@ -351,7 +371,7 @@ def test_learning_rate_warms_up_linearly_and_falls_to_its_floor():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_stores_of_several_formats_are_mixed_without_a_change_of_any_state(finished, tmp_path):
+def test_stores_of_several_formats_are_mixed_without_a_change_of_any_state_all_layers_or_some(finished, tmp_path):
     store = HiddenStateStore(finished.path / "hidden_states")
     samples = [store[index] for index in range(4)]
     small = [dataclasses.replace(sample, id=f"small/{sample.id}") for sample in samples[2:]]
@@ -378,3 +398,16 @@ def test_stores_of_several_formats_are_mixed_without_a_change_of_any_state(finis
         assert torch.equal(
             mixed.last_hidden_state[here], decode(sample.last_hidden_state, sample.last_scale, aux.dtype)
         )
+    hidden = mixed.last_hidden_state.shape[-1]
+    layers = store.manifest["settings"]["aux_layers"]
+    for places in ([2, 0], [1], [0, 1, 2]):
+        for each in stores:
+            each.read_layers([layers[place] for place in places])
+        some = Batches(stores, lengths, 3)[[0, 2, 1, 3]].to(torch.device("cpu"), torch.float32, 3)
+        chosen = [mixed.aux_hidden_states[:, place * hidden : (place + 1) * hidden] for place in places]
+        assert torch.equal(some.aux_hidden_states, torch.cat(chosen, 1))
+        assert torch.equal(some.last_hidden_state, mixed.last_hidden_state)
+    with pytest.raises(
+        ValueError, match=r"draft\.aux_layers is \[9\], .*exact holds layers .*: set some of these or dump"
+    ):
+        stores[0].read_layers([9])
