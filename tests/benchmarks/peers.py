@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from benchmark_options import parse_options
@@ -115,7 +116,62 @@ def speculators(config: Config, options: Options, vocabulary: VocabularyMap, aux
     return Peer(model, loss, optimizers, schedulers, 1.0, lambda folder: model.save_pretrained(folder))
 
 
-PEERS = {"speculators": speculators}
+def specforge(config: Config, options: Options, vocabulary: VocabularyMap, aux: list[int], steps: int) -> Peer:
+    """SpecForge 0.2.0 with its defaults: AdamW, clip 0.5, cosine, 7 TTT steps, an lm_head from random numbers.
+
+    Its loss kernel needs a GPU: its own PyTorch form of the loss takes the place. Documents are rows of a batch.
+    """
+    sys.modules["triton"] = sys.modules["triton.language"] = MagicMock()
+    from specforge.algorithms.eagle3 import model as eagle3
+    from specforge.core.loss import _compute_loss
+    from specforge.lr_scheduler import CosineAnnealingWarmupLR
+    from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
+    from transformers import LlamaConfig
+
+    eagle3.LogSoftmaxLoss.apply = _compute_loss
+    shape = load_verifier_config(config.verifier).to_dict()
+    shape |= {
+        "num_hidden_layers": 1,
+        "draft_vocab_size": len(vocabulary.d2t),
+        "architectures": ["LlamaForCausalLMEagle3"],
+    }
+    draft = LlamaForCausalLMEagle3(LlamaConfig(**shape), attention_backend="sdpa")
+    weights = VerifierWeights(config.verifier)
+    lm_head = weights.lm_head()
+    with torch.no_grad():
+        draft.embed_tokens.weight.copy_(weights.embedding())
+        draft.t2d.copy_(vocabulary.t2d.bool())
+        draft.d2t.copy_(vocabulary.d2t)
+    draft.freeze_embedding()
+    model = eagle3.OnlineEagle3Model(draft, length=options.ttt_steps or 7)
+
+    def loss(batch: PackedBatch) -> Tensor:
+        mask = batch.loss_mask.long()
+        mask[torch.tensor(batch.lengths).cumsum(0) - 1] = 0  # as its reader does
+        parts = (tensor.split(batch.lengths) for tensor in (batch.input_ids, mask, *batch.states))
+        ids, mask, aux_states, last = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in parts)
+        attended = nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.long) for n in batch.lengths], batch_first=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.dtype.value == "bfloat16"):
+            target = shifted(last) @ lm_head.T
+            losses, *_ = model(shifted(ids), attended, target, mask[..., None], aux_states)
+        return sum(0.8**step * value for step, value in enumerate(losses))
+
+    def shifted(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, 1:], torch.zeros_like(rows[:, :1])], 1)
+
+    def save(folder: Path) -> None:
+        draft.save_pretrained(folder)
+        content = json.loads((folder / "config.json").read_text())
+        content["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": aux, "use_aux_hidden_state": True}
+        (folder / "config.json").write_text(json.dumps(content))
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr or 1e-4, weight_decay=0.0)
+    scheduler = CosineAnnealingWarmupLR(optimizer, total_steps=steps, warmup_steps=int(0.015 * steps))
+    return Peer(model, loss, [optimizer], [scheduler], 0.5, save)
+
+
+PEERS = {"speculators": speculators, "specforge": specforge}
 
 
 def batches(config: Config, data: TrainingData, ttt_steps: int) -> Iterator[PackedBatch]:
