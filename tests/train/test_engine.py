@@ -58,7 +58,7 @@ def test_two_steps_of_muon_equal_plain_ones_in_float64_and_nearly_those_of_torch
     start, *gradients = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     ours = torch.nn.Parameter(start.float())
     theirs = torch.nn.Parameter(start.float())
-    muon = Muon([], [ours], 2.0, lr=0.01, weight_decay=0.1, betas=betas)
+    muon = Muon([], [ours], 2.0, torch.float32, lr=0.01, weight_decay=0.1, betas=betas)
     peer = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:

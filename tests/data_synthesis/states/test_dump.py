@@ -68,9 +68,10 @@ APPENDED = sequence([U, A, EOT, U, C], (1, 3), (4, 5))
         ),
     ],
 )
-def test_a_truncated_answer_is_trained_on_only_if_asked_for(run_of, recorded, whole, cut):
+def test_a_truncated_answer_is_trained_on_only_if_asked_for(run_of, recorded, whole, cut, capsys):
     config = run_of(record("x", "u", "a", "v", "c", sequences=recorded, last="length"))
     dump(config)
+    assert "leaves out 1 answers that synthesize.max_tokens cut" in capsys.readouterr().out
     assert stored(config) == whole
     assert (counts(config)["truncated_answers"], counts(config)["truncated"]) == (1, 0)
     config.dump.keep_truncated = True
@@ -80,6 +81,7 @@ def test_a_truncated_answer_is_trained_on_only_if_asked_for(run_of, recorded, wh
     dump(config)
     assert stored(config) == cut
     assert counts(config)["truncated_answers"] == 0
+    assert "leaves out" not in capsys.readouterr().out
 
 
 def test_a_truncated_answer_told_by_the_template_has_no_end_of_turn(run_of, verifier_config):
