@@ -96,8 +96,8 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
         write_tokens(config, tokens)
         if cut := tokens.manifest["counts"]["truncated_answers"]:
             print(
-                f"dump: leaves out {cut} answers that synthesize.max_tokens cut; they are the verifier's words too, and "
-                "dump.keep_truncated=true records them",
+                f"dump: leaves out {cut} answers that synthesize.max_tokens cut; dump.keep_truncated=true records "
+                "them, which are the verifier's words too",
                 flush=True,
             )
     plan = HiddenStateStore(folder / TOKENS_FOLDER, with_states=False)

@@ -124,7 +124,7 @@ class DumpConfig:
     max_length: PositiveInt = 4096  # most tokens of a sample; answers that end beyond are left out and counted
     # most images of a conversation; others are left out and counted; 0 leaves out all with images
     max_images: NonNegativeInt = 5
-    keep_truncated: bool = False  # train on answers that synthesize.max_tokens cut, too
+    keep_truncated: bool = True  # train on answers that synthesize.max_tokens cut, too: words of the verifier as others
     batch_tokens: PositiveInt = 8192  # tokens of one verifier forward, padding included; online training uses it too
     shard_tokens: PositiveInt = 100_000  # tokens at which a shard is closed; memory holds three shards
     writer: int = 0  # write only shards writer, writer + num_writers, ...: one task of a job array

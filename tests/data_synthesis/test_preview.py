@@ -78,8 +78,9 @@ def test_a_terminal_shows_colours_unless_it_is_asked_not_to(config, capsys, monk
     assert f"⟦It is 5.{eos}⟧" in "\n".join(printed(config, capsys))
 
 
-def test_a_truncated_answer_is_shown_and_said_to_be_left_out(config, capsys):
+def test_a_truncated_answer_is_shown_and_said_to_be_left_out_if_it_is(config, capsys):
     config.preview.id = "s/train/2"
+    config.dump.keep_truncated = False
     lines = printed(config, capsys)
     assert "answers      length" in lines
     assert any(line.endswith("⟦Bye now⟧") for line in lines)

@@ -68,8 +68,9 @@ APPENDED = sequence([U, A, EOT, U, C], (1, 3), (4, 5))
         ),
     ],
 )
-def test_a_truncated_answer_is_trained_on_only_if_asked_for(run_of, recorded, whole, cut, capsys):
+def test_a_truncated_answer_is_trained_on_unless_it_is_to_be_left_out(run_of, recorded, whole, cut, capsys):
     config = run_of(record("x", "u", "a", "v", "c", sequences=recorded, last="length"))
+    config.dump.keep_truncated = False
     dump(config)
     assert "leaves out 1 answers that synthesize.max_tokens cut" in capsys.readouterr().out
     assert stored(config) == whole
@@ -86,7 +87,6 @@ def test_a_truncated_answer_is_trained_on_only_if_asked_for(run_of, recorded, wh
 
 def test_a_truncated_answer_told_by_the_template_has_no_end_of_turn(run_of, verifier_config):
     config = run_of(record("x", "Add 2.", "It is", last="length"))
-    config.dump.keep_truncated = True
     dump(config)
     ((tokens, mask),) = stored(config).values()
     tokenizer = load_tokenizer(verifier_config)
@@ -104,7 +104,7 @@ def test_what_is_left_out_is_counted_by_cause(run_of, verifier_config, capsys):
         record("marker", "u", f"a {eos} b"),
         picture,
     )
-    config.dump.max_length = 4
+    config.dump.max_length, config.dump.keep_truncated = 4, False
     dump(config)
     assert stored(config).keys() == {"good", "half"}
     named = ("conversations", "truncated_answers", "truncated", "too_long", "cut_answers", "template", "images")
@@ -141,6 +141,7 @@ def test_a_sequence_that_is_too_long_keeps_the_answers_that_end_within(run_of, c
 
 def test_a_store_of_nothing_is_refused_with_the_causes(run_of):
     config = run_of(record("cut", "u", "a", sequences=[sequence([U, A], (1, 2))], last="length"))
+    config.dump.keep_truncated = False
     with pytest.raises(ValueError, match="can be used: 1 truncated answers, 1 conversations without any other"):
         dump(config)
 
