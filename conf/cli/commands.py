@@ -93,6 +93,14 @@ PURPOSES = {
             groups=("", "train", "deepspeed", "tracking"),
             examples=(TORCHRUN, f"fledge train -m {RUN} train.lr=1e-4,5e-5"),
         ),
+        "layers": Command(
+            function="fledge.eval.layers:layers",
+            what="find the layers of the verifier that a head should read",
+            reads="runs/NAME/conversations/; the verifier",
+            writes="runs/NAME/layers/: states of all layers, a short training of each set, layers.json",
+            groups=("", "layers", "train"),
+            examples=(f"fledge layers {RUN}", f"fledge layers {RUN} layers.steps=500"),
+        ),
         "evaluate": Command(
             function="fledge.eval.evaluate:evaluate",
             what="measure acceptance length by decoding",
@@ -164,8 +172,8 @@ PURPOSES = {
         ),
         "compare": Command(
             function="fledge.eval.compare:compare",
-            what="print evaluations side by side, with published figures",
-            reads="runs/NAME/evaluation/ of each run",
+            what="print trainings and evaluations side by side, with published figures",
+            reads="runs/NAME/training/ and evaluation/ of each run",
             writes="nothing; prints them side by side",
             groups=("compare",),
             examples=("fledge compare runs/first", "fledge compare runs/first runs/second"),

@@ -21,6 +21,7 @@ from .train import (
     DeepSpeedConfig,
     HeadInit,
     HiddenStates,
+    LayersConfig,
     OptimizerName,
     Positions,
     StoreConfig,
@@ -51,6 +52,7 @@ class Config:
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
     dump: DumpConfig = field(default_factory=DumpConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -121,6 +121,8 @@ class DumpConfig:
     dtype: StateDtype | None = None
     # positions whose last state is stored: all, or counted, which are those the loss reads
     last_states: LastStates = LastStates.all
+    # most conversations that are recorded to train on, and of those held out; a higher limit has these, too
+    limit: PositiveInt | None = None
     max_length: PositiveInt = 4096  # most tokens of a sample; answers that end beyond are left out and counted
     # most images of a conversation; others are left out and counted; 0 leaves out all with images
     max_images: NonNegativeInt = 5

@@ -104,6 +104,17 @@ class TrainConfig:
 
 
 @dataclass
+class LayersConfig:
+    """How `fledge layers` chooses the aux layers."""
+
+    candidates: list[int] | None = None  # 0-based layers of the verifier to choose from; null: all
+    size: PositiveInt = 3  # layers of a set
+    num_sets: PositiveInt = 4  # sets that are trained, next to the default one
+    conversations: PositiveInt = 400  # most conversations whose states of all candidates are recorded
+    steps: PositiveInt = 200  # optimizer steps of each set
+
+
+@dataclass
 class DeepSpeedConfig:
     """DeepSpeed options; its own configuration is derived from these and `train`."""
 

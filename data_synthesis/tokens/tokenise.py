@@ -4,6 +4,7 @@ The conversations are taken in the order of their ids, whatever the order of the
 the last has `dump.shard_tokens`; so the shards are the same at every start, and a store with states has the same ones.
 """
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -23,7 +24,7 @@ from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import deferred, end_with_parent
 from ...conf.schema import Config
 from ..conversations import FILE, ConversationIndex, ConversationRef
-from ..heldout import is_heldout, sequence_id
+from ..heldout import heldout_order, is_heldout, sequence_id
 from ..store.index import COUNTS_FILE, is_intact, left_out, sidecar_checksums, totals
 from ..store.mapped_shard import TOKENS, ImageRecord, MappedShard
 from ..store.shard import Sample, Shard, write_shard
@@ -100,6 +101,11 @@ def write_tokens(config: Config, target: Artifact) -> None:
         index = ConversationIndex(source, progress.update)
     if read_manifest(source, "conversations")["content"] != index.content:
         raise ValueError(f"{source / FILE} was changed after it was finished: run `fledge synthesize` again")
+    if limit := config.dump.limit:
+        share = manifest["settings"]["heldout_share"]
+        by_use = [[place for place in index.places if is_heldout(place.id, share) is held] for held in (False, True)]
+        chosen = (sorted(places, key=lambda place: heldout_order(place.id))[:limit] for places in by_use)
+        index.places = sorted(itertools.chain.from_iterable(chosen))
     target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
     _write_shards(config, target, index)
     counts, shards = manifest["counts"], manifest["shards"]

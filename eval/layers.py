@@ -1,0 +1,175 @@
+"""The layers command: which of the verifier's layers a head should read.
+
+The states of all candidates are recorded once, of a few conversations. Linear heads rank sets of layers: ridge
+regression of a position's states, and of the token fed after it, onto the verifier's next logits, all of them randomly
+projected. So a set costs one small linear solve. The best sets and the default are then trained for a few steps each,
+on the same samples in the same order, and compared on held-out answers, paired by conversation.
+"""
+
+import sys
+from dataclasses import replace
+from operator import sub
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from torch import Tensor
+
+from ..conf.runtime.artifact import write_json
+from ..conf.runtime.launch import environments, run_stage
+from ..conf.runtime.signals import EXIT_AGAIN, deferred
+from ..conf.schema import Config
+from ..data_synthesis.heldout import is_heldout
+from ..data_synthesis.store.store import HiddenStateStore
+from ..models.formats.engine_forms import ENGINES, ServedHead, obstacles
+from ..models.head.config import DraftHeadConfig
+from ..models.verifier.config import load_config, load_whole_config
+from ..models.verifier.weights import VerifierWeights
+from .figures.walks import heldout_length, walks_tables
+
+_WIDTH = 128  # to which states and embeddings are projected
+_LOGITS = 256  # projected logits
+_RIDGE = 1e-2  # of the mean square of a feature
+_BEAM = 24
+
+Layers = tuple[int, ...]
+
+
+def layers(config: Config) -> None:
+    """Rank sets of aux layers, train the best and the default, and say which to set as draft.aux_layers."""
+    options, folder = config.layers, config.run_folder / "layers"
+    verifier = load_config(config.verifier)
+    candidates = sorted(options.candidates or range(verifier.num_hidden_layers))
+    if not set(candidates) <= set(range(verifier.num_hidden_layers)) or len(candidates) < options.size:
+        raise ValueError(
+            f"layers.candidates must be {options.size} layers of the verifier or more, 0 to "
+            f"{verifier.num_hidden_layers - 1}, got {candidates}"
+        )
+    head = DraftHeadConfig.from_verifier(config.draft, verifier)
+    recorded = sorted({*candidates, *head.aux_layers})
+    store = folder / "hidden_states"
+    typed = list(HydraConfig.get().overrides.task)
+    shared = [*typed, f"dump.folder={_quoted(store)}", f"dump.limit={options.conversations}", "train.stores=[]"]
+    _run("dump", [*shared, f"draft.aux_layers={recorded}"], 1)
+    ranked = rank(HiddenStateStore(store), VerifierWeights(config.verifier), candidates, options.size)
+    print(f"layers: linear heads of {len(ranked)} sets; the best:", flush=True)
+    for chosen, score in ranked[:5]:
+        print(f"  {score:.4f} of the logits' variance  {list(chosen)}", flush=True)
+    sets = _different([head.aux_layers, *(chosen for chosen, _ in ranked)])[: options.num_sets + 1]
+    steps = [f"train.{name}={options.steps}" for name in ("max_steps", "heldout_every", "save_every")]
+    names = {"-".join(map(str, chosen)): chosen for chosen in sets}
+    for name, chosen in names.items():
+        print(f"layers: trains {list(chosen)} for {options.steps} steps", flush=True)
+        of_set = [f"runs_dir={_quoted(folder)}", f"name='{name}'", f"draft.aux_layers={list(chosen)}"]
+        _run("train", [*shared, *steps, *of_set], config.train.num_processes)
+    trainings = {name: folder / name / "training" for name in names}
+    print(*walks_tables(trainings), sep="\n\n")
+    winner = names[max(trainings, key=lambda name: heldout_length(trainings[name], config.evaluate.draft_depth))]
+    print(f"\nThe longest: draft.aux_layers={list(winner)}{' (as it is)' if winner == head.aux_layers else ''}")
+    architectures = list(load_whole_config(config.verifier).architectures or [])
+    served = ServedHead(replace(head, aux_layers=winner), verifier.num_hidden_layers, architectures)
+    for engine in ENGINES:
+        for why in obstacles(engine, served):
+            print(f"{engine} would not serve it: {why}")
+    write_json(
+        folder / "layers.json",
+        {
+            "draft.aux_layers": list(winner),
+            "trained": {name: str(place) for name, place in trainings.items()},
+            "ranked": [{"aux_layers": list(chosen), "explained": score} for chosen, score in ranked],
+        },
+    )
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"
+
+
+def _run(stage: str, overrides: list[str], processes: int) -> None:
+    """Run a stage in processes of its own; exit as it does if it fails or is stopped."""
+    with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
+        code = run_stage([sys.executable, "-m", "fledge", stage, *overrides], environments(processes))
+        if signals.received and code in (0, EXIT_AGAIN, 128 + signals.received):
+            signals.stop()
+    if code:
+        print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
+        sys.exit(code)
+
+
+def _different(sets: list[Layers]) -> list[Layers]:
+    """Return the sets that differ from each before by two layers or more in some place, or in their number."""
+    kept: list[Layers] = []
+    for one in sets:
+        if all(len(one) != len(other) or max(map(abs, map(sub, one, other))) > 1 for other in kept):
+            kept.append(one)
+    return kept
+
+
+def rank(
+    store: HiddenStateStore, weights: VerifierWeights, candidates: list[int], size: int
+) -> list[tuple[Layers, float]]:
+    """Return sets of `size` candidates, best first, with the share of the held-out logits' variance they explain.
+
+    Sets are found by beam search. Both shares are of projected logits: what no linear head could know is missing.
+    """
+    share, ids = store.manifest["settings"]["heldout_share"], store.ids
+    held = [number for number, name in enumerate(ids) if is_heldout(name, share)]
+    train = [number for number, name in enumerate(ids) if not is_heldout(name, share)]
+    products = _Products(store, weights, candidates)
+    fitted, judged = products.of(train), products.of(held or train)
+    scores: dict[Layers, float] = {}
+    beam: list[Layers] = [()]
+    for _ in range(size):
+        grown = {tuple(sorted((*chosen, layer))) for chosen in beam for layer in candidates if layer not in chosen}
+        scores |= {chosen: products.explained(chosen, fitted, judged) for chosen in sorted(grown - scores.keys())}
+        beam = sorted(grown, key=lambda chosen: -scores[chosen])[:_BEAM]
+    full = [(chosen, score) for chosen, score in scores.items() if len(chosen) == size]
+    return sorted(full, key=lambda pair: (-pair[1], pair[0]))
+
+
+class _Products:
+    """Sums of products of features [F] (states of all candidates, then the fed token) and projected logits [L]."""
+
+    def __init__(self, store: HiddenStateStore, weights: VerifierWeights, candidates: list[int]) -> None:
+        store.read_layers(candidates)
+        generator = torch.Generator().manual_seed(0)
+        embedding, lm_head = weights.embedding().float(), weights.lm_head().float()
+        vocab_size, hidden = lm_head.shape
+        self._store, self._candidates, self._width = store, candidates, min(_WIDTH, hidden)
+        self._state = torch.randn(len(candidates), hidden, self._width, generator=generator) / hidden**0.5
+        self._token = embedding @ torch.randn(hidden, self._width, generator=generator)
+        self._logits = lm_head.T @ torch.randn(vocab_size, _LOGITS, generator=generator)
+
+    def of(self, samples: list[int]) -> dict[str, Tensor]:
+        """Return sums over the rows of samples that a head is trained on: products with features, and of targets."""
+        sums: dict[str, Any] = {"xx": 0.0, "xy": 0.0, "yy": 0.0, "y": 0.0, "rows": 0}
+        for number in samples:
+            sample = self._store[number].decoded()
+            mask = sample.loss_mask.bool()
+            rows = (mask[1:-1] & mask[2:]).nonzero().squeeze(1)  # a state, the token fed after it, and its target
+            assert sample.aux_hidden_states is not None
+            assert sample.last_hidden_state is not None
+            states = sample.aux_hidden_states[rows].float().unflatten(-1, (len(self._candidates), -1))
+            features = torch.einsum("tlh,lhw->tlw", _normed(states), self._state).flatten(1)
+            x = torch.cat([features, _normed(self._token[sample.input_ids[rows + 1].long()])], 1)
+            y = sample.last_hidden_state[rows + 1].float() @ self._logits
+            found = {"xx": x.T @ x, "xy": x.T @ y, "yy": y.square().sum(0), "y": y.sum(0), "rows": len(rows)}
+            sums = {name: sums[name] + value for name, value in found.items()}
+        return sums
+
+    def explained(self, chosen: Layers, fitted: dict[str, Tensor], judged: dict[str, Tensor]) -> float:
+        """Return the share of the variance that ridge regression on these layers explains."""
+        places = [*(self._candidates.index(layer) for layer in chosen), len(self._candidates)]
+        columns = torch.cat([torch.arange(place * self._width, (place + 1) * self._width) for place in places])
+        products = fitted["xx"][columns][:, columns]
+        ridge = torch.eye(len(columns)) * products.diagonal().mean() * _RIDGE
+        weights = torch.cholesky_solve(fitted["xy"][columns], torch.linalg.cholesky(products + ridge))
+        error = judged["yy"] - 2 * (weights * judged["xy"][columns]).sum(0)
+        error = error + (weights * (judged["xx"][columns][:, columns] @ weights)).sum(0)
+        variance = judged["yy"] - judged["y"].square() / judged["rows"]
+        return float(1 - error.sum() / variance.sum())
+
+
+def _normed(states: Tensor) -> Tensor:
+    return states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
