@@ -95,12 +95,6 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
         target.save(complete=False, verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
     with artifact(folder / TOKENS_FOLDER, "hidden_states", of_tokens, overwrite=True, wait=True) as tokens:
         write_tokens(config, tokens)
-        if cut := tokens.manifest["counts"]["truncated_answers"]:
-            print(
-                f"dump: leaves out {cut} answers that synthesize.max_tokens cut; dump.keep_truncated=true records "
-                "them, which are the verifier's words too",
-                flush=True,
-            )
     plan = HiddenStateStore(folder / TOKENS_FOLDER, with_states=False)
     write_states(config, settings, plan, _missing(folder, len(plan.entries)))
     if config.verifier.tensor_parallel and read_rank_info(os.environ).rank:

@@ -49,8 +49,8 @@ _NOT_DETERMINING = (
 # Options of `draft` that came later: unset they are left out of the settings, so that older runs go on.
 _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
 # Those of `train`, and what they are then.
-_UNSET = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random), ("init_layer", None)]
-_UNSET += [("positions", Positions.answers)]
+_UNSET: list[tuple[str, Any]] = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random)]
+_UNSET += [("init_layer", None), ("positions", Positions.answers)]
 
 
 def train(config: Config) -> None:

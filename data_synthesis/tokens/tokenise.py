@@ -116,6 +116,12 @@ def write_tokens(config: Config, target: Artifact) -> None:
     write_index(target.folder, shards)
     _write_token_counts(target)
     target.finish(counts={**counts, **totals(shards)}, files=sidecar_checksums(target.folder))
+    if cut := counts["truncated_answers"]:
+        print(
+            f"dump: leaves out {cut} answers that synthesize.max_tokens cut; dump.keep_truncated=true records them, "
+            "which are the verifier's words too",
+            flush=True,
+        )
 
 
 def _write_shards(config: Config, target: Artifact, index: ConversationIndex) -> None:

@@ -138,8 +138,10 @@ def paired_difference(
     The same questions are drawn for both, so what makes one easy or hard for both falls out. Records are in the same
     order; `num_positions` are of ours and of theirs.
     """
-    sides = [_by_question(side, drafter, num) for side, num in zip((ours, theirs), num_positions, strict=True)]
-    return rate_difference(*sides, num_positions)
+    first, second = (
+        _by_question(side, drafter, most) for side, most in zip((ours, theirs), num_positions, strict=True)
+    )
+    return rate_difference(first, second, num_positions)
 
 
 def rate_difference(ours: _Array, theirs: _Array, most: tuple[int, int]) -> tuple[float, list[float] | None]:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 LATEST, BEST = "latest", "best"  # names of training checkpoints
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
@@ -34,7 +35,7 @@ def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
     return folder / f"step-{steps[-1]}"
 
 
-def read_walks(checkpoint: Path) -> dict[int, dict[str, dict[str, float]]]:
+def read_walks(checkpoint: Path) -> dict[int, dict[str, dict[str, Any]]]:
     """Return what training measured of a checkpoint: by draft tokens and sample id the entries of a `HeldoutCounts`.
 
     Nothing of a head that is no training checkpoint, or if nothing was held out.

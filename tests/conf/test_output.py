@@ -63,7 +63,7 @@ def test_a_command_that_nobody_reads_ends_as_unix_tools_do(tmp_path, arguments):
 def test_what_is_wrong_is_told_on_the_stream_that_is_read(tmp_path):
     done = unread(fledge("compare", "gone", f"runs_dir={tmp_path}"), "stdout")
     assert done.returncode == 2
-    assert done.stderr.startswith("fledge: error: compare.runs: gone has no evaluation")
+    assert done.stderr.startswith("fledge: error: compare.runs: gone has neither an evaluation nor a training")
     assert unread(fledge("compare", "gone", f"runs_dir={tmp_path}"), "stdout", "stderr").returncode == SIGPIPE_EXIT
 
 

@@ -36,7 +36,7 @@ def test_each_job_trains_a_run_of_its_own_on_the_store_of_the_run_that_is_named(
     for job in jobs:
         measured = [record.get("heldout/acceptance_length_3") for record in read_metrics(job / "training")]
         lengths.append(max(filter(None, measured)))
-        assert re.search(rf"^\| {job.name} +\| step-\d+ +\| \d+ +\| {lengths[-1]:.3f} ", done.stdout, re.MULTILINE)
+        assert re.search(rf"^\| {job.name} +\| +step-\d+ +\| +\d+ +\| +{lengths[-1]:.3f} ", done.stdout, re.MULTILINE)
     assert lengths[0] != lengths[1]
     assert sorted(os.listdir(run.folder)) == ["run", "run-train.lr-0.0001", "run-train.lr-0.01"]
     assert os.listdir(run.path) == ["sweep"]

@@ -161,6 +161,7 @@ class Run:
             "data.sources=[{path:embedded,limit:64}]",
             "data.heldout_share=0.25",
             "synthesize.max_tokens=64",
+            "dump.keep_truncated=false",  # what evaluation decodes ends by itself, too
             "synthesize.batch_size=8",
             "dump.shard_tokens=500",
             "draft.vocab_size=300",
