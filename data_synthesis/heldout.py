@@ -2,8 +2,12 @@
 
 import hashlib
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 from ..conf.runtime.artifact import digest
+
+T = TypeVar("T")
 
 _MARK = "##"  # between a conversation's id and the number of a further sequence
 _LIKE_A_FURTHER_ONE = re.compile(rf"{_MARK}\d+-*\Z")
@@ -29,6 +33,14 @@ def is_heldout(sample_id: str, share: float) -> bool:
     """Return whether a sample is held out: by its conversation's id, so by nothing that can change."""
     key = conversation_id(sample_id).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < share
+
+
+def limited(items: list[T], limit: int | None, name: Callable[[T], str]) -> list[T]:
+    """Return as many items as `limit` says, in their order: by their ids, so that a higher limit has these, too."""
+    if limit is None:
+        return items
+    chosen = sorted(range(len(items)), key=lambda place: heldout_order(name(items[place])))[:limit]
+    return [items[place] for place in sorted(chosen)]
 
 
 def heldout_order(sample_id: str) -> tuple[str, str]:

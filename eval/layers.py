@@ -6,10 +6,8 @@ projected. So a set costs one small linear solve. The best sets and the default 
 on the same samples in the same order, and compared on held-out answers, paired by conversation.
 """
 
-import sys
 from dataclasses import replace
 from operator import sub
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from ..conf.runtime.artifact import write_json
-from ..conf.runtime.launch import environments, run_stage
-from ..conf.runtime.signals import EXIT_AGAIN, deferred
+from ..conf.runtime.launch import run_or_exit
+from ..conf.runtime.signals import deferred
 from ..conf.schema import Config
+from ..conf.schema.free_names import quoted
 from ..data_synthesis.heldout import is_heldout
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.engine_forms import ENGINES, ServedHead, obstacles
@@ -50,7 +49,7 @@ def layers(config: Config) -> None:
     recorded = sorted({*candidates, *head.aux_layers})
     store = folder / "hidden_states"
     typed = list(HydraConfig.get().overrides.task)
-    shared = [*typed, f"dump.folder={_quoted(store)}", f"dump.limit={options.conversations}", "train.stores=[]"]
+    shared = [*typed, f"dump.folder={quoted(store)}", f"dump.limit={options.conversations}", "train.stores=[]"]
     _run("dump", [*shared, f"draft.aux_layers={recorded}"], 1)
     ranked = rank(HiddenStateStore(store), VerifierWeights(config.verifier), candidates, options.size)
     print(f"layers: linear heads of {len(ranked)} sets; the best:", flush=True)
@@ -61,7 +60,8 @@ def layers(config: Config) -> None:
     names = {"-".join(map(str, chosen)): chosen for chosen in sets}
     for name, chosen in names.items():
         print(f"layers: trains {list(chosen)} for {options.steps} steps", flush=True)
-        of_set = [f"runs_dir={_quoted(folder)}", f"name='{name}'", f"draft.aux_layers={list(chosen)}"]
+        checked = ["train.verify_checksums=false"] if name != next(iter(names)) else []  # the first has read the store
+        of_set = [*checked, f"runs_dir={quoted(folder)}", f"name='{name}'", f"draft.aux_layers={list(chosen)}"]
         _run("train", [*shared, *steps, *of_set], config.train.num_processes)
     trainings = {name: folder / name / "training" for name in names}
     print(*walks_tables(trainings), sep="\n\n")
@@ -82,19 +82,12 @@ def layers(config: Config) -> None:
     )
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"
-
-
 def _run(stage: str, overrides: list[str], processes: int) -> None:
     """Run a stage in processes of its own; exit as it does if it fails or is stopped."""
     with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
-        code = run_stage([sys.executable, "-m", "fledge", stage, *overrides], environments(processes))
-        if signals.received and code in (0, EXIT_AGAIN, 128 + signals.received):
+        run_or_exit(stage, overrides, processes, signals)
+        if signals.received:
             signals.stop()
-    if code:
-        print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
-        sys.exit(code)
 
 
 def _different(sets: list[Layers]) -> list[Layers]:

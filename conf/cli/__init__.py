@@ -20,7 +20,7 @@ from ..errors import USER_ERRORS, explain, fail
 from ..runtime.output import Output, readers_may_leave
 from ..runtime.signals import answered
 from ..schema import Config, validate
-from ..schema.free_names import with_free_names
+from ..schema.free_names import quoted, with_free_names
 from . import completion, help, sweep
 from .commands import COMMANDS
 
@@ -94,12 +94,12 @@ def overrides_of(command: str, arguments: list[str]) -> list[str]:
     if not option:
         return _with_defaults(overrides, "experiment=demo", "name=demo") if command == "demo" else overrides
     places = [number for number in range(len(overrides)) if _is_place(overrides, number)]
-    quoted = ["'" + overrides[number].replace("'", "\\'") + "'" for number in places]
+    texts = [quoted(overrides[number]) for number in places]
     if command == "compare":
         overrides = [override for number, override in enumerate(overrides) if number not in places]
-        overrides += [f"{option}=[{','.join(quoted)}]"] if places else []
+        overrides += [f"{option}=[{','.join(texts)}]"] if places else []
     elif places:
-        overrides[places[0]] = f"{option}={quoted[0]}"
+        overrides[places[0]] = f"{option}={texts[0]}"
     if any(override.startswith("experiment=") for override in overrides):
         return overrides
     return _with_defaults(overrides, f"name={command}", "verifier.path=recorded")  # required, and files name theirs

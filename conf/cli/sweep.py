@@ -19,6 +19,7 @@ from ..runtime.launch import environments, run_stage
 from ..runtime.rank_info import read_rank_info
 from ..runtime.signals import EXIT_AGAIN, deferred
 from ..schema import Config
+from ..schema.free_names import quoted
 from ..schema.limits import require
 
 _NAMING = ("train", "run", "demo", "submit")  # their jobs get names by the values; jobs of others share a run, or print
@@ -73,11 +74,11 @@ class Sweep:
 
     def report(self) -> None:
         """Print the runs, the best first."""
-        from ...eval.figures.walks import walks_tables  # imports numpy, which most commands do without
+        if measured := {run: length for run, length in self.results.items() if length is not None}:
+            from ...eval.figures.walks import walks_tables  # imports numpy, which most commands do without
 
-        measured = {run: length for run, length in self.results.items() if length is not None}
-        best_first = sorted(measured, key=lambda run: -measured[run])
-        print(*walks_tables({Path(run).name: Path(run) / "training" for run in best_first}), sep="\n\n")
+            best_first = sorted(measured, key=lambda run: -measured[run])
+            print(*walks_tables({Path(run).name: Path(run) / "training" for run in best_first}), sep="\n\n")
 
     def _as_typed(self, config: Config) -> tuple[str, list[str]]:
         """Return the name of a job's run and its overrides: those that were typed, and the values it was given."""
@@ -97,8 +98,7 @@ class Sweep:
         values = (re.sub(r"[^\w.+=-]+", "_", text.lstrip("+")).replace("=", "-", 1) for text in swept.values())
         name = "-".join([config.name, *values])
         if self.command == "train" and not (config.train.stores or config.dump.folder):
-            folder = str(config.hidden_states_folder).replace("'", "\\'")
-            ours["dump.folder"] = f"dump.folder='{folder}'"
+            ours["dump.folder"] = f"dump.folder={quoted(config.hidden_states_folder)}"
         return name, list((ours | {"name": f"name='{name}'"}).values())
 
 

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ..schema import STAGES, Config
 from .rank_info import RankInfo
-from .signals import EXIT_AGAIN, deferred, listening
+from .signals import EXIT_AGAIN, StopSignals, deferred, listening
 
 _GRACE_S = 60.0  # for the other processes of a stage to end after one has failed
 _LEFT_OUT = """evaluate is left out, evaluate.engine=server has no evaluate.endpoint yet: serve the verifier with the \
@@ -37,14 +37,18 @@ def run(config: Config, arguments: list[str] | None = None) -> None:
             print(f"[{number}/{len(STAGES)}] {_LEFT_OUT if is_left_out else stage}", flush=True)
             if is_left_out:
                 continue
-            command = [sys.executable, "-m", "fledge", stage, *arguments]
-            code = run_stage(command, environments(config.train.num_processes if stage == "train" else 1))
-            if signals.received and code in (EXIT_AGAIN, 128 + signals.received):  # it had none to answer yet
-                signals.stop()
-            if code:
-                print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
-                sys.exit(code)
+            run_or_exit(stage, arguments, config.train.num_processes if stage == "train" else 1, signals)
     print(f"run {config.name} is complete in {config.run_folder} ({time.monotonic() - started:.0f} s)")
+
+
+def run_or_exit(stage: str, arguments: list[str], num_processes: int, signals: StopSignals) -> None:
+    """Run a stage to its end; exit as it does if it fails, or as a signal asks that it was passed."""
+    code = run_stage([sys.executable, "-m", "fledge", stage, *arguments], environments(num_processes))
+    if signals.received and code in (EXIT_AGAIN, 128 + signals.received):  # it had none to answer yet
+        signals.stop()
+    if code:
+        print(f"fledge: {stage} ended with exit code {code}; the same command goes on there", file=sys.stderr)
+        sys.exit(code)
 
 
 def run_stage(command: list[str], environments: list[dict[str, str] | None]) -> int:

@@ -20,3 +20,8 @@ def _free_options(kind: type, prefix: str = "") -> Iterator[str]:
             yield from _free_options(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif get_origin(hint) is dict:
             yield prefix + name
+
+
+def quoted(text: object) -> str:
+    """Write a text as the value of an override, whatever is in it."""
+    return "'" + str(text).replace("'", "\\'") + "'"

@@ -4,7 +4,6 @@ The conversations are taken in the order of their ids, whatever the order of the
 the last has `dump.shard_tokens`; so the shards are the same at every start, and a store with states has the same ones.
 """
 
-import itertools
 import multiprocessing
 import os
 import time
@@ -24,7 +23,7 @@ from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import deferred, end_with_parent
 from ...conf.schema import Config
 from ..conversations import FILE, ConversationIndex, ConversationRef
-from ..heldout import heldout_order, is_heldout, sequence_id
+from ..heldout import is_heldout, limited, sequence_id
 from ..store.index import COUNTS_FILE, is_intact, left_out, sidecar_checksums, totals
 from ..store.mapped_shard import TOKENS, ImageRecord, MappedShard
 from ..store.shard import Sample, Shard, write_shard
@@ -104,8 +103,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
     if limit := config.dump.limit:
         share = manifest["settings"]["heldout_share"]
         by_use = [[place for place in index.places if is_heldout(place.id, share) is held] for held in (False, True)]
-        chosen = (sorted(places, key=lambda place: heldout_order(place.id))[:limit] for places in by_use)
-        index.places = sorted(itertools.chain.from_iterable(chosen))
+        index.places = sorted(place for places in by_use for place in limited(places, limit, lambda place: place.id))
     target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
     _write_shards(config, target, index)
     counts, shards = manifest["counts"], manifest["shards"]

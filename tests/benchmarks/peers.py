@@ -2,8 +2,8 @@
 
 It takes the run's samples in their order, as many steps, and draft vocabulary; model, loss, optimizer, clipping and
 schedule are the peer's own. The head is imported and judged by fledge's walk; RUN2 is laid out as a training, so
-`fledge compare RUN RUN2` and `fledge evaluate` take it. Runs in the peer's environment (docs/evidence/recipes.md), with
-fledge on PYTHONPATH.
+`fledge compare RUN RUN2` and `fledge evaluate` take it. Runs in an environment of the peer's with hydra-core, filelock
+and xxhash, with fledge on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def speculators(config: Config, options: Options, vocabulary: VocabularyMap, aux
 
     def loss(batch: PackedBatch) -> Tensor:
         aux_states, last = batch.states
-        first = batch.position == 0
-        keep, before = (~first).nonzero().squeeze(1), (~first).nonzero().squeeze(1) - 1
+        keep = batch.position.nonzero().squeeze(1)
+        before = keep - 1
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.dtype.value == "bfloat16"):
             _, value, _ = model(
                 hidden_states=aux_states[before][None],
@@ -174,7 +174,7 @@ def specforge(config: Config, options: Options, vocabulary: VocabularyMap, aux: 
 PEERS = {"speculators": speculators, "specforge": specforge}
 
 
-def batches(config: Config, data: TrainingData, ttt_steps: int) -> Iterator[PackedBatch]:
+def batches(data: TrainingData, ttt_steps: int) -> Iterator[PackedBatch]:
     """Yield the run's packs in float32."""
     for batch in data.batches(0):
         yield batch.to(torch.device("cpu"), torch.float32, ttt_steps)
@@ -209,7 +209,7 @@ def main(options: Options) -> None:
         peer = PEERS[options.peer](config, options, data.vocabulary, list(shape.aux_layers), steps)
         trained = sum(p.numel() for p in peer.model.parameters() if p.requires_grad)
         wall, cpu = time.perf_counter(), time.process_time()
-        stream = batches(config, data, config.train.ttt_steps)
+        stream = batches(data, config.train.ttt_steps)
         for step in range(steps):
             values = []
             for batch in islice(stream, packs):

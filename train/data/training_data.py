@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 
 from ...conf.runtime.signals import end_with_parent
 from ...conf.schema import HiddenStates, LastStates, Positions, StoreConfig, TooLong, TrainConfig, VerifierConfig
-from ...data_synthesis.heldout import conversation_id, heldout_order, is_heldout
+from ...data_synthesis.heldout import conversation_id, heldout_order, is_heldout, limited
 from ...data_synthesis.store.draft_vocabulary import choose_vocabulary
 from ...data_synthesis.store.shard import STATES, Sample
 from ...data_synthesis.store.store import HiddenStateStore
@@ -93,10 +93,8 @@ class Split:
                     split.num_dropped += 1
             if not train:
                 raise _nothing_to_train(store, split.num_dropped - dropped_before, batch_tokens, max(shares))
-            if limit is not None:
-                names = dict(enumerate(store.ids, start=first))
-                train = sorted(sorted(train, key=lambda number: heldout_order(names[number]))[:limit])
-            split.train.append(train)
+            names = dict(enumerate(store.ids, start=first))
+            split.train.append(limited(train, limit, names.__getitem__))
         return split
 
     def __str__(self) -> str:
