@@ -99,7 +99,7 @@ def dump_config(run: Run, verifier: VerifierConfig, states: HiddenStates) -> Con
         str(run.folder),
         verifier=verifier,
         draft=DraftConfig(vocab_size=300),
-        dump=DumpConfig(max_length=1024, shard_tokens=500),
+        dump=DumpConfig(max_length=1024, shard_tokens=500, keep_truncated=False),
         train=TrainConfig(hidden_states=states),
     )
 

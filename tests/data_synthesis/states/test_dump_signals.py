@@ -61,6 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, slow_verifier: Path) -> Run:
     options = [
         f"data.sources=[{{path:{folder / 'rows.jsonl'}}}]",
         "synthesize.max_tokens=3",
+        "dump.keep_truncated=true",
         "dump.shard_tokens=1000000",
         f"dump.batch_tokens={BATCH_TOKENS}",
         "draft.vocab_size=200",
