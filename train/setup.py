@@ -25,7 +25,7 @@ from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.head.from_verifier import parameters_of_verifier
 from ..models.kernels.self_check import Checked, require_gpu
-from ..models.verifier.config import load_config, logit_transform
+from ..models.verifier.config import load_config, logit_transform, warn_if_emulated
 from ..models.verifier.weights import VerifierWeights, check_identity
 from .checkpoints import load_checkpoint, needs_conversion, save_checkpoint
 from .data.training_data import TrainingData
@@ -158,6 +158,7 @@ def _build_trainer(
     state = load_checkpoint(engine, checkpoints)
     num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // options.packs_per_step)
     if target:
+        warn_if_emulated("train.dtype", options.dtype, ranks.device)
         print(
             f"train: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps of {options.packs_per_step} x "
             f"{options.batch_tokens} tokens ({data.packs_per_epoch} packs an epoch), {ranks.world} process(es), "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 
 from ...conf.runtime.artifact import digest
-from ...conf.schema import Device, VerifierConfig
+from ...conf.schema import Device, Dtype, VerifierConfig
 from ..embedded.verifier import CHECKPOINT
 
 if TYPE_CHECKING:  # torch and transformers' Auto classes take seconds to import, and a tokenizer may do without them
@@ -39,6 +40,18 @@ def torch_device(device: Device) -> torch.device:
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("verifier.device is cuda, and torch can use no GPU of this machine: set it to auto or cpu")
     return torch.device(device.value)
+
+
+def warn_if_emulated(option: str, dtype: Dtype, device: torch.device) -> None:
+    """Warn of bfloat16 on a CPU without instructions for it: matrix products take ten times as long as in float32."""
+    import torch
+
+    if dtype is not Dtype.bfloat16 or device.type != "cpu":
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        logging.getLogger(__name__).warning(
+            "%s=bfloat16 is about ten times as slow as float32 on this CPU, which has no instructions for it", option
+        )
 
 
 def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:

@@ -24,6 +24,7 @@ from .config import (
     load_tokenizer,
     load_whole_config,
     torch_device,
+    warn_if_emulated,
 )
 from .quantised import prepare_quantised, quantisation
 from .weights import VerifierWeights
@@ -178,6 +179,7 @@ class Verifier:
 def _placement(config: VerifierConfig, whole: Any, gpus: Sequence[int] | None) -> dict[str, Any]:
     """Return the arguments by which transformers places a model."""
     device = torch_device(config.device)
+    warn_if_emulated("verifier.dtype", config.dtype, device)
     if config.tensor_parallel:
         place = read_rank_info(os.environ)
         if place.world == 1:

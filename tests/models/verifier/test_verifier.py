@@ -1,5 +1,6 @@
 """Verifiers of many architectures: states are captured as transformers defines them, and decoding stays lossless."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from fledge.data_synthesis.states.transformers_engine import read_documents
 from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.models.verifier.cache import CachedVerifier, Tree
-from fledge.models.verifier.config import load_config, load_end_token_ids, logit_transform
+from fledge.models.verifier.config import load_config, load_end_token_ids, logit_transform, warn_if_emulated
 from fledge.models.verifier.model import Verifier, check_capture, load_final_norm
 from fledge.models.verifier.weights import VerifierWeights, verifier_identity
 from oracles import Oracle, TreeOracle
@@ -182,3 +183,13 @@ def test_a_hub_verifier_that_was_fetched_before_is_read_without_network(tmp_path
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([600, 64])" in done.stdout
+
+
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_warned_of(verifier_config, caplog):
+    cpu, has = torch.device("cpu"), torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    warn_if_emulated("train.dtype", Dtype.float32, cpu)
+    warn_if_emulated("train.dtype", Dtype.bfloat16, torch.device("cuda"))
+    assert not caplog.messages
+    verifier_config = dataclasses.replace(verifier_config, dtype=Dtype.bfloat16)
+    Verifier.load(verifier_config)
+    assert [message.split("=")[0] for message in caplog.messages] == ([] if has else ["verifier.dtype"])
