@@ -1,5 +1,7 @@
 # Every target sets up .venv by itself and reuses it while pyproject.toml and constraints.txt stay as they are.
 PYTHON ?= python3
+# Some images set it, and each process would compile torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
