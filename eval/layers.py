@@ -22,10 +22,11 @@ from ..conf.schema.free_names import quoted
 from ..data_synthesis.heldout import is_heldout
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.engine_forms import ENGINES, ServedHead, obstacles
+from ..models.formats.training_folder import best_acceptance_length
 from ..models.head.config import DraftHeadConfig
 from ..models.verifier.config import load_config, load_whole_config
 from ..models.verifier.weights import VerifierWeights
-from .figures.walks import heldout_length, walks_tables
+from .figures.walks import walks_tables
 
 _WIDTH = 128  # to which states and embeddings are projected
 _LOGITS = 256  # projected logits
@@ -65,7 +66,7 @@ def layers(config: Config) -> None:
         _run("train", [*shared, *steps, *of_set], config.train.num_processes)
     trainings = {name: folder / name / "training" for name in names}
     print(*walks_tables(trainings), sep="\n\n")
-    winner = names[max(trainings, key=lambda name: heldout_length(trainings[name], config.evaluate.draft_depth))]
+    winner = names[max(trainings, key=lambda name: best_acceptance_length(trainings[name]) or 0)]
     print(f"\nThe longest: draft.aux_layers={list(winner)}{' (as it is)' if winner == head.aux_layers else ''}")
     architectures = list(load_whole_config(config.verifier).architectures or [])
     served = ServedHead(replace(head, aux_layers=winner), verifier.num_hidden_layers, architectures)
@@ -109,8 +110,12 @@ def rank(
     share, ids = store.manifest["settings"]["heldout_share"], store.ids
     held = [number for number, name in enumerate(ids) if is_heldout(name, share)]
     train = [number for number, name in enumerate(ids) if not is_heldout(name, share)]
+    if not held:
+        raise ValueError(
+            f"{store.folder} holds nothing out, which sets are judged by: raise data.heldout_share={share}"
+        )
     products = _Products(store, weights, candidates)
-    fitted, judged = products.of(train), products.of(held or train)
+    fitted, judged = products.of(train), products.of(held)
     scores: dict[Layers, float] = {}
     beam: list[Layers] = [()]
     for _ in range(size):

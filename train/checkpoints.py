@@ -23,11 +23,10 @@ from safetensors import SafetensorError
 
 from ..conf.runtime.artifact import commit, digest, sync, write_atomic, write_json
 from ..models.formats.plain import save_head
-from ..models.formats.training_folder import BEST, HELDOUT_WALKS, LATEST, checkpoint_steps, read_walks
+from ..models.formats.training_folder import BEST, HELDOUT_WALKS, LATEST, STATE, checkpoint_steps, read_walks
 from ..models.head.draft_head import DraftHead
 from .heldout import HeldoutByLength, HeldoutCounts, acceptance_lengths, total
 
-STATE = "trainer.json"
 _SAVING, _UNIVERSAL = ".saving", ".universal"
 
 

@@ -4,7 +4,6 @@ Hydra's sweeper chooses the values: the basic one all combinations, Optuna's plu
 before.
 """
 
-import json
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ...models.formats.training_folder import LATEST, head_folder
+from ...models.formats.training_folder import best_acceptance_length
 from ..runtime.launch import environments, run_stage
 from ..runtime.rank_info import read_rank_info
 from ..runtime.signals import EXIT_AGAIN, deferred
@@ -69,7 +68,7 @@ class Sweep:
         self.results[str(run)] = None
         if code:
             raise JobError(name, code)
-        self.results[str(run)] = _acceptance_length(run / "training") if self.command in _TRAINING else None
+        self.results[str(run)] = best_acceptance_length(run / "training") if self.command in _TRAINING else None
         return self.results[str(run)]
 
     def report(self) -> None:
@@ -100,9 +99,3 @@ class Sweep:
         if self.command == "train" and not (config.train.stores or config.dump.folder):
             ours["dump.folder"] = f"dump.folder={quoted(config.hidden_states_folder)}"
         return name, list((ours | {"name": f"name='{name}'"}).values())
-
-
-def _acceptance_length(training: Path) -> float | None:
-    """Return the held-out acceptance length of a run's best checkpoint, None if nothing was held out."""
-    state = json.loads((head_folder(LATEST, training) / "trainer.json").read_text())
-    return None if state["best_step"] is None else float(state["best_acceptance_length"])

@@ -45,12 +45,6 @@ def walks_tables(runs: dict[str, Path]) -> Iterator[str]:
         yield f"{title}:\n\n{table(head, rows)}"
 
 
-def heldout_length(training: Path, depth: int) -> float:
-    """Return the greedy acceptance length of a training's best checkpoint with `depth` draft tokens."""
-    counts = read_walks(head_folder(None, training))[depth].values()
-    return 1 + sum(one["accepted"] for one in counts) / max(1, sum(one["rounds"] for one in counts))
-
-
 def _by_conversation(counts: dict[str, dict[str, float]], gained: str, rounds: str) -> _Counts:
     sums: _Counts = {}
     for sample_id, one in counts.items():

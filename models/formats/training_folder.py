@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 LATEST, BEST = "latest", "best"  # names of training checkpoints
+STATE = "trainer.json"  # in training checkpoints: a `TrainerState`
 HELDOUT_WALKS = "heldout_walks.json"  # in training checkpoints: a `HeldoutCounts` by draft tokens and conversation
 
 
@@ -42,3 +43,9 @@ def read_walks(checkpoint: Path) -> dict[int, dict[str, dict[str, Any]]]:
     """
     path = checkpoint / HELDOUT_WALKS
     return {int(depth): counts for depth, counts in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def best_acceptance_length(training_folder: Path) -> float | None:
+    """Return the held-out acceptance length of a training's best checkpoint; None if nothing was held out."""
+    state = json.loads((head_folder(LATEST, training_folder) / STATE).read_text())
+    return None if state["best_step"] is None else float(state["best_acceptance_length"])

@@ -11,8 +11,7 @@ import yaml
 from commands import run_command
 from fledge.conf.cli import main
 from fledge.conf.cli.sweep import Sweep
-from fledge.models.formats.training_folder import head_folder
-from fledge.train.checkpoints import STATE
+from fledge.models.formats.training_folder import STATE, head_folder
 from fledge.train.metrics.tracking import read_metrics
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args

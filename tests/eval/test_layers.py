@@ -71,6 +71,12 @@ def test_the_best_set_is_said_and_written_and_another_start_repeats_nothing(fini
     assert json.loads((run / "layers" / "layers.json").read_text()) == written
 
 
+def test_a_store_that_holds_nothing_out_is_refused(finished, verifier_config, tmp_path):
+    folder = write_store(tmp_path / "store", finished.path / "hidden_states", {"sample/1": "0011"}, 0.0)
+    with pytest.raises(ValueError, match="holds nothing out, which sets are judged by"):
+        rank(HiddenStateStore(folder), VerifierWeights(verifier_config), [1], 1)
+
+
 def test_candidates_that_are_no_layers_are_refused(finished, tmp_path):
     done = run_command(finished.command("layers", f"runs_dir={tmp_path}", "layers.candidates=[0,99,1]"), cwd=tmp_path)
     assert done.returncode == 2
