@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 from benchmark_options import parse_options
@@ -199,7 +199,7 @@ def walk(config: Config, data: TrainingData, folder: Path, target: Path, steps: 
 
 def main(options: Options) -> None:
     """Train, walk, and print one JSON line."""
-    config = load_config(file=Path(options.run) / "training" / "config.yaml")
+    config = load_config("tracking.report_to=[]", file=Path(options.run) / "training" / "config.yaml")
     config.train.data_workers = 0
     shape = DraftHeadConfig.from_verifier(config.draft, load_verifier_config(config.verifier))
     torch.manual_seed(options.seed)
@@ -210,6 +210,8 @@ def main(options: Options) -> None:
         trained = sum(p.numel() for p in peer.model.parameters() if p.requires_grad)
         wall, cpu = time.perf_counter(), time.process_time()
         stream = batches(data, config.train.ttt_steps)
+        # torch's Muon multiplies in bfloat16, which most CPUs emulate: as train.dtype says, like fledge's own.
+        products = torch.Tensor.bfloat16 if config.train.dtype.value == "bfloat16" else torch.Tensor.float
         for step in range(steps):
             values = []
             for batch in islice(stream, packs):
@@ -217,8 +219,9 @@ def main(options: Options) -> None:
                 loss.backward()
                 values.append(float(loss.detach()))
             nn.utils.clip_grad_norm_(peer.model.parameters(), peer.max_grad_norm)
-            for one in (*peer.optimizers, *peer.schedulers):
-                one.step()
+            with patch.object(torch.Tensor, "bfloat16", products):
+                for one in (*peer.optimizers, *peer.schedulers):
+                    one.step()
             for one in peer.optimizers:
                 one.zero_grad()
             if step % 20 == 0:
