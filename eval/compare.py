@@ -43,12 +43,12 @@ def compare(config: Config) -> None:
             "compare.runs is required: fledge compare RUN..., each a run's folder, its name in runs_dir, or the folder "
             "of an evaluation"
         )
-    folders = [_folder(run, config.runs_dir) for run in options.runs]
+    folders = [find_run(run, config.runs_dir, "compare.runs") for run in options.runs]
     # A run is called by its folder's name, or as in `compare.runs` if two have the same.
     names = [(folder.parent if folder.name == _EVALUATION else folder).resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else run for name, run in zip(names, options.runs, strict=True)]
     named = dict(zip(names, folders, strict=True))
-    evaluations = {name: place for name, folder in named.items() if (place := _evaluation(folder))}
+    evaluations = {name: place for name, folder in named.items() if (place := find_evaluation(folder))}
     trainings = {name: folder / "training" for name, folder in named.items() if checkpoint_steps(folder / _CHECKPOINTS)}
     rows = [_row(name, folder) for name, folder in evaluations.items()]
     published = published_rows() if options.published and rows else []
@@ -71,26 +71,26 @@ def published_rows() -> list[Row]:
     return [Row(**row) for row in json.loads(_PUBLISHED.read_text())]
 
 
-def _folder(run: str, runs_dir: str) -> Path:
+def find_run(run: str, runs_dir: str, option: str) -> Path:
     """Return the folder of a run, or of an evaluation: a path, or a name in runs_dir."""
     places = Path(run), Path(runs_dir) / run
     for place in places:
         if any((place / part).exists() for part in (MANIFEST, f"{_EVALUATION}/{MANIFEST}", _CHECKPOINTS)):
             return place
     raise ValueError(
-        f"compare.runs: {run} has neither an evaluation nor a training (looked in {', '.join(map(str, places))}): run "
+        f"{option}: {run} has neither an evaluation nor a training (looked in {', '.join(map(str, places))}): run "
         "`fledge evaluate` first"
     )
 
 
-def _evaluation(folder: Path) -> Path | None:
+def find_evaluation(folder: Path) -> Path | None:
     """Return the evaluation that a folder is or holds, None if it holds none."""
     folder = folder if (folder / MANIFEST).is_file() else folder / _EVALUATION
     if not (folder / MANIFEST).is_file():
         return None
     read_manifest(folder, "evaluation")
     if not (folder / ACCEPTANCE).is_file():
-        raise ValueError(f"compare.runs: {folder / ACCEPTANCE} is missing: run `fledge evaluate` again")
+        raise ValueError(f"{folder / ACCEPTANCE} is missing: run `fledge evaluate` again")
     return folder
 
 

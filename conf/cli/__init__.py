@@ -95,7 +95,7 @@ def overrides_of(command: str, arguments: list[str]) -> list[str]:
         return _with_defaults(overrides, "experiment=demo", "name=demo") if command == "demo" else overrides
     places = [number for number in range(len(overrides)) if _is_place(overrides, number)]
     texts = [quoted(overrides[number]) for number in places]
-    if command == "compare":
+    if command in ("compare", "tune"):
         overrides = [override for number, override in enumerate(overrides) if number not in places]
         overrides += [f"{option}=[{','.join(texts)}]"] if places else []
     elif places:

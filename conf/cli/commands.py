@@ -180,6 +180,16 @@ PURPOSES = {
             prints=True,
             option="compare.runs",
         ),
+        "tune": Command(
+            function="fledge.eval.served.tune:tune",
+            what="say how many draft tokens pay at which load, as settings of the engines",
+            reads="runs/NAME/evaluation/ of each run",
+            writes="nothing; prints speeds and settings",
+            groups=("tune",),
+            examples=("fledge tune alone-1 head-1", "fledge tune runs/first tune.folder=serving"),
+            prints=True,
+            option="tune.runs",
+        ),
     },
 }
 COMMANDS = {name: command for commands in PURPOSES.values() for name, command in commands.items()}

@@ -13,7 +13,7 @@ from .cluster import STAGES, ClusterConfig, ContainerConfig, ContainerKind, Gpu,
 from .cluster import ServerConfig, ServerKind, StatusConfig, SubmitConfig
 from .data import DataConfig, DumpConfig, DumpEngine, InspectConfig, LastStates, MalformedRows, PreviewConfig
 from .data import SELF, SourceConfig, StateDtype, SynthesizeConfig
-from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig, EvaluateEngine
+from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig, EvaluateEngine, TuneConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
@@ -51,6 +51,7 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -219,6 +220,11 @@ def _check_evaluation(options: EvaluateConfig) -> None:
     require(  # the reverse is required by `evaluate` alone
         by_server or options.endpoint is None,
         "evaluate.engine must be server with evaluate.endpoint: set it, or leave the endpoint out",
+    )
+    require(
+        by_server or options.num_draft_tokens,
+        "evaluate.num_draft_tokens must be at least 1 without evaluate.engine=server: evaluation in this process runs "
+        "the verifier alone, too",
     )
     require(
         not (by_server and sampled),

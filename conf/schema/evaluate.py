@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from .limits import BaseUrl, Kernels, PositiveInt, PositiveShare, Temperature, at_least
+from .limits import BaseUrl, Kernels, NonNegativeInt, PositiveInt, PositiveShare, Temperature, at_least
 
 # What answers the questions: the verifier in this process, or a vLLM or SGLang that serves verifier and head.
 EvaluateEngine = Enum("EvaluateEngine", {"transformers": "transformers", "server": "server"})
@@ -23,7 +23,8 @@ class EvaluateConfig:
     # what answers: the verifier in this process, or a vLLM or SGLang server with verifier and head
     engine: EvaluateEngine = EvaluateEngine.transformers
     endpoint: BaseUrl | None = None  # base URL of the server, such as http://localhost:8000/v1, with engine=server
-    num_draft_tokens: PositiveInt = 3  # tokens proposed in a round; nodes of the tree with tree_depth
+    # tokens proposed in a round; nodes of the tree with tree_depth; 0, with engine=server: a verifier without a head
+    num_draft_tokens: NonNegativeInt = 3
     tree_depth: PositiveInt | None = None  # depth of an EAGLE-2 dynamic tree; null: a chain
     tree_top_k: PositiveInt = 8  # children of a node, and nodes expanded at each depth
     max_tokens: PositiveInt = 1024  # most tokens of an answer
@@ -63,6 +64,15 @@ class DoctorConfig:
     measure: bool = True  # run the verifier and measure the head; false: read the files only
     num_prompts: Measurable = 16  # prompts the verifier answers, from evaluate.questions or the embedded ones
     max_tokens: Measurable = 64  # most tokens of an answer
+
+
+@dataclass
+class TuneConfig:
+    """What `fledge tune RUN...` reads, and what it writes."""
+
+    runs: list[str] = field(default_factory=list)  # runs with an evaluation, their names in runs_dir, or evaluations
+    head: str = "HEAD"  # folder of the exported head, as the engine is to read it
+    folder: str | None = None  # folder for vllm.json, sglang.json and tensorrt_llm.yaml; null: print only
 
 
 @dataclass

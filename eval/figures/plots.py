@@ -154,12 +154,12 @@ def _categories(plt: Any, results: dict[str, Any]) -> Any:
     for place, counts in enumerate(categories.values()):
         error_bar(axes, place, counts["acceptance_length_interval"])
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")
-    axes.set(xlabel="acceptance length", xlim=(1, len(results["acceptance_rate_per_pos"]) + 1))
+    axes.set(xlabel="acceptance length", xlim=(1, max(1, len(results["acceptance_rate_per_pos"])) + 1))
     return figure
 
 
 def _questions(plt: Any, results: dict[str, Any], records: list[Record]) -> Any:
-    depth = len(results["acceptance_rate_per_pos"])
+    depth = max(1, len(results["acceptance_rate_per_pos"]))
     figure, axes = plt.subplots(figsize=(5, 2.8))
     axes.hist(question_lengths(records, TRAINED, depth), bins=24, range=(1, depth + 1), color=ACCENT)
     axes.axvline(results["acceptance_length"], color=INK, linewidth=1, linestyle=":")

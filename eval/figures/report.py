@@ -142,9 +142,10 @@ def _faithfulness(results: dict[str, Any]) -> list[str]:
         equal, decoded = (results["lossless"][name] for name in ("equal_to_verifier", "decoded_answers"))
         lines.append(f"{equal} of {decoded} answers equal the verifier's own, token for token.")
     elif "model" in results:
-        alone = results.get("batch_size", 1) == 1
-        seconds = "seconds include the reading of prompts" if alone else "requests overlapped, so tokens/s is not told"
-        lines.append(f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; {seconds}.")
+        lines.append(
+            f"Answered by {results['engine']}: whether drafts changed an answer was not looked at; seconds include the "
+            "reading of prompts."
+        )
     return lines
 
 

@@ -35,14 +35,11 @@ def summarise(
     everything = list(read_journal(folder / RECORDS))
     left_out = {record["id"]: record["left_out"] for record in everything if "left_out" in record}
     records = [record for record in everything if record["answers"]]
-    rounds = [one for record in records for answer in record["answers"] for one in answer["drafters"].values()]
-    if options.engine is EvaluateEngine.server and options.batch_size > 1:
-        for one in rounds:
-            one["seconds"] = 0.0  # of requests that overlapped: their sum would make the rate of one stream
     answered, heldout = ([r for r in records if (r["category"] == HELDOUT) is kind] for kind in (False, True))
     if not answered:
         why = "; ".join(left_out.values())[:300]
         raise ValueError(f"evaluate.questions: none was answered ({why}): cure that, and delete {folder}")
+    rounds = [one for record in records for answer in record["answers"] for one in answer["drafters"].values()]
     equal = [one["equals_verifier"] for one in rounds if one.get("equals_verifier") is not None]
     categories = dict.fromkeys(question.category for question in questions)
     groups = {"by_category": {name: [r for r in answered if r["category"] == name] for name in categories}}

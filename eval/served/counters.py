@@ -59,8 +59,8 @@ def is_vllms(metrics: str) -> bool:
     return any(line.startswith(_VLLM) for line in metrics.splitlines())
 
 
-def read_vllm_counters(metrics: str) -> VllmCounters | None:
-    """Read vLLM's counters from the Prometheus text of /metrics; None if it does not speculate."""
+def read_vllm_counters(metrics: str) -> VllmCounters:
+    """Read vLLM's counters from the Prometheus text of /metrics; no positions if it does not speculate."""
     sums: Counter[str] = Counter()
     by_position: Counter[int] = Counter()
     for family in text_string_to_metric_families(metrics):
@@ -69,8 +69,6 @@ def read_vllm_counters(metrics: str) -> VllmCounters | None:
                 sums[sample.name] += int(sample.value)
             if sample.name == _OF_VLLM["num_accepted_tokens_per_pos"]:
                 by_position[int(sample.labels["position"])] += int(sample.value)
-    if not sums.keys() >= set(_OF_VLLM.values()):
-        return None
     if missing := {_TOKENS, _REQUESTS, *_BUSY} - sums.keys():
         raise ValueError(f"its /metrics lack {', '.join(sorted(missing))}")
     positions = [by_position[position] for position in range(len(by_position))]
@@ -90,7 +88,7 @@ def read_sglang_answer(meta: dict[str, Any], num_draft_tokens: int, num_position
     ValueError: it tells too little, or what does not fit the answer's length.
     """
     rounds, written = int(meta.get("spec_verify_ct") or 0), int(meta["completion_tokens"])
-    if not rounds and written == 1:  # the prompt's own forward gives the first token
+    if not rounds and (written == 1 or not num_draft_tokens):  # the prompt's own forward gives the first token
         return ServedCounts(0, 0, 0, [0] * num_positions)
     # The second is the older name.
     histogram = meta.get("spec_correct_drafts_histogram") or meta.get("spec_accept_histogram")
@@ -111,11 +109,11 @@ def read_sglang_answer(meta: dict[str, Any], num_draft_tokens: int, num_position
 
 
 def read_tensorrt_llm_answer(told: dict[str, Any] | None, written: int, num_draft_tokens: int) -> ServedCounts:
-    """Read the `speculative_decoding` of one of TensorRT-LLM's choices; an answer of one token may have none.
+    """Read the `speculative_decoding` of one of TensorRT-LLM's choices; none of one token, or without a head.
 
     ValueError: it tells nothing, or drafts otherwise, or its counts contradict each other.
     """
-    if told is None and written <= 1:
+    if told is None and (written <= 1 or not num_draft_tokens):
         return ServedCounts(0, 0, 0, [0] * num_draft_tokens)
     if told is None:
         raise ValueError(

@@ -26,6 +26,7 @@ from .counters import (
 
 _POLL_S, _LAG_S, _QUIET_S = 0.01, 20.0, 60.0
 _NO_VERSION = "(version not told)"
+_ALONE = ServedCounts(0, 0, 0, [])  # of a verifier without drafts
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,31 @@ class Completion:
 
     text: str
     output_tokens: int  # end-of-turn included
-    seconds: float  # of the whole request, the prompt included
+    seconds: float  # its share of the time that it took, the prompt included
     counts: ServedCounts
 
 
+class Clock:
+    """Shares seconds out among the requests in flight, as decoding in this process does among the rows of a batch."""
+
+    def __init__(self) -> None:
+        self._in_flight, self._shared, self._at = 0, 0.0, time.perf_counter()
+
+    def change(self, by: int) -> float:
+        """Change how many requests are in flight; return the seconds that one in flight all along has had."""
+        now = time.perf_counter()
+        self._shared += (now - self._at) / max(1, self._in_flight)
+        self._at, self._in_flight = now, self._in_flight + by
+        return self._shared
+
+
 class _Engine:
-    """A server that serves the verifier with a draft head, drafting as the options say; `name` holds its version."""
+    """A server of the verifier, drafting as the options say, or alone with 0 draft tokens; `name` has its version."""
 
     def __init__(self, verifier: VerifierConfig, options: EvaluateConfig, endpoint: Endpoint, name: str) -> None:
         self.name = name
         self._options, self._endpoint, self._root = options, endpoint, _root(endpoint)
+        self._clock = Clock()
         self.tokenizer = load_tokenizer(verifier)
         # Fields of a request that all engines know, with whatever would make greedy less than greedy.
         self._sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
@@ -57,9 +73,11 @@ class _Engine:
         self, path: str, body: dict[str, Any], prompt: list[int], read: Callable[[Any], tuple[Any, ...]]
     ) -> tuple[Any, ...]:
         """Send a request; return its seconds, and what `read` returns of its answer after the number of tokens read."""
-        started = time.perf_counter()
-        response = await self._endpoint.send("POST", path, body)
-        seconds = time.perf_counter() - started
+        began = self._clock.change(1)
+        try:
+            response = await self._endpoint.send("POST", path, body)
+        finally:
+            seconds = self._clock.change(-1) - began
         try:
             num_read, *values = read(response)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -128,6 +146,11 @@ class Vllm(_Engine):
         """Check that it speculates as is to be measured, and tells so."""
         options, url = self._options, self._endpoint.url
         drafted = len((await self._counters()).speculation.num_accepted_tokens_per_pos)
+        if not drafted and options.num_draft_tokens:
+            raise ValueError(
+                f"{url} serves without a draft head (its /metrics have no vllm:spec_decode counters): start it with "
+                "--speculative-config, or set evaluate.num_draft_tokens=0 to measure the verifier alone"
+            )
         if options.tree_depth is not None:
             raise ValueError("evaluate.tree_depth must be null with a vLLM, which drafts chains")
         if drafted != options.num_draft_tokens:
@@ -145,6 +168,8 @@ class Vllm(_Engine):
         seconds, written, text, tokens, counted = await self._post("/completions", body, prompt, _read_vllm)
         if before:
             counts = await self._grown(before, written)
+        elif not options.num_draft_tokens:
+            counts = _ALONE
         elif counted is not None:
             counts = read_vllm_answer(counted, options.num_draft_tokens)
         else:
@@ -156,15 +181,9 @@ class Vllm(_Engine):
 
     async def _counters(self) -> VllmCounters:
         try:
-            counters = read_vllm_counters(await self._endpoint.send("GET", f"{self._root}/metrics"))
+            return read_vllm_counters(await self._endpoint.send("GET", f"{self._root}/metrics"))
         except ValueError as error:
             raise ValueError(f"{self._endpoint.url} is a vLLM that evaluation cannot read: {error}") from None
-        if counters is None:
-            raise ValueError(
-                f"{self._endpoint.url} serves without a draft head (its /metrics have no vllm:spec_decode counters): "
-                "start it with --speculative-config"
-            )
-        return counters
 
     async def _quiet(self) -> VllmCounters:
         """Return the counters when nothing runs: a request that was given up may still."""
@@ -211,12 +230,12 @@ class Sglang(_Engine):
     async def check(self) -> None:
         """Check that it speculates as is to be measured, and tells so."""
         info, top_k = self._info, self._info["eagle_topk"]
-        if not info["algorithm"]:
-            cure = "start it with --speculative-algorithm EAGLE3"
+        if not info["algorithm"] and self._options.num_draft_tokens:
+            cure = "start it with --speculative-algorithm EAGLE3, or set evaluate.num_draft_tokens=0"
             raise ValueError(f"{self._endpoint.url} serves without a draft head: {cure}")
         is_tree = int(top_k or 1) > 1
         theirs = {
-            "num_draft_tokens": (info["num_draft_tokens"] or 0) - 1,  # SGLang counts the last accepted token too
+            "num_draft_tokens": (info["num_draft_tokens"] or 1) - 1,  # SGLang counts the last accepted token too
             "tree_depth": info["num_steps"] if is_tree else None,
             **({"tree_top_k": top_k} if is_tree else {}),
         }

@@ -9,7 +9,7 @@ import pytest
 from evaluations import evaluation, question_record
 from fledge.conf.schema import EvaluateEngine
 from fledge.eval.figures.plots import draw
-from fledge.eval.figures.records import HELDOUT, answered_records
+from fledge.eval.figures.records import answered_records
 from fledge.eval.figures.report import print_table, write_report
 from fledge.eval.figures.results import questions_digest
 
@@ -118,22 +118,14 @@ def test_a_server_leaves_open_what_it_cannot_tell(tmp_path, capsys):
     )
 
 
-def test_requests_that_overlap_at_a_server_tell_no_tokens_per_second(tmp_path, capsys):
-    records = [question_record([3, 1], [0], name=f"q/{i}", server=True) for i in range(4)]
-    heldout = question_record([1], name="h/1", category=HELDOUT, server=True)
-    by_server = {"engine": EvaluateEngine.server, "endpoint": "http://h/v1"}
-    one = evaluation(tmp_path / "one", [*records, heldout], **by_server)
-    several = evaluation(tmp_path / "several", [*records, heldout], batch_size=2, **by_server)
-    for results, known in ((one, True), (several, False)):
-        told = [results, results["by_category"]["math"]["trained head"], results["heldout"]["decoded"]]
-        assert [part["tokens_per_s"] is not None for part in told] == [known] * 3
-    assert several["acceptance_length"] == one["acceptance_length"]
-    assert (
-        answered_records(tmp_path / "several" / "evaluation")[0]["answers"][0]["drafters"]["trained head"]["seconds"]
-        > 0
-    )
-    _, out = reported(tmp_path / "several", capsys)
-    assert re.search(r"\| trained head .*\| +- \| +- \| +12 \|\n", out)
+def test_a_server_without_the_head_has_a_speed_and_no_positions(tmp_path, capsys):
+    records = [question_record([0], name=f"q/{i}", drafted=0, server=True) for i in range(4)]
+    by_server = {"engine": EvaluateEngine.server, "endpoint": "http://h/v1", "batch_size": 2}
+    results = evaluation(tmp_path / "run", records, num_draft_tokens=0, **by_server)
+    assert (results["acceptance_length"], results["num_accepted_tokens_per_pos"]) == (1.0, [])
+    assert results["tokens_per_s"] == pytest.approx(8.0)
+    _, out = reported(tmp_path / "run", capsys)
+    assert re.search(r"\| trained head +\| +1\.00 \| ", out)
 
 
 def test_text_and_images_are_told_apart_where_a_question_has_images(tmp_path, capsys):

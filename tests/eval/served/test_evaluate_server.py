@@ -106,7 +106,10 @@ def test_a_server_that_tells_nothing_of_speculation(configuration, tmp_path, ver
 
 def test_an_sglang_without_a_head(configuration, verifier_config):
     with sglang_double(verifier_config.path, speculative_algorithm=None) as server:
-        with pytest.raises(ValueError, match="serves without a draft head: start it with --speculative-algorithm"):
+        with pytest.raises(
+            ValueError,
+            match="draft head: start it with --speculative-algorithm EAGLE3, or set evaluate",
+        ):
             evaluate(configuration(server.endpoint))
         assert server.asked == []
         config = configuration(server.endpoint)
@@ -184,6 +187,21 @@ def test_several_questions_at_a_time_give_the_same_records(configuration, verifi
         evaluate(one)
         evaluate(two)
     assert without_seconds(one) == without_seconds(two)
+    assert results_of(two)["tokens_per_s"] > 0
+
+
+def test_a_server_without_a_head_is_measured_with_no_draft_tokens(configuration, verifier_config):
+    lacks = dict.fromkeys(f"speculative_{name}" for name in ("algorithm", "num_steps", "num_draft_tokens"))
+    with sglang_double(verifier_config.path, **lacks) as server:
+        config = configuration(server.endpoint, num_draft_tokens=0, batch_size=2)
+        evaluate(config)
+    results = results_of(config)
+    assert (results["num_drafts"], results["acceptance_length"]) == (0, 1.0)
+    assert results["tokens_per_s"] > 0
+    with pytest.raises(
+        ValueError, match=r"evaluate\.num_draft_tokens must be at least 1 without evaluate\.engine=server"
+    ):
+        configuration(None, engine=EvaluateEngine.transformers, num_draft_tokens=0)
 
 
 def test_a_tree_is_counted_by_depth(configuration, verifier_config):

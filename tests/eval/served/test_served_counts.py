@@ -11,6 +11,7 @@ from fledge.eval.served.counters import (
     read_vllm_answer,
     read_vllm_counters,
 )
+from fledge.eval.served.engines import Clock
 from sglang_double import meta_info, rounds
 from trtllm_double import speculative_decoding
 
@@ -41,11 +42,23 @@ def test_requests_that_run_are_seen():
 def test_a_vllm_that_does_not_speculate_is_told_from_one_that_lacks_other_counters():
     plain = "\n".join(line for line in METRICS.splitlines() if "spec_decode" not in line) + "\n"
     assert is_vllms(plain)
-    assert read_vllm_counters(plain) is None
+    assert read_vllm_counters(plain).speculation == ServedCounts(0, 0, 0, [])
     fewer = "\n".join(line for line in METRICS.splitlines() if "request_success" not in line) + "\n"
     with pytest.raises(ValueError, match="lack vllm:request_success_total"):
         read_vllm_counters(fewer)
     assert not is_vllms("# HELP sglang:num_running_reqs x\nsglang:num_running_reqs 0\n")
+
+
+def test_seconds_are_shared_out_among_requests_in_flight(monkeypatch):
+    times = iter([0.0, 10.0, 12.0, 14.0, 18.0, 20.0, 21.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = Clock()
+    first = clock.change(1)
+    second = clock.change(1)
+    seconds = [clock.change(-1) - first, clock.change(-1) - second]
+    assert seconds == [3.0, 5.0], "two alone and half of two; half of two and four alone"
+    third = clock.change(1)
+    assert clock.change(-1) - third == 1.0
 
 
 def test_a_histogram_gives_the_same_sums_as_counters():

@@ -20,14 +20,20 @@ COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted
 
 
 @contextlib.contextmanager
-def vllm_server(folder: Path, verifier: Path, *options: str, head: Path | None = None) -> Iterator[str]:
-    """Run vLLM's server on the CPU in float32, with a draft head of 3 tokens if there is one; give its endpoint."""
+def vllm_server(
+    folder: Path, verifier: Path, *options: str, head: Path | None = None, speculation: dict[str, Any] | None = None
+) -> Iterator[str]:
+    """Run vLLM's server on the CPU in float32; give its endpoint.
+
+    It speculates with a draft head of 3 tokens if there is one, or as its own configuration says.
+    """
     port = free_port()
     command = [os.environ["FLEDGE_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", *options]
     command += ["--model", str(verifier), "--dtype", "float32", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if head is not None:
         speculation = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
+    if speculation:
         command += ["--speculative-config", json.dumps(speculation)]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from builders import Run
 from fledge.conf.runtime.journal import read_journal
+from fledge.eval.served.tune import settings
 from serving import COUNTS, decode_in_vllm, evaluated, vllm_server
 
 pytestmark = pytest.mark.serving
@@ -122,6 +124,31 @@ def test_a_server_without_a_head_is_refused_and_so_are_batches_it_does_not_count
     with vllm_server(tmp_path, finished.verifier, head=head) as endpoint:
         message = run("evaluate", *by_server(endpoint, "evaluate.batch_size=2"), code=2).stderr  # by the same name
         assert "evaluate.batch_size=2 needs a server that counts each request: start it with --per-request" in message
+
+
+def test_draft_tokens_by_load_are_served_and_a_verifier_without_its_head_is_measured(finished, head, run, tmp_path):
+    loads = {}
+    for name, tokens in (("alone", 0), ("head", 3)):
+        with vllm_server(tmp_path, finished.verifier, *BY_REQUEST, head=head if tokens else None) as endpoint:
+            for size in (1, 2):
+                options = [f"evaluate.num_draft_tokens={tokens}", f"evaluate.batch_size={size}"]
+                loads[f"{name}-{size}"] = beside(run, finished, f"{name}-{size}")
+                loads[f"{name}-{size}"]("evaluate", *by_server(endpoint, *options))
+    assert told(loads["alone-1"])[1] == told(loads["alone-2"])[1] == told(finished)[1], "texts"
+    assert told(loads["head-2"]) == told(finished)
+    names = [f"{name}-{size}" for name in ("alone", "head") for size in (1, 2)]
+    out = run("tune", *names).stdout
+    assert re.search(r"\| +2 \| +\d+ \| +~\d+ \| +~\d+ \| +\d+ \|", out), out
+    by_load = json.loads(settings([(1, 1, 3), (2, 8, 1)], str(head))["vllm.json"])
+    with vllm_server(tmp_path, finished.verifier, *BY_REQUEST, speculation=by_load) as endpoint:
+        scheduled = beside(run, finished, "scheduled")
+        scheduled("evaluate", *by_server(endpoint))
+        assert told(scheduled) == told(finished), "one request at a time: three draft tokens"
+        busy = beside(run, finished, "busy")
+        busy("evaluate", *by_server(endpoint, "evaluate.batch_size=4"))
+        ours, theirs = told(finished), told(busy)
+        assert theirs[1] == ours[1]
+        assert theirs[0]["num_draft_tokens"][0] < ours[0]["num_draft_tokens"][0], "one draft token while it is busy"
 
 
 def test_a_server_that_is_killed_leaves_what_is_done(finished, head, run, tmp_path):
