@@ -72,7 +72,9 @@ def test_the_best_set_is_said_and_written_and_another_start_repeats_nothing(fini
 
 
 def test_a_store_that_holds_nothing_out_is_refused(finished, verifier_config, tmp_path):
-    folder = write_store(tmp_path / "store", finished.path / "hidden_states", {"sample/1": "0011"}, 0.0)
+    folder = write_store(
+        tmp_path / "store", finished.path / "hidden_states", {"sample/1": "0011", "sample/2": "0111"}, 0.0
+    )
     with pytest.raises(ValueError, match="holds nothing out, which sets are judged by"):
         rank(HiddenStateStore(folder), VerifierWeights(verifier_config), [1], 1)
 
