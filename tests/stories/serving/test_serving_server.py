@@ -129,7 +129,8 @@ def test_a_server_without_a_head_is_refused_and_so_are_batches_it_does_not_count
 def test_draft_tokens_by_load_are_served_and_a_verifier_without_its_head_is_measured(finished, head, run, tmp_path):
     loads = {}
     for name, tokens in (("alone", 0), ("head", 3)):
-        with vllm_server(tmp_path, finished.verifier, *BY_REQUEST, head=head if tokens else None) as endpoint:
+        served = {"head": head} if tokens else {}
+        with vllm_server(tmp_path, finished.verifier, *(BY_REQUEST if tokens else ()), **served) as endpoint:
             for size in (1, 2):
                 options = [f"evaluate.num_draft_tokens={tokens}", f"evaluate.batch_size={size}"]
                 loads[f"{name}-{size}"] = beside(run, finished, f"{name}-{size}")
@@ -138,7 +139,7 @@ def test_draft_tokens_by_load_are_served_and_a_verifier_without_its_head_is_meas
     assert told(loads["head-2"]) == told(finished)
     names = [f"{name}-{size}" for name in ("alone", "head") for size in (1, 2)]
     out = run("tune", *names).stdout
-    assert re.search(r"\| +2 \| +\d+ \| +~\d+ \| +~\d+ \| +\d+ \|", out), out
+    assert re.search(r"\| 2 +\| +\d+ \| +~\d+ \| +~\d+ \| +\d+ \|", out), out
     by_load = json.loads(settings([(1, 1, 3), (2, 8, 1)], str(head))["vllm.json"])
     with vllm_server(tmp_path, finished.verifier, *BY_REQUEST, speculation=by_load) as endpoint:
         scheduled = beside(run, finished, "scheduled")
