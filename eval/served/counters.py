@@ -77,8 +77,9 @@ def read_vllm_counters(metrics: str) -> VllmCounters:
     return VllmCounters(speculation, sums[_TOKENS], sums[_REQUESTS], sum(sums[name] for name in _BUSY))
 
 
-def read_vllm_answer(told: dict[str, Any], num_positions: int) -> ServedCounts:
-    """Read `metrics.speculative_decoding` of one of vLLM's answers."""
+def read_vllm_answer(told: dict[str, Any] | None, num_positions: int) -> ServedCounts:
+    """Read `metrics.speculative_decoding` of one of vLLM's answers; there is none without a head."""
+    told = told or {"acceptance_histogram": [], "num_draft_tokens": 0}
     return ServedCounts.of_histogram(told["acceptance_histogram"], int(told["num_draft_tokens"]), num_positions)
 
 

@@ -26,7 +26,6 @@ from .counters import (
 
 _POLL_S, _LAG_S, _QUIET_S = 0.01, 20.0, 60.0
 _NO_VERSION = "(version not told)"
-_ALONE = ServedCounts(0, 0, 0, [])  # of a verifier without drafts
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,7 @@ class Vllm(_Engine):
         seconds, written, text, tokens, counted = await self._post("/completions", body, prompt, _read_vllm)
         if before:
             counts = await self._grown(before, written)
-        elif not options.num_draft_tokens:
-            counts = _ALONE
-        elif counted is not None:
+        elif counted is not None or not options.num_draft_tokens:
             counts = read_vllm_answer(counted, options.num_draft_tokens)
         else:
             raise ValueError(

@@ -27,18 +27,22 @@ _ALIKE = ("verifier", "engine", "dtype", "questions_digest", "temperature", "top
 
 @dataclass
 class Speeds:
-    """Tokens a second by batch size and draft tokens."""
+    """How long rounds take, and what they give, by batch size and draft tokens."""
 
     batch_sizes: list[int]  # that were measured, ascending
-    tokens_per_s: NDArray[np.float64]  # [batch sizes, K + 1], from 0 draft tokens on; nan beyond those measured
+    round_s: NDArray[np.float64]  # t [batch sizes, K + 1], from 0 draft tokens on; nan beyond those measured
     measured: NDArray[np.bool_]  # the same shape
     gain: NDArray[np.float64]  # tau [K + 1]
+
+    @property
+    def tokens_per_s(self) -> NDArray[np.float64]:
+        """Return tokens a second [batch sizes, K + 1]."""
+        return np.array(self.batch_sizes)[:, None] * self.gain / self.round_s
 
     def schedule(self) -> list[tuple[int, int, int]]:
         """Return (first batch size, last, draft tokens), from 1 to the largest that was measured."""
         batches = np.arange(1, self.batch_sizes[-1] + 1)
-        rounds = np.array(self.batch_sizes)[:, None] * self.gain / self.tokens_per_s
-        between = np.stack([np.interp(batches, self.batch_sizes, seconds) for seconds in rounds.T], 1)
+        between = np.stack([np.interp(batches, self.batch_sizes, seconds) for seconds in self.round_s.T], 1)
         best = np.nanargmax(self.gain / between, 1)
         edges = [0, *(np.flatnonzero(np.diff(best)) + 1), len(best)]
         return [(int(first) + 1, int(end), int(best[first])) for first, end in pairwise(edges)]
@@ -98,7 +102,7 @@ def speeds_of(results: list[dict[str, Any]]) -> Speeds:
         if one["verifier_alone_tokens_per_s"] is not None:
             points[one["batch_size"]][0].append(one["verifier_alone_tokens_per_s"])
     depths = np.arange(len(gain))
-    tokens_per_s, measured = [], []
+    round_s, measured = [], []
     for batch_size, by_depth in sorted(points.items()):
         known = sorted(by_depth)
         if known[0] or len(known) < 2:
@@ -108,9 +112,9 @@ def speeds_of(results: list[dict[str, Any]]) -> Speeds:
                 f"{lack} as evaluate.num_draft_tokens"
             )
         seconds = [batch_size * gain[depth] / np.mean(by_depth[depth]) for depth in known]
-        tokens_per_s.append(batch_size * gain / np.interp(depths, known, seconds, right=np.nan))
+        round_s.append(np.interp(depths, known, seconds, right=np.nan))
         measured.append(np.isin(depths, known))
-    return Speeds(sorted(points), np.array(tokens_per_s), np.array(measured), gain)
+    return Speeds(sorted(points), np.array(round_s), np.array(measured), gain)
 
 
 def _table(speeds: Speeds) -> str:
