@@ -16,7 +16,7 @@ from .figures.report import REPORT_HTML, print_table, write_report
 from .figures.results import summarise
 from .figures.wandb_summary import track
 from .local import answer_questions
-from .question_reader import QuestionReader
+from .question_reader import QuestionReader, at_context_lengths
 from .questions import Question, load_heldout, load_questions, questions_identity
 from .served.client import answer_by_server, check_server
 
@@ -37,7 +37,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     if not by_server:
         require_gpu("evaluate.kernels", config.evaluate.kernels, torch_device(config.verifier.device))
     source, head, verifier = _head(config, by_server)
-    questions = load_questions(config.evaluate, config.data.local_images) + _heldout(config)
+    asked = load_questions(config.evaluate, config.data.local_images)
+    questions = at_context_lengths(config, asked) + _heldout(config)
     settings = _settings(config, source, verifier, questions)
     folder = config.run_folder / "evaluation"
     begun, reader = find_artifact(folder, settings), None

@@ -1,10 +1,15 @@
 """Questions in the verifier's tokens, and which of them cannot be asked."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ..conf.schema import Config
+from ..conf.schema import Config, SourceConfig
+from ..data_synthesis.conversations import read_conversations
+from ..data_synthesis.prompts.rows import Content, text_of
+from ..data_synthesis.prompts.sources import read_rows
 from ..data_synthesis.tokens.chat_template import NoExactSpanError, has_images, prompt_tokens
 from ..data_synthesis.tokens.image_tokens import ImageReader, Images, ImageTokenizer
 from ..data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
@@ -90,3 +95,73 @@ class QuestionReader:
             message = f"questions that cannot be asked are left out, {len(problems)} of them: {shown}"
             print(f"fledge: {message}", file=sys.stderr)
         self._problems = problems
+
+
+# -- the same questions at several context lengths ---------------------------------------------------------------------
+
+
+def at_context_lengths(config: Config, questions: list[Question]) -> list[Question]:
+    """Return the first turn of each question behind documents, once for each of evaluate.context_lengths.
+
+    Prompt and answer, of evaluate.max_tokens, reach the length together. All prompts of a length begin alike, and the
+    length is the category: the figures by category are those by length. Without lengths, the questions themselves.
+    """
+    options = config.evaluate
+    if not options.context_lengths:
+        return questions
+    tokenizer = load_tokenizer(config.verifier)
+    text = "\n\n".join(_documents(config, 8 * max(options.context_lengths)))
+    documents = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    behind = []
+    for length in options.context_lengths:
+        room = length - options.max_tokens - options.draft_depth - 1
+        for question in questions:
+            same = replace(question, id=f"{question.id}@{length}", category=f"context {length}", answers=None)
+            first, num_tokens = question.turns[0], room + 1
+            num_documents = room
+            while num_tokens > room and num_documents > 0:
+                asked = replace(same, turns=(_behind(tokenizer.decode(documents[:num_documents]), first),))
+                num_tokens = len(prompt_tokens(tokenizer, asked.history([])))
+                num_documents -= max(0, num_tokens - room)
+            if num_tokens > room:
+                problem = f"it and an answer of {options.max_tokens} tokens do not fit into a context of {length}"
+                asked = replace(same, turns=(first,), problem=question.problem or problem)
+            elif len(documents) < num_documents:
+                raise ValueError(
+                    f"evaluate.context_documents: {len(documents)} tokens of text do not fill a context of {length}"
+                )
+            behind.append(asked)
+    return behind
+
+
+def _behind(text: str, turn: Content) -> Content:
+    """Return a turn with a text before it."""
+    text = f"{text.strip()}\n\n"
+    return text + turn if isinstance(turn, str) else [{"type": "text", "text": text}, *turn]
+
+
+def _documents(config: Config, num_characters: int) -> Iterator[str]:
+    """Yield texts of evaluate.context_documents, or else of the run's conversations, so many characters or more."""
+    path, folder = config.evaluate.context_documents, config.conversations_folder
+    if path is None and not (folder / "manifest.json").exists():
+        raise ValueError(
+            f"evaluate.context_documents is required, there are no conversations in {folder}: a text file, or rows "
+            "with a field `text`, in a file, a folder or on the hub"
+        )
+    if path is None:
+        texts = (text_of(message["content"]) for record in read_conversations(folder) for message in record["messages"])
+    elif Path(path).suffix in (".txt", ".md"):
+        texts = iter([Path(path).read_text(encoding="utf-8")])
+    else:
+        texts = (_text(place, row) for place, row in read_rows(SourceConfig(path=path), whole=True))
+    for text in texts:
+        yield text
+        num_characters -= len(text)
+        if num_characters <= 0:
+            return
+
+
+def _text(place: str, row: Any) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"evaluate.context_documents: {place} has no field `text` with a text in it")
+    return row["text"]

@@ -4,13 +4,20 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from .limits import BaseUrl, Kernels, NonNegativeInt, PositiveInt, PositiveShare, Temperature, at_least
+from .limits import BaseUrl, Kernels, Limit, NonNegativeInt, PositiveInt, PositiveShare, Temperature, at_least
 
 # What answers the questions: the verifier in this process, or a vLLM or SGLang that serves verifier and head.
 EvaluateEngine = Enum("EvaluateEngine", {"transformers": "transformers", "server": "server"})
 # How a head chooses its tokens if the verifier samples: the likeliest, as SGLang, TensorRT-LLM and vLLM by default do,
 # or drawn at the same temperature (chains only), as vLLM's draft_sample_method=probabilistic does.
 DraftSampling = Enum("DraftSampling", {"greedy": "greedy", "sampled": "sampled"})
+
+
+_LENGTHS = Limit(
+    "be different numbers of tokens, at least one",
+    lambda lengths: lengths and len(set(lengths)) == len(lengths) and min(lengths) > 0,
+    cure="; null asks the questions as they are",
+)
 
 
 @dataclass
@@ -39,6 +46,11 @@ class EvaluateConfig:
     kernels: Kernels = "auto"  # fused Triton kernels on a GPU; auto: each that agrees there with plain PyTorch
     cuda_graphs: bool = True  # capture a round once and replay it, on a GPU
     questions_per_category: int | None = None  # most questions of each category; null: all
+    # ask the first turn of each question behind documents, once for each of these tokens of prompt and answer together;
+    # null: the questions as they are
+    context_lengths: Annotated[list[int], _LENGTHS] | None = None
+    # those documents: a text file, or rows with `text` in a file, a folder or on the hub; null: the run's conversations
+    context_documents: str | None = None
     heldout_prompts: int = 64  # held-out conversations decoded too, to compare with training; 0: none
     baselines: bool = True  # measure an untrained head and prompt lookup too
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run

@@ -291,7 +291,10 @@ class TrainingData:
 
     def batches(self, first_pack: int) -> Iterator[PackedBatch]:
         """Yield this rank's batches for ever, from pack `first_pack` of all ranks on."""
-        packs, options = itertools.islice(self._packs.start_at(first_pack), self._rank, None, self._ranks), self._options
+        packs, options = (
+            itertools.islice(self._packs.start_at(first_pack), self._rank, None, self._ranks),
+            self._options,
+        )
         return self._read(packs, options.ttt_steps, options.positions is Positions.all, options.step_share)
 
     def heldout_batches(self, ttt_steps: int) -> Iterator[PackedBatch]:
