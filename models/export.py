@@ -107,6 +107,7 @@ def _exported(
         imported_from=record.get("imported_from"),
         base_model=base_model,
         on_hub=options.push_to is not None,
+        longest_sample=record.get("longest_sample"),
     )
 
 

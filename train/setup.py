@@ -171,6 +171,7 @@ def _build_trainer(
         "hidden_states": data.settings,
         "step": 0,  # of each checkpoint, as "heldout"
         "ttt_steps": options.ttt_steps,
+        "longest_sample": data.split.longest,
     }
     return Trainer(
         *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),

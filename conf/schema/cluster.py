@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Annotated
 
 from .limits import Limit, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
@@ -101,6 +102,12 @@ class SubmitConfig:
     stages: Annotated[list[str], _SOME_STAGES] = field(default_factory=lambda: list(STAGES))
 
 
+_RATES = Limit(
+    "be shares between 0 and 1, none above the one before, at least one",
+    lambda rates: rates and rates[0] <= 1 and rates[-1] >= 0 and all(a >= b for a, b in pairwise(rates)),
+)
+
+
 @dataclass
 class PlanConfig:
     """What `fledge plan` counts with if the run has no artifacts yet."""
@@ -116,6 +123,9 @@ class PlanConfig:
     # training ranks of a node; null: one per GPU; an online verifier uses the rank's share of GPUs
     ranks_per_node: PositiveInt | None = None
     disk_tb: PositiveFloat | None = None  # free disk for the run, in 10^12 bytes; null: that of the disk with runs_dir
+    # hoped-for share of rounds that accept draft token 1, 2, ...; with it the plan has a vLLM command that serves the
+    # verifier as fast as a head with these rates would make it, and writes the config.json of such a head; null: none
+    acceptance_rates: Annotated[list[float], _RATES] | None = None
     json: bool = False  # print JSON instead of the table
     save: bool = False  # write plan.json to the run folder, too
 

@@ -31,6 +31,7 @@ class ExportedHead(ServedHead):
     imported_from: str | None = None  # the published head it was made of, None if fledge trained it
     base_model: str | None = None  # the verifier's hub id, None if it has none
     on_hub: bool = False  # whether `folder` is a hub id
+    longest_sample: int | None = None  # tokens of the longest text it was trained on, if that is known
 
     @property
     def at_revision(self) -> str:

@@ -33,5 +33,10 @@ def serving_files(exported: ExportedHead) -> dict[str, str]:
         )
     if not exported.lm_head:
         parts.append("The head has no `lm_head` of its own: every engine takes the verifier's, which is the same.")
+    if exported.longest_sample:
+        parts.append(
+            f"The longest text that the head was trained on has {exported.longest_sample:,} tokens. In longer contexts "
+            "it may accept less: `fledge evaluate evaluate.context_lengths=[...]` measures how much."
+        )
     files = [engine.files(exported) for engine in engines if engine.name not in refused]
     return {"SERVING.md": "\n\n".join(parts) + "\n", **{name: text for some in files for name, text in some.items()}}

@@ -2,15 +2,21 @@
 
 import itertools
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...conf.runtime.artifact import write_json
 from ...conf.schema import Config, DumpEngine, EvaluateEngine, Gpu, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES
+from ...models.formats.plain import CONFIG, plain_config
 from ...models.head.config import DraftHeadConfig, describe_sizes
+from ...models.verifier.config import verifier_location
 from .amounts import Tokens, disk, find_tokens, store_bytes
 from .memory import TrainingShape, peak, training_memory
 from .verifier_shape import VerifierShape, planned_head, verifier_shape
@@ -25,6 +31,10 @@ def plan(config: Config) -> None:
     if config.plan.save:
         config.run_folder.mkdir(parents=True, exist_ok=True)
         write_json(config.run_folder / "plan.json", made)
+    if config.plan.acceptance_rates:
+        folder = _untrained_folder(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, plain_config(planned_head(config), getattr(torch, config.export.dtype.value)))
     print(json.dumps(made, indent=2) if config.plan.json else _table(made))
 
 
@@ -67,7 +77,27 @@ def make_plan(config: Config) -> dict[str, Any]:
         },
         "choices": {"disk": _store_choices(tokens, head)},
     }
+    if config.plan.acceptance_rates:
+        made["command with these acceptance rates"] = _rehearsal(config, config.plan.acceptance_rates)
     return made | {"warnings": list(_warnings(config, made, tokens))}
+
+
+def _untrained_folder(config: Config) -> Path:
+    return config.run_folder / "planned_head"
+
+
+def _rehearsal(config: Config, rates: list[float]) -> str:
+    """Return the command by which vLLM accepts drafts of a head without weights at the given rates."""
+    speculative = {
+        "method": "eagle3",
+        "model": str(_untrained_folder(config)),
+        "num_speculative_tokens": len(rates),
+        "draft_load_config": {"load_format": "dummy"},
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_rates": rates,
+    }
+    verifier = shlex.quote(verifier_location(config.verifier))
+    return f"vllm serve {verifier} --speculative-config {shlex.quote(json.dumps(speculative))}"
 
 
 def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> dict[str, int]:
@@ -185,6 +215,7 @@ def _table(made: dict[str, Any]) -> str:
         ),
         _row("in all", peak(training["memory by phase"])[1]),
         *_rows("disk of the hidden states, by choice", made["choices"]["disk"]),
+        *(["", f"{title}", made[title]] if (title := "command with these acceptance rates") in made else []),
         "",
         *([f"warning: {sentence}" for sentence in made["warnings"]] or ["nothing to warn of: all of it fits"]),
     ]

@@ -1,6 +1,7 @@
 """The plan: every recipe has one, nothing is loaded for it, and its figures are those of what it plans."""
 
 import json
+import shlex
 from pathlib import Path
 
 import fledge.conf
@@ -279,3 +280,21 @@ def test_memory_grows_with_the_batch_and_shrinks_with_ranks(tmp_path):
     )
     online = memory("train.hidden_states=online", "plan.ranks_per_node=4")
     assert online["verifier's weights"] == pytest.approx(16.06e9 / 2, rel=0.01)
+
+
+def test_hoped_for_acceptance_becomes_a_vllm_command_and_the_config_of_such_a_head(tmp_path, capsys):
+    rates = "plan.acceptance_rates=[0.7,0.5,0.5]"
+    plan(composed("experiment=llama31_8b", "name=x", f"runs_dir={tmp_path}", "plan.disk_tb=100", rates))
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("vllm serve "))
+    verifier, option, value = shlex.split(command)[2:]
+    speculative = json.loads(value)
+    assert (verifier, option) == ("meta-llama/Llama-3.1-8B-Instruct", "--speculative-config")
+    assert (speculative["num_speculative_tokens"], speculative["synthetic_acceptance_rates"]) == (3, [0.7, 0.5, 0.5])
+    head = json.loads((Path(speculative["model"]) / "config.json").read_text())
+    assert (head["draft_vocab_size"], head["hidden_size"]) == (32000, 4096)
+
+
+@pytest.mark.parametrize("rates", ["[]", "[0.5,0.6]", "[1.2]", "[0.5,-0.1]"])
+def test_rates_that_no_head_can_have_are_refused(rates):
+    with pytest.raises(ValueError, match=r"plan.acceptance_rates must be shares between 0 and 1, none above the one"):
+        composed("experiment=llama31_8b", "name=x", f"plan.acceptance_rates={rates}")

@@ -97,6 +97,11 @@ class Split:
             split.train.append(limited(train, limit, names.__getitem__))
         return split
 
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest sample that is trained on."""
+        return max(self.lengths[sample] for sample in itertools.chain.from_iterable(self.train))
+
     def __str__(self) -> str:
         others = ""
         if self.num_heldout_elsewhere:
