@@ -46,7 +46,7 @@ def dump(config: Config) -> None:
         "keep_truncated": options.keep_truncated,
         "shard_tokens": options.shard_tokens,
         **({"local_images": True} if config.data.local_images else {}),
-        **({"limit": options.limit} if options.limit else {}),
+        **{name: value for name in ("limit", "join_length") if (value := getattr(options, name))},
     }
     of_states = {
         "engine": options.engine.value,

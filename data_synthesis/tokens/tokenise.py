@@ -23,7 +23,7 @@ from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import deferred, end_with_parent
 from ...conf.schema import Config
 from ..conversations import FILE, ConversationIndex, ConversationRef
-from ..heldout import is_heldout, limited, sequence_id
+from ..heldout import conversation_id, is_heldout, limited, sequence_id
 from ..store.index import COUNTS_FILE, is_intact, left_out, sidecar_checksums, totals
 from ..store.mapped_shard import TOKENS, ImageRecord, MappedShard
 from ..store.shard import Sample, Shard, write_shard
@@ -134,7 +134,8 @@ def _write_shards(config: Config, target: Artifact, index: ConversationIndex) ->
 
     def close_shard() -> None:
         nonlocal noted_at, closed
-        entries.append(write_shard(folder, len(entries), Shard.of(samples)))
+        joined = _joined(samples, config.dump.join_length, manifest["settings"]["heldout_share"])
+        entries.append(write_shard(folder, len(entries), Shard.of(joined)))
         samples.clear()
         closed = {"taken": taken, "counts": counts.copy()}
         if time.monotonic() - noted_at >= _NOTE_EVERY_S:
@@ -233,6 +234,27 @@ def _sample(place: ConversationRef, number: int, sequence: Sequence) -> Sample:
     digests = [image.digest for image in sequence.images]
     images = ImageRecord(place.file, place.offset, digests) if digests else None
     return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
+
+
+def _joined(samples: list[Sample], join_length: int | None, heldout_share: float) -> list[Sample]:
+    """Lay samples that follow each other end to end, as long as they have so many tokens at most together.
+
+    The joined sample has the id of the first. Alone stay held-out samples, those with images, and further sequences of
+    a conversation, which would follow their own text.
+    """
+    joined: list[Sample] = []
+    room = 0  # for more behind the last one
+    for sample in samples:
+        further = sample.id != conversation_id(sample.id)
+        alone = join_length is None or sample.image_record or further or is_heldout(sample.id, heldout_share)
+        if not alone and len(sample.input_ids) <= room:
+            parts = joined[-1], sample
+            ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in TOKENS)
+            joined[-1] = replace(joined[-1], input_ids=ids, loss_mask=mask)
+        else:
+            joined.append(sample)
+        room = 0 if alone or join_length is None else join_length - len(joined[-1].input_ids)
+    return joined
 
 
 def _write_token_counts(target: Artifact) -> None:

@@ -10,6 +10,7 @@ from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
+from fledge.data_synthesis.tokens import tokenise
 from fledge.eval.questions import load_heldout
 from fledge.models.verifier.config import load_tokenizer
 
@@ -43,6 +44,25 @@ def test_recorded_tokens_are_stored_as_they_are_a_sample_a_sequence(run_of):
         "two##2": ([U, B, EOT, U, C, EOT], [0, 0, 0, 0, 1, 1]),
     }
     assert (counts(config)["conversations"], counts(config)["samples"]) == (2, 3)
+
+
+def test_joined_samples_are_as_long_as_said_and_leave_held_out_ones_alone(run_of, monkeypatch):
+    monkeypatch.setattr(tokenise, "is_heldout", lambda name, _: name == "d")
+    one, two = TWO
+    single = (record(name, "u", "a", sequences=[one]) for name in "abcdef")
+    config = run_of(*single, record("g", "u", "a", "v", "c", sequences=[one, two]))
+    config.dump.join_length = 6
+    dump(config)
+    joined = ([U, A, EOT] * 2, [0, 1, 1] * 2)
+    assert stored(config) == {
+        "a": joined,
+        "c": ([U, A, EOT], [0, 1, 1]),
+        "d": ([U, A, EOT], [0, 1, 1]),
+        "e": joined,
+        "g": ([U, A, EOT], [0, 1, 1]),
+        "g##2": ([U, B, EOT, U, C, EOT], [0, 0, 0, 0, 1, 1]),
+    }
+    assert (counts(config)["conversations"], counts(config)["samples"]) == (7, 6)
 
 
 def test_conversations_without_recorded_tokens_are_told_by_the_template(run_of, verifier_config):
