@@ -124,7 +124,7 @@ class DumpConfig:
     # most conversations that are recorded to train on, and of those held out; a higher limit has these, too
     limit: PositiveInt | None = None
     max_length: PositiveInt = 4096  # most tokens of a sample; answers that end beyond are left out and counted
-    # lay conversations of the training split end to end, up to so many tokens: long contexts of short ones; null: do not
+    # lay conversations of the training split end to end up to so many tokens, for long contexts; null: each alone
     join_length: PositiveInt | None = None
     # most images of a conversation; others are left out and counted; 0 leaves out all with images
     max_images: NonNegativeInt = 5
