@@ -50,7 +50,7 @@ _NOT_DETERMINING = (
 _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
 # Those of `train`, and what they are then.
 _UNSET: list[tuple[str, Any]] = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random)]
-_UNSET += [("init_layer", None), ("positions", Positions.answers), ("step_share", 1.0)]
+_UNSET += [("init_layer", None), ("positions", Positions.answers)]
 
 
 def train(config: Config) -> None:

@@ -59,8 +59,6 @@ class TrainConfig:
     hidden_states: HiddenStates = HiddenStates.offline
     ttt_steps: PositiveInt = 7  # draft steps that are unrolled (training-time test)
     gamma: Share = 0.8  # step k has the weight gamma^k in the loss
-    # share of a draft step's rows that the next step is trained on; below 1 training is faster, at more noise
-    step_share: Share = 1.0
     loss: str = "kl"  # loss to minimise, an entry of train/loss/losses.py
     # of losses that blend: KL has the share exp(-blend_rate * running acceptance)
     blend_rate: Annotated[float, between(0.0, 100.0)] = 3.0

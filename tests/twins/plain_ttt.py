@@ -88,9 +88,6 @@ class PlainTTTModule(TTTModule):
         """Give the loss of a packed batch and the sums its metrics are made of, as `TTTModule` does; no `targets`."""
         verifier = verifier_distributions(self.head, batch.states[1], verifier_lm_head, self.transform)
         in_answer = counted_rows(batch.loss_mask, batch.document, self.ttt_steps)
-        if batch.useful:  # drawn by `train.step_share`
-            for kept, step in zip(in_answer, batch.useful.steps, strict=True):
-                kept &= torch.zeros_like(kept).index_fill(0, batch.useful.rows[step], True)
         prefix = torch.ones_like(batch.loss_mask)
         reach = torch.ones_like(verifier.mass)
         loss = torch.zeros_like(verifier.mass[0])

@@ -134,21 +134,14 @@ def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: i
 class Batches(Dataset[PackedBatch | ValueError]):
     """Packed batches by the numbers of their samples, of which `lengths` tokens are used; goes to reading processes.
 
-    With `all_positions` every token counts as produced, in whatever part of a conversation it stands. `step_share` is
-    that of `find_useful_rows`, drawn by a pack's samples.
+    With `all_positions` every token counts as produced, in whatever part of a conversation it stands.
     """
 
     def __init__(
-        self,
-        stores: list[HiddenStateStore],
-        lengths: list[int],
-        ttt_steps: int,
-        all_positions: bool = False,
-        step_share: float = 1.0,
+        self, stores: list[HiddenStateStore], lengths: list[int], ttt_steps: int, all_positions: bool = False
     ) -> None:
         self._samples: ConcatDataset[Sample] = ConcatDataset(stores)  # type: ignore[arg-type]
         self._lengths, self._ttt_steps, self._all_positions = lengths, ttt_steps, all_positions
-        self._step_share = step_share
 
     def __getitem__(self, pack: list[int]) -> PackedBatch | ValueError:
         """Lay samples end to end; what is wrong with a store is given back, since raised it would lose its type."""
@@ -178,7 +171,7 @@ class Batches(Dataset[PackedBatch | ValueError]):
             **{name: None if getattr(parts[0], name) is None else join(name) for name in STATES},
             lengths=lengths,
             sample_ids=[part.id for part in parts],
-            useful=find_useful_rows(mask, lengths, self._ttt_steps, self._step_share, str(pack)),
+            useful=find_useful_rows(mask, lengths, self._ttt_steps),
         )
 
 
@@ -296,11 +289,8 @@ class TrainingData:
 
     def batches(self, first_pack: int) -> Iterator[PackedBatch]:
         """Yield this rank's batches for ever, from pack `first_pack` of all ranks on."""
-        packs, options = (
-            itertools.islice(self._packs.start_at(first_pack), self._rank, None, self._ranks),
-            self._options,
-        )
-        return self._read(packs, options.ttt_steps, options.positions is Positions.all, options.step_share)
+        packs = itertools.islice(self._packs.start_at(first_pack), self._rank, None, self._ranks)
+        return self._read(packs, self._options.ttt_steps, self._options.positions is Positions.all)
 
     def heldout_batches(self, ttt_steps: int) -> Iterator[PackedBatch]:
         """Yield this rank's share of the held-out samples, whole, in batches with the useful rows of K steps.
@@ -312,12 +302,10 @@ class TrainingData:
         turns = range(self._rank, math.ceil(len(packs) / self._ranks) * self._ranks, self._ranks)
         return self._read([packs[turn % len(packs)] for turn in turns], ttt_steps)
 
-    def _read(
-        self, packs: Iterable[list[int]], ttt_steps: int, all_positions: bool = False, step_share: float = 1.0
-    ) -> Iterator[PackedBatch]:
+    def _read(self, packs: Iterable[list[int]], ttt_steps: int, all_positions: bool = False) -> Iterator[PackedBatch]:
         """Yield the batches of packs, in order, read by processes that end with it, or with this context."""
         loader = DataLoader(
-            Batches(self.stores, self.split.lengths, ttt_steps, all_positions, step_share),
+            Batches(self.stores, self.split.lengths, ttt_steps, all_positions),
             batch_size=None,
             sampler=packs,
             num_workers=self._options.data_workers,

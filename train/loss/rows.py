@@ -25,8 +25,6 @@ through over all answers of the batch, useful row j has at step k the target j+k
 from __future__ import annotations
 
 import itertools
-import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,8 +34,6 @@ from torch import Tensor
 
 from ...data_synthesis.store.state_format import decode
 from ...models.head.ttt_attention import Span
-
-_SEGMENT = 32  # rows that are drawn together, so that a CPU has blocks to attend from
 
 
 @dataclass
@@ -141,51 +137,25 @@ def _answer_spans(loss_mask: list[bool], documents: list[Span]) -> list[Span]:
     return spans
 
 
-def find_useful_rows(
-    loss_mask: Tensor, lengths: list[int], ttt_steps: int, step_share: float = 1.0, seed: str = ""
-) -> UsefulRows:
-    """Return the useful rows of a packed batch by its mask, bool [T], and tokens of each document, on the host.
-
-    With a `step_share` below 1 step k keeps step_share^k of them: segments of 32 that follow each other, drawn by seed,
-    of those that the step before has. All of them have step 0.
-    """
+def find_useful_rows(loss_mask: Tensor, lengths: list[int], ttt_steps: int) -> UsefulRows:
+    """Return the useful rows of a packed batch by its mask, bool [T], and tokens of each document, on the host."""
     starts = [0, *itertools.accumulate(lengths)]
     documents = [Span(start, start, length) for start, length in zip(starts, lengths, strict=False)]
     spans = _answer_spans(loss_mask.tolist(), documents)
-    rows = torch.tensor([row for span in spans for row in range(span.first, span.first + span.rows)], dtype=torch.int64)
+    rows = [row for span in spans for row in range(span.first, span.first + span.rows)]
     steps_left = torch.tensor([left for span in spans for left in range(span.rows, 0, -1)], dtype=torch.int64)
-    if step_share < 1:
-        steps_left = torch.minimum(steps_left, _steps_drawn(len(rows), ttt_steps, step_share, seed))
-    firsts = torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths))
     steps, from_previous = [], []
     before = torch.arange(len(rows))
     for step in range(ttt_steps):
         from_previous.append((steps_left[before] > step).nonzero().squeeze(1))
         before = before[from_previous[-1]]
         steps.append(before)
-    indices = [rows, firsts, *steps, *from_previous]
+    firsts = torch.repeat_interleave(torch.tensor(starts[:-1]), torch.tensor(lengths))
+    indices = [torch.tensor(rows, dtype=torch.int64), firsts, *steps, *from_previous]
     return UsefulRows(
         indices=torch.cat(indices),
         sizes=[len(part) for part in indices],
-        spans=[_spans(rows[step], firsts) for step in steps],
+        spans=[[span._replace(rows=span.rows - k) for span in spans if span.rows > k] for k in range(ttt_steps)],
         documents=documents,
         starts=[[0, *(steps_left > step).cumsum(0).tolist()] for step in range(ttt_steps)],
     )
-
-
-def _steps_drawn(num_rows: int, ttt_steps: int, step_share: float, seed: str) -> Tensor:
-    """Return how many steps each row may go (int64 [num_rows]): equal in a segment, at least one segment goes all."""
-    num_segments = -(-num_rows // _SEGMENT)
-    order = list(range(num_segments))
-    random.Random(seed).shuffle(order)
-    kept = [math.ceil(num_segments * step_share**step) for step in range(ttt_steps)]
-    steps = torch.tensor([sum(place < num for num in kept) for place in order], dtype=torch.int64)
-    return steps.repeat_interleave(_SEGMENT)[:num_rows]
-
-
-def _spans(rows: Tensor, firsts: Tensor) -> list[Span]:
-    """Return ascending rows as spans of rows that follow each other in a document; `firsts` as in `UsefulRows`."""
-    apart = (rows.diff() != 1) | (firsts[rows].diff() != 0)
-    edges = [0, *(apart.nonzero().squeeze(1) + 1).tolist(), len(rows)]
-    first, document = rows.tolist(), firsts[rows].tolist()
-    return [Span(document[a], first[a], b - a) for a, b in itertools.pairwise(edges) if a < b]

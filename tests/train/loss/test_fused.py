@@ -1,6 +1,5 @@
 """The fused engine against its plain twin: values, gradients, metrics, on ugly shapes."""
 
-import dataclasses
 import weakref
 
 import pytest
@@ -10,7 +9,6 @@ from fledge.models.head import ttt_attention
 from fledge.models.head.ttt_attention import SplitAttention, TTTAttention
 from fledge.models.verifier.config import LogitTransform
 from fledge.train.loss import fused as fused_loss
-from fledge.train.loss import rows as rows_module
 from fledge.train.loss import unroll as ttt
 from fledge.train.loss.fused import SUMS
 from fledge.train.loss.losses import LOSSES
@@ -220,39 +218,6 @@ def test_useful_rows_are_the_counted_rows():
             before = rows.steps[step - 1] if step else torch.arange(len(rows.rows))
             assert torch.equal(before[rows.from_previous[step]], rows.steps[step])
             assert all(start == int((rows.steps[step] < j).sum()) for j, start in enumerate(rows.starts[step]))
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("loss", ["kl", "reverse_kl", "acceptance_length"])
-def test_a_share_of_a_steps_rows_goes_on_and_losses_and_gradients_are_of_these(loss, monkeypatch):
-    monkeypatch.setattr(rows_module, "_SEGMENT", 3)
-    batch = make_batch([40, 1, 2, 31, 9], seed=3)
-    useful = find_useful_rows(batch.loss_mask, batch.lengths, 4, 0.5, "a pack")
-    assert len(useful.steps[0]) == len(find_useful_rows(batch.loss_mask, batch.lengths, 4).steps[0])
-    assert len(useful.spans[1]) > 2, "segments apart"
-    batch = dataclasses.replace(batch, useful=useful)
-    embedding, lm_head = matrices()
-    for changes in ({}, {"num_layers": 2, "norm_output": False}):
-        fused, plain = twins(make_head(**changes), loss)
-        found, expected = (results(kind, batch, embedding, lm_head, acceptance=RUNNING) for kind in (fused, plain))
-        assert_close(found, expected, 1e-5)
-
-
-def test_step_k_keeps_share_to_the_k_of_the_rows_by_seed():
-    mask, lengths = torch.ones(3200, dtype=torch.bool), [1600, 1600]
-    whole = find_useful_rows(mask, lengths, 4)
-    drawn = [find_useful_rows(mask, lengths, 4, 0.5, seed) for seed in ("a", "a", "b")]
-    assert torch.equal(drawn[0].indices, drawn[1].indices)
-    assert not torch.equal(drawn[0].steps[1], drawn[2].steps[1])
-    for step in range(4):
-        assert len(drawn[0].steps[step]) == pytest.approx(0.5**step * len(whole.steps[step]), rel=0.1)
-        assert set(drawn[0].steps[step].tolist()) <= set(whole.steps[step].tolist())
-        before = drawn[0].steps[max(0, step - 1)]
-        assert set(drawn[0].steps[step].tolist()) <= set(before.tolist())
-    kept = [find_useful_rows(mask, lengths, 2, 0.5, str(seed)).steps[1] for seed in range(200)]
-    times = torch.cat(kept).bincount(minlength=len(whole.rows)).float() / 200
-    assert times[: 32 * 40].std() < 0.05, "every row as often as another"
-    assert times.mean() == pytest.approx(0.5, abs=0.01)
 
 
 def blockwise(monkeypatch):
