@@ -14,6 +14,7 @@ from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import StopSignals
 from ..conf.schema import TrainConfig
 from .checkpoints import TrainerState
+from .data.online import OnlineStates
 from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches
 from .heldout import acceptance_lengths, count_heldout, total
@@ -22,7 +23,6 @@ from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule, count_rows, find_targets
 from .metrics.meter import Meter
 from .metrics.tracking import Tracker
-from .online import OnlineStates
 from .ranks.group import Ranks, sum_over_ranks
 
 

@@ -1,10 +1,12 @@
 """The train stage: a draft head trained by DeepSpeed from the hidden-state store, or next to the verifier."""
 
+import itertools
 import json
 import secrets
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, find_artifact, write_atomic
 from ..conf.runtime.signals import deferred
-from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName, Positions
+from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName, Positions, TrainConfig
 from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import WEIGHTS, load_head
 from ..models.formats.training_folder import checkpoint_steps
@@ -28,17 +30,19 @@ from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier.config import load_config, logit_transform, warn_if_emulated
 from ..models.verifier.weights import VerifierWeights, check_identity
 from .checkpoints import load_checkpoint, needs_conversion, save_checkpoint
+from .data.online import OnlineStates, load_verifier
 from .data.training_data import TrainingData
 from .engine import micro_batches, start_engine
 from .heldout import acceptance_lengths
 from .loop import Trainer
 from .loss.kernel_checks import ATTENTION, check_training
 from .loss.losses import find_loss
+from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule
 from .metrics.meter import Meter
 from .metrics.tracking import Tracker, run_description
-from .online import OnlineStates, load_verifier
 from .ranks.group import Ranks, joined
+from .regression import check_form, fit_head, num_packs
 
 # Options that change how a run is watched or kept, not what it computes.
 _NOT_DETERMINING = (
@@ -72,6 +76,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
         stack.enter_context(data)
         head = initial_head or build_head(shape, data.vocabulary)
+        check_form(options, shape)
         start = parameters_of_verifier(head, config.verifier, options)  # refused before data is read
         settings = _settings(config, data, head)
         saved = checkpoint_steps(folder / "checkpoints")
@@ -152,6 +157,8 @@ def _build_trainer(
         verifier = load_verifier(config.verifier, head.config.aux_layers, ranks.gpus)
         online = OnlineStates(verifier, config.dump.batch_tokens, dtype)
     checkpoints, zero_stage = config.training_folder / "checkpoints", config.deepspeed.zero_stage
+    if options.init is HeadInit.regression and not (options.init_from or checkpoint_steps(checkpoints)):
+        _fit(head, data, online, options, ranks, embedding)
     engine = start_engine(module, options, config.deepspeed, needs_conversion(checkpoints, zero_stage))
     ranks.bound_collectives()
     meter = Meter(head.config, config.draft.train_lm_head, ranks, dtype, options.ttt_steps)
@@ -180,6 +187,29 @@ def _build_trainer(
         save=partial(save_checkpoint, engine, head, checkpoints, record, options.keep_checkpoints),
         tracker=_open_records(config, data, kernels, target, state.step) if target else None,
     )
+
+
+def _fit(
+    head: DraftHead,
+    data: TrainingData,
+    online: OnlineStates | None,
+    options: TrainConfig,
+    ranks: Ranks,
+    embedding: Tensor,
+) -> None:
+    """Fit a new head to the states of the first packs, of which this rank reads its share."""
+    number = min(data.packs_per_epoch, num_packs(head.config, options.batch_tokens))
+    if ranks.rank == 0:
+        print(f"train: fits the head to {number * options.batch_tokens:,} tokens", flush=True)
+
+    def batches() -> Iterator[PackedBatch]:
+        for pack in itertools.islice(data.batches(0), -(-number // ranks.world)):
+            batch = pack.to(ranks.device, embedding.dtype, 1)
+            batch = online.fill(batch) if online else batch
+            aux, last = batch.states
+            yield replace(batch, aux_hidden_states=aux.float(), last_hidden_state=last.float())
+
+    fit_head(head, batches, embedding)
 
 
 def _build_module(

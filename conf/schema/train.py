@@ -17,8 +17,9 @@ TooLong = Enum("TooLong", {"cut": "cut", "drop": "drop"})
 Positions = Enum("Positions", {"answers": "answers", "all": "all"})
 # The optimizer of the head: AdamW; or Muon for the matrices of its layers and fc, and AdamW for all else.
 OptimizerName = Enum("OptimizerName", {"adamw": "adamw", "muon": "muon"})
-# Where a new head starts, next to lm_head: from random numbers; with the verifier's final norm; as its layers too.
-HeadInit = Enum("HeadInit", {"random": "random", "norm": "norm", "layers": "layers"})
+# Where a new head starts, next to lm_head: from random numbers; with the verifier's final norm; as its layers too; by
+# regression of the verifier's states.
+HeadInit = Enum("HeadInit", {"random": "random", "norm": "norm", "layers": "layers", "regression": "regression"})
 # Where W&B records go: its servers, a local folder, nowhere.
 WandbMode = Enum("WandbMode", {"online": "online", "offline": "offline", "disabled": "disabled"})
 
@@ -75,7 +76,8 @@ class TrainConfig:
     # folder of a head to start from, a checkpoint or an import; null: a new head, by init
     init_from: str | None = None
     # how a new head begins, next to an lm_head of the verifier's: random; norm: with the verifier's final norm; layers:
-    # with that, with layers of the verifier, and with an fc that hands them one aux state
+    # with that, with layers of the verifier, and with an fc that hands them one aux state; regression: fitted to the
+    # verifier's states of the first packs before the first step
     init: HeadInit = HeadInit.random
     init_layer: NonNegativeInt | None = None  # the verifier's layer that the head's first one starts as; null: the last
     # adamw; muon: by Muon the matrices of the layers and fc, by AdamW lm_head, norms and biases

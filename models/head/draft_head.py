@@ -219,12 +219,16 @@ class DraftHead(nn.Module):
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """Return the state fed at step 0 [T, H] from the verifier's aux states [T, A*H]."""
+        return self.fc(self.fc_input(aux_hidden_states))
+
+    def fc_input(self, aux_hidden_states: Tensor) -> Tensor:
+        """Return what `fc` reads of the aux states [T, A*H]: they, or normed ones."""
         if self.input_norm is not None:
             aux_hidden_states = self.input_norm(aux_hidden_states)
         if self.fc_norm is not None:
             parts = aux_hidden_states.split(self.config.verifier_hidden_size, dim=-1)
             aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return self.fc(aux_hidden_states)
+        return aux_hidden_states
 
     def project_embedding(self, embedding: Tensor) -> Projected:
         """Return what the embeddings [T, H] of tokens add to layer 0's projections, for `step`, at whichever step.

@@ -21,7 +21,7 @@ def parameters_of_verifier(head: DraftHead, verifier: VerifierConfig, train: Tra
 
     ValueError says where the verifier's layers are of another form than the head's.
     """
-    if train.init is HeadInit.random:
+    if train.init in (HeadInit.random, HeadInit.regression):
         return {}
     weights, text, config = VerifierWeights(verifier), load_config(verifier), head.config
     found = {f"norm.{name}": tensor for name, tensor in weights.final_norm().items()}

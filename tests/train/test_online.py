@@ -10,8 +10,8 @@ from fledge.conf.schema import Config, DraftConfig, DumpConfig, HiddenStates, Tr
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.models.formats.training_folder import checkpoint_steps, head_folder
+from fledge.train.data.online import OnlineStates
 from fledge.train.data.training_data import Batches
-from fledge.train.online import OnlineStates
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -14,7 +14,7 @@ from fledge.conf.schema import HiddenStates, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.models.verifier.model import Verifier, VerifierOutput
-from fledge.train.online import load_verifier
+from fledge.train.data.online import load_verifier
 from quantised import quantise
 from safetensors.torch import load_file, save_file
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from ..conf.schema import VerifierConfig
-from ..data_synthesis.states.transformers_engine import read_documents
-from ..models.verifier.model import Verifier
-from .loss.rows import PackedBatch
+from ...conf.schema import VerifierConfig
+from ...data_synthesis.states.transformers_engine import read_documents
+from ...models.verifier.model import Verifier
+from ..loss.rows import PackedBatch
 
 
 def load_verifier(config: VerifierConfig, aux_layers: Sequence[int], gpus: range | None) -> Verifier:
