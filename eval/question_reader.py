@@ -120,7 +120,8 @@ def at_context_lengths(config: Config, questions: list[Question]) -> list[Questi
             first, num_tokens = question.turns[0], room + 1
             num_documents = room
             while num_tokens > room and num_documents > 0:
-                asked = replace(same, turns=(_behind(tokenizer.decode(documents[:num_documents]), first),))
+                text = str(tokenizer.decode(documents[:num_documents]))
+                asked = replace(same, turns=(_behind(text, first),))
                 num_tokens = len(prompt_tokens(tokenizer, asked.history([])))
                 num_documents -= max(0, num_tokens - room)
             if num_tokens > room:
@@ -148,6 +149,7 @@ def _documents(config: Config, num_characters: int) -> Iterator[str]:
             f"evaluate.context_documents is required, there are no conversations in {folder}: a text file, or rows "
             "with a field `text`, in a file, a folder or on the hub"
         )
+    texts: Iterator[str]
     if path is None:
         texts = (text_of(message["content"]) for record in read_conversations(folder) for message in record["messages"])
     elif Path(path).suffix in (".txt", ".md"):
