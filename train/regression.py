@@ -21,7 +21,7 @@ from ..models.head.ttt_attention import SplitAttention
 from .loss.rows import PackedBatch
 from .ranks.group import sum_over_ranks
 
-_ROWS_PER_FEATURE = 24
+_ROWS_PER_FEATURE = 48
 _PENALTY = 3e-3  # of the ridge regression, in mean squares of a feature
 _OWN_SCORE = 11.5  # of a row's query with its own key; with a thousand random ones 0.98 of its attention stays there
 
