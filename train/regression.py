@@ -48,13 +48,13 @@ def fit_head(head: DraftHead, batches: Callable[[], Iterable[PackedBatch]], embe
     `embedding` [V, H] is the verifier's. Every rank gives its own batches, and gets the same weights.
     """
     first: Any = head.layers[0]
-    width, embedding = head.config.hidden_size, embedding.float()
+    width = head.config.hidden_size
 
     def inputs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches():
             rows = batch.useful_rows(1).rows
             aux = head.fc_input(batch.states[0])[rows]
-            embedded = first.input_layernorm(head.embed(batch.input_ids[rows + 1], embedding))
+            embedded = first.input_layernorm(head.embed(batch.input_ids[rows + 1], embedding).float())
             yield torch.cat([aux, embedded], -1), batch.states[1][rows + 1]
 
     weights, gram, square = _ridge(inputs())
@@ -126,7 +126,7 @@ def _mlp_features(head: DraftHead, batch: PackedBatch, embedding: Tensor) -> tup
     """
     rows, first, features = batch.useful_rows(1), cast(Any, head.layers[0]), list[Tensor]()
     every_row = torch.arange(len(batch.input_ids), device=embedding.device)
-    fed = head.embed(batch.input_ids[(every_row + 1).clamp(max=len(every_row) - 1)], embedding)
+    fed = head.embed(batch.input_ids[(every_row + 1).clamp(max=len(every_row) - 1)], embedding).float()
     state = head.fuse(batch.states[0])
     attention = SplitAttention(rows, head.config.num_layers, window=head.config.window).at(0)
     hook = first.mlp.down_proj.register_forward_pre_hook(lambda _, given: features.append(given[0]))
