@@ -203,7 +203,7 @@ def _fit(
         print(f"train: fits the head to {number * options.batch_tokens:,} tokens", flush=True)
 
     def batches() -> Iterator[PackedBatch]:
-        for pack in itertools.islice(data.batches(0), -(-number // ranks.world)):
+        for pack in itertools.islice(data.batches(0), max(1, len(range(ranks.rank, number, ranks.world)))):
             batch = pack.to(ranks.device, embedding.dtype, 1)
             batch = online.fill(batch) if online else batch
             aux, last = batch.states

@@ -99,3 +99,14 @@ def test_training_begins_where_the_fit_ends_and_goes_on_without_another(finished
     assert "fits the head" not in again.stdout
     resumed = load_head(checkpoints / "step-2")[0].state_dict()
     assert all(torch.equal(value, fitted[name]) for name, value in resumed.items())
+
+
+def test_two_ranks_fit_the_head_of_one(finished, run):
+    lengths = []
+    for processes in (1, 2):
+        other = dataclasses.replace(run, name=f"ranks-{processes}")
+        copy_until_dump(finished, other)
+        options = ["train.init=regression", "train.lr=1e-30", "train.max_steps=1", "train.packs_per_step=2"]
+        other("train", *options, processes=processes)
+        lengths.append(metrics_of(other)[-1]["heldout/acceptance_length_t1_3"])
+    assert lengths[1] == pytest.approx(lengths[0], abs=1e-3)
