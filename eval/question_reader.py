@@ -115,24 +115,32 @@ def at_context_lengths(config: Config, questions: list[Question]) -> list[Questi
     behind = []
     for length in options.context_lengths:
         room = length - options.max_tokens - options.draft_depth - 1
+        problem = f"it and an answer of {options.max_tokens} tokens do not fit into a context of {length}"
         for question in questions:
-            same = replace(question, id=f"{question.id}@{length}", category=f"context {length}", answers=None)
-            first, num_tokens = question.turns[0], room + 1
-            num_documents = room
-            while num_tokens > room and num_documents > 0:
-                text = str(tokenizer.decode(documents[:num_documents]))
-                asked = replace(same, turns=(_behind(text, first),))
-                num_tokens = len(prompt_tokens(tokenizer, asked.history([])))
-                num_documents -= max(0, num_tokens - room)
-            if num_tokens > room:
-                problem = f"it and an answer of {options.max_tokens} tokens do not fit into a context of {length}"
-                asked = replace(same, turns=(first,), problem=question.problem or problem)
-            elif len(documents) < num_documents:
+            name, category = f"{question.id}@{length}", f"context {length}"
+            same = replace(question, id=name, category=category, turns=question.turns[:1], answers=None)
+            asked, num_documents = _filled(tokenizer, documents, same, room)
+            if len(documents) < num_documents:
                 raise ValueError(
                     f"evaluate.context_documents: {len(documents)} tokens of text do not fill a context of {length}"
                 )
-            behind.append(asked)
+            behind.append(asked or replace(same, problem=question.problem or problem))
     return behind
+
+
+def _filled(tokenizer: Any, documents: list[int], question: Question, room: int) -> tuple[Question | None, int]:
+    """Return a question behind as many tokens of documents as make its prompt one of `room` tokens, and their number.
+
+    (None, 0) if there is no room for any.
+    """
+    number = room
+    while number > 0:
+        asked = replace(question, turns=(_behind(str(tokenizer.decode(documents[:number])), question.turns[0]),))
+        beyond = len(prompt_tokens(tokenizer, asked.history([]))) - room
+        if beyond <= 0:
+            return asked, number
+        number -= beyond
+    return None, 0
 
 
 def _behind(text: str, turn: Content) -> Content:

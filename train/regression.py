@@ -110,7 +110,7 @@ def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor) -> None:
     rank = min(keys * size, config.hidden_size)
     directions = torch.linalg.eigh(weights.T @ gram @ weights)[1][:, -rank:]  # ascending
     values = weights @ directions  # [H, rank]
-    balance = (values.norm(dim=0) / directions.norm(dim=0)).clamp(min=1e-12).sqrt()
+    balance = values.norm(dim=0).clamp(min=1e-12).sqrt()  # directions have a norm of 1
     attention.v_proj.weight[:, config.hidden_size :] = 0
     attention.v_proj.weight[:rank, : config.hidden_size] = (values / balance).T
     brought = nn.functional.pad(directions * balance, (0, keys * size - rank))

@@ -157,7 +157,7 @@ def _build_trainer(
         verifier = load_verifier(config.verifier, head.config.aux_layers, ranks.gpus)
         online = OnlineStates(verifier, config.dump.batch_tokens, dtype)
     checkpoints, zero_stage = config.training_folder / "checkpoints", config.deepspeed.zero_stage
-    if options.init is HeadInit.regression and not (options.init_from or checkpoint_steps(checkpoints)):
+    if options.init is HeadInit.regression and not checkpoint_steps(checkpoints):
         _fit(head, data, online, options, ranks, embedding)
     engine = start_engine(module, options, config.deepspeed, needs_conversion(checkpoints, zero_stage))
     ranks.bound_collectives()

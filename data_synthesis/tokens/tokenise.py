@@ -134,8 +134,10 @@ def _write_shards(config: Config, target: Artifact, index: ConversationIndex) ->
 
     def close_shard() -> None:
         nonlocal noted_at, closed
-        joined = _joined(samples, config.dump.join_length, manifest["settings"]["heldout_share"])
-        entries.append(write_shard(folder, len(entries), Shard.of(joined)))
+        length, share = config.dump.join_length, manifest["settings"]["heldout_share"]
+        entries.append(
+            write_shard(folder, len(entries), Shard.of(_joined(samples, length, share) if length else samples))
+        )
         samples.clear()
         closed = {"taken": taken, "counts": counts.copy()}
         if time.monotonic() - noted_at >= _NOTE_EVERY_S:
@@ -236,7 +238,7 @@ def _sample(place: ConversationRef, number: int, sequence: Sequence) -> Sample:
     return Sample(sequence_id(place.id, number), tokens, loss_mask, image_record=images)
 
 
-def _joined(samples: list[Sample], join_length: int | None, heldout_share: float) -> list[Sample]:
+def _joined(samples: list[Sample], join_length: int, heldout_share: float) -> list[Sample]:
     """Lay samples that follow each other end to end, as long as they have so many tokens at most together.
 
     The joined sample has the id of the first. Alone stay held-out samples, those with images, and further sequences of
@@ -246,14 +248,14 @@ def _joined(samples: list[Sample], join_length: int | None, heldout_share: float
     room = 0  # for more behind the last one
     for sample in samples:
         further = sample.id != conversation_id(sample.id)
-        alone = join_length is None or sample.image_record or further or is_heldout(sample.id, heldout_share)
+        alone = sample.image_record or further or is_heldout(sample.id, heldout_share)
         if not alone and len(sample.input_ids) <= room:
             parts = joined[-1], sample
             ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in TOKENS)
             joined[-1] = replace(joined[-1], input_ids=ids, loss_mask=mask)
         else:
             joined.append(sample)
-        room = 0 if alone or join_length is None else join_length - len(joined[-1].input_ids)
+        room = 0 if alone else join_length - len(joined[-1].input_ids)
     return joined
 
 

@@ -66,13 +66,16 @@ class ServingFormat:
 def vllm_command(exported: ExportedHead) -> str:
     """Return the command that serves the verifier with the head in vLLM."""
     options = {"method": "eagle3", "model": exported.folder, "num_speculative_tokens": exported.num_draft_tokens}
-    command = f"vllm serve {_verifier(exported)} --speculative-config {shlex.quote(json.dumps(options))}"
-    return command + flags(VLLM, exported)
+    return vllm_serve(exported.verifier, exported.revision, options) + flags(VLLM, exported)
 
 
-def _verifier(exported: ExportedHead) -> str:
-    revision = f" --revision {shlex.quote(exported.revision)}" if exported.revision else ""
-    return shlex.quote(exported.verifier) + revision
+def vllm_serve(verifier: str, revision: str | None, speculative: dict[str, Any]) -> str:
+    """Return the command that serves a verifier in vLLM with a speculative configuration."""
+    return f"vllm serve {_verifier(verifier, revision)} --speculative-config {shlex.quote(json.dumps(speculative))}"
+
+
+def _verifier(verifier: str, revision: str | None) -> str:
+    return shlex.quote(verifier) + (f" --revision {shlex.quote(revision)}" if revision else "")
 
 
 def _section(engine: str, command: str, note: str = "") -> str:
@@ -87,7 +90,7 @@ def _vllm_by_itself(exported: ExportedHead) -> str:
 
 def _sglang(exported: ExportedHead) -> str:
     command = (
-        f"python -m sglang.launch_server --model-path {_verifier(exported)} "
+        f"python -m sglang.launch_server --model-path {_verifier(exported.verifier, exported.revision)} "
         f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(exported.folder)} "
         f"--speculative-num-steps {exported.num_draft_tokens} --speculative-eagle-topk 1 "
         f"--speculative-num-draft-tokens {exported.num_draft_tokens + 1}{flags(SGLANG, exported)}"

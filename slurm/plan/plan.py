@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from ...conf.runtime.artifact import write_json
 from ...conf.schema import Config, DumpEngine, EvaluateEngine, Gpu, HiddenStates, LastStates, StateDtype
 from ...data_synthesis.store.state_format import TOKEN_BYTES
 from ...models.formats.plain import CONFIG, plain_config
+from ...models.formats.serving_formats import vllm_serve
 from ...models.head.config import DraftHeadConfig, describe_sizes
 from ...models.verifier.config import verifier_location
 from .amounts import Tokens, disk, find_tokens, store_bytes
@@ -22,6 +22,7 @@ from .memory import TrainingShape, peak, training_memory
 from .verifier_shape import VerifierShape, planned_head, verifier_shape
 
 GPU_MEMORY_GIB = {Gpu.a100: 79, Gpu.h100: 79, Gpu.h200: 139, Gpu.b200: 178}  # that a process can use
+_REHEARSAL = "command with these acceptance rates"
 RESERVED = 2 * 2**30  # of a GPU: CUDA's context, NCCL, fragments
 
 
@@ -78,7 +79,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         "choices": {"disk": _store_choices(tokens, head)},
     }
     if config.plan.acceptance_rates:
-        made["command with these acceptance rates"] = _rehearsal(config, config.plan.acceptance_rates)
+        made[_REHEARSAL] = _rehearsal(config, config.plan.acceptance_rates)
     return made | {"warnings": list(_warnings(config, made, tokens))}
 
 
@@ -96,8 +97,7 @@ def _rehearsal(config: Config, rates: list[float]) -> str:
         "rejection_sample_method": "synthetic",
         "synthetic_acceptance_rates": rates,
     }
-    verifier = shlex.quote(verifier_location(config.verifier))
-    return f"vllm serve {verifier} --speculative-config {shlex.quote(json.dumps(speculative))}"
+    return vllm_serve(verifier_location(config.verifier), config.verifier.revision, speculative)
 
 
 def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> dict[str, int]:
@@ -215,7 +215,7 @@ def _table(made: dict[str, Any]) -> str:
         ),
         _row("in all", peak(training["memory by phase"])[1]),
         *_rows("disk of the hidden states, by choice", made["choices"]["disk"]),
-        *(["", f"{title}", made[title]] if (title := "command with these acceptance rates") in made else []),
+        *(["", _REHEARSAL, made[_REHEARSAL]] if _REHEARSAL in made else []),
         "",
         *([f"warning: {sentence}" for sentence in made["warnings"]] or ["nothing to warn of: all of it fits"]),
     ]
