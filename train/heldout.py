@@ -11,7 +11,7 @@ high one: rounds begin more often where drafts are rejected, and the text is the
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from .loss.fused import draft_tokens
 from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule
+
+_FIRST_BUCKET = 512  # tokens of a text's first part by which rounds are counted; each next one ends at twice as many
 
 
 @dataclass
@@ -30,6 +32,8 @@ class HeldoutCounts:
     accepted: int = 0
     rows: int = 0  # from which decoding could start
     expected: float = 0.0  # tokens accepted from them at temperature 1, one round each
+    # rounds, and what they accepted, by where in the text they begin: before token 512, 1024, 2048 and so on
+    by_position: list[list[int]] = field(default_factory=list)
 
     @property
     def acceptance_length(self) -> float:
@@ -75,6 +79,10 @@ def teacher_forced_rounds(hits: list[int], loss_mask: list[bool], num_draft_toke
             accepted = min(hits[row], num_draft_tokens)
             counts.rounds += 1
             counts.accepted += accepted
+            bucket = (row // _FIRST_BUCKET).bit_length()
+            counts.by_position += [[0, 0] for _ in range(len(counts.by_position), bucket + 1)]
+            counts.by_position[bucket][0] += 1
+            counts.by_position[bucket][1] += accepted
             row += accepted + 1
     return counts
 
@@ -104,7 +112,12 @@ def count_heldout(
 
 def total(counts: Iterable[HeldoutCounts]) -> HeldoutCounts:
     """Add up rounds and rows over conversations."""
-    return HeldoutCounts(*map(sum, zip(*map(astuple, counts), strict=True)))
+    whole = list(counts)
+    buckets = itertools.zip_longest(*(one.by_position for one in whole), fillvalue=[0, 0])
+    return HeldoutCounts(
+        *(sum(getattr(one, name) for one in whole) for name in ("rounds", "accepted", "rows", "expected")),
+        by_position=[list(map(sum, zip(*bucket, strict=True))) for bucket in buckets],
+    )
 
 
 def acceptance_lengths(heldout: HeldoutByLength) -> dict[str, float]:
@@ -112,3 +125,15 @@ def acceptance_lengths(heldout: HeldoutByLength) -> dict[str, float]:
     totals = {length: total(by_sample.values()) for length, by_sample in heldout.items()}
     greedy = {f"acceptance_length_{length}": counts.acceptance_length for length, counts in totals.items()}
     return greedy | {f"acceptance_length_t1_{length}": counts.acceptance_length_t1 for length, counts in totals.items()}
+
+
+def acceptance_by_position(heldout: HeldoutByLength) -> dict[str, float]:
+    """Return the greedy acceptance length of the rounds that begin in each part of a text, if there are several."""
+    metrics = {}
+    for length, by_sample in heldout.items():
+        parts = total(by_sample.values()).by_position
+        starts = (_FIRST_BUCKET << number >> 1 if number else 0 for number in itertools.count())
+        for start, (rounds, accepted) in zip(starts, parts, strict=False):
+            if rounds and len(parts) > 1:
+                metrics[f"acceptance_length_{length}_from_{start}"] = 1 + accepted / rounds
+    return metrics

@@ -17,7 +17,7 @@ from .checkpoints import TrainerState
 from .data.online import OnlineStates
 from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches
-from .heldout import acceptance_lengths, count_heldout, total
+from .heldout import acceptance_by_position, acceptance_lengths, count_heldout, total
 from .loss.fused import SUMS
 from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule, count_rows, find_targets
@@ -74,9 +74,10 @@ class Trainer:
             with self.meter.timed("paused"):
                 if measure:
                     self._measure_heldout()
-                    lengths = acceptance_lengths(state.heldout)
                     if self.tracker:
-                        self.tracker.log(state.step, {f"heldout/{name}": value for name, value in lengths.items()})
+                        parts = {"heldout": acceptance_lengths, "heldout_by_position": acceptance_by_position}
+                        walked = ((name, measured(state.heldout)) for name, measured in parts.items())
+                        self.tracker.log(state.step, {f"{part}/{n}": v for part, of in walked for n, v in of.items()})
                 if save or stop:
                     if measure:
                         state.note_best(self.draft_depth)

@@ -8,7 +8,14 @@ from builders import leave_out_first_tokens, make_batch, make_head, matrices
 from fledge.conf.schema import DraftSampling, EvaluateConfig
 from fledge.eval.figures.results import acceptance_in_training
 from fledge.models.verifier.config import LogitTransform
-from fledge.train.heldout import HeldoutCounts, acceptance, count_heldout, teacher_forced_rounds, total
+from fledge.train.heldout import (
+    HeldoutCounts,
+    acceptance,
+    acceptance_by_position,
+    count_heldout,
+    teacher_forced_rounds,
+    total,
+)
 from fledge.train.loss import fused as fused_loss
 from fledge.train.loss.unroll import TTTModule
 from one_sequence import OneSequence
@@ -101,6 +108,20 @@ def test_teacher_forced_rounds_start_every_answer_at_its_last_prompt_token():
     mask = [0, 1, 1, 0, 0, 1, 1, 1]
     counts = teacher_forced_rounds([0] * 8, mask, 3)
     assert (counts.rounds, counts.accepted, counts.acceptance_length) == (1 + 2, 0, 1.0)
+
+
+def test_rounds_are_counted_by_where_they_begin():
+    answer, prompt = [1] * 300, [0] * 400
+    first = teacher_forced_rounds([1] * 2100, prompt + answer + prompt + answer + prompt + answer, 3)
+    second = teacher_forced_rounds([0] * 2100, prompt + answer, 3)
+    # Rounds of the first at rows 399, 401, ...: 57 below 512; those of the second one by one.
+    assert first.by_position[0] == [57, 57]
+    assert second.by_position == [[113, 0], [186, 0]]
+    assert [sum(column) for column in zip(*first.by_position, strict=True)] == [first.rounds, first.accepted]
+    parts = acceptance_by_position({3: {"a": first, "b": second}})
+    assert list(parts) == [f"acceptance_length_3_from_{start}" for start in (0, 512, 1024, 2048)]
+    assert parts["acceptance_length_3_from_0"] == 1 + 57 / (57 + 113)
+    assert acceptance_by_position({3: {"a": teacher_forced_rounds([0] * 301, [0, *answer], 3)}}) == {}, "one part is all"
 
 
 def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_and_of_no_other(tmp_path):
