@@ -22,6 +22,7 @@ from deepspeed.checkpoint import ds_to_universal
 from safetensors import SafetensorError
 
 from ..conf.runtime.artifact import commit, digest, sync, write_atomic, write_json
+from ..conf.schema import TrainConfig
 from ..models.formats.plain import save_head
 from ..models.formats.training_folder import BEST, HELDOUT_WALKS, LATEST, STATE, checkpoint_steps, read_walks
 from ..models.head.draft_head import DraftHead
@@ -41,14 +42,35 @@ class TrainerState:
     best_step: int | None = None
     best_acceptance_length: float = 0.0
     best_measure: str = ""  # digest of draft tokens and held-out conversations; under another one all begins anew
+    not_better: int = 0  # checkpoints since the best
+    start_elsewhere: float = 0.0  # held-out acceptance length of the stores after the first, before the first step
+    ended: str = ""  # why training ends before its last step
     heldout: HeldoutByLength = field(default_factory=dict)  # latest; in a checkpoint of its weights, or empty
 
-    def note_best(self, num_draft_tokens: int) -> None:
-        """Make this step the best if it accepts more than the best before, or is the first by this measure."""
-        counts = self.heldout[num_draft_tokens]
-        length, measure = total(counts.values()).acceptance_length, digest([num_draft_tokens, sorted(counts)])
-        if self.best_step is None or measure != self.best_measure or length > self.best_acceptance_length:
+    def note_best(self, num_draft_tokens: int, options: TrainConfig, of_first_store: set[str]) -> None:
+        """Make this step the best if it accepts more than the best before, or is the first by this measure.
+
+        With `train.max_forgetting` what counts is the first store, while the others keep what they had at step 0. Say
+        in `ended` if training is to end, by that or by `train.patience`.
+        """
+        counts, lost = self.heldout[num_draft_tokens], 0.0
+        measure = digest([num_draft_tokens, sorted(counts)])
+        is_first = self.best_step is None or measure != self.best_measure
+        if options.max_forgetting is not None:
+            others = total(one for name, one in counts.items() if name not in of_first_store).acceptance_length
+            self.start_elsewhere = others if is_first else self.start_elsewhere
+            lost = self.start_elsewhere - others
+            counts = {name: one for name, one in counts.items() if name in of_first_store}
+        length = total(counts.values()).acceptance_length
+        if lost > (options.max_forgetting or 0.0):
+            self.ended = f"other stores lost {lost:.3f} of τ@{num_draft_tokens}, more than train.max_forgetting"
+        elif is_first or length > self.best_acceptance_length:
             self.best_step, self.best_acceptance_length, self.best_measure = self.step, length, measure
+            self.not_better = 0
+        else:
+            self.not_better += 1
+            if self.not_better == options.patience:
+                self.ended = f"no checkpoint of the last {self.not_better} was better, as train.patience says"
 
 
 def save_checkpoint(
@@ -56,7 +78,8 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoints/step-<n> on all ranks; it appears under its name only when it is whole.
 
-    `record` is the head's (`fledge.json`), but for what the state knows; the `keep` newest stay, next to the best.
+    `record` is the head's (`fledge.json`), but for what the state knows. The `keep` newest stay, next to the best and
+    that of step 0, if there is one.
     ValueError if it cannot be written, or the ranks' folders differ: the checkpoints before it are as they were.
     """
     saving = folder / _SAVING
@@ -87,7 +110,7 @@ def save_checkpoint(
         commit(saving, final)
         _name(folder, state)
         for old in checkpoint_steps(folder)[:-keep]:
-            if old != state.best_step:
+            if old not in (0, state.best_step):
                 shutil.rmtree(folder / f"step-{old}")
     dist.barrier()
 

@@ -127,6 +127,16 @@ def acceptance_lengths(heldout: HeldoutByLength) -> dict[str, float]:
     return greedy | {f"acceptance_length_t1_{length}": counts.acceptance_length_t1 for length, counts in totals.items()}
 
 
+def heldout_metrics(heldout: HeldoutByLength, ids_by_store: list[set[str]]) -> dict[str, float]:
+    """Return all metrics of a measurement: of all conversations, by position, and by store if several have some."""
+    parts = {"heldout": acceptance_lengths(heldout), "heldout_by_position": acceptance_by_position(heldout)}
+    if sum(map(bool, ids_by_store)) > 1:
+        for number, ids in enumerate(ids_by_store):
+            own = {length: {name: of[name] for name in of if name in ids} for length, of in heldout.items()}
+            parts[f"heldout_store_{number}"] = acceptance_lengths(own)
+    return {f"{part}/{name}": value for part, metrics in parts.items() for name, value in metrics.items()}
+
+
 def acceptance_by_position(heldout: HeldoutByLength) -> dict[str, float]:
     """Return the greedy acceptance length of the rounds that begin in each part of a text, if there are several."""
     metrics = {}

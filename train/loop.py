@@ -17,7 +17,7 @@ from .checkpoints import TrainerState
 from .data.online import OnlineStates
 from .data.training_data import TrainingData
 from .engine import end_micro_batch, learning_rate, micro_batches
-from .heldout import acceptance_by_position, acceptance_lengths, count_heldout, total
+from .heldout import HeldoutByLength, count_heldout, heldout_metrics, total
 from .loss.fused import SUMS
 from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule, count_rows, find_targets
@@ -45,6 +45,7 @@ class Trainer:
     # losses that blend begin as KL.
     acceptance: Tensor
     draft_depth: int  # of evaluation: the best checkpoint is the one that accepts most of as many draft tokens
+    heldout_ids: list[set[str]]  # by store
     save: Callable[[TrainerState], None]  # writes a checkpoint
     tracker: Tracker | None  # of rank 0
 
@@ -58,8 +59,10 @@ class Trainer:
         num_packs = micro_batches(options.packs_per_step)
         metrics: dict[str, float] = {}
         stop = False
+        if options.max_forgetting is not None and state.best_step is None:
+            self._measure(save=True)  # what must not be forgotten
         self.meter.restart()
-        while state.step < self.num_steps and not stop:
+        while state.step < self.num_steps and not (stop or state.ended):
             with self.meter.timed("waiting"):
                 packs = list(itertools.islice(batches, num_packs))
             self.meter.add(packs, self.step([self._to_device(pack, options.ttt_steps) for pack in packs]))
@@ -73,16 +76,9 @@ class Trainer:
                     self.tracker.log(state.step, metrics)
             with self.meter.timed("paused"):
                 if measure:
-                    self._measure_heldout()
-                    if self.tracker:
-                        parts = {"heldout": acceptance_lengths, "heldout_by_position": acceptance_by_position}
-                        walked = ((name, measured(state.heldout)) for name, measured in parts.items())
-                        self.tracker.log(state.step, {f"{part}/{n}": v for part, of in walked for n, v in of.items()})
-                if save or stop:
-                    if measure:
-                        state.note_best(self.draft_depth)
-                    heldout = state.heldout if measure else {}  # of these weights
-                    self.save(replace(state, acceptance=self.acceptance.tolist(), heldout=heldout))
+                    self._measure(save or stop)
+                elif save or stop:
+                    self._save({})
             if progress is not None:
                 if log or measure:
                     progress.set_postfix_str(self.summary(metrics), refresh=False)
@@ -146,6 +142,20 @@ class Trainer:
     def _to_device(self, batch: PackedBatch, ttt_steps: int) -> PackedBatch:
         batch = batch.to(self.ranks.device, self.embedding.dtype, ttt_steps)
         return self.online.fill(batch) if self.online else batch
+
+    def _measure(self, save: bool) -> None:
+        """Measure held-out acceptance, record it, and save a checkpoint, which may be the best."""
+        state = self.state
+        self._measure_heldout()
+        if self.tracker:
+            self.tracker.log(state.step, heldout_metrics(state.heldout, self.heldout_ids))
+        if save:
+            state.note_best(self.draft_depth, self.options, self.heldout_ids[0])
+            self._save(state.heldout)
+
+    def _save(self, heldout: HeldoutByLength) -> None:
+        """Save a checkpoint; `heldout` is of these weights."""
+        self.save(replace(self.state, acceptance=self.acceptance.tolist(), heldout=heldout))
 
     @torch.no_grad()
     def _measure_heldout(self) -> None:

@@ -54,7 +54,7 @@ _NOT_DETERMINING = (
 _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "window_layers")
 # Those of `train`, and what they are then.
 _UNSET: list[tuple[str, Any]] = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random)]
-_UNSET += [("init_layer", None), ("positions", Positions.answers)]
+_UNSET += [("init_layer", None), ("positions", Positions.answers), ("patience", None), ("max_forgetting", None)]
 
 
 def train(config: Config) -> None:
@@ -75,6 +75,11 @@ def _train(config: Config, ranks: Ranks) -> None:
         own_store, on_gpu = config.hidden_states_folder, ranks.device.type == "cuda"
         data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
         stack.enter_context(data)
+        if options.max_forgetting is not None and not all(data.heldout_ids()[:2]):
+            raise ValueError(
+                "train.max_forgetting needs held-out conversations in the first two of train.stores: make them with "
+                "data.heldout_share above 0"
+            )
         head = initial_head or build_head(shape, data.vocabulary)
         check_form(options, shape)
         start = parameters_of_verifier(head, config.verifier, options)  # refused before data is read
@@ -97,14 +102,16 @@ def _train(config: Config, ranks: Ranks) -> None:
         waits = "it finishes the step, or held-out walk, at work and saves a checkpoint"
         with deferred(waits, then_stop=False) as signals:  # all ranks stop together, or are done
             trainer.run(signals)
-            step = trainer.state.step
-            if step < trainer.num_steps:
+            step, ended = trainer.state.step, trainer.state.ended
+            if step < trainer.num_steps and not ended:
                 stopped = f"training: stopped by {signals.name}, step {step} is saved; the same command goes on"
                 if target:
                     print(stopped, flush=True)
                 sys.exit(signals.exit_code)
             if target:
-                target.finish(steps=step, heldout=acceptance_lengths(trainer.state.heldout))
+                target.finish(steps=step, ended=ended, heldout=acceptance_lengths(trainer.state.heldout))
+                if ended:
+                    print(f"training: ends before step {trainer.num_steps}: {ended}")
                 print(f"training: step {step} in {folder / 'checkpoints'}; held-out {trainer.summary({})}")
 
 
@@ -184,6 +191,7 @@ def _build_trainer(
         *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),
         acceptance=torch.tensor(state.acceptance or [0.0] * options.ttt_steps, device=ranks.device),
         draft_depth=config.evaluate.draft_depth,
+        heldout_ids=data.heldout_ids(),
         save=partial(save_checkpoint, engine, head, checkpoints, record, options.keep_checkpoints),
         tracker=_open_records(config, data, kernels, target, state.step) if target else None,
     )

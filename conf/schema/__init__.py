@@ -170,6 +170,15 @@ def _check_conflicts(config: Config) -> None:
         f"train.init must be random with train.init_from, got {train.init.name}: the weights are that head's",
     )
     require(
+        not train.stores or any(store.weight for store in train.stores),
+        "train.stores must have a weight above 0 in one at least: nothing is trained on otherwise",
+    )
+    require(
+        train.max_forgetting is None or (train.init_from and len(train.stores) > 1),
+        f"train.init_from and two train.stores or more are required with train.max_forgetting={train.max_forgetting}: "
+        "what the head could at its start is measured on the stores after the first",
+    )
+    require(
         train.init is HeadInit.layers or train.init_layer is None,
         f"train.init must be layers with train.init_layer={train.init_layer}, got {train.init.name}",
     )

@@ -4,7 +4,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from .limits import MISSING, Kernels, Limit, NonNegativeInt, PositiveFloat, PositiveInt, Share, between
+from .limits import (
+    MISSING,
+    Kernels,
+    Limit,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    between,
+)
 from .models import Dtype
 
 # Where training takes the verifier's states from: the store of `fledge dump`, or the verifier, run next to the trainer
@@ -48,7 +58,8 @@ class StoreConfig:
     """One of several hidden-state stores that are trained on together."""
 
     folder: str = MISSING  # folder of a hidden-state store
-    weight: PositiveFloat = 1.0  # how often each of its samples is seen in an epoch; 0.5: one half, then the other
+    # how often each of its samples is seen in an epoch; 0.5: one half, then the other; 0: only its held-out ones count
+    weight: NonNegativeFloat = 1.0
     limit: PositiveInt | None = None  # most samples of it that are trained on; a higher limit has these, too
 
 
@@ -97,6 +108,11 @@ class TrainConfig:
     heldout_samples: PositiveInt = 256  # most held-out conversations it is measured on
     save_every: PositiveInt = 500  # steps between checkpoints
     keep_checkpoints: PositiveInt = 2  # newest checkpoints that stay, next to the best
+    # checkpoints in a row that are no better than the best, until training ends; null: it makes all its steps
+    patience: PositiveInt | None = None
+    # with init_from and several stores: acceptance length that held-out conversations of the stores after the first may
+    # lose. The best checkpoint is the first store's within that, and one that loses more ends training; null: no bound
+    max_forgetting: NonNegativeFloat | None = None
     max_skipped_steps: PositiveInt = 5  # steps in a row with a gradient that is not finite before training stops
     data_workers: NonNegativeInt = 2  # processes of a rank that read packs; 0: the rank reads them itself
     # training processes of `fledge run`, or per node of `fledge submit`; else the launcher decides

@@ -121,7 +121,9 @@ def test_rounds_are_counted_by_where_they_begin():
     parts = acceptance_by_position({3: {"a": first, "b": second}})
     assert list(parts) == [f"acceptance_length_3_from_{start}" for start in (0, 512, 1024, 2048)]
     assert parts["acceptance_length_3_from_0"] == 1 + 57 / (57 + 113)
-    assert acceptance_by_position({3: {"a": teacher_forced_rounds([0] * 301, [0, *answer], 3)}}) == {}, "one part is all"
+    assert acceptance_by_position({3: {"a": teacher_forced_rounds([0] * 301, [0, *answer], 3)}}) == {}, (
+        "one part is all"
+    )
 
 
 def test_training_tells_of_the_decoded_conversations_with_all_their_sequences_and_of_no_other(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -62,8 +63,6 @@ MUON = ("train.optimizer=muon", "train.muon_lr=2e-3", "train.weight_decay=0.1", 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     finished, run, tmp_path, zero_stage, loss, form, processes
 ):
-    import shutil
-
     options = [f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}", *form]
     copy_until_dump(finished, run)
     run("train", *options, processes=processes)
@@ -252,3 +251,65 @@ def test_loss_and_gradient_do_not_depend_on_how_samples_are_packed(finished, run
     assert many > 4 * few
     assert_same_record(packed, apart)
     assert packed["train/grad_norm"] > 0
+
+
+def test_training_ends_when_other_stores_lose_too_much_and_the_best_checkpoint_is_within_that(finished, run, tmp_path):
+    """The head is trained on tokens without sense; what it could is measured on those that it was trained for."""
+    copy_until_dump(finished, run)
+    masks = {f"nonsense/{n}": "0" * 6 + "1" * 30 for n in range(40)}
+    nonsense, before = run.path / "nonsense", finished.path / "training" / "checkpoints" / "step-24"
+    write_store(nonsense, run.path / "hidden_states", masks, 0.25)
+    options = [
+        f"train.stores=[{{folder: {nonsense}}}, {{folder: {run.path / 'hidden_states'}, weight: 0}}]",
+        *(f"train.init_from={before}", "train.max_forgetting=0.1", "train.lr=2e-3"),
+        *("train.save_every=2", "train.heldout_every=1", "train.keep_checkpoints=1"),
+    ]
+    said = run("train", *options).stdout
+    assert "than train.max_forgetting" in said
+    training = run.path / "training"
+    manifest = json.loads((training / "manifest.json").read_text())
+    end = manifest["steps"]
+    assert manifest["complete"]
+    assert manifest["ended"] in said
+    assert 0 < end < 24
+    general = {
+        r["step"]: r["heldout_store_1/acceptance_length_3"] for r in metrics_of(run) if "heldout_store_1" in str(r)
+    }
+    assert general[0] - general[end] > 0.1, "what ended it"
+    best = int((training / "checkpoints" / "best").read_text().removeprefix("step-"))
+    assert best < end
+    assert general[0] - general[best] <= 0.1
+    assert {path.name for path in (training / "checkpoints").glob("step-*")} == {
+        "step-0",
+        f"step-{best}",
+        f"step-{end}",
+    }
+
+    resumed = Run(tmp_path / "resumed", run.verifier)
+    shutil.copytree(run.path, resumed.path)
+    as_if_killed_after(resumed, 0)
+    assert "going on" not in resumed("train", *options).stdout, "it is at step 0"
+    weights, again = (
+        load_file(r.path / "training/checkpoints" / f"step-{end}/model.safetensors") for r in (run, resumed)
+    )
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert "is complete" in run("train", *options).stdout
+
+
+def test_training_ends_after_checkpoints_that_are_no_better(finished, run):
+    copy_until_dump(finished, run)
+    options = ["train.lr=1e-30", "train.save_every=2", "train.patience=2"]
+    run("train", *options)
+    training = run.path / "training"
+    assert json.loads((training / "manifest.json").read_text())["steps"] == 6
+    assert (training / "checkpoints" / "best").read_text().strip() == "step-2"
+    as_if_killed_after(run, 4)
+    assert "going on from step 4" in run("train", *options).stdout
+    assert json.loads((training / "manifest.json").read_text())["steps"] == 6
+    store = f"train.stores=[{{folder: {run.path / 'hidden_states'}, weight: 0}}]"
+    refused = [
+        ("train.max_forgetting=0.1", "train.init_from and two train.stores or more are required"),
+        (store, "train.stores must have a weight above 0"),
+    ]
+    for option, error in refused:
+        assert error in run("train", option, "overwrite=true", code=2).stderr

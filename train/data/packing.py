@@ -44,10 +44,12 @@ class Passes:
     """The training samples of one store, passed over for ever."""
 
     samples: list[int]
-    weight: float = 1.0  # passes in an epoch
+    weight: float = 1.0  # passes in an epoch; 0: none
 
     def epoch(self, number: int, seed: str) -> list[int]:
         """Return the samples that an epoch takes; one that it takes twice is there twice."""
+        if not self.weight:
+            return []
         num, share = len(self.samples), self.weight * len(self.samples)
         first, end = math.floor(number * share), math.floor((number + 1) * share)
         taken = []

@@ -227,6 +227,8 @@ class TrainingData:
             self.settings.append({"digest": store.manifest["digest"], "weight": source.weight, **limit})
         limits = [source.limit for source in sources]
         self.split = Split.of(self.stores, options.batch_tokens, options.too_long, limits)
+        of_stores = zip(self.split.train, self._weights, strict=True)
+        self.split.train = [samples if weight else [] for samples, weight in of_stores]
         ids = [sample_id for store in self.stores for sample_id in store.ids]
         ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
         conversations = itertools.groupby(ordered, key=lambda sample: conversation_id(ids[sample]))
@@ -234,7 +236,7 @@ class TrainingData:
         self.heldout = [sample for _, sequences in chosen for sample in sequences]
         parts = [Passes(*part) for part in zip(self.split.train, self._weights, strict=True)]
         for store, part in zip(self.stores, parts, strict=True):
-            if part.weight * (num_samples := len(part.samples)) < 1:
+            if 0 < part.weight * (num_samples := len(part.samples)) < 1:
                 raise ValueError(
                     f"train.stores: weight {part.weight} takes none of the {num_samples} training samples of "
                     f"{store.folder} in an epoch: raise it to {1 / num_samples:.2g} or more"
@@ -264,6 +266,14 @@ class TrainingData:
                 f"a process of train.data_workers={self._options.data_workers} ended ({error}): see whether memory "
                 "ran out, and start the same command again; it goes on from the newest checkpoint"
             ) from error
+
+    def heldout_ids(self) -> list[set[str]]:
+        """Return the ids of the held-out samples that are measured, by store."""
+        firsts = itertools.accumulate(map(len, self.stores), initial=0)
+        return [
+            {store.ids[sample - first] for sample in self.heldout if first <= sample < first + len(store)}
+            for first, store in zip(firsts, self.stores, strict=False)
+        ]
 
     def inputs(self) -> dict[str, str]:
         """Return the digest of every store and of the conversations it was made of, by folder."""
