@@ -16,8 +16,8 @@ from .figures.report import REPORT_HTML, print_table, write_report
 from .figures.results import summarise
 from .figures.wandb_summary import track
 from .local import answer_questions
-from .question_reader import QuestionReader, at_context_lengths
-from .questions import Question, load_heldout, load_questions, questions_identity
+from .questions.question import Question, load_heldout, load_questions, questions_identity
+from .questions.reader import QuestionReader, at_context_lengths
 from .served.client import answer_by_server, check_server
 
 

@@ -15,8 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from ..conf.runtime.artifact import write_json
-from ..conf.runtime.launch import run_or_exit
-from ..conf.runtime.signals import deferred
+from ..conf.runtime.launch import run_alone
 from ..conf.schema import Config
 from ..conf.schema.free_names import quoted
 from ..data_synthesis.heldout import is_heldout
@@ -51,7 +50,7 @@ def layers(config: Config) -> None:
     store = folder / "hidden_states"
     typed = list(HydraConfig.get().overrides.task)
     shared = [*typed, f"dump.folder={quoted(store)}", f"dump.limit={options.conversations}", "train.stores=[]"]
-    _run("dump", [*shared, f"draft.aux_layers={recorded}"], 1)
+    run_alone("dump", [*shared, f"draft.aux_layers={recorded}"], 1)
     ranked = rank(HiddenStateStore(store), VerifierWeights(config.verifier), candidates, options.size)
     print(f"layers: linear heads of {len(ranked)} sets; the best:", flush=True)
     for chosen, score in ranked[:5]:
@@ -63,7 +62,7 @@ def layers(config: Config) -> None:
         print(f"layers: trains {list(chosen)} for {options.steps} steps", flush=True)
         checked = ["train.verify_checksums=false"] if name != next(iter(names)) else []  # the first has read the store
         of_set = [*checked, f"runs_dir={quoted(folder)}", f"name='{name}'", f"draft.aux_layers={list(chosen)}"]
-        _run("train", [*shared, *steps, *of_set], config.train.num_processes)
+        run_alone("train", [*shared, *steps, *of_set], config.train.num_processes)
     trainings = {name: folder / name / "training" for name in names}
     print(*walks_tables(trainings), sep="\n\n")
     winner = names[max(trainings, key=lambda name: best_acceptance_length(trainings[name]) or 0)]
@@ -81,14 +80,6 @@ def layers(config: Config) -> None:
             "ranked": [{"aux_layers": list(chosen), "explained": score} for chosen, score in ranked],
         },
     )
-
-
-def _run(stage: str, overrides: list[str], processes: int) -> None:
-    """Run a stage in processes of its own; exit as it does if it fails or is stopped."""
-    with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
-        run_or_exit(stage, overrides, processes, signals)
-        if signals.received:
-            signals.stop()
 
 
 def _different(sets: list[Layers]) -> list[Layers]:

@@ -22,8 +22,8 @@ from .decoding.kernel_checks import check_decoding
 from .decoding.prompt_lookup import NoDraft
 from .decoding.speculator import Answer, Request, Speculator
 from .figures.records import HELDOUT, RECORDS, TRAINED
-from .question_reader import QuestionReader, UnaskableError
-from .questions import Question
+from .questions.question import Question
+from .questions.reader import QuestionReader, UnaskableError
 
 _CONTEXT = 4  # tokens before a refused draft, in which its text is written
 

@@ -14,9 +14,8 @@ from .verifier.weights import VerifierWeights, verifier_identity
 
 def import_head(config: Config) -> None:
     """Write runs/<name>/imports/<source's name>/ from the head at head_import.source."""
-    options, source = config.head_import, source_folder(config.head_import)
+    options, source, folder = config.head_import, source_folder(config.head_import), import_folder(config)
     origin = source.name if Path(str(options.source)).is_dir() else str(options.source)
-    folder = config.run_folder / "imports" / Path(origin).name
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
     files = weight_files(source)
@@ -46,6 +45,11 @@ def import_head(config: Config) -> None:
         f"import: {folder}, {dtype_name(published.dtype)}, aux layers {list(head.aux_layers)} (0-based), draft "
         f"vocabulary {head.draft_vocab_size}; use it with evaluate.checkpoint={folder} or export.checkpoint={folder}"
     )
+
+
+def import_folder(config: Config) -> Path:
+    """Return the folder that the head at `head_import.source` is read into."""
+    return config.run_folder / "imports" / Path(str(config.head_import.source)).resolve().name
 
 
 def source_folder(options: HeadImportConfig) -> Path:

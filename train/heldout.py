@@ -115,7 +115,10 @@ def total(counts: Iterable[HeldoutCounts]) -> HeldoutCounts:
     whole = list(counts)
     buckets = itertools.zip_longest(*(one.by_position for one in whole), fillvalue=[0, 0])
     return HeldoutCounts(
-        *(sum(getattr(one, name) for one in whole) for name in ("rounds", "accepted", "rows", "expected")),
+        rounds=sum(one.rounds for one in whole),
+        accepted=sum(one.accepted for one in whole),
+        rows=sum(one.rows for one in whole),
+        expected=sum(one.expected for one in whole),
         by_position=[list(map(sum, zip(*bucket, strict=True))) for bucket in buckets],
     )
 

@@ -59,8 +59,8 @@ class Trainer:
         num_packs = micro_batches(options.packs_per_step)
         metrics: dict[str, float] = {}
         stop = False
-        if options.max_forgetting is not None and state.best_step is None:
-            self._measure(save=True)  # what must not be forgotten
+        if options.init_from and self.data.split.heldout and not state.step and state.best_step is None:
+            self._measure(save=True)  # what that head can
         self.meter.restart()
         while state.step < self.num_steps and not (stop or state.ended):
             with self.meter.timed("waiting"):

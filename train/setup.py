@@ -75,10 +75,11 @@ def _train(config: Config, ranks: Ranks) -> None:
         own_store, on_gpu = config.hidden_states_folder, ranks.device.type == "cuda"
         data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
         stack.enter_context(data)
-        if options.max_forgetting is not None and not all(data.heldout_ids()[:2]):
+        own, *others = data.heldout_ids()
+        if options.max_forgetting is not None and not (own and any(others)):
             raise ValueError(
-                "train.max_forgetting needs held-out conversations in the first two of train.stores: make them with "
-                "data.heldout_share above 0"
+                "train.max_forgetting needs held-out conversations in the first of train.stores, and others in those "
+                "after it: make them with data.heldout_share above 0, from prompts whose ids differ"
             )
         head = initial_head or build_head(shape, data.vocabulary)
         check_form(options, shape)
@@ -121,8 +122,7 @@ def _initial_head(config: Config, folder: str) -> DraftHead:
         raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
     head, record = load_head(Path(folder))
     check_identity(record["verifier"], config.verifier, folder, "set the verifier it was trained for")
-    has = asdict(head.config) | {"vocab_size": head.config.draft_vocab_size, "aux_layers": list(head.config.aux_layers)}
-    has["window_layers"] = list(head.config.window_layers) or None
+    has = head.config.options()
     options = {name: option for name, option in asdict(config.draft).items() if name in has and option is not None}
     options["sliding_window"] = config.draft.sliding_window  # null is no window, and not the head's
     if has["window_layers"]:

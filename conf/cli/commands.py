@@ -119,6 +119,18 @@ PURPOSES = {
         ),
     },
     "heads made elsewhere": {
+        "adapt": Command(
+            function="fledge.eval.adapt:adapt",
+            what="train a head further on texts of one's own, and say what it gained and lost",
+            reads="adapt.head; the stores of adapt.replay; " + _SOURCES,
+            writes="imports/, conversations/, hidden_states/, training/, adaptation.md, exports/ in runs/NAME/",
+            groups=("", "adapt", "data", "train"),
+            examples=(
+                f"fledge adapt {RUN} adapt.head=runs/general 'data.sources=[{{path: mine.jsonl}}]'",
+                "fledge adapt experiment=llama31_8b name=first adapt.head=ORG/HEAD "
+                "'adapt.replay=[{folder: runs/general/hidden_states, weight: 0.2}]'",
+            ),
+        ),
         "import": Command(
             function="fledge.models.import_head:import_head",
             what="read a head made elsewhere, to evaluate or export it",

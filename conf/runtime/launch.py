@@ -41,6 +41,14 @@ def run(config: Config, arguments: list[str] | None = None) -> None:
     print(f"run {config.name} is complete in {config.run_folder} ({time.monotonic() - started:.0f} s)")
 
 
+def run_alone(stage: str, arguments: list[str], num_processes: int = 1) -> None:
+    """Run one stage to its end, in processes of its own; exit as it does if it fails or is stopped."""
+    with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:
+        run_or_exit(stage, arguments, num_processes, signals)
+        if signals.received:
+            signals.stop()
+
+
 def run_or_exit(stage: str, arguments: list[str], num_processes: int, signals: StopSignals) -> None:
     """Run a stage to its end; exit as it does if it fails, or as a signal asks that it was passed."""
     code = run_stage([sys.executable, "-m", "fledge", stage, *arguments], environments(num_processes))

@@ -17,7 +17,16 @@ from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
-from .train import DeepSpeedConfig, HeadInit, HiddenStates, LayersConfig, OptimizerName, Positions, StoreConfig
+from .train import (
+    AdaptConfig,
+    DeepSpeedConfig,
+    HeadInit,
+    HiddenStates,
+    LayersConfig,
+    OptimizerName,
+    Positions,
+    StoreConfig,
+)
 from .train import TooLong, TrackerName, TrackingConfig, TrainConfig, WandbMode
 
 _IS_FOLDER = Limit(
@@ -43,6 +52,7 @@ class Config:
     dump: DumpConfig = field(default_factory=DumpConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -133,6 +133,18 @@ class LayersConfig:
 
 
 @dataclass
+class AdaptConfig:
+    """What `fledge adapt` starts from, and when it ends."""
+
+    # the head: a run, a checkpoint or an export of it, or a published head's folder or hub id
+    head: str | None = None
+    # stores of what it must go on to do; trained on by their weights, 0 measures only
+    replay: list[StoreConfig] = field(default_factory=list)
+    max_forgetting: NonNegativeFloat = 0.05  # train.max_forgetting on the stores of replay
+    patience: PositiveInt = 3  # train.patience
+
+
+@dataclass
 class DeepSpeedConfig:
     """DeepSpeed options; its own configuration is derived from these and `train`."""
 

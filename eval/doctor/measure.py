@@ -25,8 +25,8 @@ from ...models.head.ttt_attention import TTTAttention
 from ...models.verifier.config import torch_device
 from ...models.verifier.model import Verifier
 from ..decoding.speculator import answer_alone
-from ..question_reader import QuestionReader, UnaskableError
-from ..questions import load_questions
+from ..questions.question import load_questions
+from ..questions.reader import QuestionReader, UnaskableError
 from .rules import AUX, NORM_BEFORE_RESIDUAL, NORM_OUTPUT, PAIRS, ROPE, written_ids
 
 CONFIGURED = "as configured"

@@ -9,7 +9,7 @@ from ...conf.runtime.journal import read_journal
 from ...conf.schema import Config, DraftSampling, Dtype, EvaluateConfig, EvaluateEngine
 from ...data_synthesis.heldout import conversation_id
 from ...models.formats.training_folder import read_walks
-from ..questions import Question
+from ..questions.question import Question
 from .metrics import acceptance_interval, count, macro_acceptance_length, speedup_interval
 from .records import HELDOUT, RECORDS, TRAINED, Record
 

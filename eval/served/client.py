@@ -19,8 +19,8 @@ from ...conf.schema import Config
 from ...data_synthesis.answers.endpoint import Endpoint, RequestError
 from ...data_synthesis.answers.verify_endpoint import refusal
 from ..figures.records import RECORDS, TRAINED
-from ..question_reader import QuestionReader, UnaskableError
-from ..questions import Question
+from ..questions.question import Question
+from ..questions.reader import QuestionReader, UnaskableError
 from .engines import Completion, open_engine
 
 _LOOK_EVERY_S, _TICK_S = 5.0, 0.1

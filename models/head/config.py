@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transformers import LlamaConfig
@@ -102,6 +102,13 @@ class DraftHeadConfig:
             sliding_window=draft.sliding_window,
             window_layers=tuple(sorted(window_layers)) if draft.sliding_window else (),
         )
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `draft` that this head has, by name."""
+        names = {entry.name for entry in fields(DraftConfig)}
+        own = {name: value for name, value in asdict(self).items() if name in names}
+        lists = {"aux_layers": list(self.aux_layers), "window_layers": list(self.window_layers) or None}
+        return own | lists | {"vocab_size": self.draft_vocab_size}
 
     def window(self, layer: int) -> int | None:
         """Return how many positions a layer sees, its own included; None: all up to its own."""

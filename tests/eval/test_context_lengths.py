@@ -12,8 +12,8 @@ from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, Device, DraftConfig, Dtype, EvaluateConfig, VerifierConfig
 from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.evaluate import evaluate
-from fledge.eval.question_reader import at_context_lengths
-from fledge.eval.questions import load_questions
+from fledge.eval.questions.question import load_questions
+from fledge.eval.questions.reader import at_context_lengths
 from fledge.models.formats.plain import save_head
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead

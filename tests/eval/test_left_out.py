@@ -19,8 +19,8 @@ from fledge.data_synthesis.prompts.rows import Prompt
 from fledge.eval.compare import _questions
 from fledge.eval.evaluate import evaluate
 from fledge.eval.local import Answerer
-from fledge.eval.question_reader import QuestionReader, UnaskableError
-from fledge.eval.questions import load_questions
+from fledge.eval.questions.question import load_questions
+from fledge.eval.questions.reader import QuestionReader, UnaskableError
 from fledge.models.formats.plain import save_head
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from fledge.conf.schema import EvaluateConfig
 from fledge.data_synthesis.tokens.images import conversation_images
-from fledge.eval.questions import Question, load_questions, questions_identity
+from fledge.eval.questions.question import Question, load_questions, questions_identity
 
 MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Shorter."], "reference": None}
 H4 = {"prompt_id": 97, "category": "math", "prompt": ["What is 2 + 2?", "And 3 + 3?"], "reference": ["4", "6"]}

@@ -29,6 +29,7 @@ SMALLER = {  # besides what makes a run of the tests small: by a word of the com
     "overwrite=true": ("evaluate.max_tokens=6", "evaluate.heldout_prompts=0", "evaluate.baselines=false"),
     "name=more": FEW_STEPS,
     "name=mix": FEW_STEPS,
+    "name=mine": (*FEW_STEPS, "data.sources=[{path:embedded,name:mine,limit:24}]"),
     "layers": ("layers.steps=2", "layers.num_sets=1"),
     "doctor": ("doctor.num_prompts=4", "doctor.max_tokens=16"),
 }

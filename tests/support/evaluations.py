@@ -11,7 +11,7 @@ from fledge.conf.runtime.journal import Journal
 from fledge.conf.schema import Config, Dtype, EvaluateConfig, VerifierConfig
 from fledge.eval.figures.records import ACCEPTANCE, RECORDS, TRAINED
 from fledge.eval.figures.results import summarise
-from fledge.eval.questions import Question
+from fledge.eval.questions.question import Question
 
 VERIFIER = {"fingerprint": "f1", "chat_template": "t1"}
 

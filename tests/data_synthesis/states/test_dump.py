@@ -11,7 +11,7 @@ from fledge.conf.schema import VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.data_synthesis.tokens import tokenise
-from fledge.eval.questions import load_heldout
+from fledge.eval.questions.question import load_heldout
 from fledge.models.verifier.config import load_tokenizer
 
 A, B, C, EOT, U = 11, 12, 13, 2, 14  # tokens

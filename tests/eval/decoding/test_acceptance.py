@@ -20,7 +20,7 @@ from fledge.eval.decoding.prompt_lookup import NoDraft, PromptLookup
 from fledge.eval.decoding.proposal import Proposal, accepted_path
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.eval.local import Answerer
-from fledge.eval.questions import Question
+from fledge.eval.questions.question import Question
 from fledge.models.formats.plain import load_head
 from fledge.models.verifier.model import Verifier
 from fledge.models.verifier.sampling import probabilities

@@ -16,7 +16,7 @@ from fledge.eval.figures.records import RECORDS
 from fledge.eval.figures.report import print_table
 from fledge.eval.figures.results import summarise
 from fledge.eval.local import Answerer
-from fledge.eval.questions import Question
+from fledge.eval.questions.question import Question
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.head.vocabulary import build_vocabulary

@@ -12,8 +12,8 @@ from fledge.data_synthesis.tokens.images import conversation_images, template_me
 from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.speculator import Request, Speculator
 from fledge.eval.local import Answerer
-from fledge.eval.question_reader import QuestionReader, UnaskableError
-from fledge.eval.questions import Question
+from fledge.eval.questions.question import Question
+from fledge.eval.questions.reader import QuestionReader, UnaskableError
 from fledge.models.head.config import DraftHeadConfig
 from fledge.models.head.draft_head import DraftHead, initialise
 from fledge.models.verifier.config import load_config

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conf.runtime.artifact import digest, file_digest
-from ..conf.runtime.journal import json_line
-from ..conf.schema import EvaluateConfig, SourceConfig
-from ..data_synthesis.conversations import read_conversations
-from ..data_synthesis.heldout import heldout_order, is_heldout
-from ..data_synthesis.prompts.addresses import check_foreign, scheme_of
-from ..data_synthesis.prompts.rows import SYSTEM_FIELDS, Content, are_text_parts, check_beside, content_of, text_of
-from ..data_synthesis.prompts.sources import EMBEDDED, read_rows
-from ..data_synthesis.tokens.chat_template import Message, has_images
-from ..data_synthesis.tokens.sequences import num_whole_answers
-from ..models.embedded.verifier import questions as embedded_questions
-from .figures.records import HELDOUT
+from ...conf.runtime.artifact import digest, file_digest
+from ...conf.runtime.journal import json_line
+from ...conf.schema import EvaluateConfig, SourceConfig
+from ...data_synthesis.conversations import read_conversations
+from ...data_synthesis.heldout import heldout_order, is_heldout
+from ...data_synthesis.prompts.addresses import check_foreign, scheme_of
+from ...data_synthesis.prompts.rows import SYSTEM_FIELDS, Content, are_text_parts, check_beside, content_of, text_of
+from ...data_synthesis.prompts.sources import EMBEDDED, read_rows
+from ...data_synthesis.tokens.chat_template import Message, has_images
+from ...data_synthesis.tokens.sequences import num_whole_answers
+from ...models.embedded.verifier import questions as embedded_questions
+from ..figures.records import HELDOUT
 
 
 class _Form(NamedTuple):
@@ -100,7 +100,7 @@ def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[
     if options.questions is None:
         raise ValueError(
             "evaluate.questions is required: a hub id such as HuggingFaceH4/mt_bench_prompts, a JSONL file in one of "
-            "the forms of eval/questions.py, or embedded"
+            "the forms of eval/questions/question.py, or embedded"
         )
     questions: list[Question] = []
     per_category: Counter[str] = Counter()

@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..conf.schema import Config, SourceConfig
-from ..data_synthesis.conversations import read_conversations
-from ..data_synthesis.prompts.rows import Content, text_of
-from ..data_synthesis.prompts.sources import read_rows
-from ..data_synthesis.tokens.chat_template import NoExactSpanError, has_images, prompt_tokens
-from ..data_synthesis.tokens.image_tokens import ImageReader, Images, ImageTokenizer
-from ..data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
-from ..data_synthesis.tokens.sequences import check_known
-from ..models.verifier.config import load_config, load_tokenizer
-from .figures.records import HELDOUT
-from .questions import Question
+from ...conf.schema import Config, SourceConfig
+from ...data_synthesis.conversations import read_conversations
+from ...data_synthesis.prompts.rows import Content, text_of
+from ...data_synthesis.prompts.sources import read_rows
+from ...data_synthesis.tokens.chat_template import NoExactSpanError, has_images, prompt_tokens
+from ...data_synthesis.tokens.image_tokens import ImageReader, Images, ImageTokenizer
+from ...data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
+from ...data_synthesis.tokens.sequences import check_known
+from ...models.verifier.config import load_config, load_tokenizer
+from ..figures.records import HELDOUT
+from .question import Question
 
 _SHOWN = 20  # questions that cannot be asked
 

@@ -1,0 +1,82 @@
+"""The adapt command: a head goes on with texts of one's own, or with a verifier that was tuned.
+
+The stages run in processes of their own: import, synthesize, dump, train from that head next to stores of what it must
+go on to do, export. What the head gained on its own texts and lost on the others is said with intervals, paired by
+conversation: held-out answers, before the first step and at the best checkpoint.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from ..conf.runtime.artifact import write_atomic
+from ..conf.runtime.launch import run_alone
+from ..conf.schema import Config, StoreConfig
+from ..conf.schema.free_names import quoted
+from ..data_synthesis.store.store import HiddenStateStore
+from ..models.formats.plain import load_head
+from ..models.formats.training_folder import checkpoint_steps, head_folder, read_walks
+from ..models.import_head import import_folder
+from .figures.walks import tables
+
+_REPORT = "adaptation.md"
+
+
+def adapt(config: Config) -> None:
+    """Train `adapt.head` on the run's own prompts, export it, and write what it gained and lost."""
+    options, config.head_import.source = config.adapt, _head(config)
+    if not config.data.heldout_share:
+        raise ValueError("data.heldout_share must be above 0: gain is measured on held-out conversations")
+    typed = list(HydraConfig.get().overrides.task)
+    own = StoreConfig(str(config.hidden_states_folder))
+    run_alone("import", [*typed, f"head_import.source={quoted(config.head_import.source)}"])
+    head = import_folder(config)
+    # Before what was typed: training refuses a `draft` that describes another head.
+    shared = [f"draft.{name}={_written(value)}" for name, value in load_head(head)[0].config.options().items()] + typed
+    for stage in ("synthesize", "dump"):
+        run_alone(stage, shared)
+    values = {"init_from": str(head), "init": "random", "stores": [own, *options.replay], "patience": options.patience}
+    values |= {"max_forgetting": options.max_forgetting} if options.replay else {}
+    training = [f"train.{name}={_written(value)}" for name, value in values.items()]
+    run_alone("train", [*shared, *training], config.train.num_processes)
+    report = adaptation(config.training_folder, [own, *options.replay], str(options.head))
+    run_alone("export", [*shared, *training])
+    write_atomic(config.run_folder / _REPORT, report)
+    print(f"{report}\nadaptation: {config.run_folder / _REPORT}")
+
+
+def _head(config: Config) -> str:
+    """Return the folder or hub id of the head to start from; of a run its best checkpoint."""
+    head = config.adapt.head
+    if head is None:
+        raise ValueError("adapt.head is required: a run, a checkpoint, an export, or a published head's folder or id")
+    training = Path(head) / "training"
+    return str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head
+
+
+def _written(value: Any) -> str:
+    """Write a value as that of an override."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, StoreConfig):
+        return f"{{{','.join(f'{name}: {_written(part)}' for name, part in asdict(value).items())}}}"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value)
+
+
+def adaptation(training: Path, stores: list[StoreConfig], head: str) -> str:
+    """Return the report: held-out acceptance by store, of the head at its start and at the best checkpoint."""
+    best = head_folder(None, training)
+    walks = {"before": read_walks(training / "checkpoints" / "step-0"), "after": read_walks(best)}
+    parts = [f"# Adaptation of {head}", f"The best checkpoint is {best.name}."]
+    if best.name == "step-0":
+        parts.append("**Nothing was gained: the head stays as it was.**")
+    for number, store in enumerate(stores):
+        ids = set(HiddenStateStore(Path(store.folder), with_states=False).ids)
+        own = {
+            name: {length: {one: of[one] for one in of if one in ids} for length, of in walk.items()}
+            for name, walk in walks.items()
+        }
+        parts += [f"## {'Its own texts' if not number else 'What it could before'}: {store.folder}", *tables(own)]
+    return "\n\n".join(parts) + "\n"

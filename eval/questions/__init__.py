@@ -1,0 +1,1 @@
+"""Questions that are asked: read from files and sets, rendered, and at several context lengths."""

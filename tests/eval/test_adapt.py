@@ -1,0 +1,58 @@
+"""`fledge adapt`: a head goes on with other texts, and what it gained and lost is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+from builders import Run, as_if_killed_after
+from commands import run_command
+from fledge.models.formats.plain import load_head
+from fledge.models.formats.training_folder import read_walks
+
+
+def test_a_head_goes_on_with_texts_of_ones_own_and_the_report_says_what_it_gained_and_lost(finished, tmp_path):
+    prompts = tmp_path / "mine.jsonl"
+    texts = (f"How long do I cook {n} eggs?" for n in range(2, 42))
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    options = [
+        f"adapt.head={finished.path}",
+        f"adapt.replay=[{{folder: {finished.path / 'hidden_states'}, weight: 0.3}}]",
+        *(f"data.sources=[{{path: {prompts}}}]", "data.heldout_share=0.4", "draft.vocab_size=200"),
+        *("train.max_steps=8", "train.save_every=4", "train.lr=1e-3", "adapt.max_forgetting=1"),
+    ]
+    run = Run(tmp_path / "runs", finished.verifier)
+    refused = run("adapt", *options, code=2)
+    assert "draft must describe the head at train.init_from" in refused.stderr, "what was typed is not overruled"
+    options.remove("draft.vocab_size=200")
+    run.options = ["draft.vocab_size=300"]
+    said = run("adapt", *options, "overwrite=true").stdout
+    report = (run.path / "adaptation.md").read_text()
+    assert report in said
+    assert re.findall("## (.*):", report) == ["Its own texts", "What it could before"]
+    training = run.path / "training" / "checkpoints"
+    before, after = (read_walks(training / name)[3] for name in ("step-0", (training / "best").read_text().strip()))
+    for part, ids in (("own", {name for name in before if name.startswith("mine/")}), ("old", None)):
+        ids = before.keys() - {name for name in before if name.startswith("mine/")} if ids is None else ids
+        for walk in (before, after):
+            rounds, accepted = (sum(walk[name][what] for name in ids) for what in ("rounds", "accepted"))
+            assert f"{1 + accepted / rounds:.3f}" in report, part
+    weights = load_head(run.path / "exports" / "plain")[0].state_dict()
+    assert weights["fc.weight"].shape == load_head(training / "step-8")[0].fc.weight.shape
+    as_if_killed_after(run, 4)
+    shutil.rmtree(run.path / "exports")
+    again = run("adapt", *options)
+    assert "going on from step 4" in again.stdout
+    assert (run.path / "adaptation.md").read_text() == report
+
+
+def test_what_adapt_needs_is_asked_for(finished, tmp_path):
+    for options, error in (
+        ([], "adapt.head is required"),
+        ([f"adapt.head={finished.path}", "data.heldout_share=0"], "data.heldout_share must be above 0"),
+        ([f"adapt.head={tmp_path}"], "config.json"),
+    ):
+        done = run_command(finished.command("adapt", f"runs_dir={tmp_path}", *options))
+        assert done.returncode == 2, done.stderr
+        assert error in done.stderr
