@@ -11,6 +11,7 @@ from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
 from ..models.verifier.config import torch_device
 from ..models.verifier.weights import check_identity, verifier_outline
+from .figures.history import add_to_history
 from .figures.records import ACCEPTANCE
 from .figures.report import REPORT_HTML, print_table, write_report
 from .figures.results import summarise
@@ -59,6 +60,8 @@ def evaluate(config: Config) -> dict[str, Any]:
             target.finish()
         results = write_report(target.folder, config.training_folder)
         print_table(results)
+        if config.evaluate.history:
+            print(add_to_history(Path(config.evaluate.history), config.name, results))
         print(f"evaluation: {target.folder / ACCEPTANCE}, {target.folder / 'report.md'}, {target.folder / REPORT_HTML}")
     return results
 

@@ -1,0 +1,37 @@
+"""Acceptance over time: evaluations add a line each to a file, and are compared with the first of their kind."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ...conf.runtime.journal import Journal, read_journal
+
+_KIND = ("num_draft_tokens_per_round", "drafting", "temperature", "max_tokens", "questions_digest")
+_FIGURES = ("acceptance_length", "acceptance_length_interval", "num_drafts", "num_accepted_tokens", "tokens_per_s")
+
+
+def add_to_history(path: Path, run: str, results: dict[str, Any]) -> str:
+    """Append the figures of an evaluation once, and return a sentence on how they lie to the first of its kind.
+
+    Of one kind are evaluations of the same questions, drafting, temperature and limit of answers. ValueError: the
+    file is no history.
+    """
+    entry = {name: results.get(name) for name in (*_KIND, *_FIGURES, "engine")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(path)
+    earlier = [one for one in read_journal(path) if all(one.get(name) == entry[name] for name in _KIND)]
+    if run not in journal.done:
+        journal.append([{"id": run, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry}])
+    journal.close()
+    length, first = entry["acceptance_length"], next((one for one in earlier if one["id"] != run), None)
+    if first is None:
+        return f"{path}: the first of its kind, {length:.2f}"
+    interval = first["acceptance_length_interval"]
+    if not interval:
+        return f"{path}: {length:.2f}, {first['id']} had {first['acceptance_length']:.2f}"
+    low, high = interval
+    since = f"the interval [{low:.2f}, {high:.2f}] of {first['id']}"
+    if low <= length <= high:
+        return f"{path}: {length:.2f} lies within {since}"
+    side, what = ("below", "; look for the cause, or adapt the head") if length < low else ("above", "")
+    return f"{path}: {length:.2f} lies {side} {since}{what}"
