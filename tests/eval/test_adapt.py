@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 
+import torch
 from builders import Run, as_if_killed_after
 from commands import run_command
 from fledge.models.formats.plain import load_head
 from fledge.models.formats.training_folder import read_walks
+from safetensors.torch import load_file, save_file
 
 
 def test_a_head_goes_on_with_texts_of_ones_own_and_the_report_says_what_it_gained_and_lost(finished, tmp_path):
@@ -45,6 +47,25 @@ def test_a_head_goes_on_with_texts_of_ones_own_and_the_report_says_what_it_gaine
     again = run("adapt", *options)
     assert "going on from step 4" in again.stdout
     assert (run.path / "adaptation.md").read_text() == report
+
+
+def test_a_head_goes_on_with_a_verifier_that_was_tuned(finished, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(finished.verifier, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.5.mlp.down_proj.weight"))
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(weights[name].shape, generator=generator) * weights[name].std() * 0.3
+    save_file(weights | {name: weights[name] + shift}, tuned / "model.safetensors", {"format": "pt"})
+    run = Run(tmp_path / "runs", tuned)
+    export = finished.path / "exports" / "plain"
+    options = [f"adapt.head={export}", "train.max_steps=4", "train.save_every=2", "train.lr=1e-3"]
+    assert "The best checkpoint is step-" in run("adapt", *options).stdout
+    assert re.findall("## (.*):", (run.path / "adaptation.md").read_text()) == ["Its own texts"]
+    recorded = (json.loads((r.path / "exports/plain/fledge.json").read_text())["verifier"] for r in (run, finished))
+    assert len({one["fingerprint"] for one in recorded}) == 2, "the export names the verifier that it was adapted to"
+    start, _ = load_head(run.path / "training" / "checkpoints" / "step-0")
+    assert torch.equal(start.fc.weight, load_head(export)[0].fc.weight)
 
 
 def test_what_adapt_needs_is_asked_for(finished, tmp_path):
