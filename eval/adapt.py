@@ -17,7 +17,7 @@ from ..conf.schema import Config, StoreConfig
 from ..conf.schema.free_names import quoted
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.plain import load_head
-from ..models.formats.training_folder import checkpoint_steps, head_folder, read_walks
+from ..models.formats.training_folder import checkpoint_steps, head_folder
 from ..models.import_head import import_folder
 from .figures.walks import tables
 
@@ -68,15 +68,14 @@ def _written(value: Any) -> str:
 def adaptation(training: Path, stores: list[StoreConfig], head: str) -> str:
     """Return the report: held-out acceptance by store, of the head at its start and at the best checkpoint."""
     best = head_folder(None, training)
-    walks = {"before": read_walks(training / "checkpoints" / "step-0"), "after": read_walks(best)}
+    checkpoints = {"before": training / "checkpoints" / "step-0", "after": best}
     parts = [f"# Adaptation of {head}", f"The best checkpoint is {best.name}."]
     if best.name == "step-0":
         parts.append("**Nothing was gained: the head stays as it was.**")
     for number, store in enumerate(stores):
         ids = set(HiddenStateStore(Path(store.folder), with_states=False).ids)
-        own = {
-            name: {length: {one: of[one] for one in of if one in ids} for length, of in walk.items()}
-            for name, walk in walks.items()
-        }
-        parts += [f"## {'Its own texts' if not number else 'What it could before'}: {store.folder}", *tables(own)]
+        parts += [
+            f"## {'Its own texts' if not number else 'What it could before'}: {store.folder}",
+            *tables(checkpoints, ids),
+        ]
     return "\n\n".join(parts) + "\n"

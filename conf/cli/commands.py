@@ -124,7 +124,7 @@ PURPOSES = {
             what="train a head further on texts of one's own, and say what it gained and lost",
             reads="adapt.head; the stores of adapt.replay; " + _SOURCES,
             writes="imports/, conversations/, hidden_states/, training/, adaptation.md, exports/ in runs/NAME/",
-            groups=("", "adapt", "data", "train"),
+            groups=("", "adapt", "data"),
             examples=(
                 f"fledge adapt {RUN} adapt.head=runs/general 'data.sources=[{{path: mine.jsonl}}]'",
                 "fledge adapt experiment=llama31_8b name=first adapt.head=ORG/HEAD "

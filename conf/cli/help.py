@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 from ..schema import Config
 from ..schema.describe import Option, describe, merge_stages
-from .commands import COMMANDS, PURPOSES, RUN, TORCHRUN
+from .commands import COMMANDS, PURPOSES, RUN
 
 _USAGE = """fledge trains EAGLE-3 draft heads for speculative decoding.
 
@@ -19,7 +19,6 @@ usage: fledge COMMAND [option=value ...]
   fledge demo                                        every stage on a laptop, in minutes
   fledge run experiment=llama31_8b name=first        a whole run
   fledge train -m {run} train.lr=1e-4,5e-5            a sweep
-  {torchrun}
 
   fledge COMMAND --help            what it reads and writes, its options, examples
   fledge COMMAND --help GROUP      the options of a group, such as draft, or one option
@@ -35,7 +34,7 @@ def usage() -> str:
     lines = []
     for purpose, commands in PURPOSES.items():
         lines += [f"{purpose}:", *(f"  {name:<11} {command.what}" for name, command in commands.items()), ""]
-    return _USAGE.format(commands="\n".join(lines), run=RUN, torchrun=TORCHRUN).rstrip()
+    return _USAGE.format(commands="\n".join(lines), run=RUN).rstrip()
 
 
 def command_help(command: str) -> str:

@@ -17,37 +17,43 @@ _RATES = {
     "Held-out answers, estimated at temperature 1": ("expected", "rows"),
 }
 
-Walks = dict[int, dict[str, dict[str, float]]]  # by draft tokens and sample id the entries of a `HeldoutCounts`
+_Walk = dict[int, dict[str, dict[str, float]]]  # by draft tokens and sample id the entries of a `HeldoutCounts`
 _Counts = dict[str, NDArray[np.float64]]  # by conversation: what was divided by, and what was divided
 
 
 def walks_tables(runs: dict[str, Path]) -> Iterator[str]:
     """Yield tables of training folders, by the names of their runs, each at its best checkpoint."""
     folders = {name: head_folder(None, folder) for name, folder in runs.items()}
-    yield from tables({f"{name} ({folder.name})": read_walks(folder) for name, folder in folders.items()})
+    yield from tables(folders)
 
 
-def tables(measured: dict[str, Walks]) -> Iterator[str]:
-    """Yield tables of walks, by their names; nothing if none of them has held anything out.
+def tables(checkpoints: dict[str, Path], ids: set[str] | None = None) -> Iterator[str]:
+    """Yield tables of what was measured of checkpoints, by the names of rows; nothing if it is nothing.
 
-    Differences from the first are paired by conversation, and need the same held-out conversations.
+    Of samples with these `ids`, None: of all. Differences from the first are paired by conversation, and need the same
+    held-out conversations.
     """
-    walks = {name: walk for name, walk in measured.items() if any(walk.values())}
+    walks = {name: walk for name, folder in checkpoints.items() if any((walk := _walk(folder, ids)).values())}
     if not walks:
         return
     first, depths = next(iter(walks)), sorted({depth for walk in walks.values() for depth in walk})
-    minus = ["minus the first"] * (len(walks) > 1)
-    head = ["run", "held out", *(cell for n in depths for cell in (f"{n} draft tokens", *minus))]
+    minus = [f"minus {first}"] * (len(walks) > 1)
+    head = ["run", "checkpoint", "held out", *(cell for n in depths for cell in (f"{n} draft tokens", *minus))]
     for title, names in _RATES.items():
         counts = {run: {n: _by_conversation(of, *names) for n, of in walk.items()} for run, walk in walks.items()}
         rows = []
         for run, by_depth in counts.items():
-            row = [run, str(len(next(iter(by_depth.values()))))]
+            row = [run, checkpoints[run].name, str(len(next(iter(by_depth.values()))))]
             for depth in depths:
                 row.append(_length(by_depth.get(depth, {}), depth))
                 row += [_difference(by_depth, counts[first], depth) if run != first else NONE] * len(minus)
             rows.append(row)
         yield f"{title}:\n\n{table(head, rows)}"
+
+
+def _walk(checkpoint: Path, ids: set[str] | None) -> _Walk:
+    walk = read_walks(checkpoint).items()
+    return {length: {name: of[name] for name in of if ids is None or name in ids} for length, of in walk}
 
 
 def _by_conversation(counts: dict[str, dict[str, float]], gained: str, rounds: str) -> _Counts:
