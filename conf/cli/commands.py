@@ -128,7 +128,7 @@ PURPOSES = {
             examples=(
                 f"fledge adapt {RUN} adapt.head=runs/general 'data.sources=[{{path: mine.jsonl}}]'",
                 "fledge adapt experiment=llama31_8b name=first adapt.head=ORG/HEAD "
-                "'adapt.replay=[{folder: runs/general/hidden_states, weight: 0.2}]'",
+                "'adapt.replay=[{folder: STORE, weight: 0.2}]'",
             ),
         ),
         "import": Command(
