@@ -26,13 +26,13 @@ _REPORT = "adaptation.md"
 
 def adapt(config: Config) -> None:
     """Train `adapt.head` on the run's own prompts, export it, and write what it gained and lost."""
-    options, config.head_import.source = config.adapt, _head(config)
+    options, source = config.adapt, _source(config.adapt.head)
     if not config.data.heldout_share:
         raise ValueError("data.heldout_share must be above 0: gain is measured on held-out conversations")
     typed = list(HydraConfig.get().overrides.task)
     own = StoreConfig(str(config.hidden_states_folder))
-    run_alone("import", [*typed, f"head_import.source={quoted(config.head_import.source)}"])
-    head = import_folder(config)
+    run_alone("import", [*typed, f"head_import.source={quoted(source)}"])
+    head = import_folder(config.run_folder, source)
     # Before what was typed: training refuses a `draft` that describes another head.
     shared = [f"draft.{name}={_written(value)}" for name, value in load_head(head)[0].config.options().items()] + typed
     for stage in ("synthesize", "dump"):
@@ -41,15 +41,14 @@ def adapt(config: Config) -> None:
     values |= {"max_forgetting": options.max_forgetting} if options.replay else {}
     training = [f"train.{name}={_written(value)}" for name, value in values.items()]
     run_alone("train", [*shared, *training], config.train.num_processes)
-    report = adaptation(config.training_folder, [own, *options.replay], str(options.head))
     run_alone("export", [*shared, *training])
+    report = adaptation(config.training_folder, [own, *options.replay], str(options.head))
     write_atomic(config.run_folder / _REPORT, report)
     print(f"{report}\nadaptation: {config.run_folder / _REPORT}")
 
 
-def _head(config: Config) -> str:
+def _source(head: str | None) -> str:
     """Return the folder or hub id of the head to start from; of a run its best checkpoint."""
-    head = config.adapt.head
     if head is None:
         raise ValueError("adapt.head is required: a run, a checkpoint, an export, or a published head's folder or id")
     training = Path(head) / "training"

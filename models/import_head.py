@@ -14,7 +14,8 @@ from .verifier.weights import VerifierWeights, verifier_identity
 
 def import_head(config: Config) -> None:
     """Write runs/<name>/imports/<source's name>/ from the head at head_import.source."""
-    options, source, folder = config.head_import, source_folder(config.head_import), import_folder(config)
+    options, source = config.head_import, source_folder(config.head_import)
+    folder = import_folder(config.run_folder, str(options.source))
     origin = source.name if Path(str(options.source)).is_dir() else str(options.source)
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
@@ -47,9 +48,9 @@ def import_head(config: Config) -> None:
     )
 
 
-def import_folder(config: Config) -> Path:
-    """Return the folder that the head at `head_import.source` is read into."""
-    return config.run_folder / "imports" / Path(str(config.head_import.source)).resolve().name
+def import_folder(run_folder: Path, source: str) -> Path:
+    """Return the folder of a run that a head, by its folder or hub id, is read into."""
+    return run_folder / "imports" / Path(source).resolve().name
 
 
 def source_folder(options: HeadImportConfig) -> Path:

@@ -145,8 +145,8 @@ def acceptance_by_position(heldout: HeldoutByLength) -> dict[str, float]:
     metrics = {}
     for length, by_sample in heldout.items():
         parts = total(by_sample.values()).by_position
-        starts = (_FIRST_BUCKET << number >> 1 if number else 0 for number in itertools.count())
-        for start, (rounds, accepted) in zip(starts, parts, strict=False):
+        for number, (rounds, accepted) in enumerate(parts):
             if rounds and len(parts) > 1:
+                start = _FIRST_BUCKET << (number - 1) if number else 0
                 metrics[f"acceptance_length_{length}_from_{start}"] = 1 + accepted / rounds
     return metrics

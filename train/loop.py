@@ -45,7 +45,6 @@ class Trainer:
     # losses that blend begin as KL.
     acceptance: Tensor
     draft_depth: int  # of evaluation: the best checkpoint is the one that accepts most of as many draft tokens
-    heldout_ids: list[set[str]]  # by store
     save: Callable[[TrainerState], None]  # writes a checkpoint
     tracker: Tracker | None  # of rank 0
 
@@ -148,9 +147,9 @@ class Trainer:
         state = self.state
         self._measure_heldout()
         if self.tracker:
-            self.tracker.log(state.step, heldout_metrics(state.heldout, self.heldout_ids))
+            self.tracker.log(state.step, heldout_metrics(state.heldout, self.data.heldout_ids))
         if save:
-            state.note_best(self.draft_depth, self.options, self.heldout_ids[0])
+            state.note_best(self.draft_depth, self.options, self.data.heldout_ids[0])
             self._save(state.heldout)
 
     def _save(self, heldout: HeldoutByLength) -> None:

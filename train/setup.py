@@ -75,12 +75,6 @@ def _train(config: Config, ranks: Ranks) -> None:
         own_store, on_gpu = config.hidden_states_folder, ranks.device.type == "cuda"
         data = TrainingData(options, config.verifier, own_store, shape, ranks.rank, ranks.world, on_gpu)
         stack.enter_context(data)
-        own, *others = data.heldout_ids()
-        if options.max_forgetting is not None and not (own and any(others)):
-            raise ValueError(
-                "train.max_forgetting needs held-out conversations in the first of train.stores, and others in those "
-                "after it: make them with data.heldout_share above 0, from prompts whose ids differ"
-            )
         head = initial_head or build_head(shape, data.vocabulary)
         check_form(options, shape)
         start = parameters_of_verifier(head, config.verifier, options)  # refused before data is read
@@ -191,7 +185,6 @@ def _build_trainer(
         *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),
         acceptance=torch.tensor(state.acceptance or [0.0] * options.ttt_steps, device=ranks.device),
         draft_depth=config.evaluate.draft_depth,
-        heldout_ids=data.heldout_ids(),
         save=partial(save_checkpoint, engine, head, checkpoints, record, options.keep_checkpoints),
         tracker=_open_records(config, data, kernels, target, state.step) if target else None,
     )

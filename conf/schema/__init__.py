@@ -17,17 +17,8 @@ from .evaluate import CompareConfig, DoctorConfig, DraftSampling, EvaluateConfig
 from .limits import MISSING, Limit, check, require
 from .models import AuxNumbering, Device, DraftConfig, Dtype, ExportConfig, ExportFormat, HeadImportConfig
 from .models import VerifierConfig
-from .train import (
-    AdaptConfig,
-    DeepSpeedConfig,
-    HeadInit,
-    HiddenStates,
-    LayersConfig,
-    OptimizerName,
-    Positions,
-    StoreConfig,
-)
-from .train import TooLong, TrackerName, TrackingConfig, TrainConfig, WandbMode
+from .train import DeepSpeedConfig, HeadInit, HiddenStates, LayersConfig, OptimizerName, Positions, StoreConfig
+from .train import AdaptConfig, TooLong, TrackerName, TrackingConfig, TrainConfig, WandbMode
 
 _IS_FOLDER = Limit(
     "be a plain folder name",

@@ -51,9 +51,8 @@ class EvaluateConfig:
     context_lengths: Annotated[list[int], _LENGTHS] | None = None
     # those documents: a text file, or rows with `text` in a file, a folder or on the hub; null: the run's conversations
     context_documents: str | None = None
-    history: str | None = (
-        None  # JSON Lines file: the evaluation adds its figures, and is compared with the first like it
-    )
+    # JSON Lines file: the evaluation adds its figures, and is compared with the first like it
+    history: str | None = None
     heldout_prompts: int = 64  # held-out conversations decoded too, to compare with training; 0: none
     baselines: bool = True  # measure an untrained head and prompt lookup too
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run

@@ -135,9 +135,8 @@ def _write_shards(config: Config, target: Artifact, index: ConversationIndex) ->
     def close_shard() -> None:
         nonlocal noted_at, closed
         length, share = config.dump.join_length, manifest["settings"]["heldout_share"]
-        entries.append(
-            write_shard(folder, len(entries), Shard.of(_joined(samples, length, share) if length else samples))
-        )
+        joined = _joined(samples, length, share) if length else samples
+        entries.append(write_shard(folder, len(entries), Shard.of(joined)))
         samples.clear()
         closed = {"taken": taken, "counts": counts.copy()}
         if time.monotonic() - noted_at >= _NOTE_EVERY_S:

@@ -19,11 +19,12 @@ def add_to_history(path: Path, run: str, results: dict[str, Any]) -> str:
     entry = {name: results.get(name) for name in (*_KIND, *_FIGURES, "engine")}
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(path)
-    earlier = [one for one in read_journal(path) if all(one.get(name) == entry[name] for name in _KIND)]
+    others = (one for one in read_journal(path) if one["id"] != run)
+    first = next((one for one in others if all(one.get(name) == entry[name] for name in _KIND)), None)
     if run not in journal.done:
         journal.append([{"id": run, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry}])
     journal.close()
-    length, first = entry["acceptance_length"], next((one for one in earlier if one["id"] != run), None)
+    length = entry["acceptance_length"]
     if first is None:
         return f"{path}: the first of its kind, {length:.2f}"
     interval = first["acceptance_length_interval"]

@@ -23,8 +23,7 @@ _Counts = dict[str, NDArray[np.float64]]  # by conversation: what was divided by
 
 def walks_tables(runs: dict[str, Path]) -> Iterator[str]:
     """Yield tables of training folders, by the names of their runs, each at its best checkpoint."""
-    folders = {name: head_folder(None, folder) for name, folder in runs.items()}
-    yield from tables(folders)
+    return tables({name: head_folder(None, folder) for name, folder in runs.items()})
 
 
 def tables(checkpoints: dict[str, Path], ids: set[str] | None = None) -> Iterator[str]:

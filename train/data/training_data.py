@@ -225,15 +225,19 @@ class TrainingData:
         for store, source in zip(self.stores, sources, strict=True):
             limit = {} if source.limit is None else {"limit": source.limit}
             self.settings.append({"digest": store.manifest["digest"], "weight": source.weight, **limit})
-        limits = [source.limit for source in sources]
+        limits = [source.limit if source.weight else 0 for source in sources]
         self.split = Split.of(self.stores, options.batch_tokens, options.too_long, limits)
-        of_stores = zip(self.split.train, self._weights, strict=True)
-        self.split.train = [samples if weight else [] for samples, weight in of_stores]
         ids = [sample_id for store in self.stores for sample_id in store.ids]
         ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
         conversations = itertools.groupby(ordered, key=lambda sample: conversation_id(ids[sample]))
         chosen = itertools.islice(conversations, options.heldout_samples)
         self.heldout = [sample for _, sequences in chosen for sample in sequences]
+        own, *others = self.heldout_ids
+        if options.max_forgetting is not None and not (own and any(others)):
+            raise ValueError(
+                "train.max_forgetting needs held-out conversations in the first of train.stores, and others in those "
+                "after it: make them with data.heldout_share above 0, from prompts whose ids differ"
+            )
         parts = [Passes(*part) for part in zip(self.split.train, self._weights, strict=True)]
         for store, part in zip(self.stores, parts, strict=True):
             if 0 < part.weight * (num_samples := len(part.samples)) < 1:
@@ -267,6 +271,7 @@ class TrainingData:
                 "ran out, and start the same command again; it goes on from the newest checkpoint"
             ) from error
 
+    @cached_property
     def heldout_ids(self) -> list[set[str]]:
         """Return the ids of the held-out samples that are measured, by store."""
         firsts = itertools.accumulate(map(len, self.stores), initial=0)
