@@ -15,7 +15,7 @@ from fledge.conf.schema import EvaluateConfig
 from fledge.data_synthesis.prompts import addresses
 from fledge.data_synthesis.prompts.addresses import check_foreign, read_address
 from fledge.data_synthesis.prompts.rows import read_prompt
-from fledge.eval import questions
+from fledge.eval.questions import question
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -109,9 +109,9 @@ def test_data_of_the_hub_name_no_files_and_hosts_of_this_machine(address, monkey
             refused()
     assert read_prompt(shown(address), "s", 0, local=True, hosts=address in HOSTS)[0].turns
     row = {"prompt": "What is it?", "images": [address]}
-    monkeypatch.setattr(questions, "read_rows", lambda *_, **__: iter([("org/exam row 1", row)]))
+    monkeypatch.setattr(question, "read_rows", lambda *_, **__: iter([("org/exam row 1", row)]))
     with pytest.raises(ValueError, match=r"^evaluate\.questions: org/exam row 1 refers to .*data\.local_images=true"):
-        questions.load_questions(EvaluateConfig(questions="org/exam"))
+        question.load_questions(EvaluateConfig(questions="org/exam"))
 
 
 @pytest.mark.parametrize("address", ["HTTPS://example.org/a.png", "Data:image/png;base64,AAAA", "http://8.8.8.8/a.png"])
