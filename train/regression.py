@@ -4,11 +4,21 @@ Row r reads the verifier's aux states at position r and the embedding of token r
 verifier's final state at position r+1 does. A ridge regression of that state on the two gives `fc`, and what layer 0
 has to add for the embedding. Its attention is made to bring that: the first query head of each group begins as its
 keys, so that a row attends mostly to itself; values hold the embedding's part along its strongest directions, as many
-as they have. A second regression, of what is left on the MLP's random features, gives `down_proj`. Layers after the
-first begin as the identity.
+as they have.
+
+Texts repeat themselves. Where the token that is fed stood before at position m, row m has what followed it there: its
+state is that of position m, its embedding that of token m+1. So the second query head of each group learns to look back
+at such rows, by a short training of its queries and keys alone, on the dimensions that rotate slowest; the first head
+keeps the others. A second regression, of what is left on what the second heads find, gives their part of `o_proj`. If
+each query head has keys of its own, none looks back.
+
+A last regression, on the MLP's random features, gives `down_proj`. Layers after the first begin as the identity.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +33,10 @@ from .ranks.group import sum_over_ranks
 
 _ROWS_PER_FEATURE = 48
 _PENALTY = 3e-3  # of the ridge regression, in mean squares of a feature
-_OWN_SCORE = 11.5  # of a row's query with its own key; with a thousand random ones 0.98 of its attention stays there
+_OWN_SCORE = 11.5  # of a row's query with its own key; with 300 random ones 0.98 of its attention stays there
+_STEPS = 600  # in which the second heads learn to look back
+_RATE = 5.8  # of Adam then, for a weight; divided by how many weights a row has
+_PIECE = 1024  # tokens of a text within which they look back then
 
 
 def num_packs(config: DraftHeadConfig, batch_tokens: int) -> int:
@@ -42,10 +55,13 @@ def check_form(options: TrainConfig, config: DraftHeadConfig) -> None:
 
 
 @torch.no_grad()
-def fit_head(head: DraftHead, batches: Callable[[], Iterable[PackedBatch]], embedding: Tensor) -> None:
+def fit_head(
+    head: DraftHead, batches: Callable[[], Iterable[PackedBatch]], embedding: Tensor, num_per_step: int = 1
+) -> None:
     """Fit a new head, in float32 as it is, to batches with states in float32, the same ones at each call.
 
-    `embedding` [V, H] is the verifier's. Every rank gives its own batches, and gets the same weights.
+    `embedding` [V, H] is the verifier's. Every rank gives its own batches, `num_per_step` for a step that trains what
+    looks back, and gets the same weights.
     """
     first: Any = head.layers[0]
     width = head.config.hidden_size
@@ -65,18 +81,26 @@ def fit_head(head: DraftHead, batches: Callable[[], Iterable[PackedBatch]], embe
     if first.norm_before_residual:  # the state's part will have an RMS of 1
         part = gram[: len(of_aux), : len(of_aux)]
         of_embedding = of_embedding / ((of_aux * (part @ of_aux)).sum() / width) ** 0.5
-    _bring_embedding(head, of_embedding, gram[-width:, -width:])
+    looks_back = head.config.num_attention_heads > head.config.num_key_value_heads
+    _bring_embedding(head, of_embedding, gram[-width:, -width:], looks_back)
     for layer in head.layers:
         cast(Any, layer).mlp.down_proj.weight.zero_()
     for layer in list(head.layers)[1:]:
         cast(Any, layer).self_attn.o_proj.weight.zero_()
 
-    def left() -> Iterator[tuple[Tensor, Tensor]]:
+    def left(linear: nn.Linear, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches():
-            features, so_far = _mlp_features(head, batch, embedding)
-            yield features, batch.states[1][batch.useful_rows(1).rows + 1] / scale - so_far
+            features, so_far = _features(head, batch, embedding, linear)
+            yield features[:, columns], batch.states[1][batch.useful_rows(1).rows + 1] / scale - so_far
 
-    first.mlp.down_proj.weight.copy_(_ridge(left())[0].T)
+    fitted = [(first.mlp.down_proj, torch.arange(head.config.intermediate_size, device=embedding.device))]
+    if looks_back:
+        _look_back(head, batches(), embedding, num_per_step)
+        columns = torch.arange(first.self_attn.o_proj.in_features, device=embedding.device)
+        second = columns.unflatten(0, (head.config.num_key_value_heads, -1, head.config.head_dim))[:, 1].flatten()
+        fitted.insert(0, (first.self_attn.o_proj, second))
+    for linear, columns in fitted:
+        linear.weight[:, columns] = _ridge(left(linear, columns))[0].T
 
 
 def _ridge(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,11 +119,21 @@ def _ridge(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tens
     return weights, gram * (products.shape[1] / number), square / number
 
 
-def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor) -> None:
-    """Let layer 0 add embedding @ weights [H, H] to a row's state; `gram` [H, H] has the embeddings' mean products."""
+def _slow_dimensions(head: DraftHead) -> Tensor:
+    """Return the half of a query's dimensions that rotate slowest, or not at all (int64)."""
+    weight = head.fc.weight
+    _, sine = head.rotary(torch.ones(1, dtype=torch.int64, device=weight.device), weight)
+    return nn.functional.pad(sine[0], (0, head.config.head_dim - len(sine[0]))).argsort()[: head.config.head_dim // 2]
+
+
+def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor, looks_back: bool) -> None:
+    """Let layer 0 add embedding @ weights [H, H] to a row's state; `gram` [H, H] has the embeddings' mean products.
+
+    If heads will look back, the others leave them the slow dimensions.
+    """
     config, attention = head.config, cast(Any, head.layers[0]).self_attn
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    sharpness = (_OWN_SCORE / size**0.5) ** 0.5
+    sharpness = (_OWN_SCORE / size**0.5 * (2 if looks_back else 1)) ** 0.5
     if config.qk_norm:
         attention.q_norm.weight.fill_(sharpness)
         attention.k_norm.weight.fill_(sharpness)
@@ -107,6 +141,8 @@ def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor) -> None:
         attention.k_proj.weight.mul_(sharpness)
     key = attention.k_proj.weight.view(keys, size, -1)
     attention.q_proj.weight.view(keys, heads // keys, size, -1)[:, 0] = key
+    if looks_back:
+        attention.q_proj.weight.view(keys, heads // keys, size, -1)[:, 0, _slow_dimensions(head)] = 0
     rank = min(keys * size, config.hidden_size)
     directions = torch.linalg.eigh(weights.T @ gram @ weights)[1][:, -rank:]  # ascending
     values = weights @ directions  # [H, rank]
@@ -119,8 +155,67 @@ def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor) -> None:
     attention.o_proj.weight.copy_(out.flatten(1))
 
 
-def _mlp_features(head: DraftHead, batch: PackedBatch, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Return of layer 0, whose MLP adds nothing, what its `down_proj` reads [n, F] and its output [n, H].
+def _look_back(head: DraftHead, batches: Iterable[PackedBatch], embedding: Tensor, num_per_step: int) -> None:
+    """Train the second query head of each group, and the slow dimensions of its keys, to find what comes next."""
+    config, attention, slow = head.config, cast(Any, head.layers[0]).self_attn, _slow_dimensions(head)
+    keys, size, width = config.num_key_value_heads, config.head_dim, config.hidden_size
+    trained = [attention.q_proj.weight, attention.k_proj.weight]
+    parts = [torch.zeros_like(weight) for weight in trained]
+    parts[0].view(keys, -1, size, 2 * width)[:, 1, slow] = 1
+    parts[1].view(keys, size, 2 * width)[:, slow, width:] = 1  # of the state alone
+    trained[0].view(keys, -1, size, 2 * width)[:, 1] *= parts[0].view(keys, -1, size, 2 * width)[:, 1]
+    trained[1].view(keys, size, 2 * width)[:, slow, :width] = 0
+    without = partial(replace, aux_hidden_states=None, last_hidden_state=None)
+    packs = itertools.cycle([(without(batch), head.fuse(batch.states[0]).bfloat16()) for batch in batches])
+    rate = _RATE / (2 * width)
+    optimizer = torch.optim.Adam(trained, rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=_STEPS + 1, pct_start=0.1)
+    for _ in range(_STEPS):
+        for batch, state in itertools.islice(packs, num_per_step):
+            with torch.enable_grad():
+                found = _found(head, batch, state.float(), embedding)
+                (-(found + 1e-6).log().sum()).backward(inputs=trained)
+        for weight, part in zip(trained, parts, strict=True):
+            weight.grad = sum_over_ranks(cast(Tensor, weight.grad)) * part
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def _found(head: DraftHead, batch: PackedBatch, state: Tensor, embedding: Tensor) -> Tensor:
+    """Return what share of its attention the second head of each group gives to rows that were fed the right token.
+
+    Of all rows that see one, [groups * rows] in all.
+    """
+    first, keys, shares = cast(Any, head.layers[0]), head.config.num_key_value_heads, list[Tensor]()
+    for start, stop in _pieces(batch.lengths):
+        ids = batch.input_ids[start:stop]
+        right = (ids[1:-1] == ids[2:, None]).tril()  # row i, which is fed token i+1, sees row m
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, right: Tensor = right) -> Tensor:
+            scores = torch.einsum("igd,mgd->gim", q.unflatten(1, (keys, -1))[:, :, 1], k) * q.shape[-1] ** -0.5
+            later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+            weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+            shares.append((weights * right).sum(-1)[:, right.any(-1)].flatten())
+            return torch.zeros_like(q)
+
+        fed = first.input_layernorm(head.embed(ids[1:-1], embedding).float())
+        x = torch.cat([fed, first.hidden_norm(state[start : stop - 2])], -1)
+        first.self_attn(x, head.rotary(batch.position[start : stop - 2], x), attend)
+    return torch.cat(shares)
+
+
+def _pieces(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield where the pieces of documents begin and end, of three tokens at least."""
+    start = 0
+    for length in lengths:
+        for first in range(start, start + length - 2, _PIECE):
+            yield first, min(first + _PIECE, start + length)
+        start += length
+
+
+def _features(head: DraftHead, batch: PackedBatch, embedding: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return of layer 0 what one of its maps reads [n, F] and its output [n, H].
 
     Both are of the useful rows.
     """
@@ -129,7 +224,7 @@ def _mlp_features(head: DraftHead, batch: PackedBatch, embedding: Tensor) -> tup
     fed = head.embed(batch.input_ids[(every_row + 1).clamp(max=len(every_row) - 1)], embedding).float()
     state = head.fuse(batch.states[0])
     attention = SplitAttention(rows, head.config.num_layers, window=head.config.window).at(0)
-    hook = first.mlp.down_proj.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    hook = linear.register_forward_pre_hook(lambda _, given: features.append(given[0]))
     alone = head.config.num_layers == 1
     out = first(fed, state, head.rotary(batch.position, state), attention, rows.rows if alone else None)
     hook.remove()

@@ -199,18 +199,19 @@ def _fit(
     embedding: Tensor,
 ) -> None:
     """Fit a new head to the states of the first packs, of which this rank reads its share."""
-    number = min(data.packs_per_epoch, num_packs(head.config, options.batch_tokens))
+    steps = -(-min(data.packs_per_epoch, num_packs(head.config, options.batch_tokens)) // options.packs_per_step)
+    number, packs = steps * options.packs_per_step, micro_batches(options.packs_per_step)
     if ranks.rank == 0:
         print(f"train: fits the head to {number * options.batch_tokens:,} tokens", flush=True)
 
     def batches() -> Iterator[PackedBatch]:
-        for pack in itertools.islice(data.batches(0), max(1, len(range(ranks.rank, number, ranks.world)))):
+        for pack in itertools.islice(data.batches(0), steps * packs):
             batch = pack.to(ranks.device, embedding.dtype, 1)
             batch = online.fill(batch) if online else batch
             aux, last = batch.states
             yield replace(batch, aux_hidden_states=aux.float(), last_hidden_state=last.float())
 
-    fit_head(head, batches, embedding)
+    fit_head(head, batches, embedding, packs)
 
 
 def _build_module(

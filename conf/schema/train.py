@@ -88,7 +88,7 @@ class TrainConfig:
     init_from: str | None = None
     # how a new head begins, next to an lm_head of the verifier's: random; norm: with the verifier's final norm; layers:
     # with that, with layers of the verifier, and with an fc that hands them one aux state; regression: fitted to the
-    # verifier's states of the first packs before the first step
+    # verifier's states of the first packs before the first step, with attention that finds what followed before
     init: HeadInit = HeadInit.random
     init_layer: NonNegativeInt | None = None  # the verifier's layer that the head's first one starts as; null: the last
     # adamw; muon: by Muon the matrices of the layers and fc, by AdamW lm_head, norms and biases

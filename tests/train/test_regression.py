@@ -66,6 +66,31 @@ def test_a_fitted_head_foresees_what_follows_from_its_inputs(changes):
     assert likeness(head, shuffled, embedding) < 0.75, "it reads the token that is fed"
 
 
+def repeating():
+    """Texts that say random tokens three times; the state at a position is that of the token after it."""
+    batch, (embedding, _) = make_batch([60] * 20, seed=5), matrices()
+    tokens = batch.input_ids.view(20, 60)[:, :20].repeat(1, 3).flatten()
+    draws = (torch.randn(32, n, generator=torch.Generator().manual_seed(n)) for n in (96, 32))
+    of_token, of_next = (matrix * 32**-0.5 for matrix in draws)
+    states = {
+        "aux_hidden_states": embedding[tokens] @ of_token,
+        "last_hidden_state": embedding[tokens.roll(-1)] @ of_next,
+    }
+    return dataclasses.replace(batch, input_ids=tokens, loss_mask=batch.position > 20, **states), embedding
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("form", [None, "qk_norm", "partial_rotation", "speculators"])
+def test_a_fitted_head_looks_back_to_what_followed_before(form):
+    values = {"draft_vocab_size": None, **SIZES, **FORMS.get(form, {})}
+    (batch, embedding), found = repeating(), []
+    for keys in (2, 4):
+        head = make_head(**values | {"num_key_value_heads": keys})
+        regression.fit_head(head, lambda: [batch] * 4, embedding)
+        found.append(likeness(head, batch, embedding))
+    assert found[0] > found[1] + 0.2, "with keys of its own for each query head none looks back"
+
+
 def test_the_sums_of_several_ranks_give_the_weights_of_one(monkeypatch):
     heads = []
     for ranks in (1, 3):
