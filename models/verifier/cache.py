@@ -228,7 +228,7 @@ class CachedVerifier:
         expected = whole.logits[0, -1].float()
         logits = CachedVerifier(self.verifier, 1)._read_as_node(text, inputs).float()  # in memory of its own
         off = float((logits - expected).abs().mean() / expected.std())
-        # In bfloat16 30 layers differ from themselves by 0.08 with more rows beside them; a wrong position gives 1 or so.
+        # In bfloat16 30 layers differ from themselves by 0.08 with more rows beside them; a wrong position gives 1.
         if not off < (1e-3 if model.dtype is torch.float32 else 0.2):
             raise ValueError(
                 f"verifier.path {model.name_or_path!r}: {type(model).__name__} gives other logits with fledge's cache "

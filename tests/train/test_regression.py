@@ -37,6 +37,7 @@ def likeness(head, batch, embedding) -> float:
 @pytest.fixture
 def one_rank(monkeypatch):
     monkeypatch.setattr(regression, "sum_over_ranks", lambda values: values)
+    monkeypatch.setattr(regression, "_STEPS", 60)  # one tenth, for texts as simple as these
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -95,6 +96,7 @@ def test_the_sums_of_several_ranks_give_the_weights_of_one(monkeypatch):
     heads = []
     for ranks in (1, 3):
         monkeypatch.setattr(regression, "sum_over_ranks", lambda values, ranks=ranks: values * ranks)
+        monkeypatch.setattr(regression, "_STEPS", 10)
         head = make_head(**SIZES)
         batch, embedding = foreseeable(head, [40] * 30)
         regression.fit_head(head, lambda batch=batch: [batch], embedding)
