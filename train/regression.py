@@ -17,8 +17,6 @@ A last regression, on the MLP's random features, gives `down_proj`. Layers after
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -81,26 +79,27 @@ def fit_head(
     if first.norm_before_residual:  # the state's part will have an RMS of 1
         part = gram[: len(of_aux), : len(of_aux)]
         of_embedding = of_embedding / ((of_aux * (part @ of_aux)).sum() / width) ** 0.5
-    looks_back = head.config.num_attention_heads > head.config.num_key_value_heads
-    _bring_embedding(head, of_embedding, gram[-width:, -width:], looks_back)
+    slow = _slow_dimensions(head)
+    _bring_embedding(head, of_embedding, gram[-width:, -width:], slow)
     for layer in head.layers:
         cast(Any, layer).mlp.down_proj.weight.zero_()
     for layer in list(head.layers)[1:]:
         cast(Any, layer).self_attn.o_proj.weight.zero_()
 
-    def left(linear: nn.Linear, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def left(linear: nn.Linear, columns: Tensor | slice) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches():
             features, so_far = _features(head, batch, embedding, linear)
             yield features[:, columns], batch.states[1][batch.useful_rows(1).rows + 1] / scale - so_far
 
-    fitted = [(first.mlp.down_proj, torch.arange(head.config.intermediate_size, device=embedding.device))]
-    if looks_back:
-        _look_back(head, batches(), embedding, num_per_step)
-        columns = torch.arange(first.self_attn.o_proj.in_features, device=embedding.device)
-        second = columns.unflatten(0, (head.config.num_key_value_heads, -1, head.config.head_dim))[:, 1].flatten()
-        fitted.insert(0, (first.self_attn.o_proj, second))
-    for linear, columns in fitted:
+    def fit(linear: nn.Linear, columns: Tensor | slice = slice(None)) -> None:
         linear.weight[:, columns] = _ridge(left(linear, columns))[0].T
+
+    if len(slow):
+        _look_back(head, batches(), embedding, num_per_step, slow)
+        columns = torch.arange(first.self_attn.o_proj.in_features, device=embedding.device)
+        by_head = columns.view(head.config.num_key_value_heads, -1, head.config.head_dim)
+        fit(first.self_attn.o_proj, by_head[:, 1].flatten())
+    fit(first.mlp.down_proj)
 
 
 def _ridge(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,29 +119,33 @@ def _ridge(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tens
 
 
 def _slow_dimensions(head: DraftHead) -> Tensor:
-    """Return the half of a query's dimensions that rotate slowest, or not at all (int64)."""
-    weight = head.fc.weight
+    """Return the half of a query's dimensions that rotate slowest, or not at all (int64).
+
+    None, if each query head has keys of its own: no head looks back then.
+    """
+    config, weight = head.config, head.fc.weight
     _, sine = head.rotary(torch.ones(1, dtype=torch.int64, device=weight.device), weight)
-    return nn.functional.pad(sine[0], (0, head.config.head_dim - len(sine[0]))).argsort()[: head.config.head_dim // 2]
+    number = config.head_dim // 2 if config.num_attention_heads > config.num_key_value_heads else 0
+    return nn.functional.pad(sine[0], (0, config.head_dim - len(sine[0]))).argsort()[:number]
 
 
-def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor, looks_back: bool) -> None:
+def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor, slow: Tensor) -> None:
     """Let layer 0 add embedding @ weights [H, H] to a row's state; `gram` [H, H] has the embeddings' mean products.
 
-    If heads will look back, the others leave them the slow dimensions.
+    Its queries leave the slow dimensions to the heads that look back.
     """
     config, attention = head.config, cast(Any, head.layers[0]).self_attn
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    sharpness = (_OWN_SCORE / size**0.5 * (2 if looks_back else 1)) ** 0.5
+    sharpness = (_OWN_SCORE / size**0.5 * (size / (size - len(slow)))) ** 0.5
     if config.qk_norm:
         attention.q_norm.weight.fill_(sharpness)
         attention.k_norm.weight.fill_(sharpness)
     else:
         attention.k_proj.weight.mul_(sharpness)
     key = attention.k_proj.weight.view(keys, size, -1)
-    attention.q_proj.weight.view(keys, heads // keys, size, -1)[:, 0] = key
-    if looks_back:
-        attention.q_proj.weight.view(keys, heads // keys, size, -1)[:, 0, _slow_dimensions(head)] = 0
+    own = attention.q_proj.weight.view(keys, heads // keys, size, -1)[:, 0]
+    own.copy_(key)
+    own[:, slow] = 0
     rank = min(keys * size, config.hidden_size)
     directions = torch.linalg.eigh(weights.T @ gram @ weights)[1][:, -rank:]  # ascending
     values = weights @ directions  # [H, rank]
@@ -155,25 +158,27 @@ def _bring_embedding(head: DraftHead, weights: Tensor, gram: Tensor, looks_back:
     attention.o_proj.weight.copy_(out.flatten(1))
 
 
-def _look_back(head: DraftHead, batches: Iterable[PackedBatch], embedding: Tensor, num_per_step: int) -> None:
+def _look_back(
+    head: DraftHead, batches: Iterable[PackedBatch], embedding: Tensor, num_per_step: int, slow: Tensor
+) -> None:
     """Train the second query head of each group, and the slow dimensions of its keys, to find what comes next."""
-    config, attention, slow = head.config, cast(Any, head.layers[0]).self_attn, _slow_dimensions(head)
-    keys, size, width = config.num_key_value_heads, config.head_dim, config.hidden_size
+    attention, width = cast(Any, head.layers[0]).self_attn, head.config.hidden_size
     trained = [attention.q_proj.weight, attention.k_proj.weight]
     parts = [torch.zeros_like(weight) for weight in trained]
-    parts[0].view(keys, -1, size, 2 * width)[:, 1, slow] = 1
-    parts[1].view(keys, size, 2 * width)[:, slow, width:] = 1  # of the state alone
-    trained[0].view(keys, -1, size, 2 * width)[:, 1] *= parts[0].view(keys, -1, size, 2 * width)[:, 1]
-    trained[1].view(keys, size, 2 * width)[:, slow, :width] = 0
-    without = partial(replace, aux_hidden_states=None, last_hidden_state=None)
-    packs = itertools.cycle([(without(batch), head.fuse(batch.states[0]).bfloat16()) for batch in batches])
+    shape = head.config.num_key_value_heads, -1, head.config.head_dim, 2 * width
+    (second, key), (of_second, of_key) = ((q.view(shape)[:, 1], k.view(shape)[:, 0]) for q, k in (trained, parts))
+    of_second[:, slow] = 1
+    of_key[:, slow, width:] = 1  # of the state alone
+    second *= of_second
+    key[:, slow, :width] = 0
+    packs = itertools.cycle([list(_pieces(batch, head.fuse(batch.states[0]).bfloat16())) for batch in batches])
     rate = _RATE / (2 * width)
     optimizer = torch.optim.Adam(trained, rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=_STEPS + 1, pct_start=0.1)
     for _ in range(_STEPS):
-        for batch, state in itertools.islice(packs, num_per_step):
+        for pieces in itertools.islice(packs, num_per_step):
             with torch.enable_grad():
-                found = _found(head, batch, state.float(), embedding)
+                found = _found(head, pieces, embedding)
                 (-(found + 1e-6).log().sum()).backward(inputs=trained)
         for weight, part in zip(trained, parts, strict=True):
             weight.grad = sum_over_ranks(cast(Tensor, weight.grad)) * part
@@ -182,36 +187,32 @@ def _look_back(head: DraftHead, batches: Iterable[PackedBatch], embedding: Tenso
         optimizer.zero_grad()
 
 
-def _found(head: DraftHead, batch: PackedBatch, state: Tensor, embedding: Tensor) -> Tensor:
+def _pieces(batch: PackedBatch, states: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield tokens, positions and states of each piece of a text."""
+    for document in zip(*(x.split(batch.lengths) for x in (batch.input_ids, batch.position, states)), strict=True):
+        yield from zip(*(x.split(_PIECE) for x in document), strict=True)
+
+
+def _found(head: DraftHead, pieces: list[tuple[Tensor, Tensor, Tensor]], embedding: Tensor) -> Tensor:
     """Return what share of its attention the second head of each group gives to rows that were fed the right token.
 
     Of all rows that see one, [groups * rows] in all.
     """
     first, keys, shares = cast(Any, head.layers[0]), head.config.num_key_value_heads, list[Tensor]()
-    for start, stop in _pieces(batch.lengths):
-        ids = batch.input_ids[start:stop]
-        right = (ids[1:-1] == ids[2:, None]).tril()  # row i, which is fed token i+1, sees row m
+    for tokens, positions, states in pieces:
+        right = (tokens[1:-1] == tokens[2:, None]).tril()  # row i, which is fed token i+1, sees row m
 
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor, right: Tensor = right) -> Tensor:
             scores = torch.einsum("igd,mgd->gim", q.unflatten(1, (keys, -1))[:, :, 1], k) * q.shape[-1] ** -0.5
-            later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+            later = torch.ones_like(right).triu(1)
             weights = scores.masked_fill(later, float("-inf")).softmax(-1)
             shares.append((weights * right).sum(-1)[:, right.any(-1)].flatten())
             return torch.zeros_like(q)
 
-        fed = first.input_layernorm(head.embed(ids[1:-1], embedding).float())
-        x = torch.cat([fed, first.hidden_norm(state[start : stop - 2])], -1)
-        first.self_attn(x, head.rotary(batch.position[start : stop - 2], x), attend)
+        fed = first.input_layernorm(head.embed(tokens[1:-1], embedding).float())
+        x = torch.cat([fed, first.hidden_norm(states[:-2].float())], -1)
+        first.self_attn(x, head.rotary(positions[:-2], x), attend)
     return torch.cat(shares)
-
-
-def _pieces(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield where the pieces of documents begin and end, of three tokens at least."""
-    start = 0
-    for length in lengths:
-        for first in range(start, start + length - 2, _PIECE):
-            yield first, min(first + _PIECE, start + length)
-        start += length
 
 
 def _features(head: DraftHead, batch: PackedBatch, embedding: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -200,9 +200,10 @@ def _fit(
 ) -> None:
     """Fit a new head to the states of the first packs, of which this rank reads its share."""
     steps = -(-min(data.packs_per_epoch, num_packs(head.config, options.batch_tokens)) // options.packs_per_step)
-    number, packs = steps * options.packs_per_step, micro_batches(options.packs_per_step)
+    packs = micro_batches(options.packs_per_step)
     if ranks.rank == 0:
-        print(f"train: fits the head to {number * options.batch_tokens:,} tokens", flush=True)
+        tokens = steps * options.packs_per_step * options.batch_tokens
+        print(f"train: fits the head to {tokens:,} tokens", flush=True)
 
     def batches() -> Iterator[PackedBatch]:
         for pack in itertools.islice(data.batches(0), steps * packs):
