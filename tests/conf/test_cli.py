@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-from builders import Run
+from builders import Run, copy_parts
 from fledge.conf.cli import COMMANDS, main
 from fledge.conf.runtime.artifact import differences
 from fledge.conf.runtime.launch import run as run_stages
@@ -197,13 +197,6 @@ def test_missing_folders_are_answered_with_the_command_to_run(run):
     assert "neither a model folder nor a reachable hub id" in says(run, "synthesize", "verifier.path=/no/such/folder")
 
 
-def copy_of(finished: Run, run: Run, *names: str) -> Run:
-    run.path.mkdir(parents=True)
-    for name in names:
-        shutil.copytree(finished.path / name, run.path / name)
-    return run
-
-
 @pytest.fixture(scope="module")
 def other_verifier(tmp_path_factory, tiny_verifier_folder):
     """The same verifier with one matrix in its middle trained further, its norms untouched."""
@@ -218,13 +211,13 @@ def other_verifier(tmp_path_factory, tiny_verifier_folder):
 
 
 def test_artifacts_of_another_verifier_are_refused(finished, run, other_verifier):
-    copy_of(finished, run, "conversations", "hidden_states", "training")
+    copy_parts(finished, run, "conversations", "hidden_states", "training")
     for stage in ("dump", "train", "evaluate", "export"):
         assert "fingerprint" in says(run, stage, f"verifier.path={other_verifier}")
 
 
 def test_a_verifier_without_a_chat_template_is_refused_before_anything_is_decoded(finished, run, tmp_path):
-    copy_of(finished, run, "training")
+    copy_parts(finished, run, "training")
     bare = tmp_path / "bare"
     shutil.copytree(run.verifier, bare)
     (bare / "chat_template.jinja").unlink()
@@ -235,7 +228,7 @@ def test_a_verifier_without_a_chat_template_is_refused_before_anything_is_decode
 
 
 def test_questions_that_cannot_be_asked_are_refused_before_anything_is_decoded(finished, run, tmp_path):
-    copy_of(finished, run, "training")
+    copy_parts(finished, run, "training")
     (tmp_path / "q.jsonl").write_text('{"turns": ["a?"]}\n{"turn": "b?"}\n')
     message = says(run, "evaluate", f"evaluate.questions={tmp_path / 'q.jsonl'}")
     assert "evaluate.questions: " in message
@@ -244,7 +237,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_anything_is_decoded(f
 
 
 def test_a_corrupt_shard_stops_training_and_dump_makes_it_anew(finished, run):
-    copy_of(finished, run, "conversations", "hidden_states")
+    copy_parts(finished, run, "conversations", "hidden_states")
     shard = run.path / "hidden_states" / "shard-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -257,7 +250,7 @@ def test_a_corrupt_shard_stops_training_and_dump_makes_it_anew(finished, run):
 
 
 def test_a_malformed_conversation_line_is_named_and_its_removal_repaired(finished, run):
-    copy_of(finished, run, "conversations")
+    copy_parts(finished, run, "conversations")
     path = run.path / "conversations" / "conversations.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:]]))
@@ -270,7 +263,7 @@ def test_a_malformed_conversation_line_is_named_and_its_removal_repaired(finishe
 
 
 def test_other_settings_are_refused_by_name_and_overwrite_makes_anew(finished, run):
-    copy_of(finished, run, "conversations", "hidden_states")
+    copy_parts(finished, run, "conversations", "hidden_states")
     message = says(run, "dump", "dump.max_length=50")
     assert "max_length: 1024 -> 50" in message
     assert "overwrite=true" in message
@@ -281,7 +274,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_makes_anew(finished, r
 
 
 def test_an_impossible_draft_vocabulary_is_refused_before_the_dump(finished, run):
-    copy_of(finished, run, "conversations")
+    copy_parts(finished, run, "conversations")
     assert "draft.vocab_size must lie between 5 and the verifier's 600, got 9999" in says(
         run, "dump", "draft.vocab_size=9999"
     )
@@ -289,7 +282,7 @@ def test_an_impossible_draft_vocabulary_is_refused_before_the_dump(finished, run
 
 
 def test_another_draft_vocabulary_rewrites_only_the_map(finished, run):
-    copy_of(finished, run, "conversations", "hidden_states")
+    copy_parts(finished, run, "conversations", "hidden_states")
     assert "draft.vocab_size is 200" in says(run, "train", "draft.vocab_size=200")
     shard = run.path / "hidden_states" / "shard-00000.safetensors"
     before = shard.stat().st_mtime_ns
@@ -298,7 +291,7 @@ def test_another_draft_vocabulary_rewrites_only_the_map(finished, run):
 
 
 def test_other_aux_layers_than_the_dumped_ones_are_refused(finished, run):
-    copy_of(finished, run, "conversations", "hidden_states")
+    copy_parts(finished, run, "conversations", "hidden_states")
     assert "draft.aux_layers is [0, 2, 5]" in says(run, "train", "draft.aux_layers=[0,2,5]")
 
 
@@ -318,7 +311,7 @@ def test_a_foreign_folder_is_never_cleared(finished, run):
 
 
 def test_the_same_verifier_under_another_path_is_the_same(finished, run, tmp_path):
-    copy_of(finished, run, "conversations", "hidden_states", "training")
+    copy_parts(finished, run, "conversations", "hidden_states", "training")
     shutil.copytree(run.verifier, tmp_path / "moved")
     for stage in ("synthesize", "dump", "train"):
         assert "is complete" in run(stage, f"verifier.path={tmp_path / 'moved'}").stdout
@@ -341,7 +334,7 @@ def test_a_killed_overwrite_is_not_taken_for_the_artifact_it_was_clearing(tmp_pa
 
 
 def test_parts_missing_from_complete_artifacts_are_made_again(finished, run):
-    copy_of(finished, run, "conversations", "hidden_states", "training", "evaluation", "exports")
+    copy_parts(finished, run, "conversations", "hidden_states", "training", "evaluation", "exports")
     (run.path / "hidden_states" / "vocab_map.safetensors").unlink()
     assert "run `fledge dump` again" in says(run, "train", "train.lr=1e-2", "overwrite=true")
     assert (run.path / "training" / "checkpoints").exists(), "checked before anything is cleared"
@@ -357,7 +350,7 @@ def test_parts_missing_from_complete_artifacts_are_made_again(finished, run):
 
 
 def test_an_export_never_replaces_a_foreign_folder(finished, run):
-    copy_of(finished, run, "training")
+    copy_parts(finished, run, "training")
     (run.path / "exports" / "plain").mkdir(parents=True)
     (run.path / "exports" / "plain" / "notes").write_text("mine")
     assert "is not an export of fledge's" in says(run, "export")

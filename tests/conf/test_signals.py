@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from builders import copy_until_dump
+from builders import copy_parts
 from commands import Started, popen
 from fledge.conf.cli import COMMANDS
 from fledge.conf.runtime.artifact import artifact
@@ -23,11 +23,11 @@ from sglang_double import sglang_double
 @pytest.mark.parametrize("stage", ["dump", "evaluate"])
 def test_a_signal_stops_a_stage_with_everything_saved(stage, finished, run):
     grows = {"dump": "hidden_states/shard-*.safetensors", "evaluate": "evaluation/questions.jsonl"}[stage]
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     if stage == "dump":
         shutil.rmtree(run.path / "hidden_states")
     else:
-        shutil.copytree(finished.path / "training", run.path / "training")
+        copy_parts(finished, run, "training")
     options = {"dump": ["dump.shard_tokens=60", "dump.batch_tokens=64"], "evaluate": ["evaluate.max_tokens=64"]}[stage]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with popen(run.command(stage, *options), stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -46,8 +46,7 @@ def test_a_signal_stops_a_stage_with_everything_saved(stage, finished, run):
 
 @pytest.mark.parametrize("stage", ["evaluate", "run"])
 def test_a_signal_in_the_middle_of_a_question_ends_evaluation_and_changes_no_count(finished, run, tmp_path, stage):
-    for part in ("prompts", "conversations", "hidden_states", "training"):
-        shutil.copytree(finished.path / part, run.path / part)
+    copy_parts(finished, run, "prompts", "conversations", "hidden_states", "training")
     records = run.path / "evaluation" / "questions.jsonl"
     evaluation = Started(run.command(stage), tmp_path)
     evaluation.wait(lambda: records.exists() and records.stat().st_size)

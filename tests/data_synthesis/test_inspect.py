@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import conversation_record, conversations_run, recorded_sequence
+from builders import conversation_record, conversations_run, copy_folder, recorded_sequence
 from commands import run_command
 from fledge.conf.cli import overrides_of
 from fledge.conf.schema import Config, HiddenStates, InspectConfig, LastStates, StateDtype
@@ -208,7 +208,7 @@ def test_a_store_that_is_being_cleared_is_told(config, capsys):
 
 
 def test_the_command_takes_a_folder_with_blanks(finished, tmp_path):
-    folder = shutil.copytree(finished.path / "hidden_states", tmp_path / "a folder, it's")
+    folder = copy_folder(finished.path / "hidden_states", tmp_path / "a folder, it's")
     done = finished("inspect", code=0)
     assert "float32, of decoder layers 1, 3, 4" in done.stdout
     said = run_command([sys.executable, "-m", "fledge", "inspect", str(folder), "--verify"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fledge.conf
 import pytest
-from builders import composed, copy_until_dump
+from builders import composed, copy_parts
 from fledge.conf.cli import main
 from fledge.conf.runtime.artifact import read_manifest
 from fledge.conf.schema import LastStates, StateDtype
@@ -197,7 +197,7 @@ def test_without_any_number_of_conversations_the_option_is_asked_for(tmp_path):
 
 
 def test_tokens_are_those_of_the_artifacts_where_there_are_some(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     counts = read_manifest(run.path / "hidden_states", "hidden_states")["counts"]
     stored = make_plan(composed(*run.arguments()))
     assert [stored["tokens"][name] for name in ("tokens", "counted")] == [counts["tokens"], counts["counted_tokens"]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from builders import Run, copy_until_dump
+from builders import Run, copy_parts
 from fledge.models.formats.plain import WEIGHTS
 from fledge.slurm.jobs.records import JobRecord, read_events, read_submission
 from fledge.train.metrics.tracking import read_metrics
@@ -154,7 +154,7 @@ def last_step(training: Path) -> int:
 def test_training_preempted_twice_gives_the_weights_of_an_uninterrupted_one(pipeline, submitted):
     options = ("submit.stages=[train]", "train.max_steps=400", "train.log_every=1", "train.save_every=400")
     options = (*options, "train.heldout_every=400")
-    copy_until_dump(pipeline.run, submitted.run)
+    copy_parts(pipeline.run, submitted.run)
     submitted(*options)
     job, step, training = submitted.record("train").id, 0, submitted.run.path / "training"
     # As before the time limit: to the shell of the job. As before a pre-emption: to the tasks.
@@ -171,7 +171,7 @@ def test_training_preempted_twice_gives_the_weights_of_an_uninterrupted_one(pipe
     assert "step 400 of 400" in told
     assert "start 3" in told
     whole = Submitted(Run(submitted.run.folder, submitted.run.verifier, name="uninterrupted"))
-    copy_until_dump(pipeline.run, whole.run)
+    copy_parts(pipeline.run, whole.run)
     whole(*options)
     whole.wait_for("train")
     assert whole.events("train") == ["begun", "done"]
@@ -216,7 +216,7 @@ def test_every_stage_preempted_goes_on_and_those_that_wait_for_it_begin_then(sub
 
 def test_nothing_runs_twice_at_once(pipeline, submitted):
     options = ("submit.stages=[train]", "train.max_steps=100000", "train.log_every=1")
-    copy_until_dump(pipeline.run, submitted.run)
+    copy_parts(pipeline.run, submitted.run)
     submitted(*options, "cluster.train.nodes=1")
     wait_until(lambda: read_metrics(submitted.run.path / "training"), 120)
     job = submitted.record("train").id

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
+from builders import copy_folder
 from commands import fledge
 from fledge.conf.schema import Config
 from fledge.slurm.jobs.queue import _parse
@@ -61,7 +61,7 @@ def test_status_tells_what_failed_and_why_from_events_alone(finished, tmp_path, 
     monkeypatch.setenv("PATH", "/none")
     run_folder = tmp_path / "it's a run"
     for name in ("prompts", "conversations", "hidden_states"):
-        shutil.copytree(finished.path / name, run_folder / name)
+        copy_folder(finished.path / name, run_folder / name)
     began, done = "t0\t8\tbegun\tn0, start 1\n", "t1\t8\tdone\t\n"
     failed = "t1\t4\tagain\tstopped by SIGUSR1\nt2\t4\tbegun\tn0, start 2\nt3\t4\tfailed\texit code 2\n"
     folder = make_submission(run_folder, {"dump-0": began + done, "dump-1": began, "train": began + failed})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import fledge
 import pytest
-from builders import Run
+from builders import Run, copy_folder
 from commands import popen, run_command
 from doc_commands import ROOT, code_lines, doc_commands
 from fledge.conf.runtime import launch
@@ -38,7 +37,7 @@ SMALLER = {  # besides what makes a run of the tests small: by a word of the com
 @pytest.fixture
 def folder(finished, tmp_path):
     """A folder with the run that the pages go on with, under each name that they have for one."""
-    shutil.copytree(finished.path, tmp_path / "runs" / "demo")
+    copy_folder(finished.path, tmp_path / "runs" / "demo")
     for name in ("first", "second", "mav", "chat", "code"):
         (tmp_path / "runs" / name).symlink_to("demo")
     return tmp_path

@@ -195,11 +195,15 @@ class Run:
         return done
 
 
-def copy_until_dump(source: Run, target: Run) -> Run:
-    """Give a run the conversations and hidden states of another."""
-    target.path.mkdir(parents=True)
-    for name in ("conversations", "hidden_states"):
-        shutil.copytree(source.path / name, target.path / name)
+def copy_folder(source: Path, target: Path) -> Path:
+    """Copy a folder of a run that others use at the same time: their locks come and go."""
+    return shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*lock*"))
+
+
+def copy_parts(source: Run, target: Run, *parts: str) -> Run:
+    """Give a run parts of another; if none is named, the conversations and the hidden states."""
+    for part in parts or ("conversations", "hidden_states"):
+        copy_folder(source.path / part, target.path / part)
     return target
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from builders import Run, as_if_killed_after, assert_same_record, copy_until_dump, make_head, metrics_of
+from builders import Run, as_if_killed_after, assert_same_record, copy_parts, make_head, metrics_of
 from commands import popen
 from fledge.conf.schema import Config, DraftConfig
 from fledge.models.formats.plain import load_head, save_head
@@ -30,7 +30,7 @@ def weights(run: Run, step: int = 24) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_else(finished, run, number, code):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     stage = "run" if number == signal.SIGUSR1 else "train"  # `fledge run` passes it on
     command = run.command(stage, "train.save_every=24", "train.log_every=1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -60,7 +60,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_changes_nothing_else(finis
     ],
 )
 def test_training_moves_to_another_number_of_processes(finished, run, tmp_path, zero_stage, processes, optimizer):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     options = [f"deepspeed.zero_stage={zero_stage}", "train.packs_per_step=2", f"train.optimizer={optimizer}"]
     run("train", *options, processes=processes[0])
     moved = Run(tmp_path / "moved", run.verifier)
@@ -102,7 +102,7 @@ def poison(run: Run) -> str:
     ],
 )
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_its_sample_named(finished, run, deepspeed, dtype):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     name = poison(run)
     options = [
         f"deepspeed={deepspeed}",
@@ -124,13 +124,13 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_its_sample_named(fin
 
 
 def test_training_that_diverged_stops_and_keeps_its_checkpoint(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train")
     as_if_killed_after(run, 9)
     refused = run("train", "train.max_skipped_steps=2", "train.lr=1e30", "train.warmup_share=0", code=2)
     assert "made with other settings (train.lr" in refused.stderr
     fresh = Run(run.folder, run.verifier, name="diverged")
-    copy_until_dump(finished, fresh)
+    copy_parts(finished, fresh)
     refused = fresh("train", "train.max_skipped_steps=2", "train.lr=1e30", "train.warmup_share=0", code=2)
     assert "2 steps in a row were skipped" in refused.stderr
     assert "train.init_from=<the newest checkpoint> may have a lower train.lr" in refused.stderr
@@ -138,7 +138,7 @@ def test_training_that_diverged_stops_and_keeps_its_checkpoint(finished, run):
 
 
 def test_a_full_disk_costs_nothing_but_the_steps_since_the_last_checkpoint(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train", "train.max_steps=24")
     as_if_killed_after(run, 9)
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
@@ -157,7 +157,7 @@ def test_a_full_disk_costs_nothing_but_the_steps_since_the_last_checkpoint(finis
 
 
 def test_the_best_checkpoint_stays_and_is_the_one_that_is_used(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     training = run.path / "training"
     run("train", "train.save_every=3")
     as_if_killed_after(run, 18)
@@ -176,7 +176,7 @@ def test_the_best_checkpoint_stays_and_is_the_one_that_is_used(finished, run):
 
 
 def test_another_measure_of_held_out_acceptance_makes_the_best_checkpoint_anew(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train")
     as_if_killed_after(run, 18)
     best = json.loads((checkpoints(run) / "step-18" / "trainer.json").read_text())["best_acceptance_length"]
@@ -187,7 +187,7 @@ def test_another_measure_of_held_out_acceptance_makes_the_best_checkpoint_anew(f
 
 
 def test_a_signal_before_the_first_step_asks_for_another_start(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = popen(run.command("train"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     while not (run.path / "training" / "manifest.json").exists() and process.poll() is None:
@@ -198,7 +198,7 @@ def test_a_signal_before_the_first_step_asks_for_another_start(finished, run):
 
 
 def test_several_processes_started_by_run_stop_together_with_their_own_exit_code(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     options = ["train.num_processes=2", "train.packs_per_step=2", "train.log_every=1"]
     assert "multiple of train.num_processes=2, got 3" in run("run", *options, "train.packs_per_step=3", code=2).stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -238,7 +238,7 @@ def test_a_warm_start_is_of_a_form_that_every_option_of_draft_agrees_with(monkey
 
 
 def test_a_warm_start_begins_where_the_other_head_ended(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     trained = checkpoints(finished) / "step-24"
     refused = run("train", f"train.init_from={trained}", "draft.fc_norm=false", "draft.num_layers=2", code=2)
     assert "set draft.num_layers=1 draft.fc_norm=true" in refused.stderr

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import Run
+from builders import Run, copy_folder, copy_parts
 from commands import popen, script_result
 from fledge.conf.runtime.launch import environments
 from fledge.conf.runtime.rank_info import RankInfo, first_host, own_gpus, read_rank_info
@@ -242,8 +242,7 @@ class Pair:
 @pytest.fixture
 def dumped(finished: Run, run: Run) -> Run:
     """A run that is ready to train."""
-    shutil.copytree(finished.path / "hidden_states", run.path / "hidden_states")
-    return run
+    return copy_parts(finished, run, "hidden_states")
 
 
 def is_training(run: Run) -> bool:
@@ -308,7 +307,7 @@ def test_ranks_that_see_other_folders_do_not_take_a_checkpoint_for_saved(dumped,
 def test_ranks_that_would_go_on_from_different_checkpoints_end_at_once(finished, dumped, tmp_path):
     common = (f"dump.folder={dumped.path / 'hidden_states'}", "runs_dir=here")
     nodes = tmp_path / "node0", tmp_path / "node1"
-    shutil.copytree(finished.path / "training", nodes[0] / "here" / "run" / "training")
+    copy_folder(finished.path / "training", nodes[0] / "here" / "run" / "training")
     nodes[1].mkdir()
     for code, said in Pair(dumped, torch_environments(), common=common, folders=nodes).end():
         assert code == 2

@@ -1,11 +1,10 @@
 """Online training: the verifier beside the trainer gives what a dump would have recorded, and no state is written."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from builders import Run, as_if_killed_after, assert_same_record, metrics_of
+from builders import Run, as_if_killed_after, assert_same_record, copy_parts, metrics_of
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, HiddenStates, TrainConfig, VerifierConfig
 from fledge.data_synthesis.dump import dump
 from fledge.data_synthesis.store.store import HiddenStateStore
@@ -18,18 +17,10 @@ from safetensors.torch import load_file
 ONLINE = "train.hidden_states=online"
 
 
-def with_parts(source: Run, folder, *parts: str) -> Run:
-    """A run that begins with parts of another."""
-    run = Run(folder, source.verifier)
-    for part in parts:
-        shutil.copytree(source.path / part, run.path / part)
-    return run
-
-
 @pytest.fixture(scope="module")
 def online(finished, tmp_path_factory) -> Run:
     """The finished run, its training made online from a store of tokens."""
-    run = with_parts(finished, tmp_path_factory.mktemp("online"), "conversations")
+    run = copy_parts(finished, Run(tmp_path_factory.mktemp("online"), finished.verifier), "conversations")
     for stage in ("dump", "train", "evaluate", "export"):
         run(stage, ONLINE, "evaluate.baselines=false", "evaluate.heldout_prompts=4")
     return run
@@ -82,9 +73,9 @@ def test_two_processes_at_zero_3_give_the_curve_of_offline_and_leave_a_stores_st
     finished, tmp_path, verifier_config, capsys
 ):
     options = ["deepspeed.zero_stage=3", "train.verify_checksums=false", "train.packs_per_step=2"]
-    offline = with_parts(finished, tmp_path / "offline", "conversations", "hidden_states")
+    offline = copy_parts(finished, Run(tmp_path / "offline", finished.verifier), "conversations", "hidden_states")
     offline("train", *options)
-    online = with_parts(finished, tmp_path / "online", "conversations", "hidden_states")
+    online = copy_parts(finished, Run(tmp_path / "online", finished.verifier), "conversations", "hidden_states")
     for shard in (online.path / "hidden_states").glob("shard-*.safetensors"):
         spoil_states(shard)
     dump(dump_config(online, verifier_config, HiddenStates.online))
@@ -117,7 +108,7 @@ def spoil_states(shard) -> None:
 
 
 def test_an_online_run_resumed_equals_the_uninterrupted_one_bit_for_bit(online, tmp_path):
-    resumed = with_parts(online, tmp_path, "conversations", "hidden_states", "training")
+    resumed = copy_parts(online, Run(tmp_path, online.verifier), "conversations", "hidden_states", "training")
     as_if_killed_after(resumed, 9)
     assert "going on from step 9" in resumed("train", ONLINE).stdout
     assert checkpoint_steps(resumed.path / "training" / "checkpoints") == [9, 18, 24]
@@ -144,7 +135,7 @@ def test_a_batch_is_filled_in_its_own_order_whatever_fits_into_a_forward(finishe
 def test_a_store_of_tokens_is_refused_where_states_are_needed(online, tmp_path, verifier_config):
     with pytest.raises(ValueError, match=r"holds tokens without hidden states: train with train\.hidden_states=online"):
         HiddenStateStore(online.path / "hidden_states")
-    run = with_parts(online, tmp_path, "conversations", "hidden_states")
+    run = copy_parts(online, Run(tmp_path, online.verifier), "conversations", "hidden_states")
     assert "fledge: error: " + str(run.path / "hidden_states") + " holds tokens" in run("train", code=2).stderr
     with pytest.raises(ValueError, match=r"made with other settings \(aux_layers: None -> \[1, 3, 4\].*states: False"):
         dump(dump_config(run, verifier_config, HiddenStates.offline))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from builders import as_if_killed_after, copy_until_dump, make_batch, make_head, matrices, metrics_of
+from builders import as_if_killed_after, copy_parts, make_batch, make_head, matrices, metrics_of
 from fledge.conf.schema import HeadInit, TrainConfig
 from fledge.models.formats.plain import load_head
 from fledge.train import regression
@@ -113,7 +113,7 @@ def test_a_head_of_another_width_is_refused():
 
 
 def test_training_begins_where_the_fit_ends_and_goes_on_without_another(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     first = run("train", "train.init=regression", "train.lr=1e-30", "train.max_steps=2", "train.save_every=1")
     assert "train: fits the head to" in first.stdout
     records = [r for r in metrics_of(run) if "heldout/acceptance_length_3" in r]
@@ -132,7 +132,7 @@ def test_two_ranks_fit_the_head_of_one(finished, run):
     lengths = []
     for processes in (1, 2):
         other = dataclasses.replace(run, name=f"ranks-{processes}")
-        copy_until_dump(finished, other)
+        copy_parts(finished, other)
         options = ["train.init=regression", "train.lr=1e-30", "train.max_steps=1", "train.packs_per_step=2"]
         other("train", *options, processes=processes)
         lengths.append(metrics_of(other)[-1]["heldout/acceptance_length_t1_3"])

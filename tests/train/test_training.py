@@ -16,7 +16,7 @@ from builders import (
     Run,
     as_if_killed_after,
     assert_same_record,
-    copy_until_dump,
+    copy_parts,
     metrics_of,
     write_store,
 )
@@ -64,11 +64,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     finished, run, tmp_path, zero_stage, loss, form, processes
 ):
     options = [f"deepspeed.zero_stage={zero_stage}", f"train.loss={loss}", *form]
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train", *options, processes=processes)
     whole = run.path / "training"
     resumed = Run(tmp_path / "resumed", run.verifier)
-    copy_until_dump(finished, resumed)
+    copy_parts(finished, resumed)
     shutil.copytree(whole, resumed.path / "training")
     as_if_killed_after(resumed, 9)
     done = resumed("train", *options, processes=processes)
@@ -134,7 +134,7 @@ SPREAD = ("train.packs_per_step=4", "train.loss=lk_lambda", "train.max_steps=12"
 @pytest.fixture(scope="module")
 def alone(finished, tmp_path_factory) -> list[dict]:
     """Curve of one process that accumulates four packs a step."""
-    run = copy_until_dump(finished, Run(tmp_path_factory.mktemp("alone"), finished.verifier))
+    run = copy_parts(finished, Run(tmp_path_factory.mktemp("alone"), finished.verifier))
     run("train", *SPREAD)
     return metrics_of(run)
 
@@ -144,7 +144,7 @@ def alone(finished, tmp_path_factory) -> list[dict]:
     [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow), (3, 2)],
 )
 def test_processes_give_the_curve_of_one_that_accumulates(finished, run, alone, zero_stage, processes):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train", *SPREAD, f"deepspeed.zero_stage={zero_stage}", processes=processes)
     for ours, theirs in zip(metrics_of(run), alone, strict=True):
         assert_same_record(ours, theirs)
@@ -177,7 +177,7 @@ def test_training_lowers_the_loss_and_records_every_metric(finished):
 def test_a_head_begins_as_a_layer_of_the_verifier_and_the_settings_of_others_do_not_say_how(
     finished, run, verifier_config
 ):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train", "train.init=layers", "train.lr=1e-30", "train.max_steps=1")
     head, _ = load_head(run.path / "training" / "checkpoints" / "step-1")
     of_verifier = VerifierWeights(verifier_config).layer(7, "", {"mlp.up_proj"})["mlp.up_proj.weight"]
@@ -188,14 +188,14 @@ def test_a_head_begins_as_a_layer_of_the_verifier_and_the_settings_of_others_do_
 
 
 def test_a_frozen_lm_head_stays_the_verifiers(finished, run, verifier_config):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train", "draft.train_lm_head=false", "train.max_steps=2")
     head, _ = load_head(run.path / "training" / "checkpoints" / "step-2")
     assert torch.equal(head.lm_head.weight, VerifierWeights(verifier_config).lm_head()[head.target_ids])
 
 
 def test_a_full_vocabulary_with_a_frozen_lm_head_is_the_verifiers_own(finished, run, verifier_config):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     for stage in ("dump", "train", "evaluate"):
         run(stage, "draft.train_lm_head=false", "draft.vocab_size=null", "evaluate.baselines=false")
     head, _ = load_head(run.path / "training" / "checkpoints" / "step-24")
@@ -205,7 +205,7 @@ def test_a_full_vocabulary_with_a_frozen_lm_head_is_the_verifiers_own(finished, 
 
 @pytest.mark.parametrize(("width", "zero_stage"), [(48, 3), (80, 1)])
 def test_a_head_of_another_width_trains_an_embedding_of_its_own(finished, run, verifier_config, width, zero_stage):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     options = [f"draft.hidden_size={width}", f"deepspeed.zero_stage={zero_stage}", "evaluate.baselines=false"]
     for stage in ("train", "evaluate"):
         run(stage, *options)
@@ -220,7 +220,7 @@ def test_a_head_of_another_width_trains_an_embedding_of_its_own(finished, run, v
 
 @pytest.mark.parametrize("loss", ["lk_lambda", "acceptance_length"])
 def test_losses_that_blend_remember_acceptance_and_train_with_recomputed_steps_at_zero_3(finished, run, loss):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     options = [f"train.loss={loss}", "train.checkpoint_activations=true", "deepspeed.zero_stage=3"]
     run("train", *options, "train.max_steps=12")
     records = [r for r in read_metrics(run.path / "training") if "train/loss" in r]
@@ -230,7 +230,7 @@ def test_losses_that_blend_remember_acceptance_and_train_with_recomputed_steps_a
 
 
 def test_bfloat16_trains_at_zero_2(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("train", "train.dtype=bfloat16", "deepspeed=zero2")
     losses = [r["train/loss"] for r in read_metrics(run.path / "training") if "train/loss" in r]
     assert losses[-1] < 0.5 * losses[0]
@@ -240,7 +240,7 @@ def test_loss_and_gradient_do_not_depend_on_how_samples_are_packed(finished, run
     """One optimizer step takes the whole store, once in few packs and once with a sample or two in each."""
     curves = []
     for tokens, here in ((1024, run), (160, Run(tmp_path / "one by one", run.verifier))):
-        copy_until_dump(finished, here)
+        copy_parts(finished, here)
         options = [f"train.batch_tokens={tokens}", "train.max_steps=1"]
         announced = here("train", *options).stdout
         assert "(0 longer than a pack cut" in announced
@@ -255,7 +255,7 @@ def test_loss_and_gradient_do_not_depend_on_how_samples_are_packed(finished, run
 
 def test_training_ends_when_other_stores_lose_too_much_and_the_best_checkpoint_is_within_that(finished, run, tmp_path):
     """The head is trained on tokens without sense; what it could is measured on those that it was trained for."""
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     masks = {f"nonsense/{n}": "0" * 6 + "1" * 30 for n in range(40)}
     nonsense, before = run.path / "nonsense", finished.path / "training" / "checkpoints" / "step-24"
     write_store(nonsense, run.path / "hidden_states", masks, 0.25)
@@ -297,7 +297,7 @@ def test_training_ends_when_other_stores_lose_too_much_and_the_best_checkpoint_i
 
 
 def test_training_ends_after_checkpoints_that_are_no_better(finished, run):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     options = ["train.lr=1e-30", "train.save_every=2", "train.patience=2"]
     run("train", *options)
     training = run.path / "training"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, copy_until_dump
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, copy_parts
 from fledge.conf.schema import Config, Device, Dtype, DumpConfig, VerifierConfig
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine
 from fledge.data_synthesis.states.vllm_engine import (
@@ -223,7 +223,7 @@ def test_a_worker_that_dies_is_told_with_its_last_words(tmp_path, verifier_confi
 
 
 def test_a_signal_that_ends_vllm_too_asks_for_another_start(finished, run, tmp_path):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     shutil.rmtree(run.path / "hidden_states")
     vllm = tmp_path / "python"
     vllm.write_text('#!/bin/sh\nkill -TERM "$2"\nexit 3\n')  # as Slurm does with all processes of a step

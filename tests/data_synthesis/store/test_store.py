@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import metrics_of
+from builders import copy_folder, copy_parts, metrics_of
 from fledge.data_synthesis.states.transformers_engine import TransformersEngine, check_first
 from fledge.data_synthesis.store.shard import Sample, Shard, write_shard
 from fledge.data_synthesis.store.state_format import FLOAT8, StateFormat
@@ -113,7 +113,7 @@ def test_write_shard_leaves_no_temporary_file_and_tells_its_size(tmp_path):
 def broken(finished, tmp_path):
     """A copy of a store, to be damaged."""
     folder = tmp_path / "hidden_states"
-    shutil.copytree(finished.path / "hidden_states", folder)
+    copy_folder(finished.path / "hidden_states", folder)
     return folder
 
 
@@ -132,8 +132,7 @@ def test_a_flipped_bit_a_truncated_and_a_missing_shard_are_named(broken):
 
 
 def test_training_never_asks_for_the_last_states_that_a_store_of_targets_leaves_out(finished, run):
-    run.path.mkdir(parents=True)
-    shutil.copytree(finished.path / "conversations", run.path / "conversations")
+    copy_parts(finished, run, "conversations")
     for stage in ("dump", "train"):
         run(stage, "dump.last_states=counted")
     states = [load_file(r.path / "hidden_states/shard-00000.safetensors")["last_hidden_state"] for r in (run, finished)]
@@ -144,8 +143,7 @@ def test_training_never_asks_for_the_last_states_that_a_store_of_targets_leaves_
 
 
 def test_a_head_is_trained_from_float8_states_as_from_exact_ones(finished, run):
-    run.path.mkdir(parents=True)
-    shutil.copytree(finished.path / "conversations", run.path / "conversations")
+    copy_parts(finished, run, "conversations")
     for stage in ("dump", "train"):
         run(stage, "dump.dtype=float8")
     for record, exact in zip(metrics_of(run), metrics_of(finished), strict=True):

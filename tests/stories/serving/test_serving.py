@@ -1,13 +1,12 @@
 """vLLM as the judge: it must count what `fledge evaluate` counts. Run by `make test-serving`."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run, copy_until_dump
+from builders import SMALL_DECODER, SMALL_LLAMA4, SMALL_VISION, Run, copy_folder, copy_parts
 from fledge.models.embedded.verifier import conversations, questions
 from fledge.models.formats.fields import LAYER, vllm_layer_ids, written_fields
 from fledge.models.formats.plain import CONFIG, load_head
@@ -124,7 +123,7 @@ def write_long_questions(path: Path) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run.options = HEADS[head]
     if WINDOW in run.options:
         write_long_questions(tmp_path / "long.jsonl")
@@ -138,11 +137,11 @@ def test_vllm_counts_what_fledge_counts(finished, run, tmp_path, head):
 def test_vllm_counts_what_fledge_counts_with_a_head_that_rotates_half_of_each_head_dimension(finished, run, tmp_path):
     """No option trains one from nothing: a published one is imported and trained on."""
     published = tmp_path / "published"
-    shutil.copytree(finished.path / "exports" / "plain", published)
+    copy_folder(finished.path / "exports" / "plain", published)
     values = json.loads((published / CONFIG).read_text())
     values["rope_parameters"]["partial_rotary_factor"] = 0.5
     (published / CONFIG).write_text(json.dumps(values))
-    copy_until_dump(finished, run)
+    copy_parts(finished, run)
     run("import", f"head_import.source={published}")
     run.options = [f"train.init_from={run.path / 'imports' / 'published'}"]
     for stage in ("train", "evaluate"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import write_store
+from builders import copy_folder, write_store
 from fledge.conf.runtime.artifact import artifact, digest
 from fledge.conf.schema import Config, DraftConfig, DumpConfig, Positions, StoreConfig, TooLong, TrainConfig
 from fledge.data_synthesis.heldout import conversation_id, is_heldout, sequence_id
@@ -193,7 +193,7 @@ def test_the_vocabulary_of_several_stores_is_chosen_by_their_weighted_counts(fin
 def copied(finished, config, tmp_path):
     """Options that train on a copy of the finished run's store."""
     folder = tmp_path / "copy"
-    shutil.copytree(finished.path / "hidden_states", folder)
+    copy_folder(finished.path / "hidden_states", folder)
     return dataclasses.replace(config, dump=DumpConfig(folder=str(folder)))
 
 
