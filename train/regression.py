@@ -196,7 +196,7 @@ def _pieces(batch: PackedBatch, states: Tensor) -> Iterator[tuple[Tensor, Tensor
 def _found(head: DraftHead, pieces: list[tuple[Tensor, Tensor, Tensor]], embedding: Tensor) -> Tensor:
     """Return what share of its attention the second head of each group gives to rows that were fed the right token.
 
-    Of all rows that see one, [groups * rows] in all.
+    Of all rows, [groups * rows] in all: 0 for those that see none, which then teach nothing.
     """
     first, keys, shares = cast(Any, head.layers[0]), head.config.num_key_value_heads, list[Tensor]()
     for tokens, positions, states in pieces:
@@ -206,7 +206,7 @@ def _found(head: DraftHead, pieces: list[tuple[Tensor, Tensor, Tensor]], embeddi
             scores = torch.einsum("igd,mgd->gim", q.unflatten(1, (keys, -1))[:, :, 1], k) * q.shape[-1] ** -0.5
             later = torch.ones_like(right).triu(1)
             weights = scores.masked_fill(later, float("-inf")).softmax(-1)
-            shares.append((weights * right).sum(-1)[:, right.any(-1)].flatten())
+            shares.append((weights * right).sum(-1).flatten())
             return torch.zeros_like(q)
 
         fed = first.input_layernorm(head.embed(tokens[1:-1], embedding).float())

@@ -3,7 +3,8 @@
 Such a run shows tensors of two devices in one operation, results whose shape does not fit, every wait for the device
 (a value read is an error), how often kernels are launched and with what, and the memory at every moment, for shapes
 that fit no machine at hand. It shows nothing of values. A process of its own, with fake_gpu.cpp loaded: one command,
-`step "OPTION=VALUE ..." ...` (a training step each), `decode` or `dump`, prints one JSON line.
+`step "OPTION=VALUE ..." ...` (a training step each), `fit ...` (a new head each), `decode` or `dump`, prints one JSON
+line.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.models.head.draft_head import DraftHead
 from fledge.models.head.vocabulary import VocabularyMap
 from fledge.models.verifier.model import Verifier
+from fledge.train import regression
 from fledge.train.loss.losses import LOSSES
 from fledge.train.loss.rows import PackedBatch
 from fledge.train.loss.unroll import TTTModule
@@ -118,6 +120,23 @@ def run_step(arguments: str) -> dict[str, Any]:
             loss.backward()
     without = [name for name, parameter in head.named_parameters() if parameter.grad is None]
     return {"peak": memory.peak, "without_gradient": without, "sums": list(sums.shape), "launched": dict(LAUNCHED)}
+
+
+def run_fit(arguments: str) -> dict[str, Any]:
+    """Fit a new head to two packs, as `train.init=regression` does; options as those of a step."""
+    options = training_step.parse(["device=cuda", *arguments.split(), "ttt_steps=1"])
+    regression._STEPS = 3
+    regression.sum_over_ranks = lambda values: values
+    tokens = training_step.draw_batch(options)
+    tokens = dataclasses.replace(tokens, useful=tokens.useful_rows(1))
+    with FAKE:
+        head, embedding, _ = _models(options, torch.float32)
+        batch = _moved(tokens, options, torch.float32)
+        memory = Memory(*head.parameters(), *batch.states, embedding)
+        held = memory.peak
+        with memory:
+            regression.fit_head(head, lambda: [batch, batch], embedding)
+    return {"held": held, "peak": memory.peak}
 
 
 def _models(options: training_step.Options, dtype: torch.dtype) -> tuple[DraftHead, Tensor, Tensor]:
@@ -263,6 +282,7 @@ def _to_gpu(module: nn.Module) -> None:
 if __name__ == "__main__":
     stand_in()
     command, *steps = sys.argv[1:]
-    other = {"decode": run_decoding, "dump": run_dump}.get(command)
-    print(json.dumps(other() if other else [run_step(step) for step in steps]), flush=True)
+    alone, of_options = {"decode": run_decoding, "dump": run_dump}, {"step": run_step, "fit": run_fit}
+    results = alone[command]() if command in alone else [of_options[command](step) for step in steps]
+    print(json.dumps(results), flush=True)
     os._exit(0)  # the autograd threads of a GPU that is not there now and then abort a process that ends by itself

@@ -67,6 +67,10 @@ def test_attention_keeps_nothing_of_the_size_of_all_rows_squared(run_fake):
     assert result["peak"] < 0.3 * squared
 
 
+def test_a_new_head_is_fitted_on_its_gpu(run_fake):
+    run_fake("fit", *(SMALL + form for form in ("", "num_layers=2 documents=3 counted_share=0.6", "sliding_window=64")))
+
+
 # Of full width; activations, the loss and its gradients make up most of it.
 LARGE = ["preset=maverick seq_len=1024 recompute=true", "preset=llama31_8b seq_len=1024 documents=3 counted_share=0.6"]
 
