@@ -74,13 +74,23 @@ def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:
 def from_checkpoint(verifier: VerifierConfig, kind: Any, **more: Any) -> Any:
     """Load a part of the checkpoint by a class of transformers, which neither runs the repository's code nor asks to.
 
-    Raises ValueError if it is not there, transformers cannot load it, or it needs that code.
+    Raises ValueError if it is not there, transformers cannot load it, it needs that code, or is an adapter alone.
     """
     more |= {"revision": verifier.revision, "trust_remote_code": False}
     try:
         return kind.from_pretrained(verifier_location(verifier), **more)
     except (OSError, KeyError, ValueError, TypeError, ImportError, RuntimeError, StrictDataclassError) as error:
+        refuse_adapter(verifier)
         raise not_loadable(verifier, error) from error
+
+
+def refuse_adapter(config: VerifierConfig) -> None:
+    """Raise ValueError if a checkpoint that lacks something is a PEFT adapter alone."""
+    if checkpoint_file(config, "adapter_config.json"):
+        raise ValueError(
+            f"verifier.path {config.path!r} is a PEFT adapter, not a model: merge it into its base model and give that "
+            "folder (docs/guide/train.md, Adapt a head)"
+        )
 
 
 def load_whole_config(config: VerifierConfig) -> Any:

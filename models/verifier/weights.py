@@ -13,7 +13,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ...conf.runtime.artifact import differences
 from ...conf.schema import VerifierConfig
-from .config import checkpoint_file, empty_model, load_config, load_tokenizer, load_whole_config, tokenizer_identity
+from .config import (
+    checkpoint_file,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    load_whole_config,
+    refuse_adapter,
+    tokenizer_identity,
+)
 from .quantised import dense_matrix, quantisation
 
 _TOWERS = ("vision", "visual", "audio")  # in the names of what is no part of the text decoder
@@ -30,6 +38,7 @@ class VerifierWeights:
         else:
             single = checkpoint_file(config, "model.safetensors")
             if single is None:
+                refuse_adapter(config)
                 raise ValueError(
                     f"verifier.path {config.path!r} holds no safetensors weights (model.safetensors or its index)"
                 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import IMAGE_TEXT_MODELS, MODELS, SIZES, make_model, save_verifier
-from fledge.conf.schema import Dtype, VerifierConfig
+from fledge.conf.schema import Device, Dtype, VerifierConfig
 from fledge.data_synthesis.states.transformers_engine import read_documents
 from fledge.eval.decoding.prompt_lookup import NoDraft
 from fledge.eval.decoding.speculator import Request, Speculator
@@ -183,6 +183,19 @@ def test_a_hub_verifier_that_was_fetched_before_is_read_without_network(tmp_path
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([600, 64])" in done.stdout
+
+
+def test_an_adapter_without_its_model_is_told_from_a_missing_model(tmp_path, tiny_verifier_folder):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_verifier_folder, adapter, ignore=shutil.ignore_patterns("config.json", "model*"))
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    config = VerifierConfig(str(adapter), dtype=Dtype.float32, device=Device.cpu)
+    for reads in (Verifier.load, VerifierWeights, verifier_identity):
+        with pytest.raises(ValueError, match="is a PEFT adapter, not a model: merge it into its base model"):
+            reads(config)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        Verifier.load(config)
 
 
 def test_bfloat16_on_a_cpu_without_instructions_for_it_is_warned_of(verifier_config, caplog):
