@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import keyword
 import logging
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,10 @@ def from_checkpoint(verifier: VerifierConfig, kind: Any, **more: Any) -> Any:
 
 def refuse_adapter(config: VerifierConfig) -> None:
     """Raise ValueError if a checkpoint that lacks something is a PEFT adapter alone."""
-    if checkpoint_file(config, "adapter_config.json"):
+    found = None
+    with suppress(ValueError):  # not even there: whoever calls says so
+        found = checkpoint_file(config, "adapter_config.json")
+    if found:
         raise ValueError(
             f"verifier.path {config.path!r} is a PEFT adapter, not a model: merge it into its base model and give that "
             "folder (docs/guide/train.md, Adapt a head)"
