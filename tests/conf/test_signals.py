@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +22,7 @@ from sglang_double import sglang_double
 @pytest.mark.parametrize("stage", ["dump", "evaluate"])
 def test_a_signal_stops_a_stage_with_everything_saved(stage, finished, run):
     grows = {"dump": "hidden_states/shard-*.safetensors", "evaluate": "evaluation/questions.jsonl"}[stage]
-    copy_parts(finished, run)
-    if stage == "dump":
-        shutil.rmtree(run.path / "hidden_states")
-    else:
-        copy_parts(finished, run, "training")
+    copy_parts(finished, run, "conversations", *["hidden_states", "training"] * (stage == "evaluate"))
     options = {"dump": ["dump.shard_tokens=60", "dump.batch_tokens=64"], "evaluate": ["evaluate.max_tokens=64"]}[stage]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with popen(run.command(stage, *options), stderr=subprocess.PIPE, text=True, env=environment) as process:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from builders import write_store
+from builders import copy_folder, write_store
 from commands import run_command
 from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.eval.layers import _different, rank
@@ -50,8 +49,7 @@ def test_sets_next_to_one_that_is_kept_are_passed_over():
 
 def test_the_best_set_is_said_and_written_and_another_start_repeats_nothing(finished, tmp_path):
     run = tmp_path / "runs" / "run"
-    run.mkdir(parents=True)
-    shutil.copytree(finished.path / "conversations", run / "conversations")
+    copy_folder(finished.path / "conversations", run / "conversations")
     options = ["layers.size=2", "layers.num_sets=2", "layers.steps=2", "layers.conversations=20"]
     command = finished.command("layers", f"runs_dir={tmp_path / 'runs'}", *options)
     first = run_command(command, cwd=tmp_path)

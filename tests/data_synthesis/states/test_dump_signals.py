@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from builders import SMALL_DECODER, Run, conversation_record, conversations_run, save_byte_tokenizer
+from builders import SMALL_DECODER, Run, conversation_record, conversations_run, copy_parts, save_byte_tokenizer
 from commands import Started
 from fledge.conf.runtime.artifact import MANIFEST, read_manifest
 from fledge.conf.runtime.progress import Progress
@@ -75,10 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, slow_verifier: Path) -> Run:
 @pytest.fixture
 def slow(tmp_path: Path, whole: Run) -> Run:
     """The same run before its dump."""
-    run = Run(tmp_path / "runs", whole.verifier, options=whole.options)
-    for part in ("prompts", "conversations"):
-        shutil.copytree(whole.path / part, run.path / part)
-    return run
+    return copy_parts(whole, Run(tmp_path / "runs", whole.verifier, options=whole.options), "prompts", "conversations")
 
 
 @pytest.mark.parametrize(

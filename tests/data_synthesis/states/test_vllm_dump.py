@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -223,8 +222,7 @@ def test_a_worker_that_dies_is_told_with_its_last_words(tmp_path, verifier_confi
 
 
 def test_a_signal_that_ends_vllm_too_asks_for_another_start(finished, run, tmp_path):
-    copy_parts(finished, run)
-    shutil.rmtree(run.path / "hidden_states")
+    copy_parts(finished, run, "conversations")
     vllm = tmp_path / "python"
     vllm.write_text('#!/bin/sh\nkill -TERM "$2"\nexit 3\n')  # as Slurm does with all processes of a step
     vllm.chmod(0o755)

@@ -112,9 +112,7 @@ def test_write_shard_leaves_no_temporary_file_and_tells_its_size(tmp_path):
 @pytest.fixture
 def broken(finished, tmp_path):
     """A copy of a store, to be damaged."""
-    folder = tmp_path / "hidden_states"
-    copy_folder(finished.path / "hidden_states", folder)
-    return folder
+    return copy_folder(finished.path / "hidden_states", tmp_path / "hidden_states")
 
 
 def test_a_flipped_bit_a_truncated_and_a_missing_shard_are_named(broken):

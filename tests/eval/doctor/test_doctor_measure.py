@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import Run, make_head, matrices
+from builders import Run, copy_parts, make_head, matrices
 from fledge.conf.schema import Config, HeadImportConfig
 from fledge.data_synthesis.conversations import read_conversations
 from fledge.eval.doctor import measure
@@ -273,7 +272,7 @@ def test_the_command_names_the_form_and_a_second_run_finds_nothing(tmp_path, tra
 @pytest.mark.slow
 def test_an_unusual_numbering_is_no_finding_where_the_weights_were_trained_for_it(tmp_path, trained_run, config):
     run = Run(tmp_path, trained_run.verifier, options=trained_run.options)
-    shutil.copytree(trained_run.path / "conversations", run.path / "conversations")
+    copy_parts(trained_run, run, "conversations")
     for stage in ("dump", "train"):
         run(stage, "draft.aux_layers=[2,4,5]")
     folder = tmp_path / "head"

@@ -133,10 +133,9 @@ def run_fit(arguments: str) -> dict[str, Any]:
         head, embedding, _ = _models(options, torch.float32)
         batch = _moved(tokens, options, torch.float32)
         memory = Memory(*head.parameters(), *batch.states, embedding)
-        held = memory.peak
         with memory:
             regression.fit_head(head, lambda: [batch, batch], embedding)
-    return {"held": held, "peak": memory.peak}
+    return {"peak": memory.peak}
 
 
 def _models(options: training_step.Options, dtype: torch.dtype) -> tuple[DraftHead, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import Run
+from builders import Run, copy_parts
 from fledge.conf.schema import Config, Device, Dtype, VerifierConfig
 from fledge.eval.doctor.doctor import diagnose, report
 from fledge.models.formats.fields import AUX_IDS as IDS
@@ -178,7 +178,7 @@ def sound(tmp_path_factory) -> Callable[[str], Sound]:
 
     def make(form: str) -> Sound:
         run = Run(folder, verifier, form.replace(" ", "_"), [*OPTIONS, *FORMS[form]])
-        shutil.copytree(first.path / "conversations", run.path / "conversations")
+        copy_parts(first, run, "conversations")
         for stage in ("dump", "train", "evaluate"):
             run(stage)
         run("export", "export.dtype=float32", "export.format=all")

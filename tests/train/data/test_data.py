@@ -192,8 +192,7 @@ def test_the_vocabulary_of_several_stores_is_chosen_by_their_weighted_counts(fin
 @pytest.fixture
 def copied(finished, config, tmp_path):
     """Options that train on a copy of the finished run's store."""
-    folder = tmp_path / "copy"
-    copy_folder(finished.path / "hidden_states", folder)
+    folder = copy_folder(finished.path / "hidden_states", tmp_path / "copy")
     return dataclasses.replace(config, dump=DumpConfig(folder=str(folder)))
 
 
