@@ -15,13 +15,16 @@ from ..conf.runtime.artifact import write_atomic
 from ..conf.runtime.launch import run_alone
 from ..conf.schema import Config, StoreConfig
 from ..conf.schema.free_names import quoted
+from ..data_synthesis.heldout import is_heldout
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.plain import load_head
 from ..models.formats.training_folder import checkpoint_steps, head_folder
 from ..models.import_head import import_folder
+from .figures.metrics import FEWEST
 from .figures.walks import tables
 
 _REPORT = "adaptation.md"
+_MEASUREMENTS = 10  # of a training: what is kept is the best of so many checkpoints
 
 
 def adapt(config: Config) -> None:
@@ -37,12 +40,19 @@ def adapt(config: Config) -> None:
     shared = [f"draft.{name}={_written(value)}" for name, value in load_head(head)[0].config.options().items()] + typed
     for stage in ("synthesize", "dump"):
         run_alone(stage, shared)
-    values = {"init_from": str(head), "init": "random", "stores": [own, *options.replay], "patience": options.patience}
+    stores = [own, *options.replay]
+    if (num_heldout := len(_heldout_ids(stores)[0])) < FEWEST:
+        raise ValueError(
+            f"adapt measures gain on {FEWEST} held-out conversations of its own or more, and has {num_heldout}: raise "
+            "data.heldout_share or data.limit, under another name or with overwrite=true"
+        )
+    shared = [f"train.{name}={_steps_between(config, stores)}" for name in ("save_every", "heldout_every")] + shared
+    values = {"init_from": str(head), "init": "random", "stores": stores, "patience": options.patience}
     values |= {"max_forgetting": options.max_forgetting} if options.replay else {}
     training = [f"train.{name}={_written(value)}" for name, value in values.items()]
     run_alone("train", [*shared, *training], config.train.num_processes)
     run_alone("export", [*shared, *training])
-    report = adaptation(config.training_folder, [own, *options.replay], str(options.head))
+    report = adaptation(config.training_folder, stores, str(options.head))
     write_atomic(config.run_folder / _REPORT, report)
     print(f"{report}\nadaptation: {config.run_folder / _REPORT}")
 
@@ -53,6 +63,28 @@ def _source(head: str | None) -> str:
         raise ValueError("adapt.head is required: a run, a checkpoint, an export, or a published head's folder or id")
     training = Path(head) / "training"
     return str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head
+
+
+def _steps_between(config: Config, stores: list[StoreConfig]) -> int:
+    """Return after how many steps to save and measure, unless it is typed: a tenth of all."""
+    options = config.train
+    tokens = sum(store.weight * sum(_opened(store).lengths) for store in stores)
+    steps = options.max_steps or options.epochs * tokens / (options.batch_tokens * options.packs_per_step)
+    return max(1, round(steps / _MEASUREMENTS))
+
+
+def _opened(store: StoreConfig) -> HiddenStateStore:
+    return HiddenStateStore(Path(store.folder), with_states=False)
+
+
+def _heldout_ids(stores: list[StoreConfig]) -> list[set[str]]:
+    """Return what each store holds out; an id that several do is the first one's, as in training."""
+    seen, by_store = set[str](), list[set[str]]()
+    for store in map(_opened, stores):
+        share = store.manifest["settings"]["heldout_share"]
+        by_store.append({name for name in store.ids if is_heldout(name, share)} - seen)
+        seen |= by_store[-1]
+    return by_store
 
 
 def _written(value: Any) -> str:
@@ -71,8 +103,7 @@ def adaptation(training: Path, stores: list[StoreConfig], head: str) -> str:
     parts = [f"# Adaptation of {head}", f"The best checkpoint is {best.name}."]
     if best.name == "step-0":
         parts.append("**Nothing was gained: the head stays as it was.**")
-    for number, store in enumerate(stores):
-        ids = set(HiddenStateStore(Path(store.folder), with_states=False).ids)
+    for number, (store, ids) in enumerate(zip(stores, _heldout_ids(stores), strict=True)):
         parts += [
             f"## {'Its own texts' if not number else 'What it could before'}: {store.folder}",
             *tables(checkpoints, ids),

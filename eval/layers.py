@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from ..conf.runtime.artifact import write_json
 from ..conf.runtime.launch import run_alone
@@ -49,7 +50,8 @@ def layers(config: Config) -> None:
     recorded = sorted({*candidates, *head.aux_layers})
     store = folder / "hidden_states"
     typed = list(HydraConfig.get().overrides.task)
-    shared = [*typed, f"dump.folder={quoted(store)}", f"dump.limit={options.conversations}", "train.stores=[]"]
+    shared = [*typed, f"dump.folder={quoted(store)}", f"dump.limit={options.conversations}"]
+    shared += ["train.stores=[]", "train.hidden_states=offline"]  # states of many sets from one pass of the verifier
     run_alone("dump", [*shared, f"draft.aux_layers={recorded}"], 1)
     ranked = rank(HiddenStateStore(store), VerifierWeights(config.verifier), candidates, options.size)
     print(f"layers: linear heads of {len(ranked)} sets; the best:", flush=True)
@@ -139,9 +141,12 @@ class _Products:
             rows = (mask[1:-1] & mask[2:]).nonzero().squeeze(1)  # a state, the token fed after it, and its target
             assert sample.aux_hidden_states is not None
             assert sample.last_hidden_state is not None
+            if not (sample.aux_hidden_states.isfinite().all() and sample.last_hidden_state.isfinite().all()):
+                continue
             states = sample.aux_hidden_states[rows].float().unflatten(-1, (len(self._candidates), -1))
-            features = torch.einsum("tlh,lhw->tlw", _normed(states), self._state).flatten(1)
-            x = torch.cat([features, _normed(self._token[sample.input_ids[rows + 1].long()])], 1)
+            features = torch.einsum("tlh,lhw->tlw", rms_norm(states, states.shape[-1:]), self._state).flatten(1)
+            token = self._token[sample.input_ids[rows + 1].long()]
+            x = torch.cat([features, rms_norm(token, token.shape[-1:])], 1)
             y = sample.last_hidden_state[rows + 1].float() @ self._logits
             found = {"xx": x.T @ x, "xy": x.T @ y, "yy": y.square().sum(0), "y": y.sum(0), "rows": len(rows)}
             sums = {name: sums[name] + value for name, value in found.items()}
@@ -158,7 +163,3 @@ class _Products:
         error = error + (weights * (judged["xx"][columns][:, columns] @ weights)).sum(0)
         variance = judged["yy"] - judged["y"].square() / judged["rows"]
         return float(1 - error.sum() / variance.sum())
-
-
-def _normed(states: Tensor) -> Tensor:
-    return states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()

@@ -58,7 +58,7 @@ class TrainerState:
         is_first = self.best_step is None or measure != self.best_measure
         if options.max_forgetting is not None:
             others = total(one for name, one in counts.items() if name not in of_first_store).acceptance_length
-            self.start_elsewhere = others if is_first else self.start_elsewhere
+            self.start_elsewhere = others if measure != self.best_measure else self.start_elsewhere
             lost = self.start_elsewhere - others
             counts = {name: one for name, one in counts.items() if name in of_first_store}
         length = total(counts.values()).acceptance_length
@@ -145,7 +145,9 @@ def _not_written(target: Path, error: Exception, what: str, or_else: str) -> Val
 def _name(folder: Path, state: TrainerState) -> None:
     """Write which checkpoint is the latest and which the best."""
     for name, step in {LATEST: state.step, BEST: state.best_step}.items():
-        if step is not None:
+        if step is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
             write_atomic(folder / name, f"step-{step}\n")
 
 
@@ -197,6 +199,8 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainerState:
             torch.cuda.set_rng_state(rng["cuda"])
     names = [entry.name for entry in dataclasses.fields(TrainerState)]
     state = TrainerState(**{name: values[name] for name in names if name in values})
+    if state.best_step not in checkpoint_steps(folder):  # deleted, as was one that was better since
+        state.best_step = None
     for length, by_sample in read_walks(newest).items():
         state.heldout[length] = {sample_id: HeldoutCounts(**counts) for sample_id, counts in by_sample.items()}
     if rank == 0:

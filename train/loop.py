@@ -59,7 +59,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         stop = False
         if options.init_from and self.data.split.heldout and not state.step and state.best_step is None:
-            self._measure(save=True)  # what that head can
+            self._measure(note=True, save=True)  # what that head can
         self.meter.restart()
         while state.step < self.num_steps and not (stop or state.ended):
             with self.meter.timed("waiting"):
@@ -75,7 +75,7 @@ class Trainer:
                     self.tracker.log(state.step, metrics)
             with self.meter.timed("paused"):
                 if measure:
-                    self._measure(save or stop)
+                    self._measure(save, save or stop)
                 elif save or stop:
                     self._save({})
             if progress is not None:
@@ -124,7 +124,9 @@ class Trainer:
     def _skip(self, packs: list[PackedBatch], losses: list[Tensor]) -> None:
         """Count a step without an update, name the samples whose loss was not finite; ValueError if too often."""
         state, here = self.state, [pack for pack, loss in zip(packs, losses, strict=True) if not loss.isfinite()]
-        gathered = self.ranks.gather([name for pack in here for name in pack.non_finite_samples()])
+        found = [[*zip(pack.sample_ids, pack.finite_documents(), strict=True)] for pack in here]
+        bad = [[name for name, finite in pack if not finite] or [name for name, _ in pack] for pack in found]
+        gathered = self.ranks.gather(list(itertools.chain.from_iterable(bad)))
         names = list(itertools.chain.from_iterable(gathered))
         cause = f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the gradient"
         state.skipped_steps += 1
@@ -142,14 +144,15 @@ class Trainer:
         batch = batch.to(self.ranks.device, self.embedding.dtype, ttt_steps)
         return self.online.fill(batch) if self.online else batch
 
-    def _measure(self, save: bool) -> None:
-        """Measure held-out acceptance, record it, and save a checkpoint, which may be the best."""
+    def _measure(self, note: bool, save: bool) -> None:
+        """Measure held-out acceptance, record it, and save a checkpoint; `note`: which may be the best."""
         state = self.state
         self._measure_heldout()
         if self.tracker:
             self.tracker.log(state.step, heldout_metrics(state.heldout, self.data.heldout_ids))
-        if save:
+        if note:
             state.note_best(self.draft_depth, self.options, self.data.heldout_ids[0])
+        if save:
             self._save(state.heldout)
 
     def _save(self, heldout: HeldoutByLength) -> None:
@@ -160,7 +163,8 @@ class Trainer:
     def _measure_heldout(self) -> None:
         """Count acceptance on the held-out answers, of which every rank takes its share."""
         lengths = sorted({self.draft_depth, self.options.ttt_steps})
-        batches = (self._to_device(batch, lengths[-1]) for batch in self.data.heldout_batches(lengths[-1]))
+        read = self.data.heldout_batches(lengths[-1])
+        batches = (self._to_device(batch, lengths[-1]).without_non_finite() for batch in read)
         mine = count_heldout(self.module, batches, self.embedding, self.verifier_lm_head, lengths)
         of_ranks = self.ranks.gather(mine)
         self.state.heldout = {

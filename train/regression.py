@@ -54,12 +54,17 @@ def check_form(options: TrainConfig, config: DraftHeadConfig) -> None:
 
 @torch.no_grad()
 def fit_head(
-    head: DraftHead, batches: Callable[[], Iterable[PackedBatch]], embedding: Tensor, num_per_step: int = 1
+    head: DraftHead,
+    batches: Callable[[], Iterable[PackedBatch]],
+    embedding: Tensor,
+    num_per_step: int = 1,
+    num_looking_back: int | None = None,
 ) -> None:
     """Fit a new head, in float32 as it is, to batches with states in float32, the same ones at each call.
 
-    `embedding` [V, H] is the verifier's. Every rank gives its own batches, `num_per_step` for a step that trains what
-    looks back, and gets the same weights.
+    `embedding` [V, H] is the verifier's. Every rank gives its own batches, and gets the same weights. What looks back
+    is trained on the first `num_looking_back` of them (None: all), `num_per_step` for a step; their states stay in
+    memory.
     """
     first: Any = head.layers[0]
     width = head.config.hidden_size
@@ -95,7 +100,7 @@ def fit_head(
         linear.weight[:, columns] = _ridge(left(linear, columns))[0].T
 
     if len(slow):
-        _look_back(head, batches(), embedding, num_per_step, slow)
+        _look_back(head, itertools.islice(batches(), num_looking_back), embedding, num_per_step, slow)
         columns = torch.arange(first.self_attn.o_proj.in_features, device=embedding.device)
         by_head = columns.view(head.config.num_key_value_heads, -1, head.config.head_dim)
         fit(first.self_attn.o_proj, by_head[:, 1].flatten())

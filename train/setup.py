@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import secrets
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..conf.runtime.artifact import Artifact, artifact, digest, file_digest, find_artifact, write_atomic
+from ..conf.runtime.artifact import Artifact, artifact, digest, find_artifact, write_atomic
 from ..conf.runtime.signals import deferred
 from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName, Positions, TrainConfig
 from ..data_synthesis.states.verifier_check import check_verifier
-from ..models.formats.plain import WEIGHTS, load_head
+from ..models.formats.plain import head_digest, load_head
 from ..models.formats.training_folder import checkpoint_steps
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
@@ -130,14 +131,22 @@ def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, 
     """Return everything that determines the weights."""
     options, is_online = config.train, config.train.hidden_states is HiddenStates.online
     values = [item for item in asdict(options).items() if item[0] not in _NOT_DETERMINING and item not in _UNSET]
+    # What acceptance is measured on, if the training's end depends on what it was at step 0.
+    measured = [_draft_depth(config), options.heldout_samples] if options.max_forgetting is not None else None
     return {
+        **({"measured": measured} if measured else {}),
         "hidden_states": data.settings,
         **({"verifier_dtype": config.verifier.dtype.value} if is_online else {}),
         "draft_vocabulary": digest(head.target_ids.tolist()),
         "draft": {name: value for name, value in asdict(config.draft).items() if value or name not in _LATER},
         "train": {name: value.value if isinstance(value, Enum) else value for name, value in values},
-        "init_from": file_digest(Path(options.init_from) / WEIGHTS) if options.init_from else None,
+        "init_from": head_digest(Path(options.init_from)) if options.init_from else None,
     }
+
+
+def _draft_depth(config: Config) -> int:
+    """Return for how many draft tokens held-out acceptance tells the best checkpoint."""
+    return config.evaluate.draft_depth or config.train.ttt_steps  # 0 is an evaluation of the verifier alone
 
 
 def _build_trainer(
@@ -184,7 +193,7 @@ def _build_trainer(
     return Trainer(
         *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),
         acceptance=torch.tensor(state.acceptance or [0.0] * options.ttt_steps, device=ranks.device),
-        draft_depth=config.evaluate.draft_depth,
+        draft_depth=_draft_depth(config),
         save=partial(save_checkpoint, engine, head, checkpoints, record, options.keep_checkpoints),
         tracker=_open_records(config, data, kernels, target, state.step) if target else None,
     )
@@ -199,8 +208,13 @@ def _fit(
     embedding: Tensor,
 ) -> None:
     """Fit a new head to the states of the first packs, of which this rank reads its share."""
-    steps = -(-min(data.packs_per_epoch, num_packs(head.config, options.batch_tokens)) // options.packs_per_step)
-    packs = micro_batches(options.packs_per_step)
+    enough, packs = num_packs(head.config, options.batch_tokens), micro_batches(options.packs_per_step)
+    counts = [store.manifest["counts"] for store in data.stores]
+    tokens, counted = (sum(one[name] for one in counts) for name in ("tokens", "counted_tokens"))
+    rows = 1.0 if options.positions is Positions.all else counted / tokens
+    steps, looking_back = (
+        math.ceil(min(data.packs_per_epoch, number) / options.packs_per_step) for number in (enough / rows, enough)
+    )
     if ranks.rank == 0:
         tokens = steps * options.packs_per_step * options.batch_tokens
         print(f"train: fits the head to {tokens:,} tokens", flush=True)
@@ -208,11 +222,11 @@ def _fit(
     def batches() -> Iterator[PackedBatch]:
         for pack in itertools.islice(data.batches(0), steps * packs):
             batch = pack.to(ranks.device, embedding.dtype, 1)
-            batch = online.fill(batch) if online else batch
+            batch = (online.fill(batch) if online else batch).without_non_finite()
             aux, last = batch.states
             yield replace(batch, aux_hidden_states=aux.float(), last_hidden_state=last.float())
 
-    fit_head(head, batches, embedding, packs)
+    fit_head(head, batches, embedding, packs, looking_back * packs)
 
 
 def _build_module(

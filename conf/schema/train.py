@@ -105,7 +105,7 @@ class TrainConfig:
     seed: int = 0  # seed of initialisation and order
     log_every: PositiveInt = 10  # steps between log records
     heldout_every: PositiveInt = 200  # steps between measurements of held-out acceptance length
-    heldout_samples: PositiveInt = 256  # most held-out conversations it is measured on
+    heldout_samples: PositiveInt = 256  # most held-out conversations of each store it is measured on
     save_every: PositiveInt = 500  # steps between checkpoints
     keep_checkpoints: PositiveInt = 2  # newest checkpoints that stay, next to the best
     # checkpoints in a row that are no better than the best, until training ends; null: it makes all its steps

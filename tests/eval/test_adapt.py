@@ -7,8 +7,11 @@ import re
 import shutil
 
 import torch
-from builders import Run, as_if_killed_after
+from builders import Run, as_if_killed_after, composed
 from commands import run_command
+from fledge.conf.runtime.artifact import read_manifest
+from fledge.conf.schema import StoreConfig
+from fledge.eval.adapt import _steps_between
 from fledge.models.formats.plain import load_head
 from fledge.models.formats.training_folder import read_walks
 from safetensors.torch import load_file, save_file
@@ -68,11 +71,21 @@ def test_a_head_goes_on_with_a_verifier_that_was_tuned(finished, tmp_path):
     assert torch.equal(start.fc.weight, load_head(export)[0].fc.weight)
 
 
+def test_it_measures_ten_times_unless_it_is_told_when(finished):
+    config = composed(*finished.arguments("train.max_steps=null", "train.epochs=5", "train.packs_per_step=2"))
+    stores = [StoreConfig(str(config.hidden_states_folder), weight=weight) for weight in (1.0, 0.5)]
+    tokens = read_manifest(config.hidden_states_folder, "hidden_states")["counts"]["tokens"]
+    assert _steps_between(config, stores) == round(1.5 * tokens * 5 / (2 * config.train.batch_tokens) / 10) > 1
+    config.train.max_steps = 7
+    assert _steps_between(config, stores) == 1
+
+
 def test_what_adapt_needs_is_asked_for(finished, tmp_path):
     for options, error in (
         ([], "adapt.head is required"),
         ([f"adapt.head={finished.path}", "data.heldout_share=0"], "data.heldout_share must be above 0"),
         ([f"adapt.head={tmp_path}"], "config.json"),
+        ([f"adapt.head={finished.path}", "data.limit=8", "data.heldout_share=0.1"], "raise data.heldout_share or"),
     ):
         done = run_command(finished.command("adapt", f"runs_dir={tmp_path}", *options))
         assert done.returncode == 2, done.stderr

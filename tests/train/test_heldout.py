@@ -39,6 +39,19 @@ def decoded_row(head, ids, aux, last, row, num, transform):
     return hits, overlaps
 
 
+def test_a_conversation_whose_states_are_not_finite_leaves_the_others_as_they_are():
+    head, (embedding, lm_head) = make_head(), matrices()
+    module, batch = TTTModule(head, 2, 0.8), make_batch([13, 9, 9], seed=8)
+    sound = count_heldout(module, [batch], embedding, lm_head, [3])[3]
+    batch.aux_hidden_states[15] = torch.nan
+    broken = count_heldout(module, [batch.without_non_finite()], embedding, lm_head, [3])[3]
+    first, second, third = batch.sample_ids
+    assert sound[second].rows > 0
+    assert broken[second] == HeldoutCounts()
+    assert broken[first] == sound[first]
+    assert broken[third] == sound[third]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("changes", "first_outside"),

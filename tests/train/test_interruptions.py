@@ -175,6 +175,18 @@ def test_the_best_checkpoint_stays_and_is_the_one_that_is_used(finished, run):
     assert head_folder("latest", training) == checkpoints(run) / "step-24"
 
 
+def test_a_best_checkpoint_that_is_gone_is_named_no_more(finished, run):
+    copy_parts(finished, run)
+    run("train", "train.save_every=6")
+    as_if_killed_after(run, 12)
+    file = checkpoints(run) / "step-12" / "trainer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "best_step": 5, "best_acceptance_length": 3.9}))
+    run("train", "train.save_every=6")
+    state = json.loads((checkpoints(run) / "step-24" / "trainer.json").read_text())
+    assert state["best_step"] in (18, 24)
+    assert head_folder("best", run.path / "training").is_dir()
+
+
 def test_another_measure_of_held_out_acceptance_makes_the_best_checkpoint_anew(finished, run):
     copy_parts(finished, run)
     run("train")

@@ -144,8 +144,8 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
     nodes = [RankInfo(node, 2, address="127.0.0.1", port=free_port()) for node in range(2)]
     nodes = [replace(node, port=nodes[0].port) for node in nodes]
 
-    def own(*options: str) -> list[dict[str, str]]:
-        return [{**place, **dict.fromkeys(options, "1")} for place in slurm_environments()]
+    def own(**options: str) -> list[dict[str, str]]:
+        return [{**place, **options} for place in slurm_environments()]
 
     return {
         "alone": ([{}], 8, [0]),
@@ -155,9 +155,10 @@ def launches() -> dict[str, tuple[list[dict[str, str]], int, list[int]]]:
         "train.num_processes": (environments(2), 4, [0, 2]),
         "fledge submit": ([place for node in nodes for place in environments(2, node)], 8, [0, 4, 0, 4]),
         "srun, one task a GPU": (own(), 2, [0, 1]),
-        "srun --gpus-per-task=1": (own("SLURM_GPUS_PER_TASK"), 1, [0, 0]),
-        "srun --gpus-per-task=2": (own("SLURM_GPUS_PER_TASK"), 2, [0, 0]),
-        "srun --tres-per-task=gres/gpu:1": (own("SLURM_TRES_PER_TASK"), 1, [0, 0]),
+        "srun --gpus-per-task=1": (own(SLURM_GPUS_PER_TASK="1"), 1, [0, 0]),
+        "srun --gpus-per-task=2": (own(SLURM_GPUS_PER_TASK="1"), 2, [0, 0]),
+        "srun --tres-per-task=gres/gpu:1": (own(SLURM_TRES_PER_TASK="gres/gpu:1"), 1, [0, 0]),
+        "srun --cpus-per-task=8": (own(SLURM_TRES_PER_TASK="cpu=8"), 2, [0, 1]),
         "deepspeed": (deepspeed, 4, [0, 2]),
         "torch's variables in mpirun": (mpirun, 8, [0, 4]),
     }

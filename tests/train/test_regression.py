@@ -67,6 +67,16 @@ def test_a_fitted_head_foresees_what_follows_from_its_inputs(changes):
     assert likeness(head, shuffled, embedding) < 0.75, "it reads the token that is fed"
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_a_sample_whose_states_are_not_finite_takes_no_part():
+    head = make_head(**{**SIZES, "num_key_value_heads": 2, "draft_vocab_size": None})
+    batch, embedding = foreseeable(head, [40] * 60)
+    batch.last_hidden_state[45] = torch.inf
+    regression.fit_head(head, lambda: [batch.without_non_finite()], embedding)
+    assert all(parameter.isfinite().all() for parameter in head.parameters())
+    assert likeness(head, *foreseeable(head, [40] * 60)) > 0.9
+
+
 def repeating():
     """Texts that say random tokens three times; the state at a position is that of the token after it."""
     batch, (embedding, _) = make_batch([60] * 20, seed=5), matrices()

@@ -220,6 +220,14 @@ class TrainingData:
         self.stores = [HiddenStateStore(Path(source.folder), with_states=offline) for source in sources]
         for store in self.stores:
             self._check(store)
+        largest = max(self.stores, key=lambda store: store.manifest["settings"]["heldout_share"])
+        for store in self.stores:
+            share, most = (one.manifest["settings"]["heldout_share"] for one in (store, largest))
+            if store.manifest["settings"].get("join_length") and share < most:
+                raise ValueError(
+                    f"{store.folder} has joined samples (dump.join_length), so what {largest.folder} holds out "
+                    f"(data.heldout_share={most}) cannot be kept from training in it: dump it with that share"
+                )
         self._weights = [source.weight for source in sources]
         self.settings: list[dict[str, Any]] = []  # what determines the samples that are trained on
         for store, source in zip(self.stores, sources, strict=True):
@@ -227,11 +235,7 @@ class TrainingData:
             self.settings.append({"digest": store.manifest["digest"], "weight": source.weight, **limit})
         limits = [source.limit if source.weight else 0 for source in sources]
         self.split = Split.of(self.stores, options.batch_tokens, options.too_long, limits)
-        ids = [sample_id for store in self.stores for sample_id in store.ids]
-        ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
-        conversations = itertools.groupby(ordered, key=lambda sample: conversation_id(ids[sample]))
-        chosen = itertools.islice(conversations, options.heldout_samples)
-        self.heldout = [sample for _, sequences in chosen for sample in sequences]
+        self.heldout = self._chosen(options.heldout_samples)
         own, *others = self.heldout_ids
         if options.max_forgetting is not None and not (own and any(others)):
             raise ValueError(
@@ -247,6 +251,18 @@ class TrainingData:
                 )
         self._packs = PackStream(self.split.lengths, parts, options.batch_tokens, options.seed)
         self.packs_per_epoch = len(self._packs.epoch(0))
+
+    def _chosen(self, most: int) -> list[int]:
+        """Return the held-out samples that are measured, `most` conversations of each store."""
+        ids = [sample_id for store in self.stores for sample_id in store.ids]
+        ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
+        chosen, end = list[int](), 0
+        for store in self.stores:
+            first, end = end, end + len(store)
+            of_store = [sample for sample in ordered if first <= sample < end]
+            conversations = itertools.groupby(of_store, key=lambda sample: conversation_id(ids[sample]))
+            chosen += [sample for _, sequences in itertools.islice(conversations, most) for sample in sequences]
+        return chosen
 
     def _check(self, store: HiddenStateStore) -> None:
         recorded = store.manifest["settings"]

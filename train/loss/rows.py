@@ -107,12 +107,21 @@ class PackedBatch:
         assert self.last_hidden_state is not None
         return self.aux_hidden_states, self.last_hidden_state
 
-    def non_finite_samples(self) -> list[str]:
-        """Return the ids of the documents with states that are not finite, or of all if every state is finite."""
+    def finite_documents(self) -> list[bool]:
+        """Return of each document whether all its states are finite; waits for the device."""
         aux, last = self.states
         finite = (aux.isfinite().all(-1) & last.isfinite().all(-1)).cpu()
-        parts = zip(self.sample_ids, finite.split(self.lengths), strict=True)
-        return [name for name, part in parts if not part.all()] or self.sample_ids
+        return [bool(part.all()) for part in finite.split(self.lengths)]
+
+    def without_non_finite(self) -> PackedBatch:
+        """Return the batch with zeros as the states of documents that are not finite, of which no row counts then."""
+        finite = self.finite_documents()
+        if all(finite):
+            return self
+        keep = torch.tensor(finite).repeat_interleave(torch.tensor(self.lengths)).to(self.loss_mask.device)
+        aux, last = (torch.where(keep[:, None], states, 0) for states in self.states)
+        mask = self.loss_mask & keep
+        return replace(self, aux_hidden_states=aux, last_hidden_state=last, loss_mask=mask, useful=None)
 
     def useful_rows(self, ttt_steps: int) -> UsefulRows:
         """Return the useful rows of K steps; those found by `to` if they are for as many."""

@@ -320,6 +320,30 @@ def test_held_out_conversations_are_taken_with_all_their_sequences_and_trained_o
     assert trained == set(names) - set(held)
 
 
+def test_each_store_has_its_own_share_of_the_held_out_conversations(finished, config, tmp_path):
+    like, mask = finished.path / "hidden_states", "0" * 5 + "1" * 5
+    large = write_store(tmp_path / "large", like, {f"large/{n}": mask for n in range(400)}, 0.5)
+    small = write_store(tmp_path / "small", like, {f"small/{n}": mask for n in range(10)}, 0.5)
+    stores = [StoreConfig(str(small)), StoreConfig(str(large))]
+    train = dataclasses.replace(config.train, stores=stores, heldout_samples=3)
+    few, many = opened(dataclasses.replace(config, train=train)).heldout_ids
+    assert [len(few), len(many)] == [3, 3]
+    assert all(name.startswith("small/") for name in few)
+
+
+def test_a_store_of_joined_samples_must_hold_out_what_another_does(finished, config, tmp_path):
+    like, mask = finished.path / "hidden_states", "0" * 5 + "1" * 5
+    folders = [
+        write_store(tmp_path / n, like, {f"{n}/{i}": mask for i in range(40)}, s) for n, s in (("a", 0.1), ("b", 0.3))
+    ]
+    manifest = folders[0] / "manifest.json"
+    train = dataclasses.replace(config.train, stores=[StoreConfig(str(folder)) for folder in folders])
+    opened(dataclasses.replace(config, train=train))
+    manifest.write_text(manifest.read_text().replace('"heldout_share"', '"join_length": 64, "heldout_share"'))
+    with pytest.raises(ValueError, match=r"a has joined samples .*heldout_share=0.3"):
+        opened(dataclasses.replace(config, train=train))
+
+
 def test_a_pickled_store_maps_its_shards_anew_and_what_is_wrong_is_said_by_the_trainer(copied):
     with opened(changed(copied, data_workers=1)) as data:
         sample, again = (store[3] for store in (data.stores[0], pickle.loads(pickle.dumps(data.stores[0]))))
