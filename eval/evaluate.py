@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ..conf.runtime.artifact import artifact, differences, file_digest, find_artifact, read_manifest, write_json
+from ..conf.runtime.artifact import artifact, differences, find_artifact, read_manifest, write_json
 from ..conf.schema import Config, EvaluateEngine
-from ..models.formats.plain import WEIGHTS, load_head
+from ..models.formats.plain import head_digest, load_head
 from ..models.formats.training_folder import head_folder
 from ..models.head.draft_head import DraftHead
 from ..models.kernels.self_check import require_gpu
@@ -58,7 +58,7 @@ def evaluate(config: Config) -> dict[str, Any]:
             write_json(target.folder / ACCEPTANCE, results)
             track(config, source, settings, target.folder, results)
             target.finish()
-        results = write_report(target.folder, config.training_folder)
+        results = write_report(target.folder, config.training_folder, source)
         print_table(results)
         if config.evaluate.history:
             print(add_to_history(Path(config.evaluate.history), config.name, results))
@@ -100,7 +100,7 @@ def _settings(
     return {
         "verifier": verifier,
         **engine,
-        "head": file_digest(source / WEIGHTS) if source else None,
+        "head": head_digest(source) if source else None,
         "questions": questions_identity(questions),
         **{name: getattr(options, name) for name in ("num_draft_tokens", "max_tokens", "batch_size")},
         "tree": [options.tree_depth, options.tree_top_k] if options.tree_depth else None,

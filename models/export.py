@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..conf.runtime.artifact import MANIFEST, commit, digest, file_digest, held, write_atomic, write_json
+from ..conf.runtime.artifact import MANIFEST, commit, digest, held, write_atomic, write_json
 from ..conf.schema import Config, ExportFormat
 from .formats.engine_forms import VLLM
 from .formats.model_card import license_of, model_card
-from .formats.plain import WEIGHTS, load_head
+from .formats.plain import WEIGHTS, head_digest, load_head
 from .formats.serving_formats import SERVING_FORMATS, ExportedHead, vllm_command
 from .formats.serving_notes import engines_of, serving_files, unserved
 from .formats.training_folder import head_folder
@@ -114,7 +114,7 @@ def _exported(
 def _export_one(config: Config, exported: ExportedHead, source: Path, head: DraftHead, record: dict[str, Any]) -> None:
     options, folder = config.export, config.run_folder / "exports" / exported.format
     texts = {**serving_files(exported), "README.md": _card(config, source, exported)}
-    settings: dict[str, Any] = {"head": file_digest(source / WEIGHTS), "dtype": exported.dtype}
+    settings: dict[str, Any] = {"head": head_digest(source), "dtype": exported.dtype}
     settings |= {"format": exported.format, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
     settings |= {} if exported.lm_head else {"lm_head": False}
     if _write(folder, exported, head, record, texts, settings):
@@ -169,10 +169,10 @@ def _card(config: Config, source: Path, exported: ExportedHead) -> str:
 
 
 def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
-    """Return acceptance.json of the run if it was measured with this very head, by the weights' checksum."""
+    """Return acceptance.json of the run if it was measured with this very head, by its digest."""
     path = config.run_folder / "evaluation" / "acceptance.json"
     measured = (_manifest(path.parent).get("settings") or {}).get("head")
-    this = path.is_file() and measured == file_digest(source / WEIGHTS)
+    this = path.is_file() and measured == head_digest(source)
     return json.loads(path.read_text()) if this else None
 
 

@@ -108,8 +108,8 @@ def _acceptance(results: dict[str, Any]) -> str:
     conditions = (
         f"{results['num_questions']} questions (`{Path(str(results['questions'])).name}`), "
         f"{results['num_draft_tokens_per_round']} draft tokens a round, {results['drafting']} drafting, temperature "
-        f"{results['temperature']:g}, {results['dtype']}, at most {results['max_tokens']} tokens an answer; "
-        f"{results['definition']}. Positions: rounds that accepted the token, of all rounds."
+        f"{results['temperature']:g}, {results['dtype'] or results['engine']}, at most {results['max_tokens']} tokens "
+        f"an answer; {results['definition']}. Positions: rounds that accepted the token, of all rounds."
     )
     return "\n".join(["## Acceptance\n", conditions + "\n", header, "|---" * len(cells[0]) + "|", *lines])
 

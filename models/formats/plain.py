@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...conf.runtime.artifact import sync, write_json
+from ...conf.runtime.artifact import digest, file_digest, sync, write_json
 from ..head.architectures import architecture_of, build_head, named_architecture
 from ..head.config import DraftHeadConfig
 from ..head.draft_head import DraftHead
@@ -53,6 +53,11 @@ def plain_config(config: DraftHeadConfig, dtype: torch.dtype, lm_head: bool = Tr
     if config.verifier_hidden_size != config.hidden_size:
         values["target_hidden_size"] = config.verifier_hidden_size
     return values
+
+
+def head_digest(folder: Path) -> str:
+    """Return the digest of a head: of its weights, and of how its config.json says they are computed with."""
+    return digest([file_digest(folder / name) for name in (CONFIG, WEIGHTS)])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

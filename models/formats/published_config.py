@@ -37,6 +37,7 @@ from .fields import (
 from .plain import CONFIG, LM_HEAD, has_qk_norm
 
 _LAYER = re.compile(r"(midlayer|layers\.\d+)\.")
+_OF_ANY_LENGTH = ("default", "linear", "llama3")  # rotations that do not depend on max_position_embeddings
 _CURE = "serve the head in the engine it was made for, or correct the field if it was trained otherwise"
 GPT_OSS = "gpt_oss"  # a verifier's model_type
 _ROPE_ALIASES = {"mrope": "default", "su": "longrope"}  # equal on text, and an older name
@@ -167,6 +168,9 @@ def head_config(files: HeadFiles, lm_head_rows: int) -> DraftHeadConfig:
         "norm_output": _norm_output(folder, values),
         "norm_before_residual": bool(values.get("norm_before_residual", files.speculators)),
     }
+    if read["rope_parameters"].get("rope_type", "default") in _OF_ANY_LENGTH:
+        # vLLM drafts nothing beyond this number, which then changes no rotation.
+        read["max_position_embeddings"] = max(read["max_position_embeddings"], verifier.max_position_embeddings)
     return architecture.config(**read)
 
 

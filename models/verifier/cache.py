@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..kernels import run_on
+from .config import longest_text
 from .model import PER_TOKEN, Verifier, VerifierOutput
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -141,7 +142,7 @@ class CachedVerifier:
     def __init__(self, verifier: Verifier, num_sequences: int) -> None:
         self.verifier, self.num_sequences, self.num_slots = verifier, num_sequences, 0
         config = verifier.model.config.get_text_config()
-        self.context = _context(config)
+        self.context = longest_text(config)
         self._kinds = _attention_kinds(verifier)
         spans = {_SLIDING: "sliding_window", _CHUNKED: "attention_chunk_size"}
         self._spans = {kind: getattr(config, name, None) for kind, name in spans.items()}
@@ -286,19 +287,6 @@ def round_up(number: int) -> int:
     """Return a number at most a quarter larger, of few (64, 128, 192, 256, 320, ...), for a graph serves but one."""
     step = max(64, 1 << max(0, number.bit_length() - 3))
     return -(-number // step) * step
-
-
-def _context(config: Any) -> int:
-    """Return how many tokens a text may have.
-
-    With some rotary embeddings a longer one changes the angles of all tokens, those in the cache too.
-    """
-    context = int(config.max_position_embeddings)
-    kinds = getattr(config, "rope_parameters", None) or {}
-    for rope in [kinds, *(kind for kind in kinds.values() if isinstance(kind, dict))]:
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            context = min(context, int(rope.get("original_max_position_embeddings") or context))
-    return context
 
 
 def _attention_kinds(verifier: Verifier) -> list[str]:

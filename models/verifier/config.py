@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 
 from ...conf.runtime.artifact import digest
 from ...conf.schema import Device, Dtype, VerifierConfig
@@ -63,7 +69,7 @@ def checkpoint_file(config: VerifierConfig, name: str) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(location, name, revision=config.revision))
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         missing = isinstance(error, EntryNotFoundError)
         if isinstance(error, LocalEntryNotFoundError):  # without network: it lacks the file, or was never fetched
             missing = isinstance(try_to_load_from_cache(location, "config.json", revision=config.revision), str)
@@ -133,6 +139,19 @@ def load_config(config: VerifierConfig) -> Any:
     return load_whole_config(config).get_text_config()
 
 
+def longest_text(config: Any) -> int:
+    """Return how many tokens a text may have that is decoded here.
+
+    With some rotary embeddings a longer one changes the angles of all tokens, those in the cache too.
+    """
+    context = int(config.max_position_embeddings)
+    kinds = getattr(config, "rope_parameters", None) or {}
+    for rope in [kinds, *(kind for kind in kinds.values() if isinstance(kind, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            context = min(context, int(rope.get("original_max_position_embeddings") or context))
+    return context
+
+
 def load_tokenizer(config: VerifierConfig, kind: Any = None) -> PreTrainedTokenizerBase:
     """Load the verifier's tokenizer, which must carry a chat template, by AutoTokenizer or another class."""
     tokenizer: PreTrainedTokenizerBase = from_checkpoint(config, kind or transformers.AutoTokenizer)
@@ -180,7 +199,7 @@ def not_loadable(config: VerifierConfig, error: Exception) -> ValueError:
             f"tokenizer_config.json), and fledge runs no such code: give a copy that {version} reads without it (a "
             "conversion to a class that it has, the tokenizer as tokenizer.json), or install a newer transformers"
         )
-    if not isinstance(error, OSError | KeyError):
+    if not isinstance(error, OSError | KeyError | HFValidationError):
         return ValueError(f"verifier.path {config.path!r} cannot be loaded by {version}: {reason[:400]}")
     return ValueError(f"verifier.path {config.path!r} is neither a model folder nor a reachable hub id: {reason[:200]}")
 

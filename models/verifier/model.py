@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,13 @@ class VerifierOutput:
     aux_hidden_states: Tensor  # [B, T, A*H], ascending layers
     last_hidden_state: Tensor  # [B, T, H], after the final norm: what lm_head multiplies
     hidden_states: tuple[Tensor, ...] | None  # the model's own, if it is asked for them and has any
+
+
+def free_memory() -> None:
+    """Give back the memory of verifiers that nothing refers to: their hooks refer back to them."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Verifier:

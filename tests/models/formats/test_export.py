@@ -205,6 +205,28 @@ def test_a_model_card_shows_only_what_belongs_to_its_head(tmp_path, config, smal
         assert "## Training data" not in card, "the run's conversations are not what an imported head was trained on"
 
 
+def test_a_head_whose_config_was_corrected_is_exported_anew(tmp_path, config, capsys):
+    folder = exported(tmp_path, config)
+    source = Path(config.export.checkpoint)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1e-4}))
+    export(config)
+    assert "is complete" not in capsys.readouterr().out
+    assert json.loads((folder / "plain" / "config.json").read_text())["rms_norm_eps"] == 1e-4
+
+
+def test_a_head_serves_as_long_a_text_as_its_verifier(tmp_path, config):
+    theirs = published(tmp_path)
+    for length, served in ((8, 256), (4096, 4096)):
+        theirs.change_config(max_position_embeddings=length)
+        config.head_import.source, config.overwrite = str(theirs.folder), True
+        import_head(config)
+        config.export.checkpoint = str(config.run_folder / "imports" / "published")
+        export(config)
+        values = json.loads((config.run_folder / "exports" / "plain" / "config.json").read_text())
+        assert values["max_position_embeddings"] == served
+
+
 def test_an_export_with_other_draft_tokens_is_made_anew_and_an_equal_one_is_kept(tmp_path, config, capsys):
     folder = exported(tmp_path, config)
     weights = folder / "speculators" / "model.safetensors"
