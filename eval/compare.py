@@ -1,13 +1,14 @@
 """The compare command: trainings and evaluations side by side, with published figures, and how conditions differ."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..conf.runtime.artifact import MANIFEST, read_manifest, write_atomic
 from ..conf.schema import Config
-from ..models.formats.training_folder import checkpoint_steps
+from ..models.formats.training_folder import checkpoint_steps, head_folder, read_walks
 from .figures.metrics import paired_difference
 from .figures.plots import ACCENT, MUTED, error_bar, legend_below, name_rows, plotting
 from .figures.records import ACCEPTANCE, RECORDS, TRAINED, Record, answered_records
@@ -51,6 +52,12 @@ def compare(config: Config) -> None:
     evaluations = {name: place for name, folder in named.items() if (place := find_evaluation(folder))}
     trainings = {name: folder / "training" for name, folder in named.items() if checkpoint_steps(folder / _CHECKPOINTS)}
     rows = [_row(name, folder) for name, folder in evaluations.items()]
+    walked = {name for name, folder in trainings.items() if any(read_walks(head_folder(None, folder)).values())}
+    if nothing := [name for name in named if name not in evaluations and name not in walked]:
+        raise ValueError(
+            f"compare.runs: {', '.join(nothing)} has neither an evaluation nor held-out conversations that training "
+            "measured: run `fledge evaluate` first, or leave it out"
+        )
     published = published_rows() if options.published and rows else []
     text = "\n\n".join([*walks_tables(trainings), *([comparison(rows, published)] if rows else [])])
     print(text)
@@ -170,11 +177,7 @@ def _modalities(run: Row) -> list[Row]:
 
 def _difference(row: Row, first: Row) -> str:
     """Write the difference from the first run on the same questions, with its interval; a dash for other questions."""
-    # By their turns, wherever the questions came from.
-    ours, theirs = (
-        {json.dumps([record["turns"], record.get("images", 0)]): record for record in one.records}
-        for one in (row, first)
-    )
+    ours, theirs = (_by_question(one.records) for one in (row, first))
     if row is first or not ours or ours.keys() != theirs.keys():
         return NONE
     pairs = list(ours.values()), [theirs[key] for key in ours]
@@ -182,6 +185,16 @@ def _difference(row: Row, first: Row) -> str:
         return NONE  # one was left out half-way
     difference, bounds = paired_difference(*pairs, TRAINED, (len(row.rates), len(first.rates)))
     return f"{difference:+.2f}" + (f" [{bounds[0]:+.2f}, {bounds[1]:+.2f}]" if bounds else "")
+
+
+def _by_question(records: list[Record]) -> dict[str, Record]:
+    """Return records by what was asked, wherever the questions came from; those that ask the same are numbered."""
+    asked, number = dict[str, Record](), Counter[str]()
+    for record in sorted(records, key=lambda one: str(one["id"])):
+        question = json.dumps([record["turns"], record.get("images", 0)])
+        number[question] += 1
+        asked[f"{question} {number[question]}"] = record
+    return asked
 
 
 def _mismatches(runs: list[Row]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -23,7 +22,7 @@ from ...models.head.config import DraftHeadConfig, rope_of
 from ...models.head.draft_head import DraftHead, DraftLayer, rotary_embedding
 from ...models.head.ttt_attention import TTTAttention
 from ...models.verifier.config import torch_device
-from ...models.verifier.model import Verifier
+from ...models.verifier.model import Verifier, free_memory
 from ..decoding.speculator import answer_alone
 from ..questions.question import load_questions
 from ..questions.reader import QuestionReader, UnaskableError
@@ -157,9 +156,7 @@ def answers(config: Config, layers: list[int], target_ids: Tensor) -> list[Text]
     ids = target_ids.to(verifier.device)
     texts = [_answered(verifier, prompt, config.doctor.max_tokens, ids) for prompt in _prompts(config)]
     del verifier
-    gc.collect()  # its hooks refer back to it
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return [text for text in texts if len(_rows(text))]
 
 

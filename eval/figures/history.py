@@ -6,7 +6,10 @@ from typing import Any
 
 from ...conf.runtime.journal import Journal, read_journal
 
-_KIND = ("num_draft_tokens_per_round", "drafting", "temperature", "max_tokens", "questions_digest")
+_KIND = (
+    *("num_draft_tokens_per_round", "drafting", "tree_depth", "tree_top_k"),
+    *("temperature", "top_p", "top_k", "max_tokens", "questions_digest"),
+)
 _FIGURES = ("acceptance_length", "acceptance_length_interval", "num_drafts", "num_accepted_tokens", "tokens_per_s")
 
 
@@ -19,10 +22,11 @@ def add_to_history(path: Path, run: str, results: dict[str, Any]) -> str:
     entry = {name: results.get(name) for name in (*_KIND, *_FIGURES, "engine")}
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(path)
-    others = (one for one in read_journal(path) if one["id"] != run)
+    known, this = list(read_journal(path)), {"id": run, **entry}
+    others = [one for one in known if any(one.get(name) != this[name] for name in this)]
     first = next((one for one in others if all(one.get(name) == entry[name] for name in _KIND)), None)
-    if run not in journal.done:
-        journal.append([{"id": run, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry}])
+    if len(others) == len(known):
+        journal.append([{"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **this}])
     journal.close()
     length = entry["acceptance_length"]
     if first is None:

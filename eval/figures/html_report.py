@@ -99,7 +99,8 @@ def _question(number: int, record: Record, results: dict[str, Any], depth: int) 
         for turn, answer in zip(record["turns"], record["answers"], strict=False)
     ]
     counts = count([record], TRAINED, depth)
-    about = {name: record.get(name, "") for name in ("id", "category", "images", "left_out")}
+    about = {name: record.get(name, "") for name in ("id", "category", "left_out")}
+    about["images"] = len(record.get("images", []))
     return {"number": number, **about, "answers": answers, "length": counts.acceptance_length}
 
 

@@ -19,7 +19,7 @@ _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _CHUNK = 1 << 22  # of drawn numbers in memory
 _TINY = 1e-30
-_FEWEST = 4  # questions of an interval: of three, one draw in nine is of one question alone, and spread over anything
+FEWEST = 4  # questions of an interval: of three, one draw in nine is of one question alone, and spread over anything
 _FEWEST_TIMED = 6  # of a speed-up's: bounds are those of single questions at most, which hold of fewer too seldom
 
 
@@ -125,7 +125,7 @@ def acceptance_interval(records: Iterable[Record], drafter: str, num_positions: 
 
 def rate_interval(columns: _Array, most: int) -> list[float] | None:
     """Return that interval of columns [questions, 2], rounds and accepted tokens, of which a round has `most`."""
-    if np.count_nonzero(columns[:, 0]) < _FEWEST:
+    if np.count_nonzero(columns[:, 0]) < FEWEST:
         return None
     return (1 + np.clip(_bootstrap_t(columns, _rate), 0.0, float(most))).tolist()
 
@@ -148,7 +148,7 @@ def rate_difference(ours: _Array, theirs: _Array, most: tuple[int, int]) -> tupl
     """Return that difference and its interval of columns [questions, 2], as in `rate_interval`."""
     columns = np.concatenate([ours, theirs], 1)
     difference = float(_rate(columns.sum(0, keepdims=True))[0][0])
-    if min(np.count_nonzero(side[:, 0]) for side in (ours, theirs)) < _FEWEST:
+    if min(np.count_nonzero(side[:, 0]) for side in (ours, theirs)) < FEWEST:
         return difference, None
     return difference, np.clip(_bootstrap_t(columns, _rate), -float(most[1]), float(most[0])).tolist()
 
@@ -160,7 +160,8 @@ def speedup_interval(records: Iterable[Record], drafter: str) -> list[float] | N
     what slows the machine for long is not. Bootstrap-t as above, of the logarithm. Bounds are within the speed-ups of
     single questions. None of fewer than six questions with a round, or if the verifier was not run alone.
     """
-    columns = np.array([_times(record, drafter) for record in records]).reshape(-1, 4)
+    asked = list(records)
+    columns = _summed(asked, np.array([_times(record, drafter) for record in asked]).reshape(-1, 4))
     single = columns[(columns > 0).all(1)]
     if np.isnan(columns).any() or len(single) < _FEWEST_TIMED:
         return None
@@ -183,8 +184,19 @@ def _log_speedup(sums: _Array) -> tuple[_Array, _Array]:
 
 def _by_question(records: Iterable[Record], drafter: str, num_positions: int) -> _Array:
     """Return rounds and accepted tokens [questions, 2]."""
-    counts = [count([record], drafter, num_positions) for record in records]
-    return np.array([(c.num_drafts, c.num_accepted_tokens) for c in counts], float).reshape(-1, 2)
+    asked = list(records)
+    counts = [count([record], drafter, num_positions) for record in asked]
+    return _summed(asked, np.array([(c.num_drafts, c.num_accepted_tokens) for c in counts], float).reshape(-1, 2))
+
+
+def _summed(records: list[Record], columns: _Array) -> _Array:
+    """Add up the rows of what is one question at several context lengths (`id@length`), drawn as one."""
+    at_lengths = [one["id"].rpartition("@")[0] if one["category"].startswith("context ") else "" for one in records]
+    names = [name or number for number, name in enumerate(at_lengths)]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    sums = np.zeros((len(places), columns.shape[1]))
+    np.add.at(sums, [places[name] for name in names], columns)
+    return sums
 
 
 def _rate(sums: _Array) -> tuple[_Array, _Array]:

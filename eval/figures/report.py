@@ -13,13 +13,17 @@ REPORT_HTML = "report.html"
 _MOST_LEFT_OUT = 20  # questions that are named
 
 
-def write_report(folder: Path, training_folder: Path) -> dict[str, Any]:
-    """Write report.md, its plots and report.html next to acceptance.json, and return what that file holds."""
+def write_report(folder: Path, training_folder: Path, head: Path | None = None) -> dict[str, Any]:
+    """Write report.md, its plots and report.html next to acceptance.json, and return what that file holds.
+
+    The training's curves are shown if the head is one of its own, or, of a server, nobody said which.
+    """
     from .html_report import write_html  # imports transformers, which `compare` does without
 
     results = json.loads((folder / ACCEPTANCE).read_text())
     metrics_file = training_folder / "metrics.jsonl"
-    lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
+    is_own = head is None or head.resolve().is_relative_to(training_folder.resolve())
+    lines = metrics_file.read_text().splitlines() if is_own and metrics_file.is_file() else []
     metrics = [json.loads(line) for line in lines if line.endswith("}")]
     records = answered_records(folder)
     plots = draw(folder, results, records, metrics)

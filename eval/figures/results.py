@@ -63,11 +63,20 @@ def summarise(
         **{kind: {name: drafters(part) for name, part in parts.items() if part} for kind, parts in groups.items()},
         **({"left_out": left_out} if left_out else {}),
         "baselines": baselines,
-        "heldout": {
-            "num_conversations": len(heldout),
-            "decoded": count(heldout, TRAINED, options.draft_depth).as_dict() if heldout else None,
-            **(acceptance_in_training(source, [r["id"] for r in heldout], options) if source else {}),
-        },
+        "heldout": _heldout(heldout, source, options),
+    }
+
+
+def _heldout(records: list[Record], source: Path | None, options: EvaluateConfig) -> dict[str, Any]:
+    """Return what held-out conversations accepted, and what training measured on them: of those that it did, if any."""
+    walked = {conversation_id(name) for walk in read_walks(source).values() for name in walk} if source else set()
+    compared = [record for record in records if record["id"] in walked] or records
+    others = len(records) - len(compared)
+    return {
+        "num_conversations": len(compared),
+        **({"not_measured_in_training": others} if others else {}),
+        "decoded": count(compared, TRAINED, options.draft_depth).as_dict() if compared else None,
+        **(acceptance_in_training(source, [record["id"] for record in compared], options) if source else {}),
     }
 
 

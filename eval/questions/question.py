@@ -77,18 +77,18 @@ class Question:
     def record(self, answers: list[dict[str, Any]], left_out: str = "") -> dict[str, Any]:
         """Return the line of questions.jsonl (eval/figures/records.py); `left_out`: why there is no further answer."""
         question = {"id": self.id, "category": self.category, "turns": list(self.turns)}
-        images = {"images": len(self.images)} if self.images else {}
+        images = {"images": self.image_digests()} if self.images else {}
         return {**question, **images, "answers": answers, **({"left_out": left_out} if left_out else {})}
+
+    def image_digests(self) -> list[str]:
+        """Return what tells the images apart: the content of those on this machine, the addresses of others."""
+        return [address if scheme_of(address) else file_digest(Path(address)) for address in self.images]
 
 
 def questions_identity(questions: list[Question]) -> str:
     """Return a digest of the questions and of the content of their images that are on this machine."""
-    rows = []
-    for question in questions:
-        images = [address if scheme_of(address) else file_digest(Path(address)) for address in question.images]
-        row = [question.id, question.category, question.turns, question.answers]
-        rows.append([*row, images] if images else row)
-    return digest(rows)
+    rows = ([q.id, q.category, q.turns, q.answers, *([q.image_digests()] if q.images else [])] for q in questions)
+    return digest(list(rows))
 
 
 def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[Question]:

@@ -14,7 +14,7 @@ from ...data_synthesis.tokens.chat_template import NoExactSpanError, has_images,
 from ...data_synthesis.tokens.image_tokens import ImageReader, Images, ImageTokenizer
 from ...data_synthesis.tokens.images import UnreadableImagesError, conversation_images, template_messages
 from ...data_synthesis.tokens.sequences import check_known
-from ...models.verifier.config import load_config, load_tokenizer
+from ...models.verifier.config import load_config, load_tokenizer, longest_text
 from ..figures.records import HELDOUT
 from .question import Question
 
@@ -37,7 +37,8 @@ class QuestionReader:
         self.tokenizer = load_tokenizer(config.verifier)
         self.images = ImageReader(config.verifier, config.dump.max_images, config.data.local_images)
         verifier = load_config(config.verifier)
-        self._positions, self._vocab_size = int(verifier.max_position_embeddings), int(verifier.vocab_size)
+        self._positions = int(verifier.max_position_embeddings) if max_context else longest_text(verifier)
+        self._vocab_size = int(verifier.vocab_size)
 
     def read(self, question: Question, texts: list[str]) -> tuple[list[int], int, Images | None]:
         """Return the prompt of the next answer, the most tokens of that answer, and the images in the prompt.

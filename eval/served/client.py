@@ -23,7 +23,7 @@ from ..questions.question import Question
 from ..questions.reader import QuestionReader, UnaskableError
 from .engines import Completion, open_engine
 
-_LOOK_EVERY_S, _TICK_S = 5.0, 0.1
+_LOOK_EVERY_S, _TICK_S, _PUSHED_BACK_S = 5.0, 0.1, 1.0
 
 
 def check_server(config: Config, questions: list[Question]) -> None:
@@ -77,7 +77,8 @@ class _Client:
             except RequestError as trouble:
                 if trouble.lasting:
                     raise ValueError(refusal(self._endpoint, trouble)) from None
-                what = f"{self._endpoint.url} does not answer any more ({trouble})"
+                longer = "; raise synthesize.request_timeout_s if answers take longer" if trouble.busy else ""
+                what = f"{self._endpoint.url} does not answer any more ({trouble}{longer})"
                 print(f"fledge: {what}; what is done is saved, the same command goes on", file=sys.stderr)
                 raise SystemExit(EXIT_AGAIN) from None
 
@@ -149,6 +150,16 @@ class _Client:
         return question.record(answers)
 
     async def _ask(self, prompt: list[int], max_tokens: int, seed: int) -> Completion:
+        """Ask, and again for as long as the server says that it has too much to do."""
+        while True:
+            try:
+                return await self._ask_once(prompt, max_tokens, seed)
+            except RequestError as trouble:
+                if not trouble.pushed_back:
+                    raise
+                await asyncio.sleep(max(trouble.pause_s, _PUSHED_BACK_S))
+
+    async def _ask_once(self, prompt: list[int], max_tokens: int, seed: int) -> Completion:
         """Ask, and look now and then whether the server is there: vLLM, told to stop, leaves requests hanging."""
         answer = asyncio.create_task(self._engine.ask(prompt, max_tokens, seed))
         try:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-from ...conf.runtime.artifact import write_atomic
+from ...conf.runtime.artifact import read_manifest, write_atomic
 from ...conf.schema import Config
 from ..compare import find_evaluation, find_run
 from ..figures.records import ACCEPTANCE
@@ -61,6 +61,10 @@ def tune(config: Config) -> None:
         raise ValueError(f"tune.runs: {lacking[0]} has no evaluation: run `fledge evaluate` first")
     results = {run: json.loads((folder / ACCEPTANCE).read_text()) for run, folder in found.items() if folder}
     _check_alike(results)
+    manifests = {run: read_manifest(folder, "evaluation") for run, folder in found.items() if folder}
+    heads = {head: run for run, one in manifests.items() if (head := one["settings"].get("head"))}  # a server hides its
+    if len(heads) > 1:
+        raise ValueError(f"tune.runs: {' and '.join(heads.values())} are of different heads: tune one at a time")
     speeds = speeds_of(list(results.values()))
     schedule = speeds.schedule()
     print(_table(speeds), "", _words(schedule), sep="\n")

@@ -60,6 +60,7 @@ class SglangDouble(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.model, self.older, self.die_after = model, older, die_after
         self.asked: list[dict[str, Any]] = []
+        self.busy = 0  # requests that it turns away
         self.info = {
             "version": "0.0-double",
             "api_key": SECRET,
@@ -84,6 +85,10 @@ class _Handler(JsonHandler, BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path != "/generate":
             self.answer(*NOT_FOUND)
+            return
+        if self.server.busy:
+            self.server.busy -= 1
+            self.answer(503, {"detail": "busy"})
             return
         self.server.asked.append(body)
         if len(self.server.asked) > self.server.die_after:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fledge.conf.schema import EvaluateConfig
+from fledge.conf.schema import Config, EvaluateConfig, VerifierConfig
 from fledge.data_synthesis.tokens.images import conversation_images
 from fledge.eval.questions.question import Question, load_questions, questions_identity
+from fledge.eval.questions.reader import QuestionReader
 
 MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Shorter."], "reference": None}
 H4 = {"prompt_id": 97, "category": "math", "prompt": ["What is 2 + 2?", "And 3 + 3?"], "reference": ["4", "6"]}
@@ -50,6 +52,19 @@ def test_benchmarks_are_read_in_the_hubs_form_and_as_jsonl(tmp_path, row, subset
     (parquet,) = load_questions(EvaluateConfig(questions=hub, questions_subset=subset, questions_split=split))
     (jsonl,) = load_questions(EvaluateConfig(questions=written(tmp_path / "bench.jsonl", row)))
     assert parquet == jsonl == Question(f"bench/{name}", category, turns)
+
+
+def test_a_question_longer_than_its_rotation_allows_is_named_and_left_out(tmp_path, verifier_config, capsys):
+    folder = shutil.copytree(verifier_config.path, tmp_path / "verifier")
+    values = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps({**values, "rope_parameters": rope}))
+    config = Config("run", verifier=VerifierConfig(path=str(folder)))
+    questions = [Question(name, "all", (text,)) for name, text in (("short", "Who?"), ("long", "Who is it? " * 40))]
+    QuestionReader(config).check(questions)
+    said = capsys.readouterr().err
+    assert "left out, 1 of them: long: its prompt of" in said
+    assert "context of 64" in said
 
 
 def test_a_file_of_plain_prompts_is_asked_as_it_stands(tmp_path):

@@ -51,7 +51,7 @@ def question_record(
             }
         )
     turns = [f"{name} {turn}?" for turn in range(len(rounds))]
-    about = {"images": images} if images else {}
+    about = {"images": [f"{n}.png" for n in range(images)]} if images else {}
     return {"id": name, "category": category, "turns": turns, **about, "answers": answers}
 
 

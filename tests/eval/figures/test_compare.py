@@ -95,6 +95,17 @@ def test_questions_of_another_source_are_the_same_if_they_say_the_same(runs, cap
     assert acceptance["hub"]["minus first"] == acceptance["second"]["minus first"]
 
 
+def test_questions_that_ask_the_same_are_compared_each_and_other_images_are_others(tmp_path, capsys):
+    for name, shift, images in (("a", 0, "xyz"), ("b", 1, "xyz"), ("c", 1, "xyw")):
+        records = [question_record([2, (i + shift) % 4, 1], name=f"q/{i}") for i in range(6)]
+        told = [{**one, "turns": ["Describe it."], "images": [images[i % 3]]} for i, one in enumerate(records)]
+        evaluation(tmp_path / name, told)
+    acceptance, *_ = tables(compared(capsys, "a", "b", "c", f"runs_dir={tmp_path}"))
+    gained = (sum((i + 1) % 4 for i in range(6)) - sum(i % 4 for i in range(6))) / 18
+    assert acceptance["b"]["minus a"].startswith(f"{gained:+.2f} [")
+    assert acceptance["c"]["minus a"] == "-"
+
+
 def test_what_is_not_alike_is_said(runs, capsys):
     assert "Not alike" not in compared(capsys, "first", "second", f"runs_dir={runs}")
     evaluation(runs / "other", BETTER[:4], dtype=Dtype.float32, temperature=1.0, batch_size=8)
@@ -242,6 +253,8 @@ def test_an_evaluation_that_is_missing_or_not_complete_is_named_with_the_command
     (runs / "second" / "evaluation" / "acceptance.json").unlink()
     assert "acceptance.json is missing: run `fledge evaluate` again" in fails(capfd, "second", f"runs_dir={runs}")
     assert "compare.runs is required: fledge compare RUN" in fails(capfd, f"runs_dir={runs}")
+    (runs / "bare" / "training" / "checkpoints" / "step-7").mkdir(parents=True)
+    assert "bare has neither an evaluation nor held-out" in fails(capfd, "first", "bare", f"runs_dir={runs}")
 
 
 @pytest.mark.parametrize(

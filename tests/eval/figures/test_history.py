@@ -34,6 +34,12 @@ def test_an_evaluation_is_compared_with_the_first_of_its_kind_and_noted_once(tmp
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["monday", "more", "day 0", "day 1", "day 2", "day 3"]
     assert all(line["time"].endswith("Z") for line in lines)
+    assert "lies below" in add_to_history(path, "monday", {**FIRST, "acceptance_length": 1.5}), (
+        "once more, another head"
+    )
+    assert "first of its kind" in add_to_history(path, "tree", {**FIRST, "drafting": "tree", "tree_depth": 3})
+    assert "first of its kind" in add_to_history(path, "tree", {**FIRST, "drafting": "tree", "tree_depth": 7})
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()][6:] == ["monday", "tree", "tree"]
 
 
 def test_few_questions_have_no_interval_and_another_file_is_refused(tmp_path):

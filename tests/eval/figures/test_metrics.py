@@ -130,7 +130,7 @@ def timed_questions(generator: np.random.Generator, number: int, drawn: bool) ->
         noise, gain = np.exp(generator.normal(0, 0.1, 2)), generator.normal(1.6, 0.25)
         told = {"output_tokens": int(drafted), "seconds": drafted / 100 / gain * slow * noise[0]}
         answer = {"output_tokens": int(alone), "seconds_alone": alone / 100 * slow * noise[1], "drafters": {NAME: told}}
-        questions.append({"answers": [answer]})
+        questions.append({"id": "q", "category": "math", "answers": [answer]})
     return questions
 
 
@@ -162,6 +162,15 @@ def test_a_speed_up_has_bounds_within_those_of_single_questions_and_none_of_five
     alike = [record([2, 1])] * 6
     assert speedup_interval(alike, NAME) == pytest.approx([speedup(alike)] * 2)
     assert speedup_interval([summed([2, 1])] * 6, NAME) is None
+
+
+def test_a_question_at_several_lengths_is_drawn_as_one():
+    asked = drawn_questions(np.random.default_rng(3), 12)
+    alone = [{**one, "id": f"q/{n}"} for n, one in enumerate(asked)]
+    twice = [{**one, "id": f"{one['id']}@{size}", "category": f"context {size}"} for size in (8, 16) for one in alone]
+    assert acceptance_interval(twice, NAME, 3) == pytest.approx(acceptance_interval(alone, NAME, 3))
+    other = [{**one, "category": "context of law"} for one in alone]
+    assert acceptance_interval(other, NAME, 3) == acceptance_interval(alone, NAME, 3)
 
 
 def test_three_questions_have_no_interval_and_alike_ones_have_their_value():

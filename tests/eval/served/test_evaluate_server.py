@@ -14,6 +14,7 @@ from fledge.conf.runtime.journal import read_journal
 from fledge.conf.schema import Config, EvaluateConfig, EvaluateEngine, SynthesizeConfig, VerifierConfig, validate
 from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.eval.evaluate import evaluate
+from fledge.eval.served import client
 from servers import faulty_server, free_port, model_server
 from sglang_double import ACCEPTED, LETTER, SECRET, rounds, sglang_double
 from trtllm_double import trtllm_double
@@ -228,6 +229,22 @@ def test_a_server_that_dies_leaves_what_is_done_and_the_same_command_goes_on(con
         assert len(server.asked) == 2, "a trial, and the second question"
     assert [record["id"] for record in records_of(config)] == ["q/1", "q/2"]
     evaluate(configuration("http://127.0.0.1:9/v1"))  # complete: nobody is asked
+
+
+def test_a_server_that_has_too_much_to_do_is_asked_again(configuration, verifier_config, monkeypatch):
+    monkeypatch.setattr("fledge.eval.served.client._PUSHED_BACK_S", 0.01)
+    with sglang_double(verifier_config.path) as server:
+        config = configuration(server.endpoint, batch_size=2)
+        opened = client._Client._write_engine
+
+        def busy_from_here(*arguments):
+            server.busy = 3
+            opened(*arguments)
+
+        monkeypatch.setattr(client._Client, "_write_engine", busy_from_here)
+        evaluate(config)
+        assert server.busy == 0
+    assert [len(record["answers"]) for record in records_of(config)] == [2, 1]
 
 
 def test_another_engine_does_not_go_on_with_what_one_has_begun(configuration, verifier_config):

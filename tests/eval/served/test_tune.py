@@ -96,9 +96,15 @@ def test_evaluations_that_are_not_alike_are_refused(tmp_path):
     evaluation(tmp_path / "runs" / "one", records)
     evaluation(tmp_path / "runs" / "two", records, max_tokens=77)
     evaluation(tmp_path / "runs" / "tree", records, tree_depth=3, num_draft_tokens=8)
+    for name in ("head", "other"):
+        evaluation(tmp_path / "runs" / name, records)
+        manifest = tmp_path / "runs" / name / "evaluation" / "manifest.json"
+        written = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({**written, "settings": {"head": name}}))
     for runs, words in (
         (["one", "two"], "differ in max_tokens"),
         (["tree"], "tree drafts a tree"),
+        (["head", "other"], "head and other are of different heads"),
         ([], "is required"),
     ):
         with pytest.raises(ValueError, match=words):
