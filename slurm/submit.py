@@ -13,7 +13,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from ..conf.runtime.artifact import write_atomic
-from ..conf.schema import STAGES, Config, ContainerKind, JobConfig, ServerConfig, ServerKind, require
+from ..conf.schema import STAGES, Config, ContainerKind, EvaluateEngine, JobConfig, ServerConfig, ServerKind, require
 from .jobs.queue import cancel, has_slurm, job_states, submit_file
 from .jobs.records import JOBS, LOGS, JobRecord, freeze, read_submission, submissions, write_submission
 from .jobs.render import SERVER, TEMPLATES, Job, mounted_paths, render_jobs, served_model, server_copies, stage_before
@@ -103,6 +103,16 @@ def check_cluster(config: Config) -> None:
         "submit.stages=[synthesize,dump,train,export], serve the verifier with the export, then "
         "`fledge evaluate ... evaluate.endpoint=http://HOST:8000/v1`",
     )
+    if config.verifier.tensor_parallel:
+        require(
+            "dump" not in config.submit.stages or cluster.dump.gpus > 1,
+            f"cluster.dump.gpus must be above 1 with verifier.tensor_parallel, got {cluster.dump.gpus}",
+        )
+        require(
+            "evaluate" not in config.submit.stages or config.evaluate.engine is EvaluateEngine.server,
+            "evaluate must be left out of submit.stages with verifier.tensor_parallel, unless a server answers "
+            "(evaluate.engine=server)",
+        )
     for stage in (SERVER, *STAGES):
         _check_job(stage, getattr(cluster, stage), cluster.warn_s)
     if (kind := cluster.container.kind) is not ContainerKind.none:

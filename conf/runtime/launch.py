@@ -9,7 +9,7 @@ import time
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..schema import STAGES, Config
+from ..schema import STAGES, Config, require
 from .rank_info import RankInfo
 from .signals import EXIT_AGAIN, StopSignals, deferred, listening
 
@@ -27,6 +27,11 @@ def run(config: Config, arguments: list[str] | None = None) -> None:
     Args:
         arguments: of the command line of every stage; None: the overrides of the command that this process is.
     """
+    require(
+        not config.verifier.tensor_parallel,
+        "verifier.tensor_parallel must be false with `fledge run`, which records with one process: start `fledge dump` "
+        "by torchrun, or use `fledge submit`",
+    )
     arguments = list(HydraConfig.get().overrides.task) if arguments is None else arguments
     started, stage = time.monotonic(), STAGES[0]
     with deferred(lambda: f"passed on to `{stage}`, which ends first", then_stop=False) as signals:

@@ -92,7 +92,8 @@ def _of_slurm(environment: Mapping[str, str]) -> RankInfo:
         per_node[min(node, len(per_node) - 1)],
         environment.get("MASTER_ADDR") or first_host(nodes),
         _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else port,
-        any(name in environment for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")),
+        # Newer releases set the second for --cpus-per-task, too: cpu=8.
+        "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", ""),
     )
 
 

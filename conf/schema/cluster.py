@@ -37,6 +37,13 @@ class JobConfig:
 
 
 @dataclass
+class DumpJobConfig(JobConfig):
+    """The jobs that record hidden states."""
+
+    processes: PositiveInt = 1  # of a job, which share out its GPUs: each has a copy of the verifier
+
+
+@dataclass
 class ServerConfig(JobConfig):
     """The servers of the verifier, one a job of the array."""
 
@@ -87,7 +94,7 @@ class ClusterConfig:
     srun: list[str] = field(default_factory=list)  # further options of every step, such as --mpi=none
     server: ServerConfig = field(default_factory=ServerConfig)
     synthesize: JobConfig = field(default_factory=JobConfig)
-    dump: JobConfig = field(default_factory=JobConfig)
+    dump: DumpJobConfig = field(default_factory=DumpJobConfig)
     train: JobConfig = field(default_factory=JobConfig)
     evaluate: JobConfig = field(default_factory=JobConfig)
     export: JobConfig = field(default_factory=JobConfig)

@@ -112,8 +112,8 @@ def for_slurm(value: object) -> str:
 def _progress(config: Config, stage: str) -> tuple[Path, str]:
     """Return a folder and the files in it that grow while a stage gets on."""
     return {
-        SERVER: (config.conversations_folder, "*.jsonl"),
-        "synthesize": (config.conversations_folder, "*.jsonl"),
+        SERVER: (config.run_folder, "*.jsonl"),  # prompts that it writes, and conversations
+        "synthesize": (config.run_folder, "*.jsonl"),
         "dump": (config.hidden_states_folder, "*-*.safetensors"),
         "train": (config.training_folder / "checkpoints", "step-*"),
         "evaluate": (config.run_folder / "evaluation", "questions.jsonl"),
@@ -126,18 +126,20 @@ def mounted_paths(config: Config) -> list[str]:
     named = [config.runs_dir, config.verifier.path, config.synthesize.model, config.dump.folder]
     named += [*(store.folder for store in config.train.stores), *(source.path for source in config.data.sources)]
     named += [*config.data.exclude, config.train.init_from, config.evaluate.questions]
-    named += [config.evaluate.checkpoint, config.export.checkpoint]
+    named += [config.evaluate.checkpoint, config.export.checkpoint, config.evaluate.context_documents]
+    named += [str(Path(history).parent)] if (history := config.evaluate.history) else []
     paths = list(dict.fromkeys(Path(path) for path in named if path and Path(path).is_absolute()))
     inside = [Path(mount.split(":")[1]) for mount in config.cluster.container.mounts if ":" in mount]
     return [str(path) for path in paths if path not in inside and not {*paths, *inside} & {*path.parents}]
 
 
 def _processes(config: Config, stage: str) -> int:
-    """Return the processes of a node: ranks of training, or those that hold one verifier together."""
+    """Return the processes of a node: ranks of training, those that hold one verifier together, or copies of it."""
     if stage == "train":
         return config.train.num_processes
-    together = stage == "dump" and config.verifier.tensor_parallel
-    return max(1, config.cluster.dump.gpus) if together else 1
+    if stage == "dump":
+        return max(1, config.cluster.dump.gpus) if config.verifier.tensor_parallel else config.cluster.dump.processes
+    return 1
 
 
 def served_model(config: Config) -> str:

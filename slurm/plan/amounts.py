@@ -63,6 +63,12 @@ def _manifest(folder: Path, kind: str) -> dict[str, Any] | None:
         return None
 
 
+def stored_bytes(config: Config) -> int:
+    """Return the bytes of the store that is there already."""
+    manifest = _manifest(config.hidden_states_folder, "hidden_states")
+    return int(manifest["counts"]["bytes"]) if manifest else 0
+
+
 def disk(config: Config, tokens: Tokens, head: DraftHeadConfig, shape: TrainingShape) -> dict[str, int]:
     """Return bytes by artifact.
 

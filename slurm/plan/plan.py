@@ -17,7 +17,7 @@ from ...models.formats.plain import CONFIG, plain_config
 from ...models.formats.serving_formats import vllm_serve
 from ...models.head.config import DraftHeadConfig, describe_sizes
 from ...models.verifier.config import verifier_location
-from .amounts import Tokens, disk, find_tokens, store_bytes
+from .amounts import Tokens, disk, find_tokens, store_bytes, stored_bytes
 from .memory import TrainingShape, peak, training_memory
 from .verifier_shape import VerifierShape, planned_head, verifier_shape
 
@@ -146,7 +146,8 @@ def _warnings(config: Config, made: dict[str, Any], tokens: Tokens) -> Iterator[
             f"{' dequantised' if loaded > weights else ''}, and a node's GPUs have {_size(node)}: "
             "set evaluate.engine=server"
         )
-    if (total := sum(made["disk"].values())) > (free := _free(config)):
+    there = 0 if config.plan.disk_tb else stored_bytes(config)
+    if (total := sum(made["disk"].values()) - there) > (free := _free(config)):
         yield (
             f"the run needs {_size(total)} of disk and {_size(free)} are free: set dump.dtype=float8 and "
             "dump.last_states=counted, train.hidden_states=online, dump.folder to a larger disk, or fewer conversations"

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+import types
 from pathlib import Path
 
 import fledge.conf
@@ -245,7 +247,7 @@ def test_the_plan_in_the_walk_is_what_the_command_named_there_prints(capsys):
         (StateDtype.float8, LastStates.counted),
     ],
 )
-def test_a_dump_is_as_large_as_planned_within_a_hundredth(dtype, last, finished, run):
+def test_a_dump_is_as_large_as_planned_within_a_hundredth(dtype, last, finished, run, monkeypatch):
     (run.path).mkdir(parents=True)
     (run.path / "conversations").symlink_to(finished.path / "conversations")
     options = [f"dump.dtype={dtype.name}", f"dump.last_states={last.value}", "dump.shard_tokens=100000"]
@@ -254,6 +256,12 @@ def test_a_dump_is_as_large_as_planned_within_a_hundredth(dtype, last, finished,
     measured = sum(path.stat().st_size for path in (run.path / "hidden_states").glob("shard-*.safetensors"))
     print(f"planned {planned}, measured {measured}")
     assert planned == pytest.approx(measured, rel=0.01)
+    total = sum(make_plan(composed(*run.arguments(*options)))["disk"].values())
+    for share_of_rest, warned in ((1.5, False), (0.5, True)):  # the store is there: the rest is still to be written
+        usage = types.SimpleNamespace(free=share_of_rest * (total - measured))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        made = make_plan(composed(*run.arguments(*options)))
+        assert any("of disk and" in sentence for sentence in made["warnings"]) is warned
 
 
 def test_a_checkpoint_is_as_large_as_planned_within_a_twentieth(finished):

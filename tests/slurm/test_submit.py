@@ -107,6 +107,8 @@ def test_every_submission_that_is_written_down_is_one(tmp_path):
             ["cluster=one_machine", "evaluate.engine=server"],
             ["evaluate.endpoint is required", "submit.stages=[synthesize,dump,train,export]", "fledge evaluate"],
         ),
+        (["cluster=one_machine", "verifier.tensor_parallel=true"], ["cluster.dump.gpus must be above 1"]),
+        (["cluster=slurm_gpu", "verifier.tensor_parallel=true"], ["evaluate must be left out of submit.stages"]),
         (["cluster=one_machine", "dump.num_writers=2"], ["cluster.dump.tasks"]),
         (["cluster=one_machine", "cluster.container.kind=pyxis"], ["cluster.container.image is required"]),
     ],
