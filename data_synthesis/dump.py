@@ -14,7 +14,7 @@ from typing import Any
 
 from ..conf.runtime.artifact import Artifact, artifact, digest, read_manifest
 from ..conf.runtime.rank_info import read_rank_info
-from ..conf.schema import Config, DumpEngine, HiddenStates
+from ..conf.schema import Config, DumpEngine, HiddenStates, require
 from ..models.verifier.config import special_token_ids
 from ..models.verifier.weights import check_identity
 from .states.record import write_states
@@ -37,6 +37,11 @@ def dump(config: Config) -> None:
     check_identity(verifier, config.verifier, str(config.conversations_folder), cure)
     head, always = check_verifier(config.verifier, config.draft), special_token_ids(config.verifier)
     options = config.dump
+    require(
+        (options.join_length or 0) <= head.max_position_embeddings,
+        f"dump.join_length must be at most the verifier's context of {head.max_position_embeddings} tokens, got "
+        f"{options.join_length}",
+    )
     of_tokens = {
         "verifier": verifier,
         "conversations": source["digest"],

@@ -11,6 +11,7 @@ from ..conf.runtime.progress import Progress
 from ..conf.runtime.signals import EXIT_AGAIN
 from ..conf.schema import OF_SELF, SELF, Config
 from ..models.verifier.weights import verifier_identity
+from .answers.answer_log import FILE as FAILURES
 from .answers.answer_log import AnswerLog, summarise
 from .answers.local import answer_here
 from .answers.remote import answer_by_servers
@@ -65,7 +66,8 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
     """Answer one shard of the prompts; exits with a code that asks for another start if something is left."""
     options = config.synthesize
     with artifact(folder, "conversations", settings, config.overwrite) as target:
-        if target.complete and target.manifest["content"] == content_digest(folder):
+        asked = (folder / FAILURES).is_file()  # deleted, all that failed are tried anew
+        if target.complete and asked and target.manifest["content"] == content_digest(folder):
             print(f"conversations: {folder} is complete")
             return
         target.save(complete=False, verifier_path=config.verifier.path, prompts=prompts.counts)

@@ -161,6 +161,10 @@ def _check_conflicts(config: Config) -> None:
         "deepspeed.zero_stage must be 1, 2 or 3 with train.dtype=bfloat16, got 0: "
         "DeepSpeed keeps no float32 master weights at stage 0",
     )
+    require(
+        not config.deepspeed.offload_optimizer or config.deepspeed.zero_stage > 0,
+        "deepspeed.zero_stage must be 1, 2 or 3 with deepspeed.offload_optimizer, got 0: DeepSpeed offloads nothing",
+    )
     train = config.train
     require(
         train.muon_lr is None or train.optimizer is OptimizerName.muon,

@@ -84,7 +84,7 @@ class SynthesizeConfig:
 
     max_tokens: PositiveInt = 1024  # most tokens of an answer
     temperature: Temperature = 0.7  # sampling temperature; 0 is greedy, and held-out conversations are always greedy
-    top_p: Share = 1.0  # sample among the likeliest tokens that together have this probability
+    top_p: PositiveShare = 1.0  # sample among the likeliest tokens that together have this probability
     batch_size: PositiveInt = 64  # conversations generated together when the verifier runs in this process
     seed: int = 0  # seed of answers sampled in this process; servers have their own
     endpoints: Annotated[list[BaseUrl], Limit("name each server once", lambda urls: len(set(urls)) == len(urls))] = (

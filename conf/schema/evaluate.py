@@ -45,7 +45,7 @@ class EvaluateConfig:
     batch_size: PositiveInt = 1  # questions answered at a time
     kernels: Kernels = "auto"  # fused Triton kernels on a GPU; auto: each that agrees there with plain PyTorch
     cuda_graphs: bool = True  # capture a round once and replay it, on a GPU
-    questions_per_category: int | None = None  # most questions of each category; null: all
+    questions_per_category: PositiveInt | None = None  # most questions of each category; null: all
     # ask the first turn of each question behind documents, once for each of these tokens of prompt and answer together;
     # null: the questions as they are
     context_lengths: Annotated[list[int], _LENGTHS] | None = None
@@ -53,7 +53,7 @@ class EvaluateConfig:
     context_documents: str | None = None
     # JSON Lines file: the evaluation adds its figures, and is compared with the first like it
     history: str | None = None
-    heldout_prompts: int = 64  # held-out conversations decoded too, to compare with training; 0: none
+    heldout_prompts: NonNegativeInt = 64  # held-out conversations decoded too, to compare with training; 0: none
     baselines: bool = True  # measure an untrained head and prompt lookup too
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
 

@@ -99,9 +99,16 @@ class Generation:
 
         As soon as `may_begin` returns False no other begins; as soon as `may_go_on` does, those at work are dropped.
         """
-        if not self._is_static:
-            self._run_batches(tasks, may_begin, may_go_on)
-            return
+        try:
+            (self._run_static if self._is_static else self._run_batches)(tasks, may_begin, may_go_on)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the keys and values of {len(self._rows)} texts do not fit into memory beside the verifier: lower "
+                f"synthesize.batch_size, and start the same command again ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _run_static(self, tasks: Iterator[Task], may_begin: Callable[[], bool], may_go_on: Callable[[], bool]) -> None:
+        """Run tasks by the static cache: the next begins in the place of one that ended."""
         while may_go_on():
             for place in range(len(self._rows)):
                 while self._rows[place] is None and may_begin():

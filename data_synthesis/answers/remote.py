@@ -224,7 +224,7 @@ class _Answers(ServerWork[Prompt]):
                 else:
                     self._further.add(conversation, await self._write_turn(slot, conversation))
         except RequestError as trouble:
-            passing = not trouble.lasting  # another start may do better
+            passing = trouble.refuses_us or not trouble.lasting  # another start may do better
             refused = Failure(trouble.reason, trouble.detail, final=trouble.final)
             conversation.ended_by = CONTEXT_FULL if trouble.context_full else refused
         finally:

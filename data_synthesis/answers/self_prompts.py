@@ -15,6 +15,7 @@ from ...conf.runtime.journal import Journal, json_line, read_journal
 from ...conf.runtime.progress import Progress
 from ...conf.runtime.signals import EXIT_AGAIN, deferred
 from ...conf.schema import SELF, Config, SourceConfig
+from ...models.verifier.model import free_memory
 from ...models.verifier.weights import verifier_identity
 from ..prompts.near_duplicates import NearDuplicates, fingerprint
 from ..prompts.prepare import load_questions, prompt_settings, refusal, shares_of
@@ -71,6 +72,7 @@ def _write(config: Config, source: SourceConfig, limit: int) -> None:
             left_out = f"of {len(draws.kept) + draws.refused.total()} drawn {reasons or 'none'} left out"
             if not draws.kept:
                 raise ValueError(f"data.sources self: the verifier writes no prompt that can be taken: {left_out}")
+        free_memory()  # or it would hold the verifier beside the one that answers
         kept = draws.kept
         write_atomic(path, b"".join(json_line({"id": prompt.id, "turns": list(prompt.turns)}) for prompt in kept))
         counts = {"kept": len(kept), **draws.refused}

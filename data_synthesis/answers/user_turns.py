@@ -104,7 +104,8 @@ class RawPrompts:
         try:
             answer = await endpoint.ask({**body, "prompt": prompt}, "/completions")
         except RequestError as trouble:
-            if trouble.context_full or not (trouble.lasting or trouble.lacking):
+            elsewhere = trouble.refuses_us and turn is not self.first  # it answered before
+            if trouble.context_full or elsewhere or not (trouble.lasting or trouble.lacking):
                 raise
             if trouble.final and not as_text and turn is self.first:
                 if self._reads_text.setdefault(endpoint, True):

@@ -68,8 +68,9 @@ class Questions:
 class NearDuplicates:
     """Prompts that are taken; a further one is nearly one of them by the Jaccard similarity of runs of 5 characters.
 
-    MinHash with locality-sensitive hashing finds which to compare; at a threshold of 0.8 it misses 1 of 400 pairs of
-    just that similarity. A prompt takes up to 6 kB of memory; its text is read again by `read` if it is compared.
+    Those of the user's turns count, among prompts with the same system message. MinHash with locality-sensitive hashing
+    finds which to compare; at a threshold of 0.8 it misses 1 of 400 pairs of just that similarity. A prompt takes up to
+    6 kB of memory; its text is read again by `read` if it is compared.
     """
 
     def __init__(self, threshold: float, read: Callable[[int], Prompt]) -> None:
@@ -78,7 +79,7 @@ class NearDuplicates:
         except ImportError:
             raise ValueError(
                 "data.near_duplicates needs the package datasketch, which is not installed: "
-                "pip install 'fledge-eagle[near-duplicates]', or set it to null"
+                "pip install datasketch, or set it to null"
             ) from None
         self._threshold, self._read, self._new = threshold, read, partial(MinHash, _NUM_PERM)
         self._lsh = MinHashLSH(threshold - _MARGIN, _NUM_PERM, weights=(0.1, 0.9))
@@ -88,15 +89,16 @@ class NearDuplicates:
         shingles, minhash = _shingles(prompt), self._new()
         minhash.update_batch([shingle.encode() for shingle in shingles])
         for other in self._lsh.query(minhash):
-            theirs = _shingles(self._read(other))
-            if len(shingles & theirs) >= self._threshold * len(shingles | theirs):
+            known = self._read(other)
+            theirs, same_system = _shingles(known), canonical(known.system or "") == canonical(prompt.system or "")
+            if same_system and len(shingles & theirs) >= self._threshold * len(shingles | theirs):
                 return False
         self._lsh.insert(key, minhash)
         return True
 
 
 def _shingles(prompt: Prompt) -> set[str]:
-    texts = [canonical(text) for text in (prompt.system, *map(text_of, prompt.turns)) if text]
+    texts = [canonical(text) for text in map(text_of, prompt.turns) if text]
     whole = "\n".join([*texts, *(address for turn in prompt.turns for address in images_of(turn))])
     return {whole[at : at + _SHINGLE] for at in range(max(1, len(whole) - _SHINGLE + 1))}
 

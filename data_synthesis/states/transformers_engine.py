@@ -17,6 +17,7 @@ from ..tokens.images import UnreadableImagesError
 
 _LOGITS_AGREE = 2e-2  # of the largest logit: bfloat16 sums in another order
 _CHECKED_TOKENS = 512  # of the first sample: the model's own hidden states and logits are large
+_FLOAT8_TOKENS = 32  # of them, at which the distribution is compared
 
 
 def never() -> bool:
@@ -122,12 +123,12 @@ def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, f
     tokens = input_ids[:_CHECKED_TOKENS].long()[None].to(verifier.device)
     check_capture(verifier, tokens)
     output = verifier.forward(tokens, logits_to_keep=1, use_cache=False)
-    state = output.last_hidden_state[0, -1:].cpu()
+    state = output.last_hidden_state[0, -_FLOAT8_TOKENS:].cpu()
     transform, lm_head = logit_transform(verifier.model.config.get_text_config()), VerifierWeights(config).lm_head()
     both = state.float(), decode(*form.encode(state, 1), torch.float32)  # as it is, and as it is stored
     exact, logits = (transform.apply_(last @ lm_head.float().T) for last in both)
     expected = output.logits[0].float().cpu()
-    compared = exact if form.dtype == FLOAT8 else logits
+    compared = (exact if form.dtype == FLOAT8 else logits)[-1:]
     error = float((compared - expected).abs().amax() / expected.abs().amax())
     if not error <= _LOGITS_AGREE:
         raise ValueError(
@@ -135,9 +136,9 @@ def check_first(config: VerifierConfig, verifier: Verifier, input_ids: Tensor, f
             f"{error:.2g} of the largest, so that training would have wrong targets"
         )
     if form.dtype == FLOAT8:
-        p, q = expected.log_softmax(-1), logits.log_softmax(-1)
-        moved = (p.exp() * (p - q)).sum()
-        print(f"dump: float8 moves the verifier's distribution by {moved:.2g} nats at a token of the first sample")
+        p, q = exact.log_softmax(-1), logits.log_softmax(-1)
+        moved = (p.exp() * (p - q)).sum(-1).mean()
+        print(f"dump: float8 moves the verifier's distribution by {moved:.2g} nats a token, over {len(p)} tokens")
 
 
 def _unlike_logits(verifier: Verifier, last: Tensor, logits: Tensor) -> Tensor:

@@ -210,8 +210,9 @@ def llm_options(config: Config, text: Any, ids: list[int]) -> dict[str, Any]:
             f"dump.vllm_options must leave {', '.join(taken)} to fledge, which sets them by the verifier and for the "
             "extraction of hidden states"
         )
-    positions = getattr(text, "max_position_embeddings", None) or config.dump.max_length + 1
-    max_model_len = options.get("max_model_len", min(config.dump.max_length + 1, positions))
+    longest = max(config.dump.max_length, config.dump.join_length or 0) + 1
+    positions = getattr(text, "max_position_embeddings", None) or longest
+    max_model_len = options.get("max_model_len", min(longest, positions))
     max_tokens = max(config.dump.batch_tokens, max_model_len)
     sizes = {"max_model_len": max_model_len, "max_num_batched_tokens": max_tokens, "language_model_only": True}
     return {**sizes, **options, **fixed}
@@ -232,7 +233,7 @@ def check_readable(config: Config, ids: Sequence[str], lengths: Sequence[int], n
         if length >= max_model_len:
             raise ValueError(
                 f"dump.vllm_options.max_model_len must be above the length of every sample, got {max_model_len}, and "
-                f"{name} has {length} tokens: raise it, or lower dump.max_length"
+                f"{name} has {length} tokens: raise it, or lower dump.max_length (dump.join_length)"
             )
 
 

@@ -202,6 +202,10 @@ def test_what_a_server_refuses_for_good_is_not_tried_again_by_another_start(tmp_
     assert (counts["failed_because"], counts["cut_short"]) == ({"HTTP 400": 1}, 1)
     (failure,) = read_journal(run.journal.with_name("failures.jsonl"))
     assert (failure["id"], failure["final"]) == ("rows/train/r3", True)
+    run.journal.with_name("failures.jsonl").unlink()
+    with faulty_server() as endpoint:
+        run.finish(endpoint)
+        assert stats(endpoint)["requests"] - 2 == 1, "tried anew"
 
 
 def test_no_server_and_another_model_are_said_in_one_sentence(tmp_path, byte_verifier):

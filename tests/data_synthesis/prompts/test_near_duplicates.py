@@ -77,6 +77,20 @@ def jaccard(one: str, other: str) -> float:
     return len(first & second) / len(first | second)
 
 
+def test_near_duplicates_are_told_by_the_turns_under_one_system_message():
+    pytest.importorskip("datasketch")
+    system = "You are a helpful assistant of a shop for shoes. " * 40
+    asked = "How long does a parcel to Norway take, and what does it cost if it is heavy?"
+    prompts = [
+        Prompt("", "", (asked,), system),
+        Prompt("", "", ("Do you have these boots in red and in a larger size than fifty?",), system),
+        Prompt("", "", (asked + " Thanks!",), "Answer in rhymes."),
+        Prompt("", "", (asked + " Thanks.",), system),
+    ]
+    near = NearDuplicates(0.8, prompts.__getitem__)
+    assert [near.add(number, prompt) for number, prompt in enumerate(prompts)] == [True, True, True, False]
+
+
 def test_near_duplicates_are_those_of_a_plain_comparison():
     pytest.importorskip("datasketch")
     drawn, words = random.Random(0), [f"{name}{n}" for n in range(40) for name in ("red", "owl", "mill")]

@@ -63,6 +63,11 @@ def test_joined_samples_are_as_long_as_said_and_leave_held_out_ones_alone(run_of
         "g##2": ([U, B, EOT, U, C, EOT], [0, 0, 0, 0, 1, 1]),
     }
     assert (counts(config)["conversations"], counts(config)["samples"]) == (7, 6)
+    config.dump.join_length = 10**6
+    with pytest.raises(
+        ValueError, match=r"dump\.join_length must be at most the verifier's context of \d+ tokens, got 1000000"
+    ):
+        dump(config)
 
 
 def test_conversations_without_recorded_tokens_are_told_by_the_template(run_of, verifier_config):
