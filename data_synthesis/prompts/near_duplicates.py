@@ -79,7 +79,7 @@ class NearDuplicates:
         except ImportError:
             raise ValueError(
                 "data.near_duplicates needs the package datasketch, which is not installed: "
-                "pip install datasketch, or set it to null"
+                "pip install 'fledge-eagle[near-duplicates]', or set it to null"
             ) from None
         self._threshold, self._read, self._new = threshold, read, partial(MinHash, _NUM_PERM)
         self._lsh = MinHashLSH(threshold - _MARGIN, _NUM_PERM, weights=(0.1, 0.9))

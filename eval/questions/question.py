@@ -82,7 +82,8 @@ class Question:
 
     def image_digests(self) -> list[str]:
         """Return what tells the images apart: the content of those on this machine, the addresses of others."""
-        return [address if scheme_of(address) else file_digest(Path(address)) for address in self.images]
+        here = {address for address in self.images if not scheme_of(address) and Path(address).is_file()}
+        return [file_digest(Path(address)) if address in here else address for address in self.images]
 
 
 def questions_identity(questions: list[Question]) -> str:

@@ -106,8 +106,9 @@ def test_arrays_parts_and_processes_are_those_of_the_cluster():
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in jobs["train"]
     assert "-m fledge.slurm.jobs.node 2 train " in jobs["train"]
     assert "#SBATCH --array=0-0\n" in printed("cluster=one_machine", "train.hidden_states=online")["dump"]
-    together = printed("cluster=one_machine", "cluster.dump.gpus=4", "verifier.tensor_parallel=true")["dump"]
-    assert "-m fledge.slurm.jobs.node 4 dump " in together
+    four = ["cluster=one_machine", "cluster.dump.gpus=4", "submit.stages=[synthesize,dump,train,export]"]
+    for option in ("verifier.tensor_parallel=true", "cluster.dump.processes=4"):
+        assert "-m fledge.slurm.jobs.node 4 dump " in printed(*four, option)["dump"]
 
 
 def test_servers_are_started_in_their_engines_words():

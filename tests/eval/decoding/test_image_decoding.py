@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fledge.conf.runtime.artifact import file_digest
 from fledge.conf.schema import Config, DraftConfig, EvaluateConfig
 from fledge.data_synthesis.tokens.chat_template import prompt_tokens
 from fledge.data_synthesis.tokens.image_tokens import ImageReader, ImageTokenizer
@@ -75,7 +76,7 @@ def test_questions_with_images_are_answered_beside_others_and_told_from_them(tmp
         Question("b", "all", ("Who?",)),
     ]
     records = answerer.answer(asked_of)
-    assert [record.get("images") for record in records] == [1, None]
+    assert [record.get("images") for record in records] == [[file_digest(Path(pictures[0]))], None]
     assert [len(record["answers"]) for record in records] == [2, 1]
     drafted = [one for r in records for answer in r["answers"] for one in answer["drafters"].values()]
     assert len(drafted) == 9
