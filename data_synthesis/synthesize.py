@@ -66,8 +66,8 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
     """Answer one shard of the prompts; exits with a code that asks for another start if something is left."""
     options = config.synthesize
     with artifact(folder, "conversations", settings, config.overwrite) as target:
-        asked = (folder / FAILURES).is_file()  # deleted, all that failed are tried anew
-        if target.complete and asked and target.manifest["content"] == content_digest(folder):
+        has_failures = (folder / FAILURES).is_file()  # deleted, all that failed are tried anew
+        if target.complete and has_failures and target.manifest["content"] == content_digest(folder):
             print(f"conversations: {folder} is complete")
             return
         target.save(complete=False, verifier_path=config.verifier.path, prompts=prompts.counts)

@@ -41,18 +41,21 @@ def adapt(config: Config) -> None:
     for stage in ("synthesize", "dump"):
         run_alone(stage, shared)
     stores = [own, *options.replay]
-    if (num_heldout := len(_heldout_ids(stores)[0])) < FEWEST:
+    opened = [HiddenStateStore(Path(store.folder), with_states=False) for store in stores]
+    heldout = _heldout_ids(opened)
+    if (num_heldout := len(heldout[0])) < FEWEST:
         raise ValueError(
             f"adapt measures gain on {FEWEST} held-out conversations of its own or more, and has {num_heldout}: raise "
             "data.heldout_share or data.limit, under another name or with overwrite=true"
         )
-    shared = [f"train.{name}={_steps_between(config, stores)}" for name in ("save_every", "heldout_every")] + shared
+    every = _steps_between(config, [store.weight for store in stores], opened)
+    shared = [f"train.{name}={every}" for name in ("save_every", "heldout_every")] + shared
     values = {"init_from": str(head), "init": "random", "stores": stores, "patience": options.patience}
     values |= {"max_forgetting": options.max_forgetting} if options.replay else {}
     training = [f"train.{name}={_written(value)}" for name, value in values.items()]
     run_alone("train", [*shared, *training], config.train.num_processes)
     run_alone("export", [*shared, *training])
-    report = adaptation(config.training_folder, stores, str(options.head))
+    report = adaptation(config.training_folder, stores, heldout, str(options.head))
     write_atomic(config.run_folder / _REPORT, report)
     print(f"{report}\nadaptation: {config.run_folder / _REPORT}")
 
@@ -65,22 +68,18 @@ def _source(head: str | None) -> str:
     return str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head
 
 
-def _steps_between(config: Config, stores: list[StoreConfig]) -> int:
+def _steps_between(config: Config, weights: list[float], stores: list[HiddenStateStore]) -> int:
     """Return after how many steps to save and measure, unless it is typed: a tenth of all."""
     options = config.train
-    tokens = sum(store.weight * sum(_opened(store).lengths) for store in stores)
+    tokens = sum(weight * sum(store.lengths) for weight, store in zip(weights, stores, strict=True))
     steps = options.max_steps or options.epochs * tokens / (options.batch_tokens * options.packs_per_step)
     return max(1, round(steps / _MEASUREMENTS))
 
 
-def _opened(store: StoreConfig) -> HiddenStateStore:
-    return HiddenStateStore(Path(store.folder), with_states=False)
-
-
-def _heldout_ids(stores: list[StoreConfig]) -> list[set[str]]:
+def _heldout_ids(stores: list[HiddenStateStore]) -> list[set[str]]:
     """Return what each store holds out; an id that several do is the first one's, as in training."""
     seen, by_store = set[str](), list[set[str]]()
-    for store in map(_opened, stores):
+    for store in stores:
         share = store.manifest["settings"]["heldout_share"]
         by_store.append({name for name in store.ids if is_heldout(name, share)} - seen)
         seen |= by_store[-1]
@@ -96,14 +95,14 @@ def _written(value: Any) -> str:
     return quoted(value) if isinstance(value, str) else "null" if value is None else str(value)
 
 
-def adaptation(training: Path, stores: list[StoreConfig], head: str) -> str:
-    """Return the report: held-out acceptance by store, of the head at its start and at the best checkpoint."""
+def adaptation(training: Path, stores: list[StoreConfig], heldout: list[set[str]], head: str) -> str:
+    """Return the report: acceptance on what each store holds out, of the head at its start and at its best."""
     best = head_folder(None, training)
     checkpoints = {"before": training / "checkpoints" / "step-0", "after": best}
     parts = [f"# Adaptation of {head}", f"The best checkpoint is {best.name}."]
     if best.name == "step-0":
         parts.append("**Nothing was gained: the head stays as it was.**")
-    for number, (store, ids) in enumerate(zip(stores, _heldout_ids(stores), strict=True)):
+    for number, (store, ids) in enumerate(zip(stores, heldout, strict=True)):
         parts += [
             f"## {'Its own texts' if not number else 'What it could before'}: {store.folder}",
             *tables(checkpoints, ids),

@@ -124,9 +124,7 @@ class Trainer:
     def _skip(self, packs: list[PackedBatch], losses: list[Tensor]) -> None:
         """Count a step without an update, name the samples whose loss was not finite; ValueError if too often."""
         state, here = self.state, [pack for pack, loss in zip(packs, losses, strict=True) if not loss.isfinite()]
-        found = [[*zip(pack.sample_ids, pack.finite_documents(), strict=True)] for pack in here]
-        bad = [[name for name, finite in pack if not finite] or [name for name, _ in pack] for pack in found]
-        gathered = self.ranks.gather(list(itertools.chain.from_iterable(bad)))
+        gathered = self.ranks.gather([name for pack in here for name in pack.non_finite_samples()])
         names = list(itertools.chain.from_iterable(gathered))
         cause = f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the gradient"
         state.skipped_steps += 1

@@ -216,8 +216,7 @@ def _fit(
         math.ceil(min(data.packs_per_epoch, number) / options.packs_per_step) for number in (enough / rows, enough)
     )
     if ranks.rank == 0:
-        tokens = steps * options.packs_per_step * options.batch_tokens
-        print(f"train: fits the head to {tokens:,} tokens", flush=True)
+        print(f"train: fits the head to {steps * options.packs_per_step * options.batch_tokens:,} tokens", flush=True)
 
     def batches() -> Iterator[PackedBatch]:
         for pack in itertools.islice(data.batches(0), steps * packs):

@@ -86,12 +86,14 @@ class NearDuplicates:
 
     def add(self, key: int, prompt: Prompt) -> bool:
         """Take a prompt that `read` gives for `key`, unless it is nearly one of those before; return whether it was."""
-        shingles, minhash = _shingles(prompt), self._new()
+        shingles, minhash, system = _shingles(prompt), self._new(), canonical(prompt.system or "")
         minhash.update_batch([shingle.encode() for shingle in shingles])
         for other in self._lsh.query(minhash):
             known = self._read(other)
-            theirs, same_system = _shingles(known), canonical(known.system or "") == canonical(prompt.system or "")
-            if same_system and len(shingles & theirs) >= self._threshold * len(shingles | theirs):
+            if canonical(known.system or "") != system:
+                continue
+            theirs = _shingles(known)
+            if len(shingles & theirs) >= self._threshold * len(shingles | theirs):
                 return False
         self._lsh.insert(key, minhash)
         return True

@@ -6,6 +6,7 @@ A turn is a text or a list of text parts. A row may have `images`, shown before 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +78,10 @@ class Question:
     def record(self, answers: list[dict[str, Any]], left_out: str = "") -> dict[str, Any]:
         """Return the line of questions.jsonl (eval/figures/records.py); `left_out`: why there is no further answer."""
         question = {"id": self.id, "category": self.category, "turns": list(self.turns)}
-        images = {"images": self.image_digests()} if self.images else {}
+        images = {"images": self.image_digests} if self.images else {}
         return {**question, **images, "answers": answers, **({"left_out": left_out} if left_out else {})}
 
+    @cached_property
     def image_digests(self) -> list[str]:
         """Return what tells the images apart: the content of those on this machine, the addresses of others."""
         here = {address for address in self.images if not scheme_of(address) and Path(address).is_file()}
@@ -88,8 +90,7 @@ class Question:
 
 def questions_identity(questions: list[Question]) -> str:
     """Return a digest of the questions and of the content of their images that are on this machine."""
-    rows = ([q.id, q.category, q.turns, q.answers, *([q.image_digests()] if q.images else [])] for q in questions)
-    return digest(list(rows))
+    return digest([[q.id, q.category, q.turns, q.answers, *([q.image_digests] if q.images else [])] for q in questions])
 
 
 def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[Question]:
@@ -124,7 +125,7 @@ def load_questions(options: EvaluateConfig, local_images: bool = False) -> list[
 def _encodable(question: Question, place: str) -> Question:
     """Return a question whose texts can be written; JSON can spell half a character, which nobody can be asked."""
     try:
-        json_line(question.record([]))
+        json_line(replace(question, images=()).record([]))  # whose files are not read for that
     except UnicodeEncodeError as error:
         texts = (question.id, question.category, *map(text_of, question.turns))
         name, category, *turns = (text.encode(errors="backslashreplace").decode() for text in texts)

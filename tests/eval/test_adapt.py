@@ -10,7 +10,7 @@ import torch
 from builders import Run, as_if_killed_after, composed
 from commands import run_command
 from fledge.conf.runtime.artifact import read_manifest
-from fledge.conf.schema import StoreConfig
+from fledge.data_synthesis.store.store import HiddenStateStore
 from fledge.eval.adapt import _steps_between
 from fledge.models.formats.plain import load_head
 from fledge.models.formats.training_folder import read_walks
@@ -73,11 +73,11 @@ def test_a_head_goes_on_with_a_verifier_that_was_tuned(finished, tmp_path):
 
 def test_it_measures_ten_times_unless_it_is_told_when(finished):
     config = composed(*finished.arguments("train.max_steps=null", "train.epochs=5", "train.packs_per_step=2"))
-    stores = [StoreConfig(str(config.hidden_states_folder), weight=weight) for weight in (1.0, 0.5)]
+    weights, stores = [1.0, 0.5], [HiddenStateStore(config.hidden_states_folder)] * 2
     tokens = read_manifest(config.hidden_states_folder, "hidden_states")["counts"]["tokens"]
-    assert _steps_between(config, stores) == round(1.5 * tokens * 5 / (2 * config.train.batch_tokens) / 10) > 1
+    assert _steps_between(config, weights, stores) == round(1.5 * tokens * 5 / (2 * config.train.batch_tokens) / 10) > 1
     config.train.max_steps = 7
-    assert _steps_between(config, stores) == 1
+    assert _steps_between(config, weights, stores) == 1
 
 
 def test_what_adapt_needs_is_asked_for(finished, tmp_path):

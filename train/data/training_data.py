@@ -221,9 +221,10 @@ class TrainingData:
         for store in self.stores:
             self._check(store)
         largest = max(self.stores, key=lambda store: store.manifest["settings"]["heldout_share"])
+        most = largest.manifest["settings"]["heldout_share"]
         for store in self.stores:
-            share, most = (one.manifest["settings"]["heldout_share"] for one in (store, largest))
-            if store.manifest["settings"].get("join_length") and share < most:
+            settings = store.manifest["settings"]
+            if settings.get("join_length") and settings["heldout_share"] < most:
                 raise ValueError(
                     f"{store.folder} has joined samples (dump.join_length), so what {largest.folder} holds out "
                     f"(data.heldout_share={most}) cannot be kept from training in it: dump it with that share"
@@ -256,10 +257,9 @@ class TrainingData:
         """Return the held-out samples that are measured, `most` conversations of each store."""
         ids = [sample_id for store in self.stores for sample_id in store.ids]
         ordered = sorted(self.split.heldout, key=lambda sample: heldout_order(ids[sample]))
-        chosen, end = list[int](), 0
-        for store in self.stores:
-            first, end = end, end + len(store)
-            of_store = [sample for sample in ordered if first <= sample < end]
+        chosen = list[int]()
+        for numbers in self._numbers:
+            of_store = [sample for sample in ordered if sample in numbers]
             conversations = itertools.groupby(of_store, key=lambda sample: conversation_id(ids[sample]))
             chosen += [sample for _, sequences in itertools.islice(conversations, most) for sample in sequences]
         return chosen
@@ -288,12 +288,18 @@ class TrainingData:
             ) from error
 
     @cached_property
+    def _numbers(self) -> list[range]:
+        """Return the numbers of the samples of each store."""
+        return list(
+            itertools.starmap(range, itertools.pairwise(itertools.accumulate(map(len, self.stores), initial=0)))
+        )
+
+    @cached_property
     def heldout_ids(self) -> list[set[str]]:
         """Return the ids of the held-out samples that are measured, by store."""
-        firsts = itertools.accumulate(map(len, self.stores), initial=0)
         return [
-            {store.ids[sample - first] for sample in self.heldout if first <= sample < first + len(store)}
-            for first, store in zip(firsts, self.stores, strict=False)
+            {store.ids[sample - numbers.start] for sample in self.heldout if sample in numbers}
+            for numbers, store in zip(self._numbers, self.stores, strict=True)
         ]
 
     def inputs(self) -> dict[str, str]:

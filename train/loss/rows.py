@@ -113,6 +113,11 @@ class PackedBatch:
         finite = (aux.isfinite().all(-1) & last.isfinite().all(-1)).cpu()
         return [bool(part.all()) for part in finite.split(self.lengths)]
 
+    def non_finite_samples(self) -> list[str]:
+        """Return the ids of the documents with states that are not finite, or of all if every state is finite."""
+        parts = zip(self.sample_ids, self.finite_documents(), strict=True)
+        return [name for name, finite in parts if not finite] or self.sample_ids
+
     def without_non_finite(self) -> PackedBatch:
         """Return the batch with zeros as the states of documents that are not finite, of which no row counts then."""
         finite = self.finite_documents()
