@@ -14,6 +14,7 @@ from ..models.verifier.weights import verifier_identity
 from .answers.answer_log import FILE as FAILURES
 from .answers.answer_log import AnswerLog, summarise
 from .answers.local import answer_here
+from .answers.logged import take_logged
 from .answers.remote import answer_by_servers
 from .answers.self_prompts import write_self_prompts
 from .conversations import add_digests, content_digest, part_folder
@@ -58,6 +59,7 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
             "top_p": options.top_p,
             **({"request": options.request} if options.by_servers else here),
             **({"self_turns": further} if further else {}),
+            **({} if config.data.logged_answers else {"logged_answers": False}),
         },
     }
 
@@ -76,7 +78,7 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
         log.progress = Progress("synthesize", num_prompts, "conversation", done=log.num_done)
         answer = answer_by_servers if options.by_servers else answer_here
         with closing(log):
-            answer(config, prompts.read(options.shard, options.num_shards), log)
+            answer(config, take_logged(config, prompts.read(options.shard, options.num_shards), log), log)
         _finish(target, log, num_prompts)
 
 

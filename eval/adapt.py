@@ -16,6 +16,7 @@ from ..conf.runtime.launch import run_alone
 from ..conf.schema import Config, StoreConfig
 from ..conf.schema.free_names import quoted
 from ..data_synthesis.heldout import is_heldout
+from ..data_synthesis.states.own_words import foreign_samples
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.plain import load_head
 from ..models.formats.training_folder import checkpoint_steps, head_folder
@@ -48,6 +49,8 @@ def adapt(config: Config) -> None:
             f"adapt measures gain on {FEWEST} held-out conversations of its own or more, and has {num_heldout}: raise "
             "data.heldout_share or data.limit, under another name or with overwrite=true"
         )
+    foreign = _foreign(config)
+    print(f"adapt: {foreign}", flush=True)
     every = _steps_between(config, [store.weight for store in stores], opened)
     shared = [f"train.{name}={every}" for name in ("save_every", "heldout_every")] + shared
     values = {"init_from": str(head), "init": "random", "stores": stores, "patience": options.patience}
@@ -55,7 +58,7 @@ def adapt(config: Config) -> None:
     training = [f"train.{name}={_written(value)}" for name, value in values.items()]
     run_alone("train", [*shared, *training], config.train.num_processes)
     run_alone("export", [*shared, *training])
-    report = adaptation(config.training_folder, stores, heldout, str(options.head))
+    report = adaptation(config.training_folder, stores, heldout, str(options.head)) + f"\n{foreign}\n"
     write_atomic(config.run_folder / _REPORT, report)
     print(f"{report}\nadaptation: {config.run_folder / _REPORT}")
 
@@ -66,6 +69,20 @@ def _source(head: str | None) -> str:
         raise ValueError("adapt.head is required: a run, a checkpoint, an export, or a published head's folder or id")
     training = Path(head) / "training"
     return str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head
+
+
+def _foreign(config: Config) -> str:
+    """Say how many of its own texts the verifier would hardly have written, of which a head learns less."""
+    found, looked = foreign_samples(
+        HiddenStateStore(config.hidden_states_folder), config.verifier, config.synthesize.temperature
+    )
+    if not found:
+        return f"Answers of {looked} conversations were looked at: all could be the verifier's own words."
+    return (
+        f"Of {looked} conversations that were looked at, {len(found)} hold answers that the verifier would hardly have "
+        f"written at synthesize.temperature={config.synthesize.temperature}, such as {', '.join(found[:3])}. "
+        "With data.logged_answers=false it answers these prompts itself."
+    )
 
 
 def _steps_between(config: Config, weights: list[float], stores: list[HiddenStateStore]) -> int:

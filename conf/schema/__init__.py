@@ -26,7 +26,7 @@ _IS_FOLDER = Limit(
     "; use runs_dir for the place",
 )
 OF_SELF = ("temperature", "top_p", "max_tokens", "turns", "min_ascii")  # options of a source, as the next
-_NOT_OF_SELF = ("subset", "split", "revision", "streaming")
+_NOT_OF_SELF = ("subset", "split", "revision", "streaming", "row_function")
 
 
 @dataclass

@@ -45,6 +45,8 @@ class SourceConfig:
     split: str = "train"  # split to read
     revision: str | None = None  # branch, tag or commit on the hub
     streaming: bool = False  # read rows as they arrive instead of downloading first; a limit then takes the first ones
+    # MODULE.FUNCTION that is given each row; the row that it returns is read instead, and None leaves the row out
+    row_function: str | None = None
     limit: NumPrompts | None = None  # most prompts taken from this source, chosen by data.seed; null: all
     weight: PositiveFloat = 1.0  # share of data.limit, relative to the other sources
     # of `self`: sampling temperature of a user turn
@@ -63,6 +65,8 @@ class DataConfig:
     limit: NumPrompts | None = None  # most prompts of all sources together, shared out by their weights; null: all
     # share of conversations that are held out: chosen by id, answered greedily, never trained on
     heldout_share: Annotated[float, between(0.0, 0.9)] = 0.02
+    # take answers of rows that bring their tokens as they were logged; false: the verifier answers these prompts, too
+    logged_answers: bool = True
     seed: int = 0  # decides which prompts a limit takes, and their order
     # evaluation sets, as files or hub ids (id:subset); prompts like their questions are left out
     exclude: list[str] = field(default_factory=list)
@@ -83,7 +87,8 @@ class SynthesizeConfig:
     """How the verifier answers."""
 
     max_tokens: PositiveInt = 1024  # most tokens of an answer
-    temperature: Temperature = 0.7  # sampling temperature; 0 is greedy, and held-out conversations are always greedy
+    # sampling temperature, and that of logged answers; 0 is greedy, and held-out conversations are always greedy
+    temperature: Temperature = 0.7
     top_p: PositiveShare = 1.0  # sample among the likeliest tokens that together have this probability
     batch_size: PositiveInt = 64  # conversations generated together when the verifier runs in this process
     seed: int = 0  # seed of answers sampled in this process; servers have their own

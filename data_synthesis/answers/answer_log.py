@@ -49,8 +49,8 @@ class AnswerLog:
         """Return the failures of conversations that the next start tries again."""
         return [failure for prompt_id, failure in self.failures.items() if not self._given_up(prompt_id)]
 
-    def add(self, conversations: list[Conversation], temperature: float) -> None:
-        """Write finished conversations."""
+    def add(self, conversations: list[Conversation], temperature: float | None) -> None:
+        """Write finished conversations; the temperature of their answers, None if it is not known."""
         records = [conversation.record(temperature) for conversation in conversations]
         self._journal.append(records)
         self._num_tokens += sum(record["usage"]["completion_tokens"] for record in records)

@@ -102,7 +102,7 @@ class Conversation:
             messages.append({"role": "assistant", **reasoning, "content": answer.text})
         return messages
 
-    def record(self, temperature: float) -> dict[str, Any]:
+    def record(self, temperature: float | None) -> dict[str, Any]:
         """Return its line of the file."""
         turns = [answer.turn for answer in self.answers if answer.turn is not None]
         tokens_known = len(turns) == len(self.answers)
@@ -116,6 +116,6 @@ class Conversation:
                 "prompt_tokens": sum(answer.prompt_tokens for answer in self.answers),
                 "completion_tokens": sum(answer.completion_tokens for answer in self.answers),
             },
-            "temperature": temperature,
+            **({} if temperature is None else {"temperature": temperature}),
             **({"sequences": [sequence.as_json() for sequence in join_turns(turns)]} if tokens_known else {}),
         }

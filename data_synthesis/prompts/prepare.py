@@ -4,9 +4,10 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -103,14 +104,15 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
         raise ValueError(f"{twice}, and their prompts' ids would clash: set the name of one")
     made = {"sources": {}, "exclude": {}, **(made or {})}
     unset = [name for name in ("local_images", "near_duplicates") if not getattr(data, name)]
-    unrelated = ("sources", "exclude", "heldout_share", *unset)
+    unrelated = ("sources", "exclude", "heldout_share", "logged_answers", *unset)
     options = {name: value for name, value in asdict(data).items() if name not in unrelated}
     sources = {}
     for number, (name, source) in enumerate(zip(names, data.sources, strict=True)):
         content = _content(source.path, [source], made["sources"].get(name, {}).get("content"))
         hub = {"path": source.path, "subset": source.subset, "revision": source.revision}
         draw = {"number": number, "streaming": source.streaming, "limit": source.limit, "weight": source.weight}
-        sources[name] = {**draw, **({"content": content} if content else hub)}
+        changed = {"row_function": source.row_function} if source.row_function else {}
+        sources[name] = {**draw, **changed, **({"content": content} if content else hub)}
     exclude = {path: _content(path, _splits(path), made["exclude"].get(path)) or "hub" for path in data.exclude}
     return {**options, "malformed_rows": data.malformed_rows.value, "sources": sources, "exclude": exclude}
 
@@ -142,7 +144,9 @@ def _prepare(data: DataConfig, target: Artifact) -> None:
         for source, (name, share) in zip(data.sources, shares.items(), strict=True):
             counts[name], unread[name] = selection.read(source, share)
         selection.progress.close()
-        refusals = (*REFUSALS, *(["near_duplicate"] if data.near_duplicates else []))
+        by_function = any(source.row_function for source in data.sources)
+        further = {"near_duplicate": data.near_duplicates, "row_function": by_function}
+        refusals = (*REFUSALS, *(reason for reason, asked in further.items() if asked))
         keys = ("rows", "taken", *refusals)
         of_sources = {name: {key: count[key] for key in keys} for name, count in counts.items()}
         summary = {**{key: sum(count[key] for count in counts.values()) for key in keys}, "sources": of_sources}
@@ -230,7 +234,7 @@ class _Selection:
         data, counts = self._data, Counter[str]()
         early = source.streaming and share is not None
         seen = set(self._taken["text"].tolist()) if early else set()
-        name, fields = source_name(source), set[str]()
+        name, fields, change = source_name(source), set[str](), _row_function(source.row_function)
         local = data.local_images or source.path == EMBEDDED or is_local(source.path)
         for place, row in read_rows(source, data.seed):
             if early and len(self._new) * self._new.itemsize // _CANDIDATE.itemsize == share:
@@ -238,6 +242,9 @@ class _Selection:
             number = None if source.streaming else counts["rows"]
             counts["rows"] += 1
             self.progress.update()
+            if change and isinstance(row, dict) and (row := _changed(row, change, place)) is None:
+                counts["row_function"] += 1
+                continue
             fields.update(row if isinstance(row, dict) else ())
             try:
                 prompt, line = read_prompt(row, name, number, local, data.local_images)
@@ -318,7 +325,25 @@ class _Selection:
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
-    return Prompt(row["id"], row["source"], tuple(row["turns"]), row["system"])
+    return Prompt(row["id"], row["source"], tuple(row["turns"]), row["system"], row.get("logged"))
+
+
+def _row_function(name: str | None) -> Callable[[Any], Any] | None:
+    module, _, function = (name or "").rpartition(".")
+    try:
+        return getattr(import_module(module), function) if name else None
+    except Exception as error:  # of whatever the module does
+        raise ValueError(
+            f"data.sources: row_function {name} cannot be loaded ({type(error).__name__}: {error}): MODULE.FUNCTION is "
+            "required, of a module that Python finds (PYTHONPATH)"
+        ) from error
+
+
+def _changed(row: dict[str, Any], change: Callable[[Any], Any], place: str) -> Any:
+    try:
+        return change(row)
+    except Exception as error:
+        raise ValueError(f"{place}: row_function failed with {type(error).__name__}: {error}") from error
 
 
 def _first_equal(values: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
 FIELDS = ("messages", "conversations", "conversation", "turns", "prompt")  # the first of them that a row has is read
 ID_FIELDS = ("prompt_id", "uuid", "id", "question_id", "conversation_id")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+LOGGED_FIELDS = ("prompt_token_ids", "token_ids")  # of an answer that was logged: vLLM's names
 # Columns, of a row or of a user's message, that the question rests on: what they bring, for the message.
 BESIDE = {
     **dict.fromkeys(("image", "images", "image_path", "image_url", "image_urls", "pictures", "pixel_values"), "images"),
@@ -50,6 +51,11 @@ class Prompt:
     source: str
     turns: tuple[Content, ...]
     system: str | None = None
+    logged: tuple[list[int], list[int]] | None = None  # the tokens read and written when it was answered, if known
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form that it is stored in."""
+        return {name: value for name, value in vars(self).items() if name != "logged" or value}
 
 
 def text_of(content: Content) -> str:
@@ -81,7 +87,7 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: b
         check_beside(row, [*texts, prompt.system or ""])
         for address in chain(*map(images_of, prompt.turns)):
             check_foreign(address, local, hosts)
-        return prompt, json_line(vars(prompt))
+        return prompt, json_line(prompt.as_json())
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except UnicodeEncodeError as error:  # JSON can spell half a character
@@ -161,7 +167,22 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
     original = next((row[name] for name in ID_FIELDS if row.get(name) is not None), number)
     if original is None:
         original = digest([turns, system])
-    return Prompt(escaped(f"{source}/{original}"), source, tuple(turns), system)
+    return Prompt(escaped(f"{source}/{original}"), source, tuple(turns), system, _logged(row, turns))
+
+
+def _logged(row: dict[str, Any], turns: list[Content]) -> tuple[list[int], list[int]] | None:
+    """Return the tokens of a row's logged answer: those read before it, and its own; None if it has none."""
+    read, written = (row.get(name) for name in LOGGED_FIELDS)
+    if read is None and written is None:
+        return None
+    for tokens in (read, written):
+        if not isinstance(tokens, list) or {*map(type, tokens)} != {int} or min(tokens) < 0:
+            raise ValueError(f"must have lists of token ids, not empty, in both of {' and '.join(LOGGED_FIELDS)}")
+    if any(map(images_of, turns)):
+        raise ValueError(f"has images, whose tokens in {LOGGED_FIELDS[0]} cannot be told: remove {LOGGED_FIELDS[1]}")
+    assert read
+    assert written
+    return read, written
 
 
 def _user_side(messages: list[Any]) -> tuple[list[Content], str | None]:

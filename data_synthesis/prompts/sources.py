@@ -10,12 +10,12 @@ from typing import Any
 
 from ...conf.schema import SELF, Config, SourceConfig
 from ...models.embedded.verifier import prompts as embedded_prompts
-from .rows import BESIDE, FIELDS, ID_FIELDS, SYSTEM_FIELDS
+from .rows import BESIDE, FIELDS, ID_FIELDS, LOGGED_FIELDS, SYSTEM_FIELDS
 
 EMBEDDED = "embedded"
 SUFFIXES = (".json", ".jsonl", ".parquet")  # of files that are read
 _ARROW = (".arrow", ".feather")  # of those that are not
-READ = {*FIELDS, *ID_FIELDS, *SYSTEM_FIELDS, *BESIDE}  # columns that a prompt is read from
+READ = {*FIELDS, *ID_FIELDS, *SYSTEM_FIELDS, *LOGGED_FIELDS, *BESIDE}  # columns that a prompt is read from
 
 _BATCH_ROWS = 1000
 _SHUFFLED_ROWS = 10_000  # that a stream draws from; they are in memory

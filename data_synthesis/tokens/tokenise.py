@@ -238,23 +238,26 @@ def _sample(place: ConversationRef, number: int, sequence: Sequence) -> Sample:
 
 
 def _joined(samples: list[Sample], join_length: int, heldout_share: float) -> list[Sample]:
-    """Lay samples that follow each other end to end, as long as they have so many tokens at most together.
+    """Lay samples end to end, in their order, as long as they have so many tokens at most together.
 
     The joined sample has the id of the first. Alone stay held-out samples, those with images, and further sequences of
     a conversation, which would follow their own text.
     """
     joined: list[Sample] = []
-    room = 0  # for more behind the last one
+    last, room = 0, 0  # the one that is being filled
     for sample in samples:
         further = sample.id != conversation_id(sample.id)
-        alone = sample.image_record or further or is_heldout(sample.id, heldout_share)
-        if not alone and len(sample.input_ids) <= room:
-            parts = joined[-1], sample
-            ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in TOKENS)
-            joined[-1] = replace(joined[-1], input_ids=ids, loss_mask=mask)
-        else:
+        if sample.image_record or further or is_heldout(sample.id, heldout_share):
             joined.append(sample)
-        room = 0 if alone else join_length - len(joined[-1].input_ids)
+            continue
+        if len(sample.input_ids) <= room:
+            parts = joined[last], sample
+            ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in TOKENS)
+            joined[last] = replace(joined[last], input_ids=ids, loss_mask=mask)
+        else:
+            last = len(joined)
+            joined.append(sample)
+        room = join_length - len(joined[last].input_ids)
     return joined
 
 
