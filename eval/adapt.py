@@ -25,6 +25,7 @@ from .figures.metrics import FEWEST
 from .figures.walks import tables
 
 _REPORT = "adaptation.md"
+_FEW = 0.05  # of the conversations: as many may be flagged by chance
 _MEASUREMENTS = 10  # of a training: what is kept is the best of so many checkpoints
 
 
@@ -49,7 +50,7 @@ def adapt(config: Config) -> None:
             f"adapt measures gain on {FEWEST} held-out conversations of its own or more, and has {num_heldout}: raise "
             "data.heldout_share or data.limit, under another name or with overwrite=true"
         )
-    foreign = _foreign(config)
+    foreign = _foreign(config, opened[0])
     print(f"adapt: {foreign}", flush=True)
     every = _steps_between(config, [store.weight for store in stores], opened)
     shared = [f"train.{name}={every}" for name in ("save_every", "heldout_every")] + shared
@@ -71,17 +72,20 @@ def _source(head: str | None) -> str:
     return str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head
 
 
-def _foreign(config: Config) -> str:
+def _foreign(config: Config, own: HiddenStateStore) -> str:
     """Say how many of its own texts the verifier would hardly have written, of which a head learns less."""
-    found, looked = foreign_samples(
-        HiddenStateStore(config.hidden_states_folder), config.verifier, config.synthesize.temperature
-    )
-    if not found:
-        return f"Answers of {looked} conversations were looked at: all could be the verifier's own words."
-    return (
+    if not own.manifest["settings"].get("states", True):
+        return "Whether answers could be the verifier's own words was not looked at: the store has no states."
+    temperature = config.synthesize.temperature
+    found, looked = foreign_samples(HiddenStateStore(own.folder), config.verifier, temperature)
+    said = (
         f"Of {looked} conversations that were looked at, {len(found)} hold answers that the verifier would hardly have "
-        f"written at synthesize.temperature={config.synthesize.temperature}, such as {', '.join(found[:3])}. "
-        "With data.logged_answers=false it answers these prompts itself."
+        f"written at synthesize.temperature={temperature}."
+    )
+    if len(found) <= _FEW * looked:
+        return said
+    return (
+        f"{said} Such are {', '.join(found[:3])}. If they were logged, data.logged_answers=false lets it answer anew."
     )
 
 

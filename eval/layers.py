@@ -22,11 +22,11 @@ from ..conf.schema.free_names import quoted
 from ..data_synthesis.heldout import is_heldout
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.engine_forms import ENGINES, ServedHead, obstacles
-from ..models.formats.training_folder import best_acceptance_length
+from ..models.formats.training_folder import best_acceptance_length, head_folder
 from ..models.head.config import DraftHeadConfig
 from ..models.verifier.config import load_config, load_whole_config
 from ..models.verifier.weights import VerifierWeights
-from .figures.walks import walks_tables
+from .figures.walks import is_longer, walks_tables
 
 _WIDTH = 128  # to which states and embeddings are projected
 _LOGITS = 256  # projected logits
@@ -67,8 +67,12 @@ def layers(config: Config) -> None:
         run_alone("train", [*shared, *steps, *of_set], config.train.num_processes)
     trainings = {name: folder / name / "training" for name in names}
     print(*walks_tables(trainings), sep="\n\n")
-    winner = names[max(trainings, key=lambda name: best_acceptance_length(trainings[name]) or 0)]
-    print(f"\nThe longest: draft.aux_layers={list(winner)}{' (as it is)' if winner == head.aux_layers else ''}")
+    default, longest = next(iter(names)), max(trainings, key=lambda name: best_acceptance_length(trainings[name]) or 0)
+    ours, theirs = (head_folder(None, trainings[name]) for name in (longest, default))
+    by_chance = longest != default and not is_longer(ours, theirs, config.evaluate.num_draft_tokens)
+    winner = names[default if by_chance else longest]
+    kept = f", since the interval of {list(names[longest])} minus it holds 0" * by_chance
+    print(f"\nThe best: draft.aux_layers={list(winner)}{' (as it is)' * (winner == head.aux_layers)}{kept}")
     architectures = list(load_whole_config(config.verifier).architectures or [])
     served = ServedHead(replace(head, aux_layers=winner), verifier.num_hidden_layers, architectures)
     for engine in ENGINES:

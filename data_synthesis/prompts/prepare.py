@@ -236,18 +236,18 @@ class _Selection:
         seen = set(self._taken["text"].tolist()) if early else set()
         name, fields, change = source_name(source), set[str](), _row_function(source.row_function)
         local = data.local_images or source.path == EMBEDDED or is_local(source.path)
-        for place, row in read_rows(source, data.seed):
+        for place, row in read_rows(source, data.seed, whole=change is not None):
             if early and len(self._new) * self._new.itemsize // _CANDIDATE.itemsize == share:
                 break
             number = None if source.streaming else counts["rows"]
             counts["rows"] += 1
             self.progress.update()
-            if change and isinstance(row, dict) and (row := _changed(row, change, place)) is None:
+            if change and isinstance(row, dict) and (row := _changed(row, change)) is None:
                 counts["row_function"] += 1
                 continue
             fields.update(row if isinstance(row, dict) else ())
             try:
-                prompt, line = read_prompt(row, name, number, local, data.local_images)
+                prompt, line = read_prompt(row, name, number, local, data.local_images, data.logged_answers)
             except ValueError as error:
                 if data.malformed_rows is MalformedRows.stop:
                     cure = "correct it, or leave such rows out with data.malformed_rows=skip"
@@ -339,11 +339,12 @@ def _row_function(name: str | None) -> Callable[[Any], Any] | None:
         ) from error
 
 
-def _changed(row: dict[str, Any], change: Callable[[Any], Any], place: str) -> Any:
+def _changed(row: dict[str, Any], change: Callable[[Any], Any]) -> Any:
+    """Return what a function makes of a row, or the error that says why it is no usable one."""
     try:
         return change(row)
     except Exception as error:
-        raise ValueError(f"{place}: row_function failed with {type(error).__name__}: {error}") from error
+        return ValueError(f"makes row_function fail with {type(error).__name__}: {error}")
 
 
 def _first_equal(values: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -75,9 +75,12 @@ def images_of(content: Content) -> list[str]:
     return [] if isinstance(content, str) else [part["image_url"]["url"] for part in content if "image_url" in part]
 
 
-def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: bool = False) -> tuple[Prompt, bytes]:
+def read_prompt(
+    row: Any, source: str, number: int | None, local: bool, hosts: bool = False, logged: bool = False
+) -> tuple[Prompt, bytes]:
     """Read a row as `prompt_of` does, all of it or none; return the prompt and its line.
 
+    With `logged` it keeps the tokens of an answer that the row brings.
     Images may be files here if the row is this machine's own (`local`), and at its network's hosts with `hosts`.
     Raises ValueError for what is wrong with the row, or not read of it, to be put after its place.
     """
@@ -87,6 +90,7 @@ def read_prompt(row: Any, source: str, number: int | None, local: bool, hosts: b
         check_beside(row, [*texts, prompt.system or ""])
         for address in chain(*map(images_of, prompt.turns)):
             check_foreign(address, local, hosts)
+        prompt = replace(prompt, logged=_logged(row, prompt.turns) if logged else None)
         return prompt, json_line(prompt.as_json())
     except RecursionError:
         raise ValueError("is nested too deeply") from None
@@ -167,21 +171,26 @@ def prompt_of(row: Any, source: str, number: int | None) -> Prompt:
     original = next((row[name] for name in ID_FIELDS if row.get(name) is not None), number)
     if original is None:
         original = digest([turns, system])
-    return Prompt(escaped(f"{source}/{original}"), source, tuple(turns), system, _logged(row, turns))
+    return Prompt(escaped(f"{source}/{original}"), source, tuple(turns), system)
 
 
-def _logged(row: dict[str, Any], turns: list[Content]) -> tuple[list[int], list[int]] | None:
+def _logged(row: dict[str, Any], turns: Collection[Content]) -> tuple[list[int], list[int]] | None:
     """Return the tokens of a row's logged answer: those read before it, and its own; None if it has none."""
     read, written = (row.get(name) for name in LOGGED_FIELDS)
-    if read is None and written is None:
+    if not written:
         return None
     for tokens in (read, written):
         if not isinstance(tokens, list) or {*map(type, tokens)} != {int} or min(tokens) < 0:
-            raise ValueError(f"must have lists of token ids, not empty, in both of {' and '.join(LOGGED_FIELDS)}")
+            raise ValueError(
+                f"must have lists of token ids, not empty, in both of {' and '.join(LOGGED_FIELDS)}, or no "
+                f"{LOGGED_FIELDS[1]}"
+            )
     if any(map(images_of, turns)):
-        raise ValueError(f"has images, whose tokens in {LOGGED_FIELDS[0]} cannot be told: remove {LOGGED_FIELDS[1]}")
+        raise ValueError(
+            f"has images, whose tokens in {LOGGED_FIELDS[0]} cannot be told: remove {LOGGED_FIELDS[1]}, or set "
+            "data.logged_answers=false"
+        )
     assert read
-    assert written
     return read, written
 
 

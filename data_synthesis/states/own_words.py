@@ -8,6 +8,7 @@ from ..store.store import HiddenStateStore
 
 _SAMPLES = 64  # from all over the training split
 _TOKENS = 64  # of each
+_FEWEST = 16  # tokens: of fewer the sum is not normal enough
 _SIGMAS = 4.0
 _LEAST = 0.1  # temperature: at 0 rounding alone may take another token
 
@@ -30,7 +31,7 @@ def foreign_samples(store: HiddenStateStore, verifier: VerifierConfig, temperatu
         rows = (mask[:-1] & mask[1:]).nonzero().squeeze(1)[:_TOKENS]  # states inside an answer, which all stores keep
         assert sample.last_hidden_state is not None
         states = sample.last_hidden_state[rows].float()
-        if not len(rows) or not states.isfinite().all():
+        if len(rows) < _FEWEST or not states.isfinite().all():
             continue
         log_p = (transform.apply_(states @ lm_head.T) / max(temperature, _LEAST)).log_softmax(-1)
         p = log_p.exp()

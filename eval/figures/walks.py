@@ -50,6 +50,14 @@ def tables(checkpoints: dict[str, Path], ids: set[str] | None = None) -> Iterato
         yield f"{title}:\n\n{table(head, rows)}"
 
 
+def is_longer(checkpoint: Path, other: Path, depth: int) -> bool:
+    """Return whether greedy acceptance with so many draft tokens is above another checkpoint's beyond chance."""
+    names = next(iter(_RATES.values()))
+    ours, theirs = (_by_conversation(read_walks(folder).get(depth, {}), *names) for folder in (checkpoint, other))
+    bounds = _paired(ours, theirs, depth)[1] if ours.keys() == theirs.keys() and ours else None
+    return bounds is not None and bounds[0] > 0
+
+
 def _walk(checkpoint: Path, ids: set[str] | None) -> _Walk:
     walk = read_walks(checkpoint).items()
     return {length: {name: of[name] for name in of if ids is None or name in ids} for length, of in walk}
@@ -76,6 +84,9 @@ def _difference(ours: dict[int, _Counts], theirs: dict[int, _Counts], depth: int
     one, other = ours.get(depth, {}), theirs.get(depth, {})
     if not one or one.keys() != other.keys():
         return NONE
-    columns = np.stack(list(one.values())), np.stack(list(other.values()))
-    value, bounds = rate_difference(*columns, (depth, depth))
+    value, bounds = _paired(one, other, depth)
     return f"{value:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
+
+
+def _paired(ours: _Counts, theirs: _Counts, depth: int) -> tuple[float, list[float] | None]:
+    return rate_difference(np.stack(list(ours.values())), np.stack(list(theirs.values())), (depth, depth))

@@ -110,19 +110,26 @@ def test_the_verifier_answers_if_it_is_told_to(tmp_path, verifier_config, log):
 
 
 def test_tokens_that_are_not_the_verifiers_are_a_failure_each(tmp_path, verifier_config, log):
-    rows = [row | {"token_ids": [10**6]} if row["id"] == 5 else row for row in log]
+    changed = {
+        5: {"token_ids": [10**6]},
+        7: {"messages": [{"role": "user", "content": "How long do I cook [REDACTED] eggs?"}]},
+        8: {"prompt_token_ids": log[9]["prompt_token_ids"]},
+        9: {"system": "Be brief."},
+    }
+    rows = [row | changed.get(row["id"], {}) for row in log]
     config = config_of(tmp_path, verifier_config, rows)
     config.data.heldout_share = 0.0
-    assert len(answered(config)) == len(log) - 1
-    (failure,) = read_journal(config.conversations_folder / "failures.jsonl")
-    assert (failure["id"], failure["reason"]) == ("log/train/5", "the verifier has no embedding of a token")
+    made = answered(config)
+    assert len(made) == len(log) - 4
+    failures = {one["id"]: one["reason"] for one in read_journal(config.conversations_folder / "failures.jsonl")}
+    assert failures.pop("log/train/5") == "the verifier has no embedding of a token"
+    assert failures == {f"log/train/{n}": "the logged tokens do not hold the question" for n in (7, 8, 9)}
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"token_ids": [1]},
-        {"prompt_token_ids": [1]},
         {"prompt_token_ids": [], "token_ids": [1]},
         {"prompt_token_ids": [1], "token_ids": ["a"]},
         {"prompt_token_ids": [1], "token_ids": [-1]},
@@ -134,7 +141,7 @@ def test_half_a_logged_answer_is_malformed(fields):
     with pytest.raises(
         ValueError, match="must have lists of token ids, not empty, in both of prompt_token_ids and tok"
     ):
-        read_prompt({"prompt": "a?", **fields}, "s", 0, local=True)
+        read_prompt({"prompt": "a?", **fields}, "s", 0, local=True, logged=True)
 
 
 def test_a_logged_answer_to_images_is_refused():
@@ -143,7 +150,13 @@ def test_a_logged_answer_to_images_is_refused():
     with pytest.raises(
         ValueError, match="has images, whose tokens in prompt_token_ids cannot be told: remove token_ids"
     ):
-        read_prompt(row, "s", 0, local=True)
+        read_prompt(row, "s", 0, local=True, logged=True)
+    assert read_prompt(row, "s", 0, local=True)[0].logged is None
+
+
+def test_a_request_without_an_answer_is_a_prompt():
+    for fields in ({"prompt_token_ids": [1]}, {"prompt_token_ids": [1], "token_ids": []}):
+        assert read_prompt({"prompt": "a?", **fields}, "s", 0, local=True, logged=True)[0].logged is None
 
 
 def test_answers_of_another_model_are_told_from_the_verifiers_own(tmp_path, verifier_config, log):
@@ -153,6 +166,6 @@ def test_answers_of_another_model_are_told_from_the_verifiers_own(tmp_path, veri
     dump(config)
     store = HiddenStateStore(config.hidden_states_folder)
     found, looked = foreign_samples(store, verifier_config, 0.7)
-    train = {name for name in store.ids if not is_heldout(name, SHARE)}
-    assert looked == len(train)
-    assert set(found) == {name for name in train if int(name.split("/")[-1]) % 4 == 0}
+    long = [name for n, name in enumerate(store.ids) if store.loss_mask(n).sum() > 16 and not is_heldout(name, SHARE)]
+    assert looked == len(long) > 10
+    assert found == [name for name in long if int(name.split("/")[-1]) % 4 == 0] != []
