@@ -32,6 +32,8 @@ _WIDTH = 128  # to which states and embeddings are projected
 _LOGITS = 256  # projected logits
 _RIDGE = 1e-2  # of the mean square of a feature
 _BEAM = 24
+_ROWS = 1024  # that are read at a time
+_BY_STATES = ("shard_tokens", "batch_tokens")
 
 Layers = tuple[int, ...]
 
@@ -46,11 +48,15 @@ def layers(config: Config) -> None:
             f"layers.candidates must be {options.size} layers of the verifier or more, 0 to "
             f"{verifier.num_hidden_layers - 1}, got {candidates}"
         )
+    if not config.data.heldout_share:
+        raise ValueError("data.heldout_share must be above 0: sets are judged by held-out conversations")
     head = DraftHeadConfig.from_verifier(config.draft, verifier)
     recorded = sorted({*candidates, *head.aux_layers})
     store = folder / "hidden_states"
     typed = list(HydraConfig.get().overrides.task)
-    shared = [*typed, f"dump.folder={quoted(store)}", f"dump.limit={options.conversations}"]
+    # A token has many times the states of a store that a head reads: shards and batches are as large as with four.
+    sizes = (f"dump.{name}={getattr(config.dump, name) * 4 // (len(recorded) + 1) or 1}" for name in _BY_STATES)
+    shared = [*sizes, *typed, f"dump.folder={quoted(store)}", f"dump.limit={options.conversations}"]
     shared += ["train.stores=[]", "train.hidden_states=offline"]  # states of many sets from one pass of the verifier
     run_alone("dump", [*shared, f"draft.aux_layers={recorded}"], 1)
     ranked = rank(HiddenStateStore(store), VerifierWeights(config.verifier), candidates, options.size)
@@ -69,9 +75,11 @@ def layers(config: Config) -> None:
     print(*walks_tables(trainings), sep="\n\n")
     default, longest = next(iter(names)), max(trainings, key=lambda name: best_acceptance_length(trainings[name]) or 0)
     ours, theirs = (head_folder(None, trainings[name]) for name in (longest, default))
-    by_chance = longest != default and not is_longer(ours, theirs, config.evaluate.num_draft_tokens)
+    by_chance = longest != default and not is_longer(
+        ours, theirs, config.evaluate.draft_depth or config.train.ttt_steps
+    )
     winner = names[default if by_chance else longest]
-    kept = f", since the interval of {list(names[longest])} minus it holds 0" * by_chance
+    kept = f": {list(names[longest])} is not longer beyond chance" * by_chance
     print(f"\nThe best: draft.aux_layers={list(winner)}{' (as it is)' * (winner == head.aux_layers)}{kept}")
     architectures = list(load_whole_config(config.verifier).architectures or [])
     served = ServedHead(replace(head, aux_layers=winner), verifier.num_hidden_layers, architectures)
@@ -147,13 +155,14 @@ class _Products:
             assert sample.last_hidden_state is not None
             if not (sample.aux_hidden_states.isfinite().all() and sample.last_hidden_state.isfinite().all()):
                 continue
-            states = sample.aux_hidden_states[rows].float().unflatten(-1, (len(self._candidates), -1))
-            features = torch.einsum("tlh,lhw->tlw", rms_norm(states, states.shape[-1:]), self._state).flatten(1)
-            token = self._token[sample.input_ids[rows + 1].long()]
-            x = torch.cat([features, rms_norm(token, token.shape[-1:])], 1)
-            y = sample.last_hidden_state[rows + 1].float() @ self._logits
-            found = {"xx": x.T @ x, "xy": x.T @ y, "yy": y.square().sum(0), "y": y.sum(0), "rows": len(rows)}
-            sums = {name: sums[name] + value for name, value in found.items()}
+            for part in rows.split(_ROWS):
+                states = sample.aux_hidden_states[part].float().unflatten(-1, (len(self._candidates), -1))
+                features = torch.einsum("tlh,lhw->tlw", rms_norm(states, states.shape[-1:]), self._state).flatten(1)
+                token = self._token[sample.input_ids[part + 1].long()]
+                x = torch.cat([features, rms_norm(token, token.shape[-1:])], 1)
+                y = sample.last_hidden_state[part + 1].float() @ self._logits
+                found = {"xx": x.T @ x, "xy": x.T @ y, "yy": y.square().sum(0), "y": y.sum(0), "rows": len(part)}
+                sums = {name: sums[name] + value for name, value in found.items()}
         return sums
 
     def explained(self, chosen: Layers, fitted: dict[str, Tensor], judged: dict[str, Tensor]) -> float:

@@ -128,7 +128,8 @@ class LayersConfig:
     candidates: list[int] | None = None  # 0-based layers of the verifier to choose from; null: all
     size: PositiveInt = 3  # layers of a set
     num_sets: PositiveInt = 4  # sets that are trained, next to the default one
-    conversations: PositiveInt = 400  # most conversations whose states of all candidates are recorded
+    # most conversations whose states of all candidates are recorded to train on, and of those held out
+    conversations: PositiveInt = 400
     steps: PositiveInt = 200  # optimizer steps of each set
 
 

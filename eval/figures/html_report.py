@@ -22,6 +22,7 @@ from .records import TRAINED, Part, Record
 
 _WORST = 12  # stretches of rounds in each category
 _BEFORE = 90  # characters of an answer before such a stretch
+_SHOWN_CHARS = 2000  # of each end of a long question
 _NO_TEXT = "\u25ab"  # shown for a token that adds no text of its own
 
 
@@ -93,7 +94,11 @@ def _template() -> Template:
 
 def _question(number: int, record: Record, results: dict[str, Any], depth: int) -> dict[str, Any]:
     answers = [
-        {"turn": text_of(turn), "text": answer["text"], "rounds": _rounds(answer["drafters"][TRAINED], results)}
+        {
+            "turn": _shortened(text_of(turn)),
+            "text": answer["text"],
+            "rounds": _rounds(answer["drafters"][TRAINED], results),
+        }
         | {"first": next(iter(answer["drafters"][TRAINED].get("token_texts", [])), "")}
         | {"length": count([{**record, "answers": [answer]}], TRAINED, depth).acceptance_length}
         for turn, answer in zip(record["turns"], record["answers"], strict=False)
@@ -102,6 +107,12 @@ def _question(number: int, record: Record, results: dict[str, Any], depth: int) 
     about = {name: record.get(name, "") for name in ("id", "category", "left_out")}
     about["images"] = len(record.get("images", []))
     return {"number": number, **about, "answers": answers, "length": counts.acceptance_length}
+
+
+def _shortened(text: str) -> str:
+    """Return a text without its middle, if it is long: documents before a question."""
+    beyond = len(text) - 2 * _SHOWN_CHARS
+    return text if beyond <= 0 else f"{text[:_SHOWN_CHARS]}\n[{beyond} characters]\n{text[-_SHOWN_CHARS:]}"
 
 
 def _rounds(drafter: dict[str, Any], results: dict[str, Any]) -> list[Round] | None:

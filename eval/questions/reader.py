@@ -101,6 +101,9 @@ class QuestionReader:
 # -- the same questions at several context lengths ---------------------------------------------------------------------
 
 
+_RESERVE = 16  # positions for draft tokens, whatever their number: all evaluations ask the same
+
+
 def at_context_lengths(config: Config, questions: list[Question]) -> list[Question]:
     """Return the first turn of each question behind documents, once for each of evaluate.context_lengths.
 
@@ -115,12 +118,19 @@ def at_context_lengths(config: Config, questions: list[Question]) -> list[Questi
     documents = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     behind = []
     for length in options.context_lengths:
-        room = length - options.max_tokens - options.draft_depth - 1
+        room = length - options.max_tokens - max(_RESERVE, options.draft_depth + 1)
         problem = f"it and an answer of {options.max_tokens} tokens do not fit into a context of {length}"
         for question in questions:
             name, category = f"{question.id}@{length}", f"context {length}"
             same = replace(question, id=name, category=category, turns=question.turns[:1], answers=None)
-            asked, num_documents = _filled(tokenizer, documents, same, room)
+            if same.images:
+                behind.append(replace(same, problem="it has images, whose tokens no document makes room for"))
+                continue
+            try:
+                asked, num_documents = _filled(tokenizer, documents, same, room)
+            except NoExactSpanError as error:
+                behind.append(replace(same, problem=str(error)))
+                continue
             if len(documents) < num_documents:
                 raise ValueError(
                     f"evaluate.context_documents: {len(documents)} tokens of text do not fill a context of {length}"

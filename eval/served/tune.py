@@ -7,6 +7,7 @@ alone. In between, t is taken as linear in K, and then in B.
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,12 @@ from ..compare import find_evaluation, find_run
 from ..figures.records import ACCEPTANCE
 from ..figures.report import NONE, figure, table
 
-_ALIKE = ("verifier", "engine", "dtype", "questions_digest", "temperature", "top_p", "top_k", "max_tokens")
+_ALIKE = (
+    *("verifier", "engine", "dtype", "questions_digest", "temperature", "top_p", "top_k"),
+    *("draft_sampling", "max_tokens"),
+)
+_FEWEST = 4  # questions of a row: with fewer the last ones are answered with free rows beside them
+_BEYOND = 1 << 16  # a batch size that none reaches
 
 
 @dataclass
@@ -67,7 +73,7 @@ def tune(config: Config) -> None:
         raise ValueError(f"tune.runs: {' and '.join(heads.values())} are of different heads: tune one at a time")
     speeds = speeds_of(list(results.values()))
     schedule = speeds.schedule()
-    print(_table(speeds), "", _words(schedule), sep="\n")
+    print(_table(speeds), "", _words(schedule), *_cautions(results, speeds), sep="\n")
     files = settings(schedule, options.head)
     for text in files.values():
         print(f"\n{text}", end="")
@@ -144,6 +150,18 @@ def _words(schedule: list[tuple[int, int, int]]) -> str:
     return f"Draft tokens: {', '.join(parts)}."
 
 
+def _cautions(results: dict[str, dict[str, Any]], speeds: Speeds) -> Iterator[str]:
+    """Yield what the measurements do not tell."""
+    if (least := speeds.batch_sizes[0]) > 1:
+        yield f"Batch sizes 1 to {least - 1} were not measured, and get what {least} has."
+    for run, one in results.items():
+        if one["num_questions"] < _FEWEST * one["batch_size"]:
+            yield (
+                f"{run} has {one['num_questions']} questions at evaluate.batch_size={one['batch_size']}, so that on "
+                f"average fewer were asked at a time: {_FEWEST} times as many questions tell more."
+            )
+
+
 def settings(schedule: list[tuple[int, int, int]], head: str) -> dict[str, str]:
     """Return what each engine reads, by file name; nothing if no draft token pays."""
     most = max(depth for _, _, depth in schedule)
@@ -157,12 +175,14 @@ def settings(schedule: list[tuple[int, int, int]], head: str) -> dict[str, str]:
     }
     # SGLang takes the entry of the nearest batch size: both ends of each range are named.
     sglang = {str(end): {"candidate_steps": [depth]} for first, last, depth in schedule for end in (first, last)}
-    largest = schedule[0][2]  # TensorRT-LLM wants that of the smallest batches to be max_draft_len
+    # TensorRT-LLM wants max_draft_len for the smallest batches, and drafts nothing beyond the last entry.
+    by_last = {last: depth for _, last, depth in schedule}
+    first, last = schedule[0][1], schedule[-1][2]
     tensorrt_llm = {
         "decoding_type": "Eagle3",
-        "max_draft_len": largest,
+        "max_draft_len": most,
         "speculative_model": head,
-        "draft_len_schedule": {last: min(depth, largest) for _, last, depth in schedule},
+        "draft_len_schedule": by_last | {first: most} | ({_BEYOND: last} if last else {}),
     }
     return {
         "vllm.json": json.dumps(vllm) + "\n",

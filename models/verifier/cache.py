@@ -259,7 +259,7 @@ class CachedVerifier:
                     fed = (keys - lengths[:, None]).clamp(0, positions.shape[1] - 1)
                     keys = torch.where(keys < lengths[:, None], keys, positions.gather(1, fed))
                 keys, queries = keys[:, None], positions[:, :, None]
-                mask = mask & (queries // span == keys // span if kind == _CHUNKED else queries - keys < span)
+                mask = mask & (queries // span == keys // span if kind == _CHUNKED else keys > queries - span)
             masks[kind] = mask[:, None]
             if self._additive:
                 zeros = torch.zeros_like(masks[kind], dtype=self.verifier.model.dtype)

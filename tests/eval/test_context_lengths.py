@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,26 @@ def test_prompt_and_answer_reach_the_length_and_prompts_begin_alike(tmp_path, do
             [prompt_tokens(tokenizer, pair[place].history([])) for pair in here if not pair[1].problem]
             for place in (0, 1)
         )
-        room = length - config.evaluate.max_tokens - config.evaluate.draft_depth - 1
+        room = length - config.evaluate.max_tokens - 16
         assert len(prompts) > 6
         assert all(room - 4 <= len(prompt) <= room for prompt in prompts), [len(prompt) for prompt in prompts]
         assert _alike(prompts) >= room - max(map(len, own)), "a server reads documents once"
     for question, same in zip(itertools.cycle(questions), asked, strict=False):
         assert same.turns[0].endswith(question.turns[0])
         assert len(same.turns) == 1
+
+
+def test_the_same_is_asked_for_any_number_of_draft_tokens_and_images_are_left_out(tmp_path):
+    shared = {"context_lengths": LENGTHS, "context_documents": str(tmp_path / "text.txt")}
+    config = asking(tmp_path, **shared)
+    questions = load_questions(config.evaluate)
+    asked = at_context_lengths(config, questions)
+    assert at_context_lengths(asking(tmp_path, num_draft_tokens=0, **shared), questions) == asked
+    assert at_context_lengths(asking(tmp_path, num_draft_tokens=7, **shared), questions) == asked
+    pictured = [replace(question, images=("a.png",)) for question in questions]
+    assert {question.problem for question in at_context_lengths(config, pictured)} == {
+        "it has images, whose tokens no document makes room for"
+    }
 
 
 def test_a_question_that_a_length_does_not_hold_is_left_out_by_name(tmp_path):

@@ -47,6 +47,16 @@ def test_few_questions_have_no_interval_and_another_file_is_refused(tmp_path):
     alone = {**FIRST, "acceptance_length_interval": None}
     add_to_history(path, "monday", alone)
     assert add_to_history(path, "tuesday", alone).endswith("2.50, monday had 2.50")
+    assert "first of its kind" in add_to_history(path, "monday", alone), "asked again, it is no other one's follower"
+    path.write_text(path.read_text().rstrip("\n"))  # as some editors save it
+    add_to_history(path, "wednesday", alone)
+    assert len(path.read_text().splitlines()) == 3
+    assert "first of its kind" in add_to_history(path, "drawn", {**alone, "draft_sampling": "sampled"})
+    assert "first of its kind" in add_to_history(path, "other", {**alone, "verifier": "another"})
+    path.write_text("no history")
+    with pytest.raises(ValueError, match="is no history of evaluations: its last line is b'no history'"):
+        add_to_history(path, "wednesday", alone)
+    assert path.read_text() == "no history"
     path.write_text("no history\n")
     with pytest.raises(ValueError, match="line 1 is malformed"):
         add_to_history(path, "wednesday", alone)

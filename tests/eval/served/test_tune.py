@@ -72,6 +72,8 @@ def test_engines_are_told_in_their_own_terms():
     assert nearest == [[3]] * 4 + [[1]] * 4 + [[0]] * 8
     assert OmegaConf.create(files["tensorrt_llm.yaml"]).speculative_config.draft_len_schedule == {4: 3, 8: 1, 16: 0}
     assert settings([(1, 8, 0)], "a/head") == {}
+    rising = OmegaConf.create(settings([(1, 2, 0), (3, 8, 3)], "a/head")["tensorrt_llm.yaml"]).speculative_config
+    assert (rising.max_draft_len, dict(rising.draft_len_schedule)) == (3, {2: 3, 8: 3, 65536: 3})
 
 
 def test_evaluations_of_a_server_with_and_without_the_head_become_settings(tmp_path, capsys):
@@ -84,6 +86,8 @@ def test_evaluations_of_a_server_with_and_without_the_head_become_settings(tmp_p
     tune(config)
     printed = capsys.readouterr().out
     assert "| batch size | alone |" in printed
+    assert "Batch sizes 1 to 1 were not measured, and get what 2 has." in printed
+    assert "head has 4 questions at evaluate.batch_size=2" in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "sglang.json",
         "tensorrt_llm.yaml",
