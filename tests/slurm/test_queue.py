@@ -62,6 +62,21 @@ def test_jobs_see_the_states_of_jobs_among_whatever_squeue_says(tmp_path, monkey
             assert (told("is_running 7"), told("is_cancelled")) == (running, cancelled), (state, before)
 
 
+@pytest.mark.parametrize("stage", ["run bash -c 'exit 75'", "serve http://127.0.0.1:1/v1 60 bash -c 'exit 143'"])
+def test_the_signal_that_ends_a_start_for_the_next_is_no_news(tmp_path, monkeypatch, stage):
+    """Slurm sends it as soon as it has taken the request, while the job's shell may still live."""
+    job = "server-0" if stage.startswith("serve") else "train"
+    (tmp_path / "jobs").mkdir()
+    requeue = 'kill -s TERM "$(<"$jobs/../shell")"; sleep 0.2; exit 0'
+    as_commands(tmp_path / "bin", monkeypatch, squeue="echo RUNNING None", scontrol=requeue)
+    settings = f"export jobs='{tmp_path / 'jobs'}' artifact='{tmp_path}' grows=none max_restarts=3 SLURM_JOB_ID=7"
+    text = f'{settings}; echo $$ >"{tmp_path / "shell"}"; . {TEMPLATES / "common.sh"}; begin {job}; {stage}'
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 75, done.stderr
+    lines = (tmp_path / "jobs" / "events" / job).read_text().splitlines()
+    assert [line.split("\t")[2] for line in lines] == ["begun", "again"]
+
+
 def test_jobs_are_read_as_slurm_shows_them():
     line = (
         "JobId=8 ArrayJobId=3 ArrayTaskId=0 JobName=x JobState=FAILED Reason=NonZeroExitCode Requeue=1 "

@@ -112,6 +112,7 @@ is_cancelled() {
 
 restart() { # WHY
   local count before now
+  trap '' USR1 TERM # Slurm ends this start by SIGTERM, to begin the next: no news, and nothing for scontrol to die of
   if is_cancelled; then
     tell cancelled "$1"
     out_of_service
