@@ -15,7 +15,7 @@ from ..conf.schema import Config, VerifierConfig
 from ..models.verifier.config import load_tokenizer, tokenizer_identity
 from .heldout import is_heldout
 from .show import marked_text, printable, terminal_mark
-from .store.index import TOKENS_FOLDER, StoreIndex, left_out
+from .store.index import TOKENS_FOLDER, StoreIndex, left_out, spread
 from .store.mapped_shard import AUX_STATES, LAST_STATES, TOKENS, MappedShard, rows_of, shard_name
 from .tokens.chat_template import Sequence
 
@@ -125,7 +125,7 @@ def _print_states(store: StoreIndex) -> tuple[list[str], int]:
     layers = store.manifest["settings"]["aux_layers"]
     squares, largest, rows = np.zeros((3, len(layers) + 1))
     wrong, read = list[str](), 0
-    for index in sorted({number * len(store) // _SCANNED for number in range(_SCANNED)}):  # from all over the store
+    for index in spread(len(store), _SCANNED):
         shard, number, _ = store.place(index)
         states = _by_layer(shard, number, len(layers))
         if not all(np.isfinite(part).all() for part in states):

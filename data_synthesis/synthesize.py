@@ -59,7 +59,6 @@ def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
             "top_p": options.top_p,
             **({"request": options.request} if options.by_servers else here),
             **({"self_turns": further} if further else {}),
-            **({} if config.data.logged_answers else {"logged_answers": False}),
         },
     }
 

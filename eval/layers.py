@@ -75,9 +75,7 @@ def layers(config: Config) -> None:
     print(*walks_tables(trainings), sep="\n\n")
     default, longest = next(iter(names)), max(trainings, key=lambda name: best_acceptance_length(trainings[name]) or 0)
     ours, theirs = (head_folder(None, trainings[name]) for name in (longest, default))
-    by_chance = longest != default and not is_longer(
-        ours, theirs, config.evaluate.draft_depth or config.train.ttt_steps
-    )
+    by_chance = longest != default and not is_longer(ours, theirs, config.heldout_depth)
     winner = names[default if by_chance else longest]
     kept = f": {list(names[longest])} is not longer beyond chance" * by_chance
     print(f"\nThe best: draft.aux_layers={list(winner)}{' (as it is)' * (winner == head.aux_layers)}{kept}")

@@ -132,7 +132,7 @@ def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, 
     options, is_online = config.train, config.train.hidden_states is HiddenStates.online
     values = [item for item in asdict(options).items() if item[0] not in _NOT_DETERMINING and item not in _UNSET]
     # What acceptance is measured on, if the training's end depends on what it was at step 0.
-    measured = [_draft_depth(config), options.heldout_samples] if options.max_forgetting is not None else None
+    measured = [config.heldout_depth, options.heldout_samples] if options.max_forgetting is not None else None
     return {
         **({"measured": measured} if measured else {}),
         "hidden_states": data.settings,
@@ -142,11 +142,6 @@ def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, 
         "train": {name: value.value if isinstance(value, Enum) else value for name, value in values},
         "init_from": head_digest(Path(options.init_from)) if options.init_from else None,
     }
-
-
-def _draft_depth(config: Config) -> int:
-    """Return for how many draft tokens held-out acceptance tells the best checkpoint."""
-    return config.evaluate.draft_depth or config.train.ttt_steps  # 0 is an evaluation of the verifier alone
 
 
 def _build_trainer(
@@ -193,7 +188,7 @@ def _build_trainer(
     return Trainer(
         *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),
         acceptance=torch.tensor(state.acceptance or [0.0] * options.ttt_steps, device=ranks.device),
-        draft_depth=_draft_depth(config),
+        draft_depth=config.heldout_depth,
         save=partial(save_checkpoint, engine, head, checkpoints, record, options.keep_checkpoints),
         tracker=_open_records(config, data, kernels, target, state.step) if target else None,
     )

@@ -65,6 +65,11 @@ class Config:
         return Path(self.runs_dir) / self.name
 
     @property
+    def heldout_depth(self) -> int:
+        """Draft tokens for which held-out acceptance tells the best checkpoint."""
+        return self.evaluate.draft_depth or self.train.ttt_steps  # 0 is an evaluation of the verifier alone
+
+    @property
     def prompts_folder(self) -> Path:
         return self.run_folder / "prompts"
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from ...conf.schema import Config
+from ...conf.schema import Config, VerifierConfig
 from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
 from ..heldout import is_heldout
 from ..prompts.near_duplicates import canonical
@@ -22,37 +22,47 @@ def take_logged(config: Config, prompts: Iterable[Prompt], log: AnswerLog) -> It
     the last turn's: the turns before it stand in its prompt. Tokens that the verifier does not have are a failure, and
     so is a prompt in tokens without the question: it is another one, another tokenizer's, or its text was changed.
     """
-    tokenizer, number = load_tokenizer(config.verifier), 0
-    ends, vocab_size = load_end_token_ids(config.verifier, tokenizer), load_config(config.verifier).vocab_size
+    reader, number = None, 0
     for prompt in prompts:
-        heldout = is_heldout(prompt.id, config.data.heldout_share)
-        if prompt.logged is None or heldout:
+        if prompt.logged is None or is_heldout(prompt.id, config.data.heldout_share):
             yield replace(prompt, logged=None)
             continue
         if not log.wants(prompt.id):
             continue
-        turn = Turn(*prompt.logged)
-        conversation = Conversation(replace(prompt, turns=prompt.turns[-1:]))
-        try:
-            check_known(tokenizer, turn.prompt + turn.answer, vocab_size)
-        except UnknownTokenError as error:
-            log.fail(prompt.id, Failure("the verifier has no embedding of a token", str(error), final=True))
-            continue
-        read = canonical(str(tokenizer.decode(turn.prompt, skip_special_tokens=True)))
-        if any(canonical(text) not in read for text in _texts(prompt)):
-            log.fail(prompt.id, Failure("the logged tokens do not hold the question", read[-200:], final=True))
-            continue
-        text, reasoning = split_answer(tokenizer, turn.answer, end_token_ids=ends)
-        reason = "stop" if turn.answer[-1] in ends else "length"
-        text = text or str(tokenizer.decode(turn.answer, skip_special_tokens=True))  # was asked by other settings
-        conversation.add(Answer(text, reason, len(turn.prompt), len(turn.answer), reasoning, turn))
-        if conversation.ended_by:
-            log.fail(prompt.id, replace(conversation.ended_by, final=True))
+        reader = reader or _Reader(config.verifier)
+        read = reader.read(prompt, Turn(*prompt.logged))
+        if isinstance(read, Failure):
+            log.fail(prompt.id, replace(read, final=True))
         else:
-            log.add([conversation], None)
+            log.add([read], None)
             number += 1
     if number:
         print(f"synthesize: the logged answers of {number} prompts are taken as they are (data.logged_answers)")
+
+
+class _Reader:
+    """Makes conversations of logged answers, in the tokens of one verifier."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        self._tokenizer = load_tokenizer(config)
+        self._ends = load_end_token_ids(config, self._tokenizer)
+        self._vocab_size = load_config(config).vocab_size
+
+    def read(self, prompt: Prompt, turn: Turn) -> Conversation | Failure:
+        """Return the conversation of a prompt's last turn, or why there is none."""
+        try:
+            check_known(self._tokenizer, turn.prompt + turn.answer, self._vocab_size)
+        except UnknownTokenError as error:
+            return Failure("the verifier has no embedding of a token", str(error))
+        asked = canonical(str(self._tokenizer.decode(turn.prompt, skip_special_tokens=True)))
+        if any(canonical(text) not in asked for text in _texts(prompt)):
+            return Failure("the logged tokens do not hold the question", asked[-200:])
+        text, reasoning = split_answer(self._tokenizer, turn.answer, end_token_ids=self._ends)
+        text = text or str(self._tokenizer.decode(turn.answer, skip_special_tokens=True))  # was asked by other settings
+        reason = "stop" if turn.answer[-1] in self._ends else "length"
+        conversation = Conversation(replace(prompt, turns=prompt.turns[-1:]))
+        conversation.add(Answer(text, reason, len(turn.prompt), len(turn.answer), reasoning, turn))
+        return conversation.ended_by or conversation
 
 
 def _texts(prompt: Prompt) -> list[str]:

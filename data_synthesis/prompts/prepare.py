@@ -104,7 +104,7 @@ def prompt_settings(data: DataConfig, made: dict[str, Any] | None = None) -> dic
         raise ValueError(f"{twice}, and their prompts' ids would clash: set the name of one")
     made = {"sources": {}, "exclude": {}, **(made or {})}
     unset = [name for name in ("local_images", "near_duplicates") if not getattr(data, name)]
-    unrelated = ("sources", "exclude", "heldout_share", "logged_answers", *unset)
+    unrelated = ("sources", "exclude", "heldout_share", *unset, *(["logged_answers"] if data.logged_answers else []))
     options = {name: value for name, value in asdict(data).items() if name not in unrelated}
     sources = {}
     for number, (name, source) in enumerate(zip(names, data.sources, strict=True)):

@@ -4,6 +4,7 @@ from ...conf.schema import VerifierConfig
 from ...models.verifier.config import load_config, logit_transform
 from ...models.verifier.weights import VerifierWeights
 from ..heldout import is_heldout
+from ..store.index import spread
 from ..store.store import HiddenStateStore
 
 _SAMPLES = 64  # from all over the training split
@@ -25,7 +26,7 @@ def foreign_samples(store: HiddenStateStore, verifier: VerifierConfig, temperatu
     train = [number for number, name in enumerate(store.ids) if not is_heldout(name, share)]
     lm_head, transform = VerifierWeights(verifier).lm_head().float(), logit_transform(load_config(verifier))
     foreign, looked = list[str](), 0
-    for place in sorted({number * len(train) // _SAMPLES for number in range(_SAMPLES)} if train else ()):
+    for place in spread(len(train), _SAMPLES):
         sample = store[train[place]].decoded()
         mask = sample.loss_mask.bool()
         rows = (mask[:-1] & mask[1:]).nonzero().squeeze(1)[:_TOKENS]  # states inside an answer, which all stores keep

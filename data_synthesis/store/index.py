@@ -20,6 +20,11 @@ VOCABULARY_FILE, COUNTS_FILE, INDEX_FILE = "vocab_map.safetensors", "token_count
 TOKENS_FOLDER = "tokens"  # in a store with states: the store without, from which it is made
 
 
+def spread(count: int, most: int) -> list[int]:
+    """Return `most` numbers below `count`, evenly from all over; all of them if they are no more."""
+    return sorted({number * count // most for number in range(most)}) if count else []
+
+
 def sidecar_checksums(folder: Path) -> dict[str, str]:
     """Return the checksums that the manifest has of the files next to the shards."""
     return {

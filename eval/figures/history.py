@@ -55,4 +55,5 @@ def _end_last_line(path: Path) -> None:
         raise ValueError(f"{path} is no history of evaluations: its last line is {last[:40]!r}")
     with suppress(ValueError):
         json.loads(last)
-        path.write_bytes(path.read_bytes() + b"\n")
+        with open(path, "ab") as file:
+            file.write(b"\n")

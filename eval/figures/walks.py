@@ -54,7 +54,7 @@ def is_longer(checkpoint: Path, other: Path, depth: int) -> bool:
     """Return whether greedy acceptance with so many draft tokens is above another checkpoint's beyond chance."""
     names = next(iter(_RATES.values()))
     ours, theirs = (_by_conversation(read_walks(folder).get(depth, {}), *names) for folder in (checkpoint, other))
-    bounds = _paired(ours, theirs, depth)[1] if ours.keys() == theirs.keys() and ours else None
+    _, bounds = _paired(ours, theirs, depth) or (0.0, None)
     return bounds is not None and bounds[0] > 0
 
 
@@ -81,12 +81,14 @@ def _length(counts: _Counts, depth: int) -> str:
 
 
 def _difference(ours: dict[int, _Counts], theirs: dict[int, _Counts], depth: int) -> str:
-    one, other = ours.get(depth, {}), theirs.get(depth, {})
-    if not one or one.keys() != other.keys():
+    if (paired := _paired(ours.get(depth, {}), theirs.get(depth, {}), depth)) is None:
         return NONE
-    value, bounds = _paired(one, other, depth)
+    value, bounds = paired
     return f"{value:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
 
 
-def _paired(ours: _Counts, theirs: _Counts, depth: int) -> tuple[float, list[float] | None]:
+def _paired(ours: _Counts, theirs: _Counts, depth: int) -> tuple[float, list[float] | None] | None:
+    """Return the difference and its interval, if there are enough; None without the same conversations."""
+    if not ours or ours.keys() != theirs.keys():
+        return None
     return rate_difference(np.stack(list(ours.values())), np.stack(list(theirs.values())), (depth, depth))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...conf.schema import Config, SourceConfig
+from ...conf.schema import Config, EvaluateConfig, SourceConfig
 from ...data_synthesis.conversations import read_conversations
 from ...data_synthesis.prompts.rows import Content, text_of
 from ...data_synthesis.prompts.sources import read_rows
@@ -19,6 +19,7 @@ from ..figures.records import HELDOUT
 from .question import Question
 
 _SHOWN = 20  # questions that cannot be asked
+_RESERVE = 16  # positions for draft tokens at a context length, whatever their number: all evaluations ask the same
 
 
 class UnaskableError(ValueError):
@@ -101,9 +102,6 @@ class QuestionReader:
 # -- the same questions at several context lengths ---------------------------------------------------------------------
 
 
-_RESERVE = 16  # positions for draft tokens, whatever their number: all evaluations ask the same
-
-
 def at_context_lengths(config: Config, questions: list[Question]) -> list[Question]:
     """Return the first turn of each question behind documents, once for each of evaluate.context_lengths.
 
@@ -118,40 +116,39 @@ def at_context_lengths(config: Config, questions: list[Question]) -> list[Questi
     documents = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     behind = []
     for length in options.context_lengths:
-        room = length - options.max_tokens - max(_RESERVE, options.draft_depth + 1)
-        problem = f"it and an answer of {options.max_tokens} tokens do not fit into a context of {length}"
         for question in questions:
             name, category = f"{question.id}@{length}", f"context {length}"
             same = replace(question, id=name, category=category, turns=question.turns[:1], answers=None)
-            if same.images:
-                behind.append(replace(same, problem="it has images, whose tokens no document makes room for"))
-                continue
             try:
-                asked, num_documents = _filled(tokenizer, documents, same, room)
-            except NoExactSpanError as error:
-                behind.append(replace(same, problem=str(error)))
+                asked, num_documents = _filled(tokenizer, documents, same, length, options)
+            except (UnaskableError, NoExactSpanError) as error:
+                behind.append(replace(same, problem=question.problem or str(error)))
                 continue
             if len(documents) < num_documents:
                 raise ValueError(
                     f"evaluate.context_documents: {len(documents)} tokens of text do not fill a context of {length}"
                 )
-            behind.append(asked or replace(same, problem=question.problem or problem))
+            behind.append(asked)
     return behind
 
 
-def _filled(tokenizer: Any, documents: list[int], question: Question, room: int) -> tuple[Question | None, int]:
-    """Return a question behind as many tokens of documents as make its prompt one of `room` tokens, and their number.
+def _filled(
+    tokenizer: Any, documents: list[int], question: Question, length: int, options: EvaluateConfig
+) -> tuple[Question, int]:
+    """Return a question behind as many tokens of documents as fill a context of `length`, and their number.
 
-    (None, 0) if there is no room for any.
+    UnaskableError: there is no room for any, or it has images.
     """
-    number = room
+    if question.images:
+        raise UnaskableError("it has images, whose tokens no document makes room for")
+    number = room = length - options.max_tokens - max(_RESERVE, options.draft_depth + 1)
     while number > 0:
         asked = replace(question, turns=(_behind(str(tokenizer.decode(documents[:number])), question.turns[0]),))
         beyond = len(prompt_tokens(tokenizer, asked.history([]))) - room
         if beyond <= 0:
             return asked, number
         number -= beyond
-    return None, 0
+    raise UnaskableError(f"it and an answer of {options.max_tokens} tokens do not fit into a context of {length}")
 
 
 def _behind(text: str, turn: Content) -> Content:

@@ -109,6 +109,15 @@ def test_the_verifier_answers_if_it_is_told_to(tmp_path, verifier_config, log):
     assert {record["temperature"] for record in made.values()} == {0.0, 0.7}
 
 
+def test_a_run_that_took_logged_answers_is_made_anew_without_them(tmp_path, verifier_config, log):
+    answered(config_of(tmp_path, verifier_config, log))
+    config = config_of(tmp_path, verifier_config, log, logged_answers=False)
+    with pytest.raises(ValueError, match="logged_answers"):
+        synthesize(config)
+    config.overwrite = True
+    assert {record["temperature"] for record in answered(config).values()} == {0.0, 0.7}
+
+
 def test_tokens_that_are_not_the_verifiers_are_a_failure_each(tmp_path, verifier_config, log):
     changed = {
         5: {"token_ids": [10**6]},
