@@ -97,7 +97,7 @@ def _dump_states(config: Config, settings: dict[str, Any], of_tokens: dict[str, 
             print(f"hidden states: {folder} is complete")
             _write_vocabulary(config, target, always, folder)
             return
-        target.save(complete=False, verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
+        target.save(complete=False, **config.verifier.origin)
     with artifact(folder / TOKENS_FOLDER, "hidden_states", of_tokens, overwrite=True, wait=True) as tokens:
         write_tokens(config, tokens)
     plan = HiddenStateStore(folder / TOKENS_FOLDER, with_states=False)

@@ -84,9 +84,10 @@ def _facts(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
             f"{settings['state_dtype']}, of decoder layers {layers} (0-based) and the last, normed, at "
             f"{settings['last_states']} positions; computed in {settings['verifier_dtype']} by {settings['engine']}"
         )
+    adapter = f" with {name}" if (name := manifest.get("verifier_adapter")) else ""
     return {
         "store": str(folder),
-        "verifier": f"{manifest.get('verifier_path')}: {verifier['num_layers']} layers, width "
+        "verifier": f"{manifest.get('verifier_path')}{adapter}: {verifier['num_layers']} layers, width "
         f"{verifier['hidden_size']}, {verifier['vocab_size']} tokens, fingerprint {verifier['fingerprint']}",
         "tokenizer": f"{verifier['tokenizer']}, chat template {verifier['chat_template']}",
         "states": states,

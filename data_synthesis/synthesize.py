@@ -38,7 +38,7 @@ def synthesize(config: Config) -> None:
         pass  # the folder is this run's now, and so are the parts in it
     _answer(config, prompts, part_folder(folder, shard, num_shards), {**settings, "shard": [shard, num_shards]})
     with artifact(folder, "conversations", whole, wait=True) as target:
-        _join_parts(target, num_shards, config.verifier.path)
+        _join_parts(target, num_shards, config.verifier.origin)
 
 
 def _settings(config: Config, prompts: PreparedPrompts) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _answer(config: Config, prompts: PreparedPrompts, folder: Path, settings: di
         if target.complete and has_failures and target.manifest["content"] == content_digest(folder):
             print(f"conversations: {folder} is complete")
             return
-        target.save(complete=False, verifier_path=config.verifier.path, prompts=prompts.counts)
+        target.save(complete=False, **config.verifier.origin, prompts=prompts.counts)
         log = AnswerLog(folder, options.max_attempts)
         num_prompts = len(range(options.shard, prompts.count, options.num_shards))
         log.progress = Progress("synthesize", num_prompts, "conversation", done=log.num_done)
@@ -103,7 +103,7 @@ def _finish(target: Artifact, log: AnswerLog, num_prompts: int) -> None:
     print(f"conversations: {made['conversations']} in {target.folder}")
 
 
-def _join_parts(target: Artifact, num_shards: int, verifier_path: str) -> None:
+def _join_parts(target: Artifact, num_shards: int, origin: dict[str, str | None]) -> None:
     """Complete the whole when every part is."""
     parts = []
     for shard in range(num_shards):
@@ -115,7 +115,7 @@ def _join_parts(target: Artifact, num_shards: int, verifier_path: str) -> None:
     content = add_digests(part["content"] for part in parts)
     if target.complete and target.manifest["content"] == content:
         return
-    target.save(complete=False, verifier_path=verifier_path, prompts=parts[0]["prompts"])
+    target.save(complete=False, **origin, prompts=parts[0]["prompts"])
     counts, sources, reasons = Counter[str](), Counter[str](), Counter[str]()
     for part in parts:
         reasons.update(part["counts"].pop("failed_because"))

@@ -179,7 +179,7 @@ def _build_trainer(
         )
     record = {
         "verifier": data.stores[0].manifest["settings"]["verifier"],
-        "verifier_path": config.verifier.path,
+        **config.verifier.origin,
         "hidden_states": data.settings,
         "step": 0,  # of each checkpoint, as "heldout"
         "ttt_steps": options.ttt_steps,

@@ -37,6 +37,8 @@ class VerifierConfig:
 
     path: str = MISSING  # local folder, hub id, or `embedded` for the small verifier that comes with fledge
     revision: str | None = None  # branch, tag or commit on the hub
+    # folder or hub id of a PEFT (LoRA) adapter, which is merged into it at first use, in the hub's cache (HF_HOME)
+    adapter: str | None = None
     dtype: Dtype = Dtype.bfloat16  # type of computation, and of weights that are not quantised
     # where the verifier runs; auto: one GPU, several if one cannot hold it, the CPU if there is none
     device: Device = Device.auto
@@ -45,6 +47,11 @@ class VerifierConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     # sizes of its config.json, so that `fledge plan` works without the hub
     shapes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """Return what a manifest says of where it comes from."""
+        return {"verifier_path": self.path, "verifier_revision": self.revision, "verifier_adapter": self.adapter}
 
 
 @dataclass

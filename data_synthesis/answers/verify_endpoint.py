@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ...conf.schema import SELF, SourceConfig, SynthesizeConfig, VerifierConfig
-from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer
+from ...models.verifier.config import load_config, load_end_token_ids, load_tokenizer, verifier_location
 from ..tokens.chat_template import Message, check_template, prompt_tokens
 from .conversation import Answer
 from .endpoint import Endpoint, RequestError
@@ -120,7 +120,7 @@ async def find_model(endpoint: Endpoint, name: str | None, verifier: VerifierCon
     `name` is synthesize.model, `positions` the tokens that the verifier can read. Raises RequestError if the server
     does not answer, ValueError if it serves something else.
     """
-    served, required = await endpoint.models(), name or verifier.path
+    served, required = await endpoint.models(), name or verifier_location(verifier)
     matching = [model for model in served if required in (model.get("id"), model.get("root"))]
     if served and not matching:
         raise ValueError(

@@ -104,7 +104,7 @@ def write_tokens(config: Config, target: Artifact) -> None:
         share = manifest["settings"]["heldout_share"]
         by_use = [[place for place in index.places if is_heldout(place.id, share) is held] for held in (False, True)]
         index.places = sorted(place for places in by_use for place in limited(places, limit, lambda place: place.id))
-    target.save(verifier_path=config.verifier.path, verifier_revision=config.verifier.revision)
+    target.save(**config.verifier.origin)
     _write_shards(config, target, index)
     counts, shards = manifest["counts"], manifest["shards"]
     if not shards:

@@ -34,8 +34,13 @@ _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", 
 
 
 def verifier_location(config: VerifierConfig) -> str:
-    """Return the folder or hub id to load from."""
-    return str(CHECKPOINT) if config.path == "embedded" else config.path
+    """Return the folder or hub id to load from; with an adapter, which is merged if need be, the merged folder."""
+    path = str(CHECKPOINT) if config.path == "embedded" else config.path
+    if config.adapter is None:
+        return path
+    from .adapter import merged_folder
+
+    return str(merged_folder(path, config.revision, config.adapter))
 
 
 def torch_device(device: Device) -> torch.device:
@@ -98,8 +103,8 @@ def refuse_adapter(config: VerifierConfig) -> None:
         found = checkpoint_file(config, "adapter_config.json")
     if found:
         raise ValueError(
-            f"verifier.path {config.path!r} is a PEFT adapter, not a model: merge it into its base model and give that "
-            "folder (docs/guide/train.md, Adapt a head)"
+            f"verifier.path {config.path!r} is a PEFT adapter, not a model: give it as verifier.adapter, and its base "
+            "model as verifier.path"
         )
 
 

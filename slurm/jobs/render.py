@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 
 from ...conf.schema import STAGES, Config, HiddenStates, JobConfig, ServerConfig, ServerKind
+from ...models.verifier.config import verifier_location
 
 TEMPLATES = Path(__file__).with_name("templates")
 SERVER = "server"
@@ -123,7 +124,8 @@ def _progress(config: Config, stage: str) -> tuple[Path, str]:
 
 def mounted_paths(config: Config) -> list[str]:
     """Return the absolute paths that options name, for a container to have, but those that its mounts bring."""
-    named = [config.runs_dir, config.verifier.path, config.synthesize.model, config.dump.folder]
+    named = [config.runs_dir, config.verifier.path, config.verifier.adapter, config.synthesize.model]
+    named += [config.dump.folder, verifier_location(config.verifier) if config.verifier.adapter else None]
     named += [*(store.folder for store in config.train.stores), *(source.path for source in config.data.sources)]
     named += [*config.data.exclude, config.train.init_from, config.evaluate.questions]
     named += [config.evaluate.checkpoint, config.export.checkpoint, config.evaluate.context_documents]
@@ -144,7 +146,9 @@ def _processes(config: Config, stage: str) -> int:
 
 def served_model(config: Config) -> str:
     """Return what the servers load: the verifier, or its copy in other numbers that `synthesize.model` names."""
-    return config.synthesize.model or config.verifier.path
+    if config.synthesize.model or config.verifier.adapter is None:
+        return config.synthesize.model or config.verifier.path
+    return verifier_location(config.verifier)
 
 
 def server_copies(server: ServerConfig) -> int:

@@ -4,7 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def _rehearsal(config: Config, rates: list[float]) -> str:
         "rejection_sample_method": "synthetic",
         "synthetic_acceptance_rates": rates,
     }
-    return vllm_serve(verifier_location(config.verifier), config.verifier.revision, speculative)
+    base = replace(config.verifier, adapter=None)
+    return vllm_serve(verifier_location(base), config.verifier.revision, speculative)
 
 
 def _other_memory(config: Config, verifier: VerifierShape, head: DraftHeadConfig) -> dict[str, int]:

@@ -44,6 +44,7 @@ class VerifierShape:
 
 def _load_config(path: str | None, verifier: VerifierConfig) -> tuple[Any, str]:
     """Read the verifier's configuration from the nearest source, a path first, and return which that is."""
+    verifier = replace(verifier, adapter=None)  # it changes no sizes
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"plan.verifier_config must be the path of a config.json, got {path}")
@@ -67,7 +68,7 @@ def planned_head(config: Config) -> DraftHeadConfig:
     whole, source = _load_config(config.plan.verifier_config, config.verifier)
     head = DraftHeadConfig.from_verifier(config.draft, whole.get_text_config())
     if source == config.verifier.path and any(Path(source).glob("*.safetensors")):
-        check_verifier(config.verifier, config.draft)
+        check_verifier(replace(config.verifier, adapter=None), config.draft)
     return head
 
 
