@@ -83,8 +83,8 @@ def _base_model(config: Config) -> str | None:
     base_model = config.export.base_model or (None if Path(location).exists() else location)
     if config.export.push_to and base_model is None:
         raise ValueError(
-            f"export.base_model is required with export.push_to and verifier.path={config.verifier.path}, a folder "
-            "here: give the verifier's hub id"
+            f"export.base_model is required with export.push_to and the verifier {location}, a folder here: give its "
+            "hub id" + (", once the merged model is there" if config.verifier.adapter else "")
         )
     return base_model
 
@@ -102,7 +102,7 @@ def _exported(
         verifier=base_model or verifier_location(config.verifier),
         architectures=list(load_whole_config(config.verifier).architectures or []),
         verifier_layers=record["verifier"]["num_layers"],
-        revision=config.verifier.revision,
+        revision=None if config.verifier.adapter else config.verifier.revision,
         num_draft_tokens=config.evaluate.draft_depth,  # a chain as deep as the tree that was evaluated
         imported_from=record.get("imported_from"),
         base_model=base_model,

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ..conf.runtime.artifact import write_atomic
 from ..conf.schema import STAGES, Config, ContainerKind, EvaluateEngine, JobConfig, ServerConfig, ServerKind, require
+from ..models.verifier.config import verifier_location
 from .jobs.queue import cancel, has_slurm, job_states, submit_file
 from .jobs.records import JOBS, LOGS, JobRecord, freeze, read_submission, submissions, write_submission
 from .jobs.render import SERVER, TEMPLATES, Job, mounted_paths, render_jobs, served_model, server_copies, stage_before
@@ -44,6 +45,7 @@ def submit(config: Config) -> None:
             "or give --dry-run to see the job files"
         )
     _refuse_if_queued(config.run_folder)
+    verifier_location(config.verifier)  # servers begin with the merged folder
     folder.mkdir(parents=True)
     if config.dump.folder and config.cluster.container.kind is not ContainerKind.none:
         config.hidden_states_folder.mkdir(parents=True, exist_ok=True)  # containers mount what is there
@@ -160,7 +162,7 @@ def _check_server(config: Config) -> None:
         has_port = any("{port}" in word for word in server.command)
         require(has_port, "cluster.server.command must say {port} where the server takes its port")
     else:
-        can_serve = served_model(config) != "embedded"
+        can_serve = config.verifier.adapter or served_model(config) != "embedded"
         require(can_serve, "verifier.path must be a checkpoint that cluster.server.kind can serve, got embedded")
         _check_server_sizes(server, config.synthesize.max_tokens)
     if secret := [word for word in [*server.command, *server.options] if re.match(r"--api[-_]key", word)]:

@@ -43,27 +43,31 @@ class TrainerState:
     best_acceptance_length: float = 0.0
     best_measure: str = ""  # digest of draft tokens and held-out conversations; under another one all begins anew
     not_better: int = 0  # checkpoints since the best
-    start_elsewhere: float = 0.0  # held-out acceptance length of the stores after the first, before the first step
+    start_elsewhere: list[float] = field(default_factory=list)  # held-out acceptance length of each, before step 1
+    tokens: int = 0  # trained on, over all ranks
+    seconds: float = 0.0  # of steps
     ended: str = ""  # why training ends before its last step
     heldout: HeldoutByLength = field(default_factory=dict)  # latest; in a checkpoint of its weights, or empty
 
-    def note_best(self, num_draft_tokens: int, options: TrainConfig, of_first_store: set[str]) -> None:
+    def note_best(self, num_draft_tokens: int, options: TrainConfig, by_store: list[set[str]]) -> None:
         """Make this step the best if it accepts more than the best before, or is the first by this measure.
 
-        With `train.max_forgetting` what counts is the first store, while the others keep what they had at step 0. Say
-        in `ended` if training is to end, by that or by `train.patience`.
+        `by_store` has the held-out samples of each store. With `train.max_forgetting` what counts is the first store,
+        while each other one keeps what it had at step 0. Say in `ended` if training is to end, by that or by
+        `train.patience`.
         """
         counts, lost = self.heldout[num_draft_tokens], 0.0
         measure = digest([num_draft_tokens, sorted(counts)])
         is_first = self.best_step is None or measure != self.best_measure
         if options.max_forgetting is not None:
-            others = total(one for name, one in counts.items() if name not in of_first_store).acceptance_length
-            self.start_elsewhere = others if measure != self.best_measure else self.start_elsewhere
-            lost = self.start_elsewhere - others
-            counts = {name: one for name, one in counts.items() if name in of_first_store}
+            own, *others = [{name: counts[name] for name in names} for names in by_store]
+            lengths = [total(store.values()).acceptance_length for store in others]
+            self.start_elsewhere = lengths if measure != self.best_measure else self.start_elsewhere
+            lost = max(before - now for before, now in zip(self.start_elsewhere, lengths, strict=True))
+            counts = own
         length = total(counts.values()).acceptance_length
         if lost > (options.max_forgetting or 0.0):
-            self.ended = f"other stores lost {lost:.3f} of τ@{num_draft_tokens}, more than train.max_forgetting"
+            self.ended = f"another store lost {lost:.3f} of τ@{num_draft_tokens}, more than train.max_forgetting"
         elif is_first or length > self.best_acceptance_length:
             self.best_step, self.best_acceptance_length, self.best_measure = self.step, length, measure
             self.not_better = 0

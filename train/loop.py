@@ -149,7 +149,7 @@ class Trainer:
         if self.tracker:
             self.tracker.log(state.step, heldout_metrics(state.heldout, self.data.heldout_ids))
         if note:
-            state.note_best(self.draft_depth, self.options, self.data.heldout_ids[0])
+            state.note_best(self.draft_depth, self.options, self.data.heldout_ids)
         if save:
             self._save(state.heldout)
 
@@ -170,7 +170,10 @@ class Trainer:
         }
 
     def _metrics(self) -> dict[str, float]:
-        metrics = self.meter.read() | {"train/lr": self.engine.optimizer.param_groups[0]["lr"]}
+        metrics, tokens, seconds = self.meter.read()
+        self.state.tokens += tokens
+        self.state.seconds += seconds
+        metrics |= {"train/tokens": self.state.tokens, "train/lr": self.engine.optimizer.param_groups[0]["lr"]}
         norm = self.engine.get_global_grad_norm()
         if norm is not None and math.isfinite(norm):  # None at stage 0 in float32
             metrics["train/grad_norm"] = float(norm)

@@ -105,7 +105,8 @@ def _train(config: Config, ranks: Ranks) -> None:
                     print(stopped, flush=True)
                 sys.exit(signals.exit_code)
             if target:
-                target.finish(steps=step, ended=ended, heldout=acceptance_lengths(trainer.state.heldout))
+                cost = {"tokens": trainer.state.tokens, "seconds": round(trainer.state.seconds)}
+                target.finish(steps=step, ended=ended, **cost, heldout=acceptance_lengths(trainer.state.heldout))
                 if ended:
                     print(f"training: ends before step {trainer.num_steps}: {ended}")
                 print(f"training: step {step} in {folder / 'checkpoints'}; held-out {trainer.summary({})}")

@@ -37,8 +37,8 @@ class VerifierConfig:
 
     path: str = MISSING  # local folder, hub id, or `embedded` for the small verifier that comes with fledge
     revision: str | None = None  # branch, tag or commit on the hub
-    # folder or hub id of a PEFT (LoRA) adapter, which is merged into it at first use, in the hub's cache (HF_HOME)
-    adapter: str | None = None
+    adapter: str | None = None  # folder or hub id of a PEFT (LoRA) adapter, which is merged into it at first use
+    merged_dir: str = "runs/merged"  # where verifiers with adapters are merged; runs_dir/merged unless it is given
     dtype: Dtype = Dtype.bfloat16  # type of computation, and of weights that are not quantised
     # where the verifier runs; auto: one GPU, several if one cannot hold it, the CPU if there is none
     device: Device = Device.auto

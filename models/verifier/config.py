@@ -30,17 +30,18 @@ if TYPE_CHECKING:  # torch and transformers' Auto classes take seconds to import
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+MERGED = "fledge_merged.json"  # in a folder that an adapter was merged into: what it is made of
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "true", "false", "none")  # in chat templates
 
 
-def verifier_location(config: VerifierConfig) -> str:
-    """Return the folder or hub id to load from; with an adapter, which is merged if need be, the merged folder."""
+def verifier_location(config: VerifierConfig, make: bool = True) -> str:
+    """Return the folder or hub id to load from; with an adapter the merged folder, which is made if need be."""
     path = str(CHECKPOINT) if config.path == "embedded" else config.path
     if config.adapter is None:
         return path
     from .adapter import merged_folder
 
-    return str(merged_folder(path, config.revision, config.adapter))
+    return str(merged_folder(path, config.revision, config.adapter, config.merged_dir, make))
 
 
 def torch_device(device: Device) -> torch.device:

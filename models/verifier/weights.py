@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ...conf.runtime.artifact import differences
 from ...conf.schema import VerifierConfig
 from .config import (
+    MERGED,
     checkpoint_file,
     empty_model,
     load_config,
@@ -199,12 +200,13 @@ def verifier_identity(config: VerifierConfig) -> dict[str, Any]:
 
 def verifier_outline(config: VerifierConfig) -> dict[str, Any]:
     """Return the part of a verifier's identity that its small files tell, for use without its weights."""
-    text, tokenizer = load_config(config), load_tokenizer(config)
+    text, tokenizer, merged = load_config(config), load_tokenizer(config), checkpoint_file(config, MERGED)
     return {
         "hidden_size": text.hidden_size,
         "num_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
         **tokenizer_identity(tokenizer),
+        **({"merged": json.loads(merged.read_text())["key"]} if merged else {}),
     }
 
 

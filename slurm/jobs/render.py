@@ -125,7 +125,7 @@ def _progress(config: Config, stage: str) -> tuple[Path, str]:
 def mounted_paths(config: Config) -> list[str]:
     """Return the absolute paths that options name, for a container to have, but those that its mounts bring."""
     named = [config.runs_dir, config.verifier.path, config.verifier.adapter, config.synthesize.model]
-    named += [config.dump.folder, verifier_location(config.verifier) if config.verifier.adapter else None]
+    named += [config.dump.folder, config.verifier.merged_dir if config.verifier.adapter else None]
     named += [*(store.folder for store in config.train.stores), *(source.path for source in config.data.sources)]
     named += [*config.data.exclude, config.train.init_from, config.evaluate.questions]
     named += [config.evaluate.checkpoint, config.export.checkpoint, config.evaluate.context_documents]
@@ -148,7 +148,7 @@ def served_model(config: Config) -> str:
     """Return what the servers load: the verifier, or its copy in other numbers that `synthesize.model` names."""
     if config.synthesize.model or config.verifier.adapter is None:
         return config.synthesize.model or config.verifier.path
-    return verifier_location(config.verifier)
+    return verifier_location(config.verifier, make=False)
 
 
 def server_copies(server: ServerConfig) -> int:

@@ -50,8 +50,8 @@ class Meter:
         self._lengths += [length for batch in batches for length in batch.lengths]
         self._sums += sums
 
-    def read(self) -> dict[str, float]:
-        """Return the metrics of the steps since the last time, over all ranks, and begin anew."""
+    def read(self) -> tuple[dict[str, float], int, float]:
+        """Return the metrics of the steps since the last time, over all ranks, their tokens and seconds; begin anew."""
         num_counted = self._sums[:, SUMS.index("counted")].tolist()  # once they are read, the device has done its work
         seconds = time.perf_counter() - self._since - self._seconds["paused"]
         flops = plain_flops(self._head, self._train_lm_head, self._lengths, num_counted)
@@ -64,7 +64,7 @@ class Meter:
         cost = {"tokens_per_s": tokens / seconds, "utilisation": flops / rate / seconds, "memory_gib": memory_gib}
         metrics = {**loss_metrics(sum_over_ranks(self._sums)), **cost, "data_wait_share": waited_share}
         self.restart()
-        return {f"train/{name}": value for name, value in metrics.items()}
+        return {f"train/{name}": value for name, value in metrics.items()}, tokens, seconds
 
 
 def loss_metrics(sums: Tensor) -> dict[str, float]:
