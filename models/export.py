@@ -105,6 +105,7 @@ def _exported(
         revision=None if config.verifier.adapter else config.verifier.revision,
         num_draft_tokens=config.evaluate.draft_depth,  # a chain as deep as the tree that was evaluated
         imported_from=record.get("imported_from"),
+        started_from=record.get("started_from"),
         base_model=base_model,
         on_hub=options.push_to is not None,
         longest_sample=record.get("longest_sample"),

@@ -7,6 +7,7 @@ from ..conf.runtime.artifact import artifact, file_digest
 from ..conf.schema import Config, HeadImportConfig
 from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
 from .formats.published import read_published_head, weight_files
+from .formats.training_folder import head_origin
 from .hub import fetch_head
 from .verifier.config import load_config
 from .verifier.weights import VerifierWeights, verifier_identity
@@ -16,7 +17,8 @@ def import_head(config: Config) -> None:
     """Write runs/<name>/imports/<source's name>/ from the head at head_import.source."""
     options, source = config.head_import, source_folder(config.head_import)
     folder = import_folder(config.run_folder, str(options.source))
-    origin = source.name if Path(str(options.source)).is_dir() else str(options.source)
+    revision = f"@{options.revision}" if options.revision else ""
+    origin = head_origin(source) if Path(str(options.source)).is_dir() else f"{options.source}{revision}"
     if folder.resolve() == source:
         raise ValueError(f"head_import.source {options.source!r} was imported already: give the head as published")
     files = weight_files(source)

@@ -22,7 +22,7 @@ from ..conf.runtime.signals import deferred
 from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName, Positions, TrainConfig
 from ..data_synthesis.states.verifier_check import check_verifier
 from ..models.formats.plain import head_digest, load_head
-from ..models.formats.training_folder import checkpoint_steps
+from ..models.formats.training_folder import checkpoint_steps, head_origin
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
@@ -68,7 +68,7 @@ def _train(config: Config, ranks: Ranks) -> None:
     options, folder = config.train, config.training_folder
     micro_batches(options.packs_per_step)  # refused before anything is read
     require_gpu("train.triton", options.triton, ranks.device)
-    initial_head = _initial_head(config, options.init_from) if options.init_from else None
+    initial_head, started_from = _initial_head(config, options.init_from) if options.init_from else (None, None)
     shape = initial_head.config if initial_head else check_verifier(config.verifier, config.draft)
     if ranks.rank == 0 and not initial_head:
         print(f"train: the head has an {describe_sizes(config.draft, load_config(config.verifier))}", flush=True)
@@ -94,7 +94,7 @@ def _train(config: Config, ranks: Ranks) -> None:
         if ranks.rank == 0:
             target = stack.enter_context(artifact(folder, "training", settings, config.overwrite))
         ranks.any_rank(False)  # no rank goes on before the folder is cleared
-        trainer = _build_trainer(config, ranks, data, head, start, kernels, target)
+        trainer = _build_trainer(config, ranks, data, head, start, kernels, target, started_from)
         waits = "it finishes the step, or held-out walk, at work and saves a checkpoint"
         with deferred(waits, then_stop=False) as signals:  # all ranks stop together, or are done
             trainer.run(signals)
@@ -112,8 +112,11 @@ def _train(config: Config, ranks: Ranks) -> None:
                 print(f"training: step {step} in {folder / 'checkpoints'}; held-out {trainer.summary({})}")
 
 
-def _initial_head(config: Config, folder: str) -> DraftHead:
-    """Read the head at `train.init_from`, with its draft vocabulary; refuse one of another verifier or `draft`."""
+def _initial_head(config: Config, folder: str) -> tuple[DraftHead, str]:
+    """Read the head at `train.init_from`, with its draft vocabulary, and where it comes from.
+
+    ValueError: it is of another verifier or `draft`.
+    """
     if Path(folder).resolve().is_relative_to(config.training_folder.resolve()):
         raise ValueError(f"train.init_from must lie outside {config.training_folder}, which it would start: copy it")
     head, record = load_head(Path(folder))
@@ -125,7 +128,7 @@ def _initial_head(config: Config, folder: str) -> DraftHead:
         options.setdefault("window_layers", list(range(head.config.num_layers)))
     if changes := [f"draft.{name}={json.dumps(has[name])}" for name in options if options[name] != has[name]]:
         raise ValueError(f"draft must describe the head at train.init_from: set {' '.join(changes)}")
-    return head
+    return head, record.get("imported_from") or head_origin(Path(folder))
 
 
 def _settings(config: Config, data: TrainingData, head: DraftHead) -> dict[str, Any]:
@@ -153,6 +156,7 @@ def _build_trainer(
     start: dict[str, Tensor],
     kernels: Checked,
     target: Artifact | None,
+    started_from: str | None,
 ) -> Trainer:
     """Start the engine, restore the newest checkpoint and, on rank 0, open the records."""
     options, dtype = config.train, getattr(torch, config.train.dtype.value)
@@ -182,6 +186,7 @@ def _build_trainer(
         "verifier": data.stores[0].manifest["settings"]["verifier"],
         **config.verifier.origin,
         "hidden_states": data.settings,
+        **({"started_from": started_from} if started_from else {}),
         "step": 0,  # of each checkpoint, as "heldout"
         "ttt_steps": options.ttt_steps,
         "longest_sample": data.split.longest,

@@ -141,7 +141,7 @@ class AdaptConfig:
     head: str | None = None
     # stores of what it must go on to do; trained on by their weights, 0 measures only
     replay: list[StoreConfig] = field(default_factory=list)
-    max_forgetting: NonNegativeFloat = 0.05  # train.max_forgetting on the stores of replay
+    max_forgetting: NonNegativeFloat | None = 0.05  # train.max_forgetting on the stores of replay; null: no floor
     patience: PositiveInt = 3  # train.patience
 
 

@@ -50,10 +50,28 @@ def tables(checkpoints: dict[str, Path], ids: set[str] | None = None) -> Iterato
         yield f"{title}:\n\n{table(head, rows)}"
 
 
-def is_longer(checkpoint: Path, other: Path, depth: int) -> bool:
-    """Return whether greedy acceptance with so many draft tokens is above another checkpoint's beyond chance."""
+def by_group(checkpoints: dict[str, Path], groups: dict[str, set[str]], depth: int) -> list[str]:
+    """Return a table of greedy acceptance with so many draft tokens for each group of samples; none of one group."""
+    if len(groups) < 2:
+        return []
+    names, rows = next(iter(_RATES.values())), []
+    for group, ids in groups.items():
+        counts = {run: {depth: _by_conversation(_walk(at, ids)[depth], *names)} for run, at in checkpoints.items()}
+        first, *others = counts.values()
+        row = [group, str(len(first[depth])), *(_length(of[depth], depth) for of in counts.values())]
+        rows.append([*row, *(_difference(of, first, depth) for of in others)])
+    start, *later = checkpoints
+    head = ["source", "held out", *checkpoints, *(f"{run} minus {start}" for run in later)]
+    return [f"By source, greedy, {depth} draft tokens:\n\n{table(head, rows)}"]
+
+
+def is_longer(checkpoint: Path, other: Path, depth: int, ids: set[str] | None = None) -> bool:
+    """Return whether greedy acceptance with so many draft tokens is above another checkpoint's beyond chance.
+
+    Of samples with these `ids`, None: of all.
+    """
     names = next(iter(_RATES.values()))
-    ours, theirs = (_by_conversation(read_walks(folder).get(depth, {}), *names) for folder in (checkpoint, other))
+    ours, theirs = (_by_conversation(_walk(folder, ids).get(depth, {}), *names) for folder in (checkpoint, other))
     _, bounds = _paired(ours, theirs, depth) or (0.0, None)
     return bounds is not None and bounds[0] > 0
 

@@ -54,8 +54,9 @@ def model_card(
         tags=["eagle3", "speculative-decoding", "draft-head"],
         **licence,
     )
-    head, source = exported.head, exported.imported_from
+    head, start, source = exported.head, exported.started_from, exported.imported_from
     origin = f"Converted with fledge from `{source}`" if source else "Trained with fledge"
+    origin += f", from `{start}` on" if start else ""
     terms = "The head was made from its verifier's output and weights: the verifier's licence applies"
     norms = (f"`{name}` {'yes' if getattr(head, name) else 'no'}" for name in ("fc_norm", "norm_output"))
     parts = [
@@ -71,7 +72,7 @@ def model_card(
         + "".join(f"\n- {form}" for form in forms_of(exported) if "EAGLE-3.1" not in form),
         *([_acceptance(acceptance)] if acceptance else []),
         *([_sources(conversations)] if conversations else []),
-        f"## License\n\n{terms}{', and that of the head it was converted from' if source else ''}.",
+        f"## License\n\n{terms}{', and that of the head it was made from' if source or start else ''}.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -29,6 +29,7 @@ class ExportedHead(ServedHead):
     revision: str | None
     num_draft_tokens: int
     imported_from: str | None = None  # the published head it was made of, None if fledge trained it
+    started_from: str | None = None  # the head that its training began with, None if it began anew
     base_model: str | None = None  # the verifier's hub id, None if it has none
     on_hub: bool = False  # whether `folder` is a hub id
     longest_sample: int | None = None  # tokens of the longest text it was trained on, if that is known

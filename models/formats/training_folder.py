@@ -36,6 +36,13 @@ def head_folder(checkpoint: str | None, training_folder: Path) -> Path:
     return folder / f"step-{steps[-1]}"
 
 
+def head_origin(folder: Path) -> str:
+    """Return what records say of a head's folder: its name, after that of the run that it is a part of."""
+    parts = folder.resolve().parts
+    above = {"checkpoints": 4, "exports": 3, "imports": 3}.get(folder.resolve().parent.name, 1)
+    return "/".join(dict.fromkeys([parts[-above], parts[-1]])) if above <= len(parts) else parts[-1]
+
+
 def read_walks(checkpoint: Path) -> dict[int, dict[str, dict[str, Any]]]:
     """Return what training measured of a checkpoint: by draft tokens and sample id the entries of a `HeldoutCounts`.
 

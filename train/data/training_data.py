@@ -67,6 +67,12 @@ class Split:
         `limits` are of the training samples of each store, None for all.
         """
         shares = [store.manifest["settings"]["heldout_share"] for store in stores]
+        elsewhere = {
+            conversation_id(name)
+            for store, share in zip(stores, shares, strict=True)
+            for name in store.ids
+            if is_heldout(name, share)
+        }
         split = cls([], [], [])
         heldout_ids: set[str] = set()
         for store, own_share, limit in zip(stores, shares, limits, strict=False):
@@ -81,7 +87,7 @@ class Split:
                     if sample_id not in heldout_ids:
                         heldout_ids.add(sample_id)
                         split.heldout.append(number)
-                elif is_heldout(sample_id, max(shares)):
+                elif conversation_id(sample_id) in elsewhere:
                     split.num_heldout_elsewhere += 1
                 elif length <= batch_tokens:
                     train.append(number)
@@ -105,7 +111,7 @@ class Split:
     def __str__(self) -> str:
         others = ""
         if self.num_heldout_elsewhere:
-            others += f", {self.num_heldout_elsewhere} left out as another store's share holds them out"
+            others += f", {self.num_heldout_elsewhere} left out as another store holds them out"
         if self.num_with_images:
             others += f", {self.num_with_images} left out as they have images, which online training does not read"
         return (
@@ -129,6 +135,19 @@ def _nothing_to_train(store: HiddenStateStore, num_dropped: int, batch_tokens: i
         f"{store.folder} holds no training sample, its {len(store)} are held out (data.heldout_share={share}, the "
         "largest of all stores): make it of more conversations or with a smaller share"
     )
+
+
+def check_store(store: HiddenStateStore, options: TrainConfig, verifier: VerifierConfig, head: DraftHeadConfig) -> None:
+    """Let a store read what a head reads; refuse one of another verifier, or without states that training needs."""
+    recorded = store.manifest["settings"]
+    check_identity(recorded["verifier"], verifier, str(store.folder), "set the same verifier or dump anew")
+    if store.with_states:
+        store.read_layers(list(head.aux_layers))
+        if options.positions is Positions.all and recorded["last_states"] != LastStates.all.value:
+            raise ValueError(
+                f"train.positions=all needs the verifier's states of prompts too, {store.folder} was made with "
+                f"dump.last_states={recorded['last_states']}: dump anew with dump.last_states=all"
+            )
 
 
 class Batches(Dataset[PackedBatch | ValueError]):
@@ -219,7 +238,7 @@ class TrainingData:
         offline = options.hidden_states is HiddenStates.offline
         self.stores = [HiddenStateStore(Path(source.folder), with_states=offline) for source in sources]
         for store in self.stores:
-            self._check(store)
+            check_store(store, options, self._verifier, self._head)
         largest = max(self.stores, key=lambda store: store.manifest["settings"]["heldout_share"])
         most = largest.manifest["settings"]["heldout_share"]
         for store in self.stores:
@@ -263,17 +282,6 @@ class TrainingData:
             conversations = itertools.groupby(of_store, key=lambda sample: conversation_id(ids[sample]))
             chosen += [sample for _, sequences in itertools.islice(conversations, most) for sample in sequences]
         return chosen
-
-    def _check(self, store: HiddenStateStore) -> None:
-        recorded = store.manifest["settings"]
-        check_identity(recorded["verifier"], self._verifier, str(store.folder), "set the same verifier or dump anew")
-        if store.with_states:
-            store.read_layers(list(self._head.aux_layers))
-            if self._options.positions is Positions.all and recorded["last_states"] != LastStates.all.value:
-                raise ValueError(
-                    f"train.positions=all needs the verifier's states of prompts too, {store.folder} was made with "
-                    f"dump.last_states={recorded['last_states']}: dump anew with dump.last_states=all"
-                )
 
     def __enter__(self) -> TrainingData:
         return self

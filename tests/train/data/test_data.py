@@ -153,7 +153,7 @@ def test_what_one_store_holds_out_no_store_trains_on(finished, tmp_path):
     assert sorted(ids[number] for number in split.heldout) == sorted(held), "each once"
     few = sum(is_heldout(name, 0.1) for name in masks)
     assert 0 < few < len(held)
-    assert f"{len(held) - few} left out as another store's share holds them out" in str(split)
+    assert f"{len(held) - few} left out as another store holds them out" in str(split)
 
 
 def test_a_limit_takes_the_samples_of_a_lower_one_too_and_holds_out_the_same(finished, tmp_path):
