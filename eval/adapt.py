@@ -99,8 +99,8 @@ def _imported(config: Config, source: str, typed: list[str]) -> Path:
     if folder.resolve() == Path(source).resolve():
         return folder
     with suppress(ValueError):  # not made yet, or not to its end
-        read_manifest(folder, "import")
-        if not Path(source).is_dir() or config.training_folder.exists():  # it may be gone, or another one by now
+        same = read_manifest(folder, "import")["settings"]["verifier"] == verifier_identity(config.verifier)
+        if same and (config.training_folder.exists() or not Path(source).is_dir()):  # another one by now, or gone
             return folder
     run_alone("import", [*typed, f"head_import.source={quoted(source)}"])
     return folder
