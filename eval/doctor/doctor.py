@@ -1,21 +1,25 @@
 """The doctor command: why a published head loses acceptance, by its files and by measurement."""
 
+import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...conf.schema import Config, HeadImportConfig
+from ...conf.runtime.artifact import differences
+from ...conf.schema import Config, HeadImportConfig, VerifierConfig
 from ...models.formats.fields import AUX_IDS, EAGLE, LAYER, vllm_layer_ids
-from ...models.formats.plain import LM_HEAD, other_dtypes
+from ...models.formats.plain import LM_HEAD, RECORD, other_dtypes
 from ...models.formats.published import assemble_head, read_files
 from ...models.formats.published_config import HeadFiles
 from ...models.head.draft_head import DraftHead
 from ...models.import_head import source_folder
 from ...models.verifier.config import load_config
-from ...models.verifier.weights import VerifierWeights
+from ...models.verifier.weights import VerifierWeights, verifier_identity
 from .findings import Finding
 from .measure import FAR, STEPS, Measured, Verdict, measure, variants
 from .rules import KNOWN_TENSORS, PAIRS, absolute_ids, engine_notes, static_findings
@@ -52,6 +56,7 @@ def diagnose(config: Config) -> Diagnosis:
     embedding = weights.embedding()
     files = read_files(folder, load_config(config.verifier), config.head_import, weights)
     diagnosis = Diagnosis(static_findings(files), engine_notes(files), names_layers=files.names_layers)
+    diagnosis.findings += _other_verifier(folder, config.verifier)
     if other_dtypes(files.tensors):
         return diagnosis
     try:
@@ -72,6 +77,17 @@ def diagnose(config: Config) -> Diagnosis:
         if verdict.otherwise:
             diagnosis.findings.append(_misconfigured(verdict))
     return diagnosis
+
+
+def _other_verifier(folder: Path, verifier: VerifierConfig) -> list[Finding]:
+    """Return a finding if fledge made the head, for a verifier of other weights or another tokenizer."""
+    with suppress(OSError, ValueError, KeyError):  # not fledge's
+        recorded = json.loads((folder / RECORD).read_text())["verifier"]
+        if changes := differences(recorded, verifier_identity(verifier)):
+            what = f"it was made for another verifier than verifier.path={verifier.path} ({'; '.join(changes)})"
+            cost = "the further they differ, the less is accepted; what is measured below is with this verifier"
+            return [Finding("other_verifier", what, cost, f"`fledge adapt adapt.head={folder}`, or set that verifier")]
+    return []
 
 
 def _misconfigured(verdict: Verdict) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from builders import make_head
 from commands import run_command
-from fledge.conf.schema import Config, validate
+from fledge.conf.schema import Config, VerifierConfig, validate
 from fledge.eval.doctor.doctor import diagnose, report
 from fledge.eval.doctor.rules import engine_notes, static_findings
 from fledge.models.formats.fields import AUX_IDS as IDS
@@ -220,6 +221,20 @@ def test_nothing_is_found_in_a_head_that_fledge_trained(config):
     assert "as configured" in report(diagnosis)
     config.doctor.measure = False
     assert "Not measured" in report(diagnose(config))
+
+
+def test_a_verifier_that_was_tuned_since_is_named_and_the_head_measured_with_it(config, finished, tmp_path):
+    record, tuned = finished.path / "exports" / "plain" / "fledge.json", tmp_path / "tuned"
+    shutil.copy(record, tmp_path)
+    assert diagnose(config).findings == []
+    shutil.copytree(config.verifier.path, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, tuned / "model.safetensors", {"format": "pt"})
+    config.verifier = VerifierConfig(str(tuned), dtype=config.verifier.dtype, device=config.verifier.device)
+    diagnosis = diagnose(config)
+    assert [finding.code for finding in diagnosis.findings] == ["other_verifier"]
+    assert "fingerprint" in diagnosis.findings[0].what
+    assert "as configured" in report(diagnosis)
 
 
 def test_too_little_text_is_said(config):
