@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def export(config: Config) -> None:
     source = head_folder(config.export.checkpoint, config.training_folder)
     head, record = load_head(source)
     check_identity(record["verifier"], config.verifier, str(source), "set the verifier it was trained for")
+    if window := config.export.sliding_window:
+        head.config = replace(head.config, sliding_window=window, window_layers=tuple(range(head.config.num_layers)))
     if not config.export.lm_head:
         _check_lm_head(config, head, source)
     choice = config.export.format
@@ -118,6 +121,7 @@ def _export_one(config: Config, exported: ExportedHead, source: Path, head: Draf
     settings: dict[str, Any] = {"head": head_digest(source), "dtype": exported.dtype}
     settings |= {"format": exported.format, "num_draft_tokens": exported.num_draft_tokens, "texts": digest(texts)}
     settings |= {} if exported.lm_head else {"lm_head": False}
+    settings |= {"sliding_window": options.sliding_window} if options.sliding_window else {}
     if _write(folder, exported, head, record, texts, settings):
         refused = unserved(exported)
         for engine, reason in refused.items():

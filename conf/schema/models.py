@@ -94,6 +94,8 @@ class ExportConfig:
     # write the head's lm_head; false: engines take the verifier's, which must be the same (draft.train_lm_head=false)
     lm_head: bool = True
     checkpoint: str | None = None  # `best`, `latest` or the folder of a head; null: the best checkpoint of the run
+    # positions that every layer of the exported head sees, its own included; null: as it was trained
+    sliding_window: Annotated[int, at_least(16, cure="; null: as it was trained")] | None = None
     push_to: HubId | None = None  # upload the export to this hub id, ORG/NAME; the token is read from HF_TOKEN
     private: bool = False  # a repository that push_to creates is private
     base_model: HubId | None = None  # the verifier's hub id for card and commands, if verifier.path is a folder

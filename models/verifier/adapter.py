@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from ...conf.runtime.artifact import commit, digest, file_digest, held, write_json
+from ...conf.runtime.artifact import commit, digest, file_digest, held, sync, write_json
 from ...conf.schema import VerifierConfig
 from .config import MERGED, auto_class, checkpoint_file, from_checkpoint, load_whole_config
 from .quantised import quantisation
@@ -57,6 +57,8 @@ def merged_folder(path: str, revision: str | None, adapter: str, merged_dir: str
                     if not (temporary / file.name).exists():
                         shutil.copy2(file, temporary)
                 write_json(temporary / MERGED, {"key": key, "verifier": path, "adapter": adapter})
+                for file in temporary.iterdir():
+                    sync(file)
                 commit(temporary, folder)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)

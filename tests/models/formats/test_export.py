@@ -242,3 +242,22 @@ def test_an_export_with_other_draft_tokens_is_made_anew_and_an_equal_one_is_kept
     (folder / "speculators").mkdir()
     with pytest.raises(ValueError, match="not an export of fledge's"):
         export(config)
+
+
+def test_a_window_may_be_put_on_when_a_head_is_exported(tmp_path, config, capsys):
+    trained, record = tmp_path / "trained", {"verifier": verifier_identity(config.verifier), "step": 1}
+    trained.mkdir()
+    save_head(trained, make_head(num_layers=2), record, torch.float32)
+    config.export.checkpoint, config.export.format = str(trained), ExportFormat.all
+    for window in (16, None):
+        config.export.sliding_window = window
+        export(config)
+        for name in ("plain", "speculators"):
+            values = json.loads((config.run_folder / "exports" / name / "config.json").read_text())
+            layer = values.get("transformer_layer_config", values)
+            assert layer.get("sliding_window") == window
+            assert layer.get("layer_types") == (["sliding_attention"] * 2 if window else None)
+        served, _ = load_head(config.run_folder / "exports" / "plain")
+        assert [served.config.window(layer) for layer in range(2)] == [window, window]
+    assert "is complete" not in capsys.readouterr().out, "another window is another export"
+    assert load_head(trained)[0].config.sliding_window is None
