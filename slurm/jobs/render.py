@@ -9,7 +9,6 @@ from pathlib import Path
 import jinja2
 
 from ...conf.schema import STAGES, Config, HiddenStates, JobConfig, ServerConfig, ServerKind
-from ...models.verifier.config import verifier_location
 
 TEMPLATES = Path(__file__).with_name("templates")
 SERVER = "server"
@@ -148,6 +147,8 @@ def served_model(config: Config) -> str:
     """Return what the servers load: the verifier, or its copy in other numbers that `synthesize.model` names."""
     if config.synthesize.model or config.verifier.adapter is None:
         return config.synthesize.model or config.verifier.path
+    from ...models.verifier.config import verifier_location  # `fledge status` must not load its libraries
+
     return verifier_location(config.verifier, make=False)
 
 

@@ -232,7 +232,7 @@ def test_a_warm_start_is_of_a_form_that_every_option_of_draft_agrees_with(monkey
 
     def taken(**changes):
         config = Config(name="x", runs_dir=str(tmp_path / "runs"), draft=DraftConfig(**form | changes))
-        return setup._initial_head(config, str(tmp_path))
+        return setup._initial_head(config, str(tmp_path))[0]
 
     window = {"sliding_window": 64, "window_layers": [1]}
     assert taken(**window, aux_layers=[1, 3, 4]).config == head.config
