@@ -36,8 +36,8 @@ def serving_files(exported: ExportedHead) -> dict[str, str]:
     if exported.longest_sample:
         parts.append(
             f"The longest text that the head was trained on has {exported.longest_sample:,} tokens. In longer contexts "
-            "it may accept less: `fledge evaluate evaluate.context_lengths=[...]` measures how much. A window may "
-            "help: `fledge export export.sliding_window=256`."
+            "it may accept less: `fledge evaluate evaluate.context_lengths=[...]` measures how much."
+            + ("" if exported.head.sliding_window else " A window may help: `fledge export export.sliding_window=256`.")
         )
     files = [engine.files(exported) for engine in engines if engine.name not in refused]
     return {"SERVING.md": "\n\n".join(parts) + "\n", **{name: text for some in files for name, text in some.items()}}
