@@ -13,7 +13,6 @@ from ..conf.runtime.artifact import differences, read_manifest
 from ..conf.runtime.progress import Progress
 from ..conf.schema import Config, VerifierConfig
 from ..models.verifier.config import load_tokenizer, tokenizer_identity
-from .heldout import is_heldout
 from .show import marked_text, printable, terminal_mark
 from .store.index import TOKENS_FOLDER, StoreIndex, left_out, spread
 from .store.mapped_shard import AUX_STATES, LAST_STATES, TOKENS, MappedShard, rows_of, shard_name
@@ -107,12 +106,12 @@ def _progress(folder: Path) -> str:
 
 def _statistics(store: StoreIndex) -> dict[str, str]:
     counts, settings, lengths = store.manifest["counts"], store.manifest["settings"], sorted(store.lengths)
-    heldout = sum(is_heldout(name, settings["heldout_share"]) for name in store.ids)
     images = sum(map(bool, store.num_images))
     return {
         "size": f"{counts['bytes'] / 2**30:.3f} GiB in {len(store.entries)} shards, "
         f"{counts['bytes'] / counts['tokens'] / 1000:.3g} kB a token",
-        "samples": f"{len(store)} of {counts['conversations']} conversations, {heldout} held out, {images} with images",
+        "samples": f"{len(store)} of {counts['conversations']} conversations, {len(store.heldout_ids)} held out, "
+        f"{images} with images",
         "tokens": f"{counts['tokens']}, of which the verifier wrote {counts['counted_tokens']} "
         f"({counts['counted_tokens'] / counts['tokens']:.1%})",
         "length": f"{lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, "

@@ -23,6 +23,7 @@ from ..data_synthesis.states.own_words import foreign_samples
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.plain import load_head
 from ..models.formats.training_folder import LATEST, checkpoint_steps, head_folder
+from ..models.head.config import DraftHeadConfig
 from ..models.import_head import import_folder
 from ..models.verifier.weights import verifier_identity
 from ..train.data.training_data import check_store
@@ -47,9 +48,9 @@ def adapt(config: Config) -> None:
         raise ValueError("verifier.tensor_parallel must be false: adapt starts its stages as single processes")
     own = StoreConfig(str(config.hidden_states_folder))
     head = _imported(config, source, typed)
-    # Before what was typed: training refuses a `draft` that describes another head.
-    shared = [f"draft.{name}={_written(value)}" for name, value in load_head(head)[0].config.options().items()] + typed
-    _check(config, head, typed)
+    shape = load_head(head)[0].config
+    _check(config, shape, typed)
+    shared = [f"draft.{name}={_written(value)}" for name, value in shape.options().items()] + typed
     for stage in ("synthesize", "dump"):
         run_alone(stage, shared)
     stores = [own, *options.replay]
@@ -76,9 +77,8 @@ def _source(config: Config) -> str:
     head, record = config.adapt.head, config.run_folder / _SOURCE
     if head is None:
         raise ValueError("adapt.head is required: a run, a checkpoint, an export, or a published head's folder or id")
-    if Path(head).resolve() == config.run_folder.resolve() or config.training_folder.resolve() in (
-        Path(head).resolve().parents
-    ):
+    path = Path(head).resolve()
+    if path == config.run_folder.resolve() or path.is_relative_to(config.training_folder.resolve()):
         raise ValueError(f"adapt.head {head!r} is of this very run, whose training would replace it: give another name")
     anew = False
     if config.overwrite:
@@ -106,9 +106,8 @@ def _imported(config: Config, source: str, typed: list[str]) -> Path:
     return folder
 
 
-def _check(config: Config, head: Path, typed: list[str]) -> None:
+def _check(config: Config, shape: DraftHeadConfig, typed: list[str]) -> None:
     """Refuse what training would refuse, before the verifier answers."""
-    shape = load_head(head)[0].config
     given = {word.lstrip("+").partition("=")[0] for word in typed}
     for name, value in shape.options().items():
         if f"draft.{name}" in given and getattr(config.draft, name) != value:
@@ -157,8 +156,8 @@ def _seen(stores: list[HiddenStateStore], replay: list[StoreConfig], heldout: se
     mine = {name: _beginning(stores[0], number) for number, name in enumerate(stores[0].ids) if name in heldout}
     others = set[str]()
     for store, options in zip(stores[1:], replay, strict=True):
-        share = store.manifest["settings"]["heldout_share"] if options.weight else 1.0
-        others |= {_beginning(store, n) for n, name in enumerate(store.ids) if not is_heldout(name, share)}
+        if options.weight:
+            others |= {_beginning(store, n) for n, name in enumerate(store.ids) if name not in store.heldout_ids}
     if not (number := sum(beginning in others for beginning in mine.values())):
         return []
     return [
@@ -186,8 +185,7 @@ def _heldout_ids(stores: list[HiddenStateStore]) -> list[set[str]]:
     """Return what each store holds out; an id that several do is the first one's, as in training."""
     seen, by_store = set[str](), list[set[str]]()
     for store in stores:
-        share = store.manifest["settings"]["heldout_share"]
-        by_store.append({name for name in store.ids if is_heldout(name, share)} - seen)
+        by_store.append(store.heldout_ids - seen)
         seen |= by_store[-1]
     return by_store
 

@@ -19,7 +19,6 @@ from ..conf.runtime.artifact import write_json
 from ..conf.runtime.launch import run_alone
 from ..conf.schema import Config
 from ..conf.schema.free_names import quoted
-from ..data_synthesis.heldout import is_heldout
 from ..data_synthesis.store.store import HiddenStateStore
 from ..models.formats.engine_forms import ENGINES, ServedHead, obstacles
 from ..models.formats.training_folder import best_acceptance_length, head_folder
@@ -110,10 +109,10 @@ def rank(
 
     Sets are found by beam search. Both shares are of projected logits: what no linear head could know is missing.
     """
-    share, ids = store.manifest["settings"]["heldout_share"], store.ids
-    held = [number for number, name in enumerate(ids) if is_heldout(name, share)]
-    train = [number for number, name in enumerate(ids) if not is_heldout(name, share)]
+    held = [number for number, name in enumerate(store.ids) if name in store.heldout_ids]
+    train = [number for number, name in enumerate(store.ids) if name not in store.heldout_ids]
     if not held:
+        share = store.manifest["settings"]["heldout_share"]
         raise ValueError(
             f"{store.folder} holds nothing out, which sets are judged by: raise data.heldout_share={share}"
         )

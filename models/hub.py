@@ -15,12 +15,21 @@ _OF_A_HEAD = [CONFIG, "*.safetensors", INDEX, PICKLE]
 
 def fetch_head(hub_id: str, revision: str | None) -> Path:
     """Return the folder of a head on the hub, downloaded or from the cache; ValueError: it cannot be had."""
+    problem = f"head_import.source {hub_id!r} is neither a folder nor a head on the hub that can be had"
+    return fetch(hub_id, revision, _OF_A_HEAD, problem, "head")
+
+
+def fetch(hub_id: str, revision: str | None, files: list[str], problem: str, what: str) -> Path:
+    """Return the folder with these files of a repository, downloaded or from the cache.
+
+    ValueError: they cannot be had; `problem` says so, `what` is their name in its cure.
+    """
     cure = (
-        "give a folder or ORG/NAME; for a private or gated head set HF_TOKEN, and without network fetch it before by "
-        f"`hf download {hub_id}`"
+        f"give a folder or ORG/NAME; for a private or gated {what} set HF_TOKEN, and without network fetch it before "
+        f"by `hf download {hub_id}`"
     )
-    with _explained(f"head_import.source {hub_id!r} is neither a folder nor a head on the hub that can be had", cure):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_OF_A_HEAD))
+    with _explained(problem, cure):
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
 
 
 def push(folder: Path, hub_id: str, private: bool) -> str:

@@ -3,7 +3,6 @@
 from ...conf.schema import VerifierConfig
 from ...models.verifier.config import load_config, logit_transform
 from ...models.verifier.weights import VerifierWeights
-from ..heldout import is_heldout
 from ..store.index import spread
 from ..store.store import HiddenStateStore
 
@@ -22,8 +21,7 @@ def foreign_samples(store: HiddenStateStore, verifier: VerifierConfig, temperatu
     temperature 1 few texts are: a verifier knows what others write. The lower the temperature, the more it tells;
     answers drawn at a higher one than was said are foreign, too.
     """
-    share = store.manifest["settings"]["heldout_share"]
-    train = [number for number, name in enumerate(store.ids) if not is_heldout(name, share)]
+    train = [number for number, name in enumerate(store.ids) if name not in store.heldout_ids]
     lm_head, transform = VerifierWeights(verifier).lm_head().float(), logit_transform(load_config(verifier))
     foreign, looked = list[str](), 0
     for place in spread(len(train), _SAMPLES):

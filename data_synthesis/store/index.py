@@ -7,6 +7,7 @@ shard's header is compared with the manifest when it is first used, the rest of 
 import bisect
 import itertools
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ...conf.runtime.artifact import read_manifest
+from ..heldout import is_heldout
 from .mapped_shard import CURE, MappedShard, check_size, checksum
 
 VOCABULARY_FILE, COUNTS_FILE, INDEX_FILE = "vocab_map.safetensors", "token_counts.safetensors", "index.safetensors"
@@ -97,6 +99,12 @@ class StoreIndex:
         ends = np.cumsum(lengths, dtype=np.int64)
         firsts = np.concatenate([[0], ends])[self._first_samples[:-1]]
         self._starts = ends - lengths - np.repeat(firsts, counts)  # first token of each sample, in its shard
+
+    @cached_property
+    def heldout_ids(self) -> set[str]:
+        """Return the ids of the samples that it holds out, by the share that it was made with."""
+        share = self.manifest["settings"]["heldout_share"]
+        return {name for name in self.ids if is_heldout(name, share)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": [None] * len(self._shards)}

@@ -11,9 +11,10 @@ from ...models.formats.training_folder import head_folder, read_walks
 from .metrics import rate_difference, rate_interval
 from .report import NONE, table
 
+_GREEDY = ("accepted", "rounds")
 # By title what is divided of a `HeldoutCounts`.
 _RATES = {
-    "Held-out answers, greedy": ("accepted", "rounds"),
+    "Held-out answers, greedy": _GREEDY,
     "Held-out answers, estimated at temperature 1": ("expected", "rows"),
 }
 
@@ -44,8 +45,9 @@ def tables(checkpoints: dict[str, Path], ids: set[str] | None = None) -> Iterato
         for run, by_depth in counts.items():
             row = [run, checkpoints[run].name, str(len(next(iter(by_depth.values()))))]
             for depth in depths:
-                row.append(_length(by_depth.get(depth, {}), depth))
-                row += [_difference(by_depth, counts[first], depth) if run != first else NONE] * len(minus)
+                ours, theirs = by_depth.get(depth, {}), counts[first].get(depth, {})
+                row.append(_length(ours, depth))
+                row += [_difference(ours, theirs, depth) if run != first else NONE] * len(minus)
             rows.append(row)
         yield f"{title}:\n\n{table(head, rows)}"
 
@@ -54,11 +56,11 @@ def by_group(checkpoints: dict[str, Path], groups: dict[str, set[str]], depth: i
     """Return a table of greedy acceptance with so many draft tokens for each group of samples; none of one group."""
     if len(groups) < 2:
         return []
-    names, rows = next(iter(_RATES.values())), []
+    rows, walks = [], [read_walks(folder)[depth] for folder in checkpoints.values()]
     for group, ids in groups.items():
-        counts = {run: {depth: _by_conversation(_walk(at, ids)[depth], *names)} for run, at in checkpoints.items()}
-        first, *others = counts.values()
-        row = [group, str(len(first[depth])), *(_length(of[depth], depth) for of in counts.values())]
+        counts = [_by_conversation({name: of for name, of in walk.items() if name in ids}, *_GREEDY) for walk in walks]
+        first, *others = counts
+        row = [group, str(len(first)), *(_length(of, depth) for of in counts)]
         rows.append([*row, *(_difference(of, first, depth) for of in others)])
     start, *later = checkpoints
     head = ["source", "held out", *checkpoints, *(f"{run} minus {start}" for run in later)]
@@ -70,8 +72,7 @@ def is_longer(checkpoint: Path, other: Path, depth: int, ids: set[str] | None = 
 
     Of samples with these `ids`, None: of all.
     """
-    names = next(iter(_RATES.values()))
-    ours, theirs = (_by_conversation(_walk(folder, ids).get(depth, {}), *names) for folder in (checkpoint, other))
+    ours, theirs = (_by_conversation(_walk(folder, ids).get(depth, {}), *_GREEDY) for folder in (checkpoint, other))
     _, bounds = _paired(ours, theirs, depth) or (0.0, None)
     return bounds is not None and bounds[0] > 0
 
@@ -98,8 +99,8 @@ def _length(counts: _Counts, depth: int) -> str:
     return f"{1 + gained / max(rounds, 1):.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
 
 
-def _difference(ours: dict[int, _Counts], theirs: dict[int, _Counts], depth: int) -> str:
-    if (paired := _paired(ours.get(depth, {}), theirs.get(depth, {}), depth)) is None:
+def _difference(ours: _Counts, theirs: _Counts, depth: int) -> str:
+    if (paired := _paired(ours, theirs, depth)) is None:
         return NONE
     value, bounds = paired
     return f"{value:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...conf.runtime.artifact import commit, digest, file_digest, held, sync, write_json
 from ...conf.schema import VerifierConfig
+from ..hub import fetch
 from .config import MERGED, auto_class, checkpoint_file, from_checkpoint, load_whole_config
 from .quantised import quantisation
 from .weights import VerifierWeights
@@ -73,13 +74,8 @@ def _adapter_folder(adapter: str) -> Path:
     """Return the folder of an adapter, fetched from the hub if it is an id, which has been found to be whole."""
     folder = Path(adapter)
     if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(adapter, allow_patterns=[_CONFIG, _WEIGHTS]))
-        except Exception as error:  # of the hub, of HTTP, of the name
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"verifier.adapter {adapter!r} is neither a folder nor a reachable hub id: {reason}"
-            ) from None
+        problem = f"verifier.adapter {adapter!r} is neither a folder nor a reachable hub id"
+        folder = fetch(adapter, None, [_CONFIG, _WEIGHTS], problem, "adapter")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"verifier.adapter must be a PEFT adapter's folder or hub id, {adapter!r} has no {name}")

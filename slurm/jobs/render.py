@@ -145,8 +145,10 @@ def _processes(config: Config, stage: str) -> int:
 
 def served_model(config: Config) -> str:
     """Return what the servers load: the verifier, or its copy in other numbers that `synthesize.model` names."""
-    if config.synthesize.model or config.verifier.adapter is None:
-        return config.synthesize.model or config.verifier.path
+    if config.synthesize.model:
+        return config.synthesize.model
+    if config.verifier.adapter is None:
+        return config.verifier.path
     from ...models.verifier.config import verifier_location  # `fledge status` must not load its libraries
 
     return verifier_location(config.verifier, make=False)

@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 
 from ...conf.runtime.signals import end_with_parent
 from ...conf.schema import HiddenStates, LastStates, Positions, StoreConfig, TooLong, TrainConfig, VerifierConfig
-from ...data_synthesis.heldout import conversation_id, heldout_order, is_heldout, limited
+from ...data_synthesis.heldout import conversation_id, heldout_order, limited
 from ...data_synthesis.store.draft_vocabulary import choose_vocabulary
 from ...data_synthesis.store.shard import STATES, Sample
 from ...data_synthesis.store.store import HiddenStateStore
@@ -67,15 +67,10 @@ class Split:
         `limits` are of the training samples of each store, None for all.
         """
         shares = [store.manifest["settings"]["heldout_share"] for store in stores]
-        elsewhere = {
-            conversation_id(name)
-            for store, share in zip(stores, shares, strict=True)
-            for name in store.ids
-            if is_heldout(name, share)
-        }
+        elsewhere = {conversation_id(name) for store in stores for name in store.heldout_ids}
         split = cls([], [], [])
         heldout_ids: set[str] = set()
-        for store, own_share, limit in zip(stores, shares, limits, strict=False):
+        for store, limit in zip(stores, limits, strict=False):
             first, dropped_before = len(split.lengths), split.num_dropped
             train: list[int] = []
             for index, (sample_id, length) in enumerate(zip(store.ids, store.lengths, strict=True)):
@@ -83,7 +78,7 @@ class Split:
                 split.lengths.append(length)
                 if store.num_images[index] and not store.with_states:
                     split.num_with_images += 1
-                elif is_heldout(sample_id, own_share):
+                elif sample_id in store.heldout_ids:
                     if sample_id not in heldout_ids:
                         heldout_ids.add(sample_id)
                         split.heldout.append(number)
