@@ -38,8 +38,8 @@ _MEASUREMENTS = 10  # of a training: what is kept is the best of so many checkpo
 
 def adapt(config: Config) -> None:
     """Train `adapt.head` on the run's own prompts, export it, and write what it gained and lost."""
-    options, source = config.adapt, _source(config)
-    typed = list(HydraConfig.get().overrides.task)
+    options, typed = config.adapt, list(HydraConfig.get().overrides.task)
+    source, goes_on = _source(config)
     if fixed := [word for word in typed if word.lstrip("+~").partition("=")[0] in {f"train.{name}" for name in _SETS}]:
         raise ValueError(f"adapt sets {fixed[0].partition('=')[0]} itself: leave it out; see the options of `adapt`")
     if not config.data.heldout_share:
@@ -47,7 +47,7 @@ def adapt(config: Config) -> None:
     if config.verifier.tensor_parallel:
         raise ValueError("verifier.tensor_parallel must be false: adapt starts its stages as single processes")
     own = StoreConfig(str(config.hidden_states_folder))
-    head = _imported(config, source, typed)
+    head = _imported(config, source, goes_on, typed)
     shape = load_head(head)[0].config
     _check(config, shape, typed)
     shared = [f"draft.{name}={_written(value)}" for name, value in shape.options().items()] + typed
@@ -62,7 +62,9 @@ def adapt(config: Config) -> None:
     every = _steps_between(config, stores, opened)
     shared = [f"train.{name}={every}" for name in ("save_every", "heldout_every")] + shared
     values: dict[str, Any] = {"init_from": str(head), "init": "random", "init_layer": None, "stores": stores}
-    values |= {"patience": options.patience, "max_forgetting": options.max_forgetting if options.replay else None}
+    # What counts is its own texts: with a bound that nothing reaches, if there is to be none.
+    most = config.heldout_depth + 1.0 if options.max_forgetting is None else options.max_forgetting
+    values |= {"patience": options.patience, "max_forgetting": most if any(heldout[1:]) else None}
     training = [f"train.{name}={_written(value)}" for name, value in values.items()]
     (config.run_folder / _REPORT).unlink(missing_ok=True)
     run_alone("train", [*shared, *training], config.train.num_processes)
@@ -72,8 +74,11 @@ def adapt(config: Config) -> None:
     print(f"{report}\nadaptation: {config.run_folder / _REPORT}")
 
 
-def _source(config: Config) -> str:
-    """Return the folder or hub id of the head to start from; of a run its best checkpoint when adapt first started."""
+def _source(config: Config) -> tuple[str, bool]:
+    """Return the folder or hub id of the head to start from, and whether adapt had read it before it was stopped.
+
+    Of a run it is the best checkpoint when adapt first started.
+    """
     head, record = config.adapt.head, config.run_folder / _SOURCE
     if head is None:
         raise ValueError("adapt.head is required: a run, a checkpoint, an export, or a published head's folder or id")
@@ -84,26 +89,27 @@ def _source(config: Config) -> str:
     if config.overwrite:
         with suppress(ValueError):
             anew = bool(read_manifest(config.training_folder, "training"))  # a whole one, to be made again
-    if record.is_file() and not anew and (known := json.loads(record.read_text()))["head"] == head:
-        return str(known["source"])
+    if record.is_file() and not anew and (known := json.loads(record.read_text())).items() >= _asked(config).items():
+        return str(known["source"]), True
     training = Path(head) / "training"
-    source = str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head
-    config.run_folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"head": head, "source": source})
-    return source
+    return str(head_folder(None, training)) if checkpoint_steps(training / "checkpoints") else head, False
 
 
-def _imported(config: Config, source: str, typed: list[str]) -> Path:
-    """Return the folder of the head as it was imported, which is done now unless it was done before."""
+def _imported(config: Config, source: str, goes_on: bool, typed: list[str]) -> Path:
+    """Return the folder of the head as it was imported, which is done now unless it was done before it was stopped."""
     folder = import_folder(config.run_folder, source)
     if folder.resolve() == Path(source).resolve():
         return folder
-    with suppress(ValueError):  # not made yet, or not to its end
-        same = read_manifest(folder, "import")["settings"]["verifier"] == verifier_identity(config.verifier)
-        if same and (config.training_folder.exists() or not Path(source).is_dir()):  # another one by now, or gone
-            return folder
+    with suppress(ValueError):  # of another verifier
+        if goes_on and read_manifest(folder, "import")["settings"]["verifier"] == verifier_identity(config.verifier):
+            return folder  # its source may be another one by now, or gone
     run_alone("import", [*typed, f"head_import.source={quoted(source)}"])
+    write_json(config.run_folder / _SOURCE, {**_asked(config), "source": source})
     return folder
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    return {"head": config.adapt.head, "head_import": str(asdict(config.head_import))}
 
 
 def _check(config: Config, shape: DraftHeadConfig, typed: list[str]) -> None:

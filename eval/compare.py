@@ -29,7 +29,7 @@ class Row:
     name: str
     acceptance_length: float | None
     rates: list[float] = field(default_factory=list)  # by position, unconditional
-    categories: dict[str, float] = field(default_factory=dict)
+    categories: dict[str, str] = field(default_factory=dict)  # acceptance length and its interval
     conditions: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # acceptance.json of a run, or its part of a modality
     records: list[Record] = field(default_factory=list)
@@ -75,7 +75,10 @@ def compare(config: Config) -> None:
 
 def published_rows() -> list[Row]:
     """Read the published figures, all of NVIDIA's EAGLE-3 head of Llama 4 Maverick."""
-    return [Row(**row) for row in json.loads(_PUBLISHED.read_text())]
+    rows = [Row(**row) for row in json.loads(_PUBLISHED.read_text())]
+    for row in rows:
+        row.categories = {name: figure(float(length)) for name, length in row.categories.items()}
+    return rows
 
 
 def find_run(run: str, runs_dir: str, option: str) -> Path:
@@ -119,7 +122,7 @@ def _row(name: str, folder: Path) -> Row:
         name,
         results["acceptance_length"],
         results["acceptance_rate_per_pos"],
-        {name: drafters[TRAINED]["acceptance_length"] for name, drafters in results["by_category"].items()},
+        {name: _length(drafters[TRAINED]) for name, drafters in results["by_category"].items()},
         {name: str(value) for name, value in conditions.items()},
         results,
         answered_records(folder) if (folder / RECORDS).is_file() else [],
@@ -137,11 +140,10 @@ def _questions(results: dict[str, Any]) -> str:
 def comparison(runs: list[Row], published: list[Row]) -> str:
     """Write the tables: acceptance, categories, conditions; then how runs differ, and where figures are from."""
     rows = [*runs, *published]
-    categories = list(dict.fromkeys(name for row in rows for name in row.categories))
     names = list(dict.fromkeys(name for row in rows for name in row.conditions))
     parts = [
         _acceptance(runs, published),
-        table(["run", *categories], [[r.name, *(figure(r.categories.get(name)) for name in categories)] for r in rows]),
+        _categories(runs, published),
         table(["run", *names], [[row.name, *(row.conditions.get(name, _UNKNOWN) for name in names)] for row in rows]),
         "\n".join([*_mismatches(runs), "Tokens/s and speed-up are of the machine that a run was evaluated on."]),
         "\n".join([*(f"{row.name}: {row.note}." for row in published), *([_PUBLISHED_OF] if published else [])]),
@@ -165,6 +167,21 @@ def _acceptance(runs: list[Row], published: list[Row]) -> str:
     return table([*head, "tokens/s", "speed-up"], lines)
 
 
+def _categories(runs: list[Row], published: list[Row]) -> str:
+    rows, first = [*runs, *published], runs[0]
+    names = list(dict.fromkeys(name for row in rows for name in row.categories))
+    lines = [[row.name, *(row.categories.get(name, NONE) for name in names)] for row in rows]
+    for row in runs[1:]:
+        differences = [_difference(row, first, name) for name in names]
+        if any(difference != NONE for difference in differences):
+            lines.append([f"{row.name} minus {first.name}", *differences])
+    return table(["run", *names], lines)
+
+
+def _length(counts: dict[str, Any]) -> str:
+    return f"{figure(counts['acceptance_length'])} {interval(counts)}".rstrip()
+
+
 def _modalities(run: Row) -> list[Row]:
     """Return rows of text and of images, for a run whose questions have images."""
     rows = []
@@ -175,9 +192,10 @@ def _modalities(run: Row) -> list[Row]:
     return rows
 
 
-def _difference(row: Row, first: Row) -> str:
+def _difference(row: Row, first: Row, category: str | None = None) -> str:
     """Write the difference from the first run on the same questions, with its interval; a dash for other questions."""
-    ours, theirs = (_by_question(one.records) for one in (row, first))
+    parts = ([r for r in one.records if category in (None, r["category"])] for one in (row, first))
+    ours, theirs = map(_by_question, parts)
     if row is first or not ours or ours.keys() != theirs.keys():
         return NONE
     pairs = list(ours.values()), [theirs[key] for key in ours]

@@ -174,10 +174,10 @@ def _card(config: Config, source: Path, exported: ExportedHead) -> str:
 
 
 def _acceptance(config: Config, source: Path) -> dict[str, Any] | None:
-    """Return acceptance.json of the run if it was measured with this very head, by its digest."""
+    """Return acceptance.json of the run if it was measured with this very head, by its digest and window."""
     path = config.run_folder / "evaluation" / "acceptance.json"
     measured = (_manifest(path.parent).get("settings") or {}).get("head")
-    this = path.is_file() and measured == head_digest(source)
+    this = path.is_file() and measured == head_digest(source) and not config.export.sliding_window
     return json.loads(path.read_text()) if this else None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..conf.runtime.artifact import artifact, file_digest
 from ..conf.schema import Config, HeadImportConfig
-from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, save_head
+from .formats.plain import CONFIG, EMBEDDING, RECORD, WEIGHTS, dtype_name, longest_sample, save_head
 from .formats.published import read_published_head, weight_files
 from .formats.training_folder import head_origin
 from .hub import fetch_head
@@ -36,6 +36,7 @@ def import_head(config: Config) -> None:
             print(f"import: {folder} is complete")
             return
         record = {"verifier": settings["verifier"], "step": 0, "imported_from": origin}
+        record |= {"longest_sample": longest} if (longest := longest_sample(source)) else {}
         save_head(folder, published.head, record, published.dtype)
         target.finish()
     head = published.head.config

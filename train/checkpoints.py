@@ -26,6 +26,7 @@ from ..conf.schema import TrainConfig
 from ..models.formats.plain import save_head
 from ..models.formats.training_folder import BEST, HELDOUT_WALKS, LATEST, STATE, checkpoint_steps, read_walks
 from ..models.head.draft_head import DraftHead
+from ..models.head.lora import merged_weights
 from .heldout import HeldoutByLength, HeldoutCounts, acceptance_lengths, total
 
 _SAVING, _UNIVERSAL = ".saving", ".universal"
@@ -128,7 +129,7 @@ def _write(engine: Any, head: DraftHead, saving: Path, record: dict[str, Any], s
     with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage == 3):
         if dist.get_rank() == 0:
             known = {"step": state.step, "heldout": acceptance_lengths(state.heldout)}
-            save_head(saving, head, record | known, parameters[0].dtype)
+            save_head(saving, head, record | known, parameters[0].dtype, merged_weights(head))
             values = dataclasses.asdict(state)
             write_json(saving / HELDOUT_WALKS, values.pop("heldout"))
             write_json(saving / STATE, {**values, "num_processes": dist.get_world_size(), "zero_stage": zero_stage})

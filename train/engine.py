@@ -87,7 +87,7 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, rest: list[Tensor], matrices: list[Tensor], lr_factor: float, products: torch.dtype, **options: Any
     ) -> None:
-        super().__init__([{"params": rest}, {"params": matrices}], **options)
+        super().__init__([{"params": group} for group in (rest, matrices) if group], **options)
         self.lr_factor, self.products = lr_factor, products
         # What Muon updates: matrices, or by the flat partition that ZeRO makes of a group of them, a width and shapes
         # for each stretch of it. The stretches of all ranks, in a row, are matrices of these shapes, and padding.
@@ -113,7 +113,8 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         by_muon = [any(parameter in self.layouts for parameter in group["params"]) for group in groups]
         self.param_groups = [group for group, is_muon in zip(groups, by_muon, strict=True) if not is_muon]
-        super().step()
+        if self.param_groups:
+            super().step()
         self.param_groups = groups
         for group in itertools.compress(groups, by_muon):
             for parameter in group["params"]:

@@ -21,12 +21,13 @@ from ..conf.runtime.artifact import Artifact, artifact, digest, find_artifact, w
 from ..conf.runtime.signals import deferred
 from ..conf.schema import Config, HeadInit, HiddenStates, OptimizerName, Positions, TrainConfig
 from ..data_synthesis.states.verifier_check import check_verifier
-from ..models.formats.plain import head_digest, load_head
+from ..models.formats.plain import head_digest, load_head, longest_sample
 from ..models.formats.training_folder import checkpoint_steps, head_origin
 from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.head.from_verifier import parameters_of_verifier
+from ..models.head.lora import add_lora
 from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier.config import load_config, logit_transform, warn_if_emulated
 from ..models.verifier.weights import VerifierWeights, check_identity
@@ -40,6 +41,7 @@ from .loss.kernel_checks import ATTENTION, check_training
 from .loss.losses import find_loss
 from .loss.rows import PackedBatch
 from .loss.unroll import TTTModule
+from .metrics.cost import plain_flops
 from .metrics.meter import Meter
 from .metrics.tracking import Tracker, run_description
 from .ranks.group import Ranks, joined
@@ -56,6 +58,7 @@ _LATER = ("norm_before_fc", "attention_bias", "qk_norm", "sliding_window", "wind
 # Those of `train`, and what they are then.
 _UNSET: list[tuple[str, Any]] = [("optimizer", OptimizerName.adamw), ("muon_lr", None), ("init", HeadInit.random)]
 _UNSET += [("init_layer", None), ("positions", Positions.answers), ("patience", None), ("max_forgetting", None)]
+_UNSET += [("lora_rank", None)]
 
 
 def train(config: Config) -> None:
@@ -67,6 +70,8 @@ def train(config: Config) -> None:
 def _train(config: Config, ranks: Ranks) -> None:
     options, folder = config.train, config.training_folder
     micro_batches(options.packs_per_step)  # refused before anything is read
+    if options.lora_rank and not options.init_from:  # adapt names one
+        raise ValueError("train.init_from is required with train.lora_rank: a trained head, which it changes")
     require_gpu("train.triton", options.triton, ranks.device)
     initial_head, started_from = _initial_head(config, options.init_from) if options.init_from else (None, None)
     shape = initial_head.config if initial_head else check_verifier(config.verifier, config.draft)
@@ -161,7 +166,7 @@ def _build_trainer(
     """Start the engine, restore the newest checkpoint and, on rank 0, open the records."""
     options, dtype = config.train, getattr(torch, config.train.dtype.value)
     module, embedding, verifier_lm_head = _build_module(config, head, start, ranks.device, ATTENTION in kernels.used)
-    num_parameters = sum(parameter.numel() for parameter in head.parameters())
+    trained, frozen = (sum(p.numel() for p in head.parameters() if p.requires_grad is value) for value in (True, False))
     online = None
     if options.hidden_states is HiddenStates.online:
         verifier = load_verifier(config.verifier, head.config.aux_layers, ranks.gpus)
@@ -171,15 +176,17 @@ def _build_trainer(
         _fit(head, data, online, options, ranks, embedding)
     engine = start_engine(module, options, config.deepspeed, needs_conversion(checkpoints, zero_stage))
     ranks.bound_collectives()
-    meter = Meter(head.config, config.draft.train_lm_head, ranks, dtype, options.ttt_steps)
+    flops = partial(plain_flops, head.config, config.trains_lm_head, lora=bool(options.lora_rank))
+    meter = Meter(flops, ranks, dtype, options.ttt_steps)
     state = load_checkpoint(engine, checkpoints)
     num_steps = options.max_steps or max(1, options.epochs * data.packs_per_epoch // options.packs_per_step)
     if target:
         warn_if_emulated("train.dtype", options.dtype, ranks.device)
         print(
-            f"train: {num_parameters / 1e6:.1f} M parameters, {num_steps} steps of {options.packs_per_step} x "
-            f"{options.batch_tokens} tokens ({data.packs_per_epoch} packs an epoch), {ranks.world} process(es), "
-            f"ZeRO {zero_stage}; {data.split}" + (f"; going on from step {state.step}" if state.step else ""),
+            f"train: {trained / 1e6:.1f} of {(trained + frozen) / 1e6:.1f} M parameters, {num_steps} steps of "
+            f"{options.packs_per_step} x {options.batch_tokens} tokens ({data.packs_per_epoch} packs an epoch), "
+            f"{ranks.world} process(es), ZeRO {zero_stage}; {data.split}"
+            + (f"; going on from step {state.step}" if state.step else ""),
             flush=True,
         )
     record = {
@@ -189,7 +196,7 @@ def _build_trainer(
         **({"started_from": started_from} if started_from else {}),
         "step": 0,  # of each checkpoint, as "heldout"
         "ttt_steps": options.ttt_steps,
-        "longest_sample": data.split.longest,
+        "longest_sample": max(data.split.longest, longest_sample(Path(options.init_from)) if options.init_from else 0),
     }
     return Trainer(
         *(options, num_steps, ranks, data, module, engine, embedding, verifier_lm_head, online, meter, state),
@@ -241,7 +248,9 @@ def _build_module(
     if not options.init_from:
         initialise(head, embedding, verifier_lm_head * transform.scale, options.seed)
         head.load_state_dict(start, strict=False)
-    head.lm_head.weight.requires_grad_(config.draft.train_lm_head)
+    head.lm_head.weight.requires_grad_(config.trains_lm_head)
+    if options.lora_rank:
+        add_lora(head, options.lora_rank, options.seed)
     loss, recompute = find_loss(options.loss), options.checkpoint_activations
     module = TTTModule(head, options.ttt_steps, options.gamma, loss, transform, options.blend_rate, recompute, kernels)
     return module, *matrices

@@ -70,6 +70,11 @@ class Config:
         return self.evaluate.draft_depth or self.train.ttt_steps  # 0 is an evaluation of the verifier alone
 
     @property
+    def trains_lm_head(self) -> bool:
+        """Whether the head's lm_head is trained."""
+        return self.draft.train_lm_head and not self.train.lora_rank
+
+    @property
     def prompts_folder(self) -> Path:
         return self.run_folder / "prompts"
 
@@ -178,6 +183,10 @@ def _check_conflicts(config: Config) -> None:
     require(
         train.init is HeadInit.random or train.init_from is None,
         f"train.init must be random with train.init_from, got {train.init.name}: the weights are that head's",
+    )
+    require(
+        train.lora_rank is None or train.init_from or config.adapt.head,
+        f"train.init_from is required with train.lora_rank={train.lora_rank}: a trained head, which it changes",
     )
     require(
         not train.stores or any(store.weight for store in train.stores),

@@ -90,6 +90,9 @@ class TrainConfig:
     # with that, with layers of the verifier, and with an fc that hands them one aux state; regression: fitted to the
     # verifier's states of the first packs before the first step, with attention that finds what followed before
     init: HeadInit = HeadInit.random
+    # rank of the low-rank changes (LoRA) of fc and of the layers' matrices, which alone are trained, from the head at
+    # init_from, and merged into each checkpoint; null: all weights are trained
+    lora_rank: PositiveInt | None = None
     init_layer: NonNegativeInt | None = None  # the verifier's layer that the head's first one starts as; null: the last
     # adamw; muon: by Muon the matrices of the layers and fc, by AdamW lm_head, norms and biases
     optimizer: OptimizerName = OptimizerName.adamw

@@ -13,9 +13,10 @@ from torch import Tensor
 from ...conf.runtime.artifact import differences
 from ...conf.schema import Config, HeadImportConfig, VerifierConfig
 from ...models.formats.fields import AUX_IDS, EAGLE, LAYER, vllm_layer_ids
-from ...models.formats.plain import LM_HEAD, RECORD, other_dtypes
+from ...models.formats.plain import LM_HEAD, RECORD, longest_sample, other_dtypes
 from ...models.formats.published import assemble_head, read_files
 from ...models.formats.published_config import HeadFiles
+from ...models.formats.serving_notes import in_longer_contexts
 from ...models.head.draft_head import DraftHead
 from ...models.import_head import source_folder
 from ...models.verifier.config import load_config
@@ -33,6 +34,7 @@ class Diagnosis:
     notes: list[str]  # by engine
     verdict: Verdict | None = None  # None if nothing was measured
     unmeasured: str = ""  # why, if it was to be measured
+    in_longer_contexts: str = ""  # than those of its training, if they are known
     names_layers: bool = True  # whether it is known on which layers the head was trained
 
 
@@ -65,6 +67,8 @@ def diagnose(config: Config) -> Diagnosis:
         cost = "engines fail to load it, or compute something else; it cannot be measured"
         diagnosis.findings.append(Finding("unreadable", str(error), cost, "see the message; the other findings first"))
         return diagnosis
+    if longest := longest_sample(folder):
+        diagnosis.in_longer_contexts = in_longer_contexts(longest, bool(head.config.sliding_window))
     if config.doctor.measure:
         try:
             verdict = measure(config, head, variants(files, head.config), embedding)
@@ -108,6 +112,7 @@ def report(diagnosis: Diagnosis) -> str:
     for number, finding in enumerate(diagnosis.findings, 1):
         lines += [f"  {number}. {finding.what}", f"     costs: {finding.cost}", f"     cure:  {finding.cure}"]
     lines += ["", "Engines, with the head as it is:", *(f"  {note}" for note in diagnosis.notes), ""]
+    lines += [diagnosis.in_longer_contexts, ""] if diagnosis.in_longer_contexts else []
     if diagnosis.verdict is not None:
         lines += _measured(diagnosis.verdict, diagnosis.names_layers)
     else:

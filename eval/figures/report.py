@@ -129,8 +129,9 @@ def _parts_table(title: str, parts: dict[str, Any], baselines: list[str]) -> Par
     for name, drafters in parts.items():
         trained, *others = (drafters[drafter] for drafter in (TRAINED, *baselines))
         lengths = [figure(counts["acceptance_length"]) for counts in (trained, *others)]
-        rows.append([name, lengths[0], interval(trained) or NONE, speedup(trained, of_all=False), *lengths[1:]])
-    return [title, TRAINED, "95 % interval", "speed-up", *baselines], rows
+        rates = ", ".join(map(figure, trained["acceptance_rate_per_pos"]))
+        rows.append([name, lengths[0], interval(trained) or NONE, speedup(trained, of_all=False), *lengths[1:], rates])
+    return [title, TRAINED, "95 % interval", "speed-up", *baselines, "by position"], rows
 
 
 def _faithfulness(results: dict[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A round of B sequences with K draft tokens takes t(B, K) seconds and gives B tau(K) tokens; tau(K) is 1 and the rates of
 the first K positions. Evaluations tell t at the batch sizes and draft tokens they were made with, 0 for the verifier
-alone. In between, t is taken as linear in K, and then in B.
+alone. In between, t is taken as linear in K, and then in B. Only a K that was measured is chosen: rounds of one number
+of tokens may cost more than those of one fewer and one more would tell.
 """
 
 import json
@@ -45,11 +46,15 @@ class Speeds:
         """Return tokens a second [batch sizes, K + 1]."""
         return np.array(self.batch_sizes)[:, None] * self.gain / self.round_s
 
+    def best(self, tokens_per_s: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return of each row [n, K + 1] the draft tokens that are fastest, among those that were measured anywhere."""
+        return np.nanargmax(np.where(self.measured.any(0), tokens_per_s, np.nan), 1)
+
     def schedule(self) -> list[tuple[int, int, int]]:
         """Return (first batch size, last, draft tokens), from 1 to the largest that was measured."""
         batches = np.arange(1, self.batch_sizes[-1] + 1)
         between = np.stack([np.interp(batches, self.batch_sizes, seconds) for seconds in self.round_s.T], 1)
-        best = np.nanargmax(self.gain / between, 1)
+        best = self.best(self.gain / between)
         edges = [0, *(np.flatnonzero(np.diff(best)) + 1), len(best)]
         return [(int(first) + 1, int(end), int(best[first])) for first, end in pairwise(edges)]
 
@@ -130,11 +135,10 @@ def speeds_of(results: list[dict[str, Any]]) -> Speeds:
 def _table(speeds: Speeds) -> str:
     depths = range(len(speeds.gain))
     head = ["batch size", "alone", *(f"{depth} draft tokens" for depth in depths[1:]), "best", "speed-up"]
-    rows = []
-    for batch_size, tokens_per_s, measured in zip(
-        speeds.batch_sizes, speeds.tokens_per_s, speeds.measured, strict=True
+    rows, every = [], speeds.tokens_per_s
+    for batch_size, tokens_per_s, measured, best in zip(
+        speeds.batch_sizes, every, speeds.measured, speeds.best(every), strict=True
     ):
-        best = int(np.nanargmax(tokens_per_s))
         cells = [
             NONE if np.isnan(value) else ("" if known else "~") + figure(float(value), 0)
             for value, known in zip(tokens_per_s, measured, strict=True)
@@ -154,6 +158,12 @@ def _cautions(results: dict[str, dict[str, Any]], speeds: Speeds) -> Iterator[st
     """Yield what the measurements do not tell."""
     if (least := speeds.batch_sizes[0]) > 1:
         yield f"Batch sizes 1 to {least - 1} were not measured, and get what {least} has."
+    if speeds.schedule()[-1][2]:
+        largest = speeds.batch_sizes[-1]
+        yield f"Batch sizes above {largest} were not measured, and get what {largest} has: measure your full load."
+    for batch_size, tokens_per_s in zip(speeds.batch_sizes, speeds.tokens_per_s, strict=True):
+        if not speeds.measured[:, fastest := int(np.nanargmax(tokens_per_s))].any():
+            yield f"At batch size {batch_size} {fastest} draft tokens may be faster still, but were not measured."
     for run, one in results.items():
         if one["num_questions"] < _FEWEST * one["batch_size"]:
             yield (
@@ -178,7 +188,9 @@ def settings(schedule: list[tuple[int, int, int]], head: str) -> dict[str, str]:
     # TensorRT-LLM wants max_draft_len for the smallest batches, and drafts nothing beyond the last entry.
     by_last = {last: depth for _, last, depth in schedule}
     first, last = schedule[0][1], schedule[-1][2]
+    written = Path(head, "trtllm.yaml")  # by an export; it names the aux layers
     tensorrt_llm = {
+        **(OmegaConf.load(written)["speculative_config"] if written.is_file() else {}),
         "decoding_type": "Eagle3",
         "max_draft_len": most,
         "speculative_model": head,

@@ -6,6 +6,7 @@ Next to `config.json` and `model.safetensors` stands `fledge.json`, which names 
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,13 @@ def write_head_files(folder: Path, tensors: dict[str, Tensor], config: dict[str,
     sync(folder / WEIGHTS)
     write_json(folder / CONFIG, config)
     write_json(folder / RECORD, record)
+
+
+def longest_sample(folder: Path) -> int:
+    """Return the tokens of the longest text that fledge trained a head on; 0 if that is not known."""
+    with suppress(OSError, ValueError):
+        return int(json.loads((folder / RECORD).read_text()).get("longest_sample") or 0)
+    return 0
 
 
 def load_head(folder: str | Path) -> tuple[DraftHead, dict[str, Any]]:

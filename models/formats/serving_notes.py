@@ -14,6 +14,15 @@ def unserved(exported: ExportedHead) -> dict[str, str]:
     return {engine: " and ".join(found) for engine, found in obstacles.items() if found}
 
 
+def in_longer_contexts(longest_sample: int, has_window: bool) -> str:
+    """Say what may happen beyond the tokens of the longest text that a head was trained on, and what helps."""
+    return (
+        f"The longest text that the head was trained on has {longest_sample:,} tokens. In longer contexts it may "
+        "accept less: `fledge evaluate evaluate.context_lengths=[...]` measures how much."
+        + ("" if has_window else " A window may help: `fledge export export.sliding_window=256`.")
+    )
+
+
 def serving_files(exported: ExportedHead) -> dict[str, str]:
     """Return SERVING.md, with a command for each engine that reads the format, and the files that they need."""
     engines, refused = SERVING_FORMATS[exported.format].engines, unserved(exported)
@@ -34,10 +43,6 @@ def serving_files(exported: ExportedHead) -> dict[str, str]:
     if not exported.lm_head:
         parts.append("The head has no `lm_head` of its own: every engine takes the verifier's, which is the same.")
     if exported.longest_sample:
-        parts.append(
-            f"The longest text that the head was trained on has {exported.longest_sample:,} tokens. In longer contexts "
-            "it may accept less: `fledge evaluate evaluate.context_lengths=[...]` measures how much."
-            + ("" if exported.head.sliding_window else " A window may help: `fledge export export.sliding_window=256`.")
-        )
+        parts.append(in_longer_contexts(exported.longest_sample, bool(exported.head.sliding_window)))
     files = [engine.files(exported) for engine in engines if engine.name not in refused]
     return {"SERVING.md": "\n\n".join(parts) + "\n", **{name: text for some in files for name, text in some.items()}}

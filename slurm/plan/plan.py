@@ -43,8 +43,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     """Return the plan, its sizes in bytes; ValueError if the conversations or the verifier's sizes are not known."""
     head, verifier, tokens = planned_head(config), verifier_shape(config), find_tokens(config)
     ranks = config.plan.num_nodes * config.plan.ranks_of_node
-    lm_head = config.draft.train_lm_head
-    shape = TrainingShape(head, config.train, config.deepspeed, tokens.counted_share, ranks, lm_head)
+    shape = TrainingShape(head, config.train, config.deepspeed, tokens.counted_share, ranks, config.trains_lm_head)
     memory = {phase: parts | _other_memory(config, verifier, head) for phase, parts in training_memory(shape).items()}
     gpu_memory = (config.plan.gpu_memory_gib or GPU_MEMORY_GIB[config.plan.gpu]) * 2**30
     made: dict[str, Any] = {

@@ -67,6 +67,8 @@ def test_operations_of_the_plain_algorithm_are_those_written_out():
     expected = 2 * 2 * 6 * 30 * 8 + 2 * 6 * 10 * 11 + 2 * 3 * layer + 3 * 2 * (4 + 3) * 8 * 7
     assert plain_flops(config, True, [4, 2], [4, 3]) == expected
     assert plain_flops(config, False, [4, 2], [4, 3]) == expected - 2 * (4 + 3) * 8 * 7
+    frozen = 2 * 6 * 30 * 8 + 2 * 2 * 6 * weights + 2 * (4 + 3) * 8 * 7
+    assert plain_flops(config, False, [4, 2], [4, 3], lora=True) == expected - frozen
     deep = replace(config, num_layers=3, sliding_window=3, window_layers=(1,))
     further = 2 * 6 * (weights - 8 * 16) + 2 * 2 * 8 * (4 * 4 + 2 * 2) / 2  # q, k and v read the state alone
     beyond = 2 * 2 * 8 * 1 * 1 / 2  # of the document of 4 rows, what one row does not see

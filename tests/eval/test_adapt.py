@@ -29,7 +29,7 @@ def test_a_head_goes_on_with_texts_of_ones_own_and_the_report_says_what_it_gaine
         f"adapt.head={finished.path}",
         f"adapt.replay=[{{folder: {finished.path / 'hidden_states'}, weight: 0.3}}]",
         *(f"data.sources=[{{path: {prompts}}}]", "data.heldout_share=0.4", "draft.vocab_size=200"),
-        *("train.max_steps=8", "train.save_every=4", "train.lr=1e-3", "adapt.max_forgetting=1"),
+        *("train.max_steps=8", "train.save_every=4", "train.lr=1e-3", "adapt.max_forgetting=null"),
     ]
     run = Run(tmp_path / "runs", finished.verifier)
     refused = run("adapt", *options, code=2)
@@ -45,10 +45,11 @@ def test_a_head_goes_on_with_texts_of_ones_own_and_the_report_says_what_it_gaine
     training = run.path / "training" / "checkpoints"
     before, after = (read_walks(training / name)[3] for name in ("step-0", (training / "best").read_text().strip()))
     own = {name for name in before if name.startswith("mine/")}
+    lengths = (acceptance_length(read_walks(training / f"step-{step}")[3], own) for step in (0, 4, 8))
+    assert acceptance_length(after, own) == max(lengths), "though there is no floor, its own texts tell the best one"
     for ids in (own, before.keys() - own):
         for walk in (before, after):
-            rounds, accepted = (sum(walk[name][what] for name in ids) for what in ("rounds", "accepted"))
-            assert f"{1 + accepted / rounds:.3f}" in report
+            assert f"{acceptance_length(walk, ids):.3f}" in report
     weights = load_head(run.path / "exports" / "plain")[0].state_dict()
     assert weights["fc.weight"].shape == load_head(training / "step-8")[0].fc.weight.shape
     as_if_killed_after(run, 4)
@@ -56,6 +57,11 @@ def test_a_head_goes_on_with_texts_of_ones_own_and_the_report_says_what_it_gaine
     again = run("adapt", *options)
     assert "going on from step 4" in again.stdout
     assert (run.path / "adaptation.md").read_text() == report
+
+
+def acceptance_length(walk: dict, ids: set[str]) -> float:
+    rounds, accepted = (sum(walk[name][what] for name in ids) for what in ("rounds", "accepted"))
+    return 1 + accepted / rounds
 
 
 def test_a_head_goes_on_with_a_verifier_that_was_tuned(finished, tmp_path):
@@ -69,7 +75,7 @@ def test_a_head_goes_on_with_a_verifier_that_was_tuned(finished, tmp_path):
     run = Run(tmp_path / "runs", tuned)
     export = finished.path / "exports" / "plain"
     options = [f"adapt.head={export}", "train.max_steps=4", "train.save_every=2", "train.lr=1e-3"]
-    said = run("adapt", *options).stdout
+    said = run("adapt", *options, "train.lora_rank=4").stdout
     assert "- kept: step-" in said
     assert f"fingerprint {verifier_identity(VerifierConfig(str(tuned)))['fingerprint']}" in said
     assert re.findall("## (.*):", (run.path / "adaptation.md").read_text()) == ["Its own texts"]
@@ -77,6 +83,9 @@ def test_a_head_goes_on_with_a_verifier_that_was_tuned(finished, tmp_path):
     assert len({one["fingerprint"] for one in recorded}) == 2, "the export names the verifier that it was adapted to"
     start, _ = load_head(run.path / "training" / "checkpoints" / "step-0")
     assert torch.equal(start.fc.weight, load_head(export)[0].fc.weight)
+    end, _ = load_head(run.path / "training" / "checkpoints" / "step-4")
+    assert not torch.equal(start.fc.weight, end.fc.weight)
+    assert torch.equal(start.norm.weight, end.norm.weight)
 
 
 def test_it_measures_ten_times_unless_it_is_told_when(finished):
@@ -160,6 +169,12 @@ def test_it_goes_on_when_the_head_that_it_started_from_is_gone(finished, tmp_pat
     assert exported["started_from"] == f"other/{head_folder(None, finished.path / 'training').name}"
     card = (run.path / "exports" / "plain" / "README.md").read_text()
     assert f"from `{exported['started_from']}` on" in card
+    another = tmp_path / "another"  # whose best checkpoint has the same name
+    shutil.copytree(finished.path / "training", another / "training")
+    best = head_folder(None, another / "training")
+    earlier = next(path for path in best.parent.glob("step-*") if path != best)
+    shutil.copy(earlier / "model.safetensors", best)
+    assert "other settings" in run("adapt", f"adapt.head={another}", *options[1:], code=2).stderr
 
 
 def test_what_adapt_needs_is_asked_for(finished, tmp_path):

@@ -100,6 +100,15 @@ def test_parameters_of_a_head_are_those_of_its_form(options, more):
     assert head["parameters"] - default["parameters"] == head["trained"] - default["trained"] == more
 
 
+def test_of_lora_the_low_rank_changes_alone_are_trained():
+    options = ["experiment=llama31_8b", "name=x", "adapt.head=a/head"]
+    whole, lora = (make_plan(composed(*options, *more)) for more in ([], ["train.lora_rank=16"]))
+    sides = (3 * H + H) + (2 * H + Q) + 2 * (2 * H + K) + (Q + H) + 3 * (H + 14336)  # fc, q, k and v, o, gate up down
+    assert lora["head"]["trained"] == lora["head"]["parameters"] - whole["head"]["parameters"] == 16 * sides
+    moments = (made["training"]["memory by phase"]["update"]["Adam's two moments"] for made in (whole, lora))
+    assert next(moments) > 50 * next(moments)
+
+
 EXPERTS = 24 * 128 * 3 * 5120 * 8192  # of Maverick's 24 layers with experts
 
 

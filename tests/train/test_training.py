@@ -296,6 +296,36 @@ def test_training_ends_when_other_stores_lose_too_much_and_the_best_checkpoint_i
     assert "is complete" in run("train", *options).stdout
 
 
+@pytest.mark.parametrize(("zero_stage", "optimizer"), [(1, "adamw"), (3, "muon")])
+def test_lora_changes_matrices_by_its_rank_and_every_checkpoint_has_it_merged(
+    finished, run, tmp_path, zero_stage, optimizer
+):
+    start = finished.path / "training" / "checkpoints" / "step-24"
+    copy_parts(finished, run)
+    options = [f"train.init_from={start}", f"deepspeed.zero_stage={zero_stage}", f"train.optimizer={optimizer}"]
+    options += ["train.lora_rank=2", "train.lr=2e-2"]
+    done = run("train", *options, "train.checkpoint_activations=true")
+    trained, every = map(float, re.search(r"train: ([\d.]+) of ([\d.]+) M parameters", done.stdout).groups())
+    assert trained < every / 4
+    last = run.path / "training" / "checkpoints" / "step-24"
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, last))
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if name.startswith("fc.") or "_proj." in name}
+    assert {int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4)) for name in changed} == {2}
+
+    as_if_killed_after(run, 9)
+    assert "going on from step 9" in run("train", *options).stdout
+    again = load_file(last / "model.safetensors")
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+    merged = copy_parts(finished, Run(tmp_path / "merged", run.verifier))
+    merged("train", f"train.init_from={last}", "train.max_steps=1")
+    (_, measured), (_, served) = map(load_head, (last, merged.path / "training" / "checkpoints" / "step-0"))
+    assert measured["heldout"] == pytest.approx(served["heldout"], abs=1e-4)
+    assert "train.init_from is required with train.lora_rank" in merged("train", "train.lora_rank=2", code=2).stderr
+
+
 def test_training_ends_after_checkpoints_that_are_no_better(finished, run):
     copy_parts(finished, run)
     options = ["train.lr=1e-30", "train.save_every=2", "train.patience=2"]

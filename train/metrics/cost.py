@@ -8,13 +8,15 @@ import torch
 from ...models.head.config import DraftHeadConfig
 
 
-def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], num_counted: list[float]) -> float:
+def plain_flops(
+    head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], num_counted: list[float], lora: bool = False
+) -> float:
     """Return the operations of the matrix products of the plain algorithm, forward and backward.
 
     Every row runs at every step, with causal attention (half of a square, or a window's band); the draft's lm_head runs
-    on counted rows, the verifier's once on every row. A product with a trained weight is done three times, if its input
-    needs no gradient (fc) twice, the verifier's once. `lengths` are the documents', `num_counted` the rows of each TTT
-    step.
+    on counted rows, the verifier's once on every row. A product with a trained weight is done three times, with
+    `lora` (whose own products are small) twice, and once less if its input needs no gradient (fc); the verifier's once.
+    `lengths` are the documents', `num_counted` the rows of each TTT step.
     """
     width, rows = head.hidden_size, sum(lengths)
     heads, keys = head.num_attention_heads * head.head_dim, 2 * head.num_key_value_heads * head.head_dim
@@ -22,10 +24,11 @@ def plain_flops(head: DraftHeadConfig, train_lm_head: bool, lengths: list[int], 
     layers = inputs * width * (heads + keys) + head.num_layers * (heads * width + 3 * width * head.intermediate_size)
     windows = [head.window(layer) for layer in range(head.num_layers)]
     attention = heads * sum(_square(length, window) for window in windows for length in lengths)
+    times = 2 if lora else 3
     return (
-        2 * rows * len(head.aux_layers) * head.verifier_hidden_size * width * 2
+        2 * rows * len(head.aux_layers) * head.verifier_hidden_size * width * (times - 1)
         + 2 * rows * head.verifier_hidden_size * head.vocab_size
-        + len(num_counted) * 3 * (2 * rows * layers + 2 * attention)
+        + len(num_counted) * (times * 2 * rows * layers + 3 * 2 * attention)
         + (3 if train_lm_head else 2) * 2 * sum(num_counted) * width * head.draft_vocab_size
     )
 

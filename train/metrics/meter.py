@@ -1,30 +1,30 @@
 """What the optimizer steps since the last log amount to: their loss, and what they cost."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
 import torch
 from torch import Tensor
 
-from ...models.head.config import DraftHeadConfig
 from ..loss.fused import SUMS
 from ..loss.rows import PackedBatch
 from ..ranks.group import Ranks, sum_over_ranks
-from .cost import matmul_rate, plain_flops
+from .cost import matmul_rate
 
 
 class Meter:
     """Adds up this rank's optimizer steps, from one log to the next; only logging waits for the device.
 
-    `dtype` is that of the matrix products, whose rate is measured here.
+    `flops` gives the operations of documents of these lengths, with so many rows counted by each TTT step. `dtype` is
+    that of the matrix products, whose rate is measured here.
     """
 
     def __init__(
-        self, head: DraftHeadConfig, train_lm_head: bool, ranks: Ranks, dtype: torch.dtype, ttt_steps: int
+        self, flops: Callable[[list[int], list[float]], float], ranks: Ranks, dtype: torch.dtype, ttt_steps: int
     ) -> None:
-        self._head, self._train_lm_head, self._ranks, self._device = head, train_lm_head, ranks, ranks.device
+        self._flops, self._ranks, self._device = flops, ranks, ranks.device
         self._sums = torch.zeros(ttt_steps, len(SUMS), device=ranks.device)
         self._rate = matmul_rate(self._device, dtype, 1024 if self._device.type == "cpu" else 8192)
         self.restart()
@@ -54,7 +54,7 @@ class Meter:
         """Return the metrics of the steps since the last time, over all ranks, their tokens and seconds; begin anew."""
         num_counted = self._sums[:, SUMS.index("counted")].tolist()  # once they are read, the device has done its work
         seconds = time.perf_counter() - self._since - self._seconds["paused"]
-        flops = plain_flops(self._head, self._train_lm_head, self._lengths, num_counted)
+        flops = self._flops(self._lengths, num_counted)
         on_gpu = self._device.type == "cuda"
         size = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
         mine = [sum(self._lengths), flops, self._rate, seconds, self._seconds["waiting"] / seconds, size / 2**30]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -226,7 +227,9 @@ def test_nothing_is_found_in_a_head_that_fledge_trained(config):
 def test_a_verifier_that_was_tuned_since_is_named_and_the_head_measured_with_it(config, finished, tmp_path):
     record, tuned = finished.path / "exports" / "plain" / "fledge.json", tmp_path / "tuned"
     shutil.copy(record, tmp_path)
-    assert diagnose(config).findings == []
+    sound = diagnose(config)
+    assert sound.findings == []
+    assert re.search(r"trained on has \d+ tokens.* export.sliding_window=256", report(sound))
     shutil.copytree(config.verifier.path, tuned)
     weights = load_file(tuned / "model.safetensors")
     save_file({name: 1.01 * tensor for name, tensor in weights.items()}, tuned / "model.safetensors", {"format": "pt"})

@@ -68,7 +68,13 @@ def test_figures_stand_side_by_side_with_what_they_depend_on(runs, capsys):
     assert second["tokens/s"] == f"{results['tokens_per_s']:.0f}"
     assert second["speed-up"] == "{:.2f}x [{:.2f}, {:.2f}]".format(results["speedup"], *results["speedup_interval"])
     for name in ("math", "stem"):
-        assert categories["second"][name] == f"{results['by_category'][name]['trained head']['acceptance_length']:.2f}"
+        length, base = (
+            json.loads((runs / run / "evaluation" / "acceptance.json").read_text())["by_category"][name]["trained head"]
+            for run in ("second", "first")
+        )
+        assert categories["second"][name] == f"{length['acceptance_length']:.2f}", "three questions have no interval"
+        difference = length["acceptance_length"] - base["acceptance_length"]
+        assert categories["second minus first"][name].startswith(f"{difference:+.2f}")
     told = ("draft tokens", "drafting", "temperature", "dtype", "questions", "template")
     assert [conditions["second"][name] for name in told] == [
         "3", "chain", "0", "bfloat16", f"6 of q.jsonl ({results['questions_digest'][:8]})", "t1"
@@ -157,7 +163,7 @@ def test_text_and_images_have_rows_of_their_own(runs, capsys):
     assert acceptance["seen, images"]["acceptance length"] == "1.50"
     acceptance, *_ = tables(compared(capsys, str(runs / "seen"), str(runs / "second"), "compare.published=false"))
     assert acceptance["seen, text"]["acceptance length"] == acceptance["second"]["acceptance length"]
-    assert list(categories) == ["first", "seen"]
+    assert list(categories) == ["first", "seen", "seen minus first"]
 
 
 def test_a_speed_up_without_an_interval_is_told_of_all_questions_only(runs, capsys):

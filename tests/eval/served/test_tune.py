@@ -30,24 +30,50 @@ def told(batch_size: int, depth: int, alone: bool = False) -> dict:
     }
 
 
-def test_the_best_draft_length_of_every_batch_size_is_found_between_measurements():
+def test_the_best_measured_draft_length_of_every_batch_size_is_found_between_measurements():
     sizes = (1, 8, 64)
-    by_server = [told(size, depth) for size in sizes for depth in (0, 5)]
+    by_server = [told(size, depth) for size in sizes for depth in (0, 1, 3, 5)]
     here = [told(size, 5, alone=True) for size in sizes]
-    for results in (by_server, here, [*here, *(told(size, 2) for size in sizes)]):
+    for results in (by_server, here, [*here, *(told(size, depth) for size in sizes for depth in range(1, 5))]):
         found = speeds_of(results)
         assert found.batch_sizes == list(sizes)
         wanted = [[size * GAIN[k] / round_s(size, k) for k in range(6)] for size in sizes]
         np.testing.assert_allclose(found.tokens_per_s, wanted, rtol=1e-12)
+        depths = {0, *(one["num_draft_tokens_per_round"] for one in results)}
         best = {size: depth for first, last, depth in found.schedule() for size in range(first, last + 1)}
-        assert best == {size: max(range(6), key=lambda k: GAIN[k] / round_s(size, k)) for size in range(1, 65)}
-        assert len(set(best.values())) > 3, "or the search was never put to the test"
+        assert best == {size: max(depths, key=lambda k: GAIN[k] / round_s(size, k)) for size in range(1, 65)}
+        assert len(set(best.values())) >= min(3, len(depths)), "or the search was never put to the test"
 
 
 def test_a_length_beyond_those_measured_at_a_batch_size_is_not_chosen_there():
     found = speeds_of([told(1, 5, alone=True), told(2, 2, alone=True)])
     assert np.isnan(found.tokens_per_s[1]).tolist() == [False, False, False, True, True, True]
     assert found.schedule()[-1] == (2, 2, 2)
+
+
+def test_a_length_that_looks_faster_between_measurements_is_named_and_not_chosen(tmp_path, capsys):
+    def run(name: str, accepted: list[int], depth: int) -> None:
+        records = [question_record(accepted, name=f"q/{i}", server=True) for i in range(4)]
+        evaluation(
+            tmp_path / "runs" / name,
+            records,
+            num_draft_tokens=depth,
+            engine=EvaluateEngine.server,
+            endpoint="http://h/v1",
+        )
+
+    for name, accepted, depth in (("alone", [], 0), ("two", [2, 2, 2], 2)):
+        run(name, accepted, depth)
+    head = tmp_path / "head"
+    head.mkdir()
+    (head / "trtllm.yaml").write_text("speculative_config: {eagle3_layers_to_capture: [1, 2]}\n")
+    tune(Config("tune", str(tmp_path / "runs"), tune=TuneConfig(["alone", "two"], head=str(head))))
+    printed = capsys.readouterr().out
+    assert "eagle3_layers_to_capture:" in printed, "an export of other aux layers would lose acceptance"
+    assert "above 1 were not measured, and get what 1 has" in printed
+    found = speeds_of([told(1, 0), {**told(1, 5), "tokens_per_s": 1.1 * told(1, 0)["tokens_per_s"]}])
+    assert np.nanargmax(found.tokens_per_s[0]) not in (0, 5)
+    assert found.schedule() == [(1, 1, 5)]
 
 
 @pytest.mark.parametrize(
