@@ -190,7 +190,7 @@ def settings(schedule: list[tuple[int, int, int]], head: str) -> dict[str, str]:
     first, last = schedule[0][1], schedule[-1][2]
     written = Path(head, "trtllm.yaml")  # by an export; it names the aux layers
     tensorrt_llm = {
-        **(OmegaConf.load(written)["speculative_config"] if written.is_file() else {}),
+        **(OmegaConf.select(OmegaConf.load(written), "speculative_config") if written.is_file() else {}),
         "decoding_type": "Eagle3",
         "max_draft_len": most,
         "speculative_model": head,
