@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -117,6 +119,20 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_verifier_folder: Pat
     whole(*served)
     whole.wait_for("evaluate", "export", "server-0")
     return whole
+
+
+def test_an_adaptation_is_one_job_and_goes_on_when_it_is_requeued(finished, tmp_path):
+    run = Run(tmp_path / "runs", finished.verifier)
+    options = [f"adapt.head={finished.path}", "data.heldout_share=0.3", "train.max_steps=24", "train.save_every=3"]
+    said = [f"--output={tmp_path / 'job.log'}", "--open-mode=append", "--requeue"]
+    job = slurm("sbatch", "--parsable", *said, "--wrap", shlex.join(run.command("adapt", *options))).strip()
+    wait_until((run.path / "training" / "checkpoints" / "step-3").is_dir, 300)
+    slurm("scontrol", "requeue", job)
+    wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 60)
+    time.sleep(2)
+    slurm("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_until((run.path / "adaptation.md").is_file, 300)
+    assert re.search(r"going on from step \d+", (tmp_path / "job.log").read_text())
 
 
 def accepted(run: Run) -> float:
