@@ -72,7 +72,7 @@ def completions(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("fledge train train.l", ["train.log_every=", "train.loss=", "train.lr="]),
+        ("fledge train train.l", ["train.log_every=", "train.lora_rank=", "train.loss=", "train.lr="]),
         ("fledge train train.lr=", ["0.0001"]),
         ("fledge train experiment=demo train.lr=", ["0.001"]),
         ("fledge train tracking.wandb=", ["online", "offline", "disabled"]),
