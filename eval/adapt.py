@@ -62,9 +62,10 @@ def adapt(config: Config) -> None:
     every = _steps_between(config, stores, opened)
     shared = [f"train.{name}={every}" for name in ("save_every", "heldout_every")] + shared
     values: dict[str, Any] = {"init_from": str(head), "init": "random", "init_layer": None, "stores": stores}
-    # What counts is its own texts: with a bound that nothing reaches, if there is to be none.
-    most = config.heldout_depth + 1.0 if options.max_forgetting is None else options.max_forgetting
-    values |= {"patience": options.patience, "max_forgetting": most if any(heldout[1:]) else None}
+    floor = options.max_forgetting if options.replay else None
+    if floor is None and any(heldout[1:]):
+        floor = config.heldout_depth + 1.0  # which nothing reaches: without one, other stores' texts would count, too
+    values |= {"patience": options.patience, "max_forgetting": floor}
     training = [f"train.{name}={_written(value)}" for name, value in values.items()]
     (config.run_folder / _REPORT).unlink(missing_ok=True)
     run_alone("train", [*shared, *training], config.train.num_processes)
