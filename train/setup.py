@@ -27,7 +27,7 @@ from ..models.head.architectures import build_head
 from ..models.head.config import describe_sizes
 from ..models.head.draft_head import DraftHead, initialise
 from ..models.head.from_verifier import parameters_of_verifier
-from ..models.head.lora import add_lora
+from ..models.head.lora import choose_trained, num_parameters
 from ..models.kernels.self_check import Checked, require_gpu
 from ..models.verifier.config import load_config, logit_transform, warn_if_emulated
 from ..models.verifier.weights import VerifierWeights, check_identity
@@ -166,7 +166,7 @@ def _build_trainer(
     """Start the engine, restore the newest checkpoint and, on rank 0, open the records."""
     options, dtype = config.train, getattr(torch, config.train.dtype.value)
     module, embedding, verifier_lm_head = _build_module(config, head, start, ranks.device, ATTENTION in kernels.used)
-    trained, frozen = (sum(p.numel() for p in head.parameters() if p.requires_grad is value) for value in (True, False))
+    every, trained = num_parameters(head)
     online = None
     if options.hidden_states is HiddenStates.online:
         verifier = load_verifier(config.verifier, head.config.aux_layers, ranks.gpus)
@@ -183,7 +183,7 @@ def _build_trainer(
     if target:
         warn_if_emulated("train.dtype", options.dtype, ranks.device)
         print(
-            f"train: {trained / 1e6:.1f} of {(trained + frozen) / 1e6:.1f} M parameters, {num_steps} steps of "
+            f"train: {trained / 1e6:.1f} of {every / 1e6:.1f} M parameters, {num_steps} steps of "
             f"{options.packs_per_step} x {options.batch_tokens} tokens ({data.packs_per_epoch} packs an epoch), "
             f"{ranks.world} process(es), ZeRO {zero_stage}; {data.split}"
             + (f"; going on from step {state.step}" if state.step else ""),
@@ -248,9 +248,7 @@ def _build_module(
     if not options.init_from:
         initialise(head, embedding, verifier_lm_head * transform.scale, options.seed)
         head.load_state_dict(start, strict=False)
-    head.lm_head.weight.requires_grad_(config.trains_lm_head)
-    if options.lora_rank:
-        add_lora(head, options.lora_rank, options.seed)
+    choose_trained(head, config.trains_lm_head, options.lora_rank, options.seed)
     loss, recompute = find_loss(options.loss), options.checkpoint_activations
     module = TTTModule(head, options.ttt_steps, options.gamma, loss, transform, options.blend_rate, recompute, kernels)
     return module, *matrices

@@ -112,7 +112,7 @@ def save_head(
 
     Args:
         record: what `fledge.json` keeps; `verifier` (its identity) among it.
-        weights: the head's full state dict if the module's own is partitioned.
+        weights: the head's full state dict, if it is not the module's own.
         lm_head: whether to write it; if not, the verifier's must be the same.
     """
     tensors = head_tensors(head, head.state_dict() if weights is None else weights, dtype, lm_head)

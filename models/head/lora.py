@@ -25,8 +25,20 @@ class _Change(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.down[:, columns]), self.up * _SCALE)
 
 
-def add_lora(head: DraftHead, rank: int, seed: int) -> None:
-    """Freeze a head, and add changes of this rank to `fc` and the matrices of its layers; `lm_head` stays."""
+def choose_trained(head: DraftHead, lm_head: bool, lora_rank: int | None, seed: int) -> None:
+    """Freeze what is not trained: `lm_head` unless it is; with a rank all but the changes, which are added here."""
+    head.lm_head.requires_grad_(lm_head)
+    if lora_rank:
+        _add_changes(head, lora_rank, seed)
+
+
+def num_parameters(head: DraftHead) -> tuple[int, int]:
+    """Return how many parameters a head has, and how many of them are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in head.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _add_changes(head: DraftHead, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     head.requires_grad_(False)
     for module in list(head.modules()):

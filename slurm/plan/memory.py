@@ -14,7 +14,7 @@ import torch
 from ...conf.schema import DeepSpeedConfig, TrainConfig
 from ...models.head.architectures import build_head
 from ...models.head.config import DraftHeadConfig
-from ...models.head.lora import add_lora
+from ...models.head.lora import choose_trained, num_parameters
 from ...models.head.vocabulary import VocabularyMap
 from ...train.loss.fused import SLICE_BYTES, rows_in_chunk
 
@@ -65,11 +65,8 @@ class TrainingShape:
         with torch.device("meta"):
             ids = torch.zeros(head.draft_vocab_size, dtype=torch.int64)
             model = build_head(head, VocabularyMap(ids, torch.zeros(head.vocab_size, dtype=torch.bool)))
-            model.lm_head.requires_grad_(self.train_lm_head)
-            if self.train.lora_rank:
-                add_lora(model, self.train.lora_rank, seed=0)
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+            choose_trained(model, self.train_lm_head, self.train.lora_rank, self.train.seed)
+        return num_parameters(model)
 
     def bucket(self, elements: int) -> int:
         """Return the elements of DeepSpeed's bucket for a number of gradients: on a GPU it is allocated whole."""

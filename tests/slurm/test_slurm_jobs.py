@@ -79,17 +79,21 @@ class Submitted:
             raise AssertionError(self.told()) from None
 
     def start_again(self, stage: str) -> None:
-        """Have Slurm start a requeued job at once: it would wait two minutes."""
-        job = self.job(stage)
-        wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 60)
-        time.sleep(2)  # slurmd refuses a job within the second in which its last start was revoked
-        slurm("scontrol", "update", f"jobid={job}", "starttime=now")
+        """Have Slurm start the requeued job of a stage at once."""
+        start_again(self.job(stage))
 
     def told(self) -> str:
         """Give what `fledge status` prints."""
         done = fledge("status", str(self.run.path))
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+
+def start_again(job: str) -> None:
+    """Have Slurm start a requeued job at once: it would wait two minutes."""
+    wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 60)
+    time.sleep(2)  # slurmd refuses a job within the second in which its last start was revoked
+    slurm("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 def fledge(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,9 +132,7 @@ def test_an_adaptation_is_one_job_and_goes_on_when_it_is_requeued(finished, tmp_
     job = slurm("sbatch", "--parsable", *said, "--wrap", shlex.join(run.command("adapt", *options))).strip()
     wait_until((run.path / "training" / "checkpoints" / "step-3").is_dir, 300)
     slurm("scontrol", "requeue", job)
-    wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 60)
-    time.sleep(2)
-    slurm("scontrol", "update", f"jobid={job}", "starttime=now")
+    start_again(job)
     wait_until((run.path / "adaptation.md").is_file, 300)
     assert re.search(r"going on from step \d+", (tmp_path / "job.log").read_text())
 
